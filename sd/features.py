@@ -1,0 +1,63 @@
+"""What the installed torch can do: one table of features, asked for by name, so that no other file compares versions."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sd.errors import Unavailable
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A thing that some torch versions lack."""
+
+    what: str
+    available: bool
+    needs: str
+
+
+def _has_parameter(function, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _cpu_half_convolution() -> bool:
+    try:
+        F.conv2d(torch.zeros(1, 1, 1, 1).half(), torch.zeros(1, 1, 1, 1).half())
+    except RuntimeError:
+        return False
+    return True
+
+
+FEATURES = {
+    "sdpa": Feature("F.scaled_dot_product_attention", hasattr(F, "scaled_dot_product_attention"), "torch >= 2.0"),
+    "compile": Feature("torch.compile", hasattr(torch, "compile"), "torch >= 2.0"),
+    "cpu_flash": Feature(
+        "the CPU flash attention kernel",
+        hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
+        "torch >= 2.2",
+    ),
+    "cudnn_sdpa": Feature("the cuDNN attention kernel", hasattr(torch.backends.cuda, "enable_cudnn_sdp"), "torch >= 2.5"),
+    "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
+    "weights_only": Feature("torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"),
+    "mmap_load": Feature("torch.load(mmap=True)", _has_parameter(torch.load, "mmap"), "torch >= 2.1"),
+    "cpu_fp16": Feature("fp16 convolution on the CPU", _cpu_half_convolution(), "torch >= 2.1"),
+}
+
+
+def has(name: str) -> bool:
+    """Whether this torch has the feature `name` of the table."""
+    return FEATURES[name].available
+
+
+def require(name: str, asked_by: str) -> None:
+    """Raise Unavailable, naming the option that asked, unless this torch has the feature `name`."""
+    feature = FEATURES[name]
+    if not feature.available:
+        raise Unavailable(
+            f"{asked_by} needs {feature.what} ({feature.needs}), and this is torch {torch.__version__}: "
+            f"choose another setting or a newer torch"
+        )

@@ -1,0 +1,250 @@
+"""Building blocks of the UNet. Module names are the keys of the published checkpoints.
+
+Block maths: CompVis/latent-diffusion (arXiv 2112.10752) and Stability-AI/stablediffusion.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sd.attention import Attention
+
+
+def timestep_embedding(timesteps, channels: int):
+    """Sinusoidal embedding, cosines first: timesteps [B], may be fractional -> [B, channels] float32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timesteps.device, dtype=torch.float32))
+    angles = timesteps.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in the dtype of its weights, which under autocast is fp32; the output has the dtype of the input.
+
+    Kernels for half weights accumulate their statistics in fp32 anyway.
+    """
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Attention with separate projections, as in the published checkpoints; self-attention when there is no context."""
+
+    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads, self.head_dim = heads, head_dim
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim))
+        self.attend = Attention().function()
+
+    def forward(self, x, context=None):  # [B, S, C], [B, T, C'] -> [B, S, C]
+        context = x if context is None else context
+        split = (self.heads, self.head_dim)
+        q = self.to_q(x).unflatten(-1, split)
+        k = self.to_k(context).unflatten(-1, split)
+        v = self.to_v(context).unflatten(-1, split)
+        return self.to_out(self.attend(q, k, v).flatten(2))
+
+
+class NativeAttention(nn.Module):
+    """The same attention by nn.MultiheadAttention, with the keys of the published experiment's native-MHA checkpoints.
+
+    Weights of the original layout fold into it as they are loaded; q, k and v have no bias there, so in_proj_bias is zero.
+    """
+
+    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, device=None, dtype=None):
+        super().__init__()
+        assert heads * head_dim == query_dim, "nn.MultiheadAttention has no inner width of its own"
+        self.heads, self.head_dim = heads, head_dim
+        self.mha = nn.MultiheadAttention(
+            query_dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True, device=device, dtype=dtype
+        )
+        nn.init.zeros_(self.mha.in_proj_bias)
+        self._register_load_state_dict_pre_hook(self._fold)
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        return self.mha(x, context, context, need_weights=False)[0]
+
+    @property
+    def packed(self) -> bool:
+        """Whether q, k and v are one matrix (self-attention) or three (cross-attention)."""
+        return self.mha.in_proj_weight is not None
+
+    def _fold(self, state_dict, prefix, *_):
+        names = [f"{prefix}to_{x}.weight" for x in "qkv"]
+        if names[0] in state_dict:
+            q, k, v = (state_dict.pop(name) for name in names)
+            if self.packed:
+                state_dict[f"{prefix}mha.in_proj_weight"] = torch.cat([q, k, v])
+            else:
+                for name, weight in zip("qkv", (q, k, v)):
+                    state_dict[f"{prefix}mha.{name}_proj_weight"] = weight
+            for name in ("weight", "bias"):
+                state_dict[f"{prefix}mha.out_proj.{name}"] = state_dict.pop(f"{prefix}to_out.0.{name}")
+        # The published converter writes no in_proj_bias.
+        state_dict.setdefault(f"{prefix}mha.in_proj_bias", torch.zeros_like(self.mha.in_proj_bias))
+
+
+def to_native(attention: CrossAttention) -> NativeAttention:
+    """nn.MultiheadAttention over the weights of `attention`: nothing is copied but q, k, v into one matrix, once."""
+    q, k, v, out = attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+    shape = (q.in_features, k.in_features, attention.heads, attention.head_dim)
+    native = NativeAttention(*shape, device="meta", dtype=q.weight.dtype)
+    mha = native.mha
+    if native.packed:
+        mha.in_proj_weight = nn.Parameter(torch.cat([q.weight, k.weight, v.weight]), requires_grad=False)
+    else:
+        mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight = q.weight, k.weight, v.weight
+    mha.in_proj_bias = nn.Parameter(torch.zeros(3 * q.out_features, device=q.weight.device, dtype=q.weight.dtype), False)
+    mha.out_proj.weight, mha.out_proj.bias = out.weight, out.bias
+    return native.train(attention.training)
+
+
+def to_separate(native: NativeAttention) -> CrossAttention:
+    """The inverse of `to_native`: the projections become views of the module's weights."""
+    mha = native.mha
+    if native.packed:
+        weights = [nn.Parameter(weight, requires_grad=False) for weight in mha.in_proj_weight.detach().chunk(3)]
+    else:
+        weights = [mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight]
+    attention = CrossAttention(mha.embed_dim, mha.kdim, native.heads, native.head_dim)
+    for linear, weight in zip((attention.to_q, attention.to_k, attention.to_v), weights):
+        linear.weight = weight
+    attention.to_out[0].weight, attention.to_out[0].bias = mha.out_proj.weight, mha.out_proj.bias
+    return attention.train(native.training)
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with exact (erf) GELU (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a projection back; `net.1` was a dropout of 0 in the original and holds no weights."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each with its LayerNorm before and a residual."""
+
+    def __init__(self, width: int, context_dim: int, heads: int):
+        super().__init__()
+        self.attn1 = CrossAttention(width, width, heads, width // heads)
+        self.ff = FeedForward(width)
+        self.attn2 = CrossAttention(width, context_dim, heads, width // heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, x, context):  # [B, S, C], [B, T, C']
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context) + x
+        return self.ff(self.norm3(x)) + x
+
+    def use_attention(self, attention: Attention) -> None:
+        """Switch both attentions to `attention`, over the same weights."""
+        for name in ("attn1", "attn2"):
+            module = getattr(self, name)
+            if attention.implementation == "mha":
+                if isinstance(module, CrossAttention):
+                    setattr(self, name, to_native(module))
+            else:
+                if isinstance(module, NativeAttention):
+                    setattr(self, name, to_separate(module))
+                getattr(self, name).attend = attention.function()
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the cells of an image; SD1 projects with 1x1 convolutions, SD2 with linear layers."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, use_linear: bool, norm_groups: int):
+        super().__init__()
+        self.use_linear = use_linear
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
+        projection = nn.Linear if use_linear else (lambda inner, outer: nn.Conv2d(inner, outer, 1))
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.proj_out = projection(channels, channels)
+
+    def forward(self, x, context):  # [B, C, H, W], [B, T, C'] -> [B, C, H, W]
+        height, width = x.shape[2:]
+        h = self.norm(x)
+        if not self.use_linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # [B, H*W, C]
+        if self.use_linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.use_linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (height, width))
+        if not self.use_linear:
+            h = self.proj_out(h)
+        return x + h
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the timestep embedding added between them."""
+
+    def __init__(self, channels: int, out_channels: int, embedding: int, norm_groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
+        self.out_layers = nn.Sequential(
+            GroupNorm(norm_groups, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # was a dropout of 0
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, emb):  # [B, C, H, W], [B, E] -> [B, C', H, W]
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,322 @@
+"""StableDiffusion: the three networks together, from prompt to pixels, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sd import checkpoint, optimise
+from sd.attention import ObservedCall
+from sd.autoencoder import Autoencoder
+from sd.config import ModelConfig, preset
+from sd.denoiser import Denoiser
+from sd.errors import BadImage, ConfigError
+from sd.features import has
+from sd.noise import noise_source
+from sd.optimise import Optimisations
+from sd.samplers import ddim, sampler as sampler_named
+from sd.schedule import Schedule
+from sd.text_encoder import TextEncoder
+from sd.tiny import WEIGHTS
+from sd.tokenizer import tokenize
+from sd.unet import UNet
+
+SIZE_MULTIPLE = 64  # pixels: heights and widths are multiples of it, as in the original
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures and how long their stages took.
+
+    images: uint8 [B, H, W, 3] in host memory. latents: float32 [B, 4, H/8, W/8] on the model's device, as the sampler
+    left them. seconds: by stage, `text`, `unet` (the whole sampling loop), `vae` (decoding and the copy to the host),
+    and `encode` in img2img. unet_calls: how often the UNet ran.
+    """
+
+    images: torch.Tensor
+    latents: torch.Tensor
+    seconds: dict[str, float]
+    unet_calls: int
+
+
+class StableDiffusion:
+    """A loaded model. Make one by `from_checkpoint`, `tiny` or `random`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        unet: UNet,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        device="cpu",
+        optimisations: Optimisations = Optimisations(),
+    ):
+        self.config, self.device = config, torch.device(device)
+        self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
+        self.schedule = Schedule(config.schedule)
+        tokenize([""], config.text.kind)  # importing the tokenizer takes seconds: part of loading, not of the first picture
+        for network in (unet, autoencoder, text_encoder):
+            network.eval().requires_grad_(False)
+        self.optimise(optimisations)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path,
+        config: ModelConfig | str | Path | None = None,
+        device="cpu",
+        optimisations: Optimisations = Optimisations(),
+        progress: bool | None = None,
+    ) -> StableDiffusion:
+        """Load a published checkpoint (.ckpt, .safetensors or a diffusers folder).
+
+        config: a preset's name, a YAML file in the original layout, or None to tell SD1 from SD2 by the weights; whether
+        SD2 weights predict eps or v is not in them, so name `sd2-v` for those. Raises CheckpointError or ConfigError.
+        """
+        config = resolve_config(config)
+        config, states = checkpoint.load(Path(path), config, progress=progress)
+        dtype = optimise.WEIGHT_DTYPES[optimisations.precision]
+        networks = {
+            name: checkpoint.materialise(factory, states.pop(name), torch.device(device), dtype)
+            for name, factory in checkpoint.factories(config).items()
+        }
+        return cls(config, device=device, optimisations=optimisations, **networks)
+
+    @classmethod
+    def tiny(cls, device="cpu", optimisations: Optimisations = Optimisations()) -> StableDiffusion:
+        """The embedded model: 64x64 pictures of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
+        return cls.from_checkpoint(WEIGHTS, "tiny", device, optimisations, progress=False)
+
+    @classmethod
+    def random(
+        cls, config: ModelConfig | str = "sd2", seed: int = 0, device="cpu", optimisations: Optimisations = Optimisations()
+    ) -> StableDiffusion:
+        """A model of full size with seeded random weights: for measuring speed, which needs no trained ones."""
+        config = resolve_config(config)
+        device = torch.device(device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            # Made where they will live if torch can; elsewhere on the CPU and moved by `optimise`.
+            with device if has("device_context") else nullcontext():
+                networks = UNet(config.unet), Autoencoder(config.autoencoder), TextEncoder(config.text)
+        return cls(config, *networks, device, optimisations)
+
+    def optimise(self, optimisations: Optimisations) -> None:
+        """Run from now on as `optimisations` says, over the same weights. Raises Unavailable when that cannot run here."""
+        optimise.apply(self.unet, self.autoencoder, self.text_encoder, self.device, optimisations)
+        self.optimisations = optimisations
+        # Which attention kernels really ran is observed once, early in the first sampling.
+        self._observed_unet = ObservedCall(self.unet)
+        self._observed_decode = ObservedCall(self.autoencoder.decode, observe_call=1)
+
+    @property
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """The attention kernels that really ran, by network; empty tuples until the first picture was made."""
+        return {"unet": self._observed_unet.kernels, "autoencoder": self._observed_decode.kernels}
+
+    def synchronize(self) -> None:
+        """Wait for the device to finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]):
+        """Prompts -> context of the UNet [B, 77, C], in the dtype of the computation."""
+        tokens = tokenize(prompts, self.config.text.kind).to(self.device)
+        with self.optimisations.autocast(self.device):
+            return self.text_encoder(tokens)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """latents [B, 4, h, w] as the sampler leaves them -> [B, 3, 8h, 8w] float32, in about [-1, 1]."""
+        with self.optimisations.autocast(self.device):
+            return self._observed_decode(latents / self.config.scale_factor)
+
+    @torch.no_grad()
+    def encode(self, images, noise=None):
+        """images [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8] float32, scaled for the UNet.
+
+        The mean of the posterior, or a sample of it when `noise`, shaped like the latents, is given.
+        """
+        with self.optimisations.autocast(self.device):
+            mean, log_variance = self.autoencoder.encode(images.to(self.device))
+        latents = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        return self.config.scale_factor * latents
+
+    @torch.no_grad()
+    def txt2img(
+        self,
+        prompt: str | list[str],
+        steps: int = 50,
+        sampler: str = "plms",
+        scale: float = 7.5,
+        seed: int = 1,
+        batch: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents=None,
+        negative_prompt: str | list[str] = "",
+        eta: float = 0.0,
+        rng="per-image",
+        progress=None,
+    ) -> Result:
+        """Pictures of the prompts, `batch` of each.
+
+        sampler: `ddim`, `plms`, `dpm_solver` or `euler`. scale: guidance, 1 for none. latents [B, 4, H/8, W/8] is
+        x_T, drawn from `seed` when None. height, width: pixels, multiples of 64, None for the model's own. rng:
+        `per-image` (image i depends on seed + i alone), `original` (the original scripts' draws), or a source of
+        sd.noise that goes on from an earlier call. progress(step, steps) is called after every step.
+
+        Raises ConfigError for impossible options and BadImage for NaN or all-black pictures.
+        """
+        sample = sampler_named(sampler)
+        prompts, negatives = _prompts(prompt, negative_prompt, batch)
+        shape = self.latent_shape(len(prompts), height, width)
+        noise = noise_source(rng, seed, len(prompts), self.device)
+        clock = _StageClock(self.device)
+        with clock.stage("text"):
+            denoise = self._denoiser(prompts, negatives, scale)
+        with clock.stage("unet"), self.optimisations.autocast(self.device):
+            x = noise.initial(shape, self.device) if latents is None else self._given_latents(latents, shape)
+            x = sample(denoise, x, self.schedule, steps, noise=noise, eta=eta, **_callback(progress))
+        return self._finish(x, clock, denoise.calls)
+
+    @torch.no_grad()
+    def img2img(
+        self,
+        prompt: str | list[str],
+        image,
+        strength: float = 0.8,
+        steps: int = 50,
+        scale: float = 9.0,
+        seed: int = 1,
+        batch: int = 1,
+        negative_prompt: str | list[str] = "",
+        eta: float = 0.0,
+        rng="per-image",
+        progress=None,
+    ) -> Result:
+        """Pictures that start from `image` [3, H, W] in [-1, 1], noised as far as `strength` in [0, 1] says, by DDIM.
+
+        As in the original, the noise added is that of DDIM timestep int(strength * steps) and denoising starts one
+        below it; at strength 1, where the original runs out of its table, the last timestep is taken.
+        """
+        if not 0.0 <= strength <= 1.0:
+            raise ConfigError(f"strength {strength}: must be in [0, 1]")
+        prompts, negatives = _prompts(prompt, negative_prompt, batch)
+        shape = self.latent_shape(len(prompts), *image.shape[1:])
+        timesteps = self.schedule.uniform_timesteps(steps)
+        start = int(strength * steps)
+        noise = noise_source(rng, seed, len(prompts), self.device)
+        clock = _StageClock(self.device)
+        with clock.stage("encode"):
+            latents = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
+        with clock.stage("text"):
+            denoise = self._denoiser(prompts, negatives, scale)
+        with clock.stage("unet"), self.optimisations.autocast(self.device):
+            x = latents
+            if start:
+                alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
+                x = alpha * latents + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
+            x = ddim(
+                denoise, x, self.schedule, steps, noise=noise, eta=eta, timesteps=timesteps[:start], **_callback(progress)
+            )
+        return self._finish(x, clock, denoise.calls)
+
+    def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """Shape of the latents of such pictures; ConfigError for sizes that the networks cannot take."""
+        height, width = height or self.config.image_size, width or self.config.image_size
+        for name, size in (("height", height), ("width", width)):
+            if size <= 0 or size % SIZE_MULTIPLE:
+                below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
+                raise ConfigError(
+                    f"{name} {size}: must be a positive multiple of {SIZE_MULTIPLE}, such as {max(below, SIZE_MULTIPLE)}"
+                )
+        factor = self.config.autoencoder.downsampling
+        return batch, self.config.unet.in_channels, height // factor, width // factor
+
+    def _denoiser(self, prompts, negatives, scale: float) -> Denoiser:
+        context = self.encode_prompts(prompts)
+        unconditional = self.encode_prompts(negatives) if scale != 1.0 else None
+        return Denoiser(self._observed_unet, context, unconditional, scale, self.config.parameterization)
+
+    def _given_latents(self, latents, shape):
+        if tuple(latents.shape) != shape:
+            raise ConfigError(f"latents of shape {tuple(latents.shape)} were given where {shape} are needed")
+        return latents.to(device=self.device, dtype=torch.float32)
+
+    def _finish(self, x, clock: _StageClock, unet_calls: int) -> Result:
+        with clock.stage("vae"):
+            pixels = self.decode(x)
+            good = torch.isfinite(pixels).flatten(1).all(dim=1)
+            # The original truncates, others round.
+            images = ((pixels + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+            good = good.cpu()
+        for i, image in enumerate(images):
+            if not good[i] or not image.any():
+                what = "all black" if good[i] else "not a number"
+                raise BadImage(
+                    f"picture {i + 1} of {len(images)} is {what} (precision {self.optimisations.precision}, attention "
+                    f"{self.optimisations.attention}): try precision full or bf16, or attention_precision fp32"
+                )
+        return Result(images, x, clock.seconds(), unet_calls)
+
+
+def resolve_config(config) -> ModelConfig | None:
+    """A preset's name, a path of a YAML file, a ModelConfig or None -> ModelConfig or None."""
+    if config is None or isinstance(config, ModelConfig):
+        return config
+    if str(config).endswith((".yaml", ".yml")):
+        from sd.yaml_config import read_yaml
+
+        return read_yaml(Path(config))
+    return preset(str(config))
+
+
+def _prompts(prompt, negative_prompt, batch: int) -> tuple[list[str], list[str]]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or batch < 1:
+        raise ConfigError("at least one prompt and a batch of at least 1")
+    prompts = [p for p in prompts for _ in range(batch)]
+    if isinstance(negative_prompt, str):
+        return prompts, [negative_prompt] * len(prompts)
+    negatives = [n for n in negative_prompt for _ in range(batch)]
+    if len(negatives) != len(prompts):
+        raise ConfigError("as many negative prompts as prompts, or a single one")
+    return prompts, negatives
+
+
+def _callback(progress) -> dict:
+    return {} if progress is None else {"on_step": progress}
+
+
+class _StageClock:
+    """Seconds by stage. On CUDA by events, which the device reaches on its own: no stage waits for another."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks = {}
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def stage(self, name: str):
+        start = self._now()
+        yield
+        self.marks[name] = (start, self._now())
+
+    def seconds(self) -> dict[str, float]:
+        """Stage seconds; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in self.marks.items()}
+        return {name: end - start for name, (start, end) in self.marks.items()}
