@@ -49,14 +49,20 @@ def alternated():
         torch.manual_seed(0)
         unet = UNet(config).eval().requires_grad_(False)
         peer = _diffusers_unet(unet)
-        x, t, context = torch.randn(2, 4, size, size), torch.tensor([501.0, 501.0]), torch.randn(2, 77, config.context_dim)
+        x, t, context = (
+            torch.randn(2, 4, size, size),
+            torch.tensor([501.0, 501.0]),
+            torch.randn(2, 77, config.context_dim),
+        )
         calls = {"sd": lambda: unet(x, t, context), "diffusers": lambda: peer(x, t, context, return_dict=False)[0]}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.no_grad():
                 ours, theirs = calls["sd"](), calls["diffusers"]()
-                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), "not the same picture: nothing to compare"
+                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (
+                    "not the same picture: nothing to compare"
+                )
                 calls["sd"](), calls["diffusers"]()  # warm-up
                 measured[case] = {side: [] for side in SIDES}
                 for i in range(ROUNDS):

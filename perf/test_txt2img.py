@@ -28,7 +28,9 @@ def load():
 
     def model(name: str) -> StableDiffusion:
         if name not in loaded:
-            loaded[name] = StableDiffusion.tiny(DEVICE) if name == "tiny" else StableDiffusion.random(name, device=DEVICE)
+            loaded[name] = (
+                StableDiffusion.tiny(DEVICE) if name == "tiny" else StableDiffusion.random(name, device=DEVICE)
+            )
         return loaded[name]
 
     return model

@@ -43,7 +43,9 @@ class Attention:
         if unknown or not self.kernels:
             raise ConfigError(f"SDPA kernels {list(self.kernels)}: allow at least one of {', '.join(SDPA_KERNELS)}")
         if self.precision not in ATTENTION_PRECISIONS:
-            raise ConfigError(f"attention precision {self.precision!r}: choose one of {', '.join(ATTENTION_PRECISIONS)}")
+            raise ConfigError(
+                f"attention precision {self.precision!r}: choose one of {', '.join(ATTENTION_PRECISIONS)}"
+            )
         # One order, so that equal choices compare equal.
         object.__setattr__(self, "kernels", tuple(kernel for kernel in SDPA_KERNELS if kernel in self.kernels))
 
@@ -111,8 +113,15 @@ def allowed_kernels(attention: Attention):
     except ImportError:  # torch 2.0 to 2.2
         allowed = {f"enable_{kernel}": kernel in attention.kernels for kernel in ("math", "flash", "mem_efficient")}
         return torch.backends.cuda.sdp_kernel(**allowed)
-    names = {"math": "MATH", "mem_efficient": "EFFICIENT_ATTENTION", "flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
-    return sdpa_kernel([getattr(SDPBackend, names[kernel]) for kernel in attention.kernels if hasattr(SDPBackend, names[kernel])])
+    names = {
+        "math": "MATH",
+        "mem_efficient": "EFFICIENT_ATTENTION",
+        "flash": "FLASH_ATTENTION",
+        "cudnn": "CUDNN_ATTENTION",
+    }
+    return sdpa_kernel(
+        [getattr(SDPBackend, names[kernel]) for kernel in attention.kernels if hasattr(SDPBackend, names[kernel])]
+    )
 
 
 def _cannot_exist(attention: Attention, device: torch.device) -> str | None:
@@ -130,7 +139,9 @@ def _cannot_exist(attention: Attention, device: torch.device) -> str | None:
         return f"torch {torch.__version__} has no SDPA kernels to choose from (torch >= 2.0)"
     if device.type == "cuda":
         if attention.kernels == ("cudnn",) and not has("cudnn_sdpa"):
-            return f"{FEATURES['cudnn_sdpa'].what} needs {FEATURES['cudnn_sdpa'].needs}, this is torch {torch.__version__}"
+            return (
+                f"{FEATURES['cudnn_sdpa'].what} needs {FEATURES['cudnn_sdpa'].needs}, this is torch {torch.__version__}"
+            )
         return None
     here = {"math", "flash"} if has("cpu_flash") else {"math"}
     if not here.intersection(attention.kernels):
@@ -140,7 +151,7 @@ def _cannot_exist(attention: Attention, device: torch.device) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _try(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Run the choice once on a few tokens and say why it failed, if it did: what really runs, not what imports."""
     q = torch.zeros(1, 16, 1, head_dim, device=device, dtype=dtype)
@@ -172,7 +183,9 @@ def check(attention: Attention, device, dtype: torch.dtype, head_dims) -> None:
         reason = why_not(attention, device, dtype, head_dim)
         if reason:
             usable = [name for name in IMPLEMENTATIONS if why_not(Attention(name), device, dtype, head_dim) is None]
-            asked = attention.implementation + (f" with kernels {','.join(attention.kernels)}" if attention.restricted else "")
+            asked = attention.implementation + (
+                f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
+            )
             raise Unavailable(f"attention {asked} cannot run here: {reason}. Available here: {', '.join(usable)}")
 
 
@@ -227,7 +240,9 @@ class ObservedCall:
         self.calls += 1
         if self.calls != self.observe_call:
             return self.call(*arguments)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes a line to stderr at every start and stop
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "99"
+        )  # or the profiler writes a line to stderr at every start and stop
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = self.call(*arguments)
         self.kernels = kernels_in(event.key for event in profile.key_averages())

@@ -30,10 +30,10 @@ class UNetConfig:
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a block of `channels` channels."""
-        heads = self.num_heads or channels // self.num_head_channels
-        if heads == 0 or channels % heads:
-            raise ConfigError(f"unet: {channels} channels cannot be split into {heads} attention heads")
-        return heads
+        if channels % (self.num_heads or self.num_head_channels):
+            split = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.num_head_channels} channels"
+            raise ConfigError(f"unet: {channels} channels cannot be split into {split}")
+        return self.num_heads or channels // self.num_head_channels
 
 
 @dataclass(frozen=True)

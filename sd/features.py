@@ -40,9 +40,13 @@ FEATURES = {
         hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
         "torch >= 2.2",
     ),
-    "cudnn_sdpa": Feature("the cuDNN attention kernel", hasattr(torch.backends.cuda, "enable_cudnn_sdp"), "torch >= 2.5"),
+    "cudnn_sdpa": Feature(
+        "the cuDNN attention kernel", hasattr(torch.backends.cuda, "enable_cudnn_sdp"), "torch >= 2.5"
+    ),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
-    "weights_only": Feature("torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"),
+    "weights_only": Feature(
+        "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"
+    ),
     "mmap_load": Feature("torch.load(mmap=True)", _has_parameter(torch.load, "mmap"), "torch >= 2.1"),
     "cpu_fp16": Feature("fp16 convolution on the CPU", _cpu_half_convolution(), "torch >= 2.1"),
 }

@@ -17,7 +17,9 @@ from sd.attention import Attention
 def timestep_embedding(timesteps, channels: int):
     """Sinusoidal embedding, cosines first: timesteps [B], may be fractional -> [B, channels] float32."""
     half = channels // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timesteps.device, dtype=torch.float32))
+    frequencies = torch.exp(
+        -math.log(10000.0) / half * torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    )
     angles = timesteps.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -104,7 +106,9 @@ def to_native(attention: CrossAttention) -> NativeAttention:
         mha.in_proj_weight = nn.Parameter(torch.cat([q.weight, k.weight, v.weight]), requires_grad=False)
     else:
         mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight = q.weight, k.weight, v.weight
-    mha.in_proj_bias = nn.Parameter(torch.zeros(3 * q.out_features, device=q.weight.device, dtype=q.weight.dtype), False)
+    mha.in_proj_bias = nn.Parameter(
+        torch.zeros(3 * q.out_features, device=q.weight.device, dtype=q.weight.dtype), False
+    )
     mha.out_proj.weight, mha.out_proj.bias = out.weight, out.bias
     return native.train(attention.training)
 
@@ -185,7 +189,9 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         projection = nn.Linear if use_linear else (lambda inner, outer: nn.Conv2d(inner, outer, 1))
         self.proj_in = projection(channels, channels)
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)
+        )
         self.proj_out = projection(channels, channels)
 
     def forward(self, x, context):  # [B, C, H, W], [B, T, C'] -> [B, C, H, W]

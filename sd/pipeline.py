@@ -18,7 +18,8 @@ from sd.errors import BadImage, ConfigError
 from sd.features import has
 from sd.noise import noise_source
 from sd.optimise import Optimisations
-from sd.samplers import ddim, sampler as sampler_named
+from sd.samplers import ddim
+from sd.samplers import sampler as sampler_named
 from sd.schedule import Schedule
 from sd.text_encoder import TextEncoder
 from sd.tiny import WEIGHTS
@@ -58,7 +59,9 @@ class StableDiffusion:
         self.config, self.device = config, torch.device(device)
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule = Schedule(config.schedule)
-        tokenize([""], config.text.kind)  # importing the tokenizer takes seconds: part of loading, not of the first picture
+        tokenize(
+            [""], config.text.kind
+        )  # importing the tokenizer takes seconds: part of loading, not of the first picture
         for network in (unet, autoencoder, text_encoder):
             network.eval().requires_grad_(False)
         self.optimise(optimisations)
@@ -93,7 +96,11 @@ class StableDiffusion:
 
     @classmethod
     def random(
-        cls, config: ModelConfig | str = "sd2", seed: int = 0, device="cpu", optimisations: Optimisations = Optimisations()
+        cls,
+        config: ModelConfig | str = "sd2",
+        seed: int = 0,
+        device="cpu",
+        optimisations: Optimisations = Optimisations(),
     ) -> StableDiffusion:
         """A model of full size with seeded random weights: for measuring speed, which needs no trained ones."""
         config = resolve_config(config)
@@ -223,7 +230,14 @@ class StableDiffusion:
                 alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
                 x = alpha * latents + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
             x = ddim(
-                denoise, x, self.schedule, steps, noise=noise, eta=eta, timesteps=timesteps[:start], **_callback(progress)
+                denoise,
+                x,
+                self.schedule,
+                steps,
+                noise=noise,
+                eta=eta,
+                timesteps=timesteps[:start],
+                **_callback(progress),
             )
         return self._finish(x, clock, denoise.calls)
 

@@ -9,7 +9,14 @@ from sd.config import AutoencoderConfig, UNetConfig
 
 # Every head-count and projection variant at sizes that take milliseconds.
 UNETS = {
-    "sd1": UNetConfig(context_dim=24, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2, 1), num_heads=4),
+    "sd1": UNetConfig(
+        context_dim=24,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 1),
+        num_heads=4,
+    ),
     "sd1-full-topology": UNetConfig(context_dim=24, model_channels=32, channel_mult=(1, 1, 2, 2), num_heads=8),
     "sd2": UNetConfig(
         context_dim=32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -25,17 +26,21 @@ def test_k_diffusion_sigmas():
 
 def test_fractional_times_are_interpolated_in_the_logarithm():
     between = SCHEDULE.alpha(500.25)
-    assert math.log(between) == pytest.approx(0.75 * math.log(SCHEDULE.alpha(500)) + 0.25 * math.log(SCHEDULE.alpha(501)))
+    assert math.log(between) == pytest.approx(
+        0.75 * math.log(SCHEDULE.alpha(500)) + 0.25 * math.log(SCHEDULE.alpha(501))
+    )
     assert SCHEDULE.alpha(999) ** 2 == pytest.approx(SCHEDULE.alphas_cumprod[999].item())
 
 
-@pytest.mark.parametrize("steps, count, last", [(7, 8, 995), (20, 20, 951), (30, 31, 991), (50, 50, 981), (1, 1, 1), (1000 // 2, 500, 999)])
+@pytest.mark.parametrize(
+    "steps, count, last", [(7, 8, 995), (20, 20, 951), (30, 31, 991), (50, 50, 981), (1, 1, 1), (1000 // 2, 500, 999)]
+)
 def test_uniform_timesteps(steps, count, last):
     timesteps = SCHEDULE.uniform_timesteps(steps)
     assert len(timesteps) == count
     assert timesteps[0] == 1
     assert timesteps[-1] == last
-    assert len({b - a for a, b in zip(timesteps, timesteps[1:])}) <= 1
+    assert len({b - a for a, b in pairwise(timesteps)}) <= 1
 
 
 IMPOSSIBLE = {3, 9, 27, 36, 37, *range(101, 112), *range(251, 334), *range(501, 1001)}
@@ -50,12 +55,17 @@ def test_every_count_is_in_range_or_refused():
             assert max(SCHEDULE.uniform_timesteps(steps)) < 1000
 
 
-@pytest.mark.parametrize("steps, nearest", [(27, "26 or 28"), (0, "use 1"), (-1, "use 1"), (105, "100 or 112"), (5000, "use 500")])
+@pytest.mark.parametrize(
+    "steps, nearest", [(27, "26 or 28"), (0, "use 1"), (-1, "use 1"), (105, "100 or 112"), (5000, "use 500")]
+)
 def test_an_impossible_count_names_the_nearest(steps, nearest):
     with pytest.raises(ConfigError, match=nearest):
         SCHEDULE.uniform_timesteps(steps)
 
 
-@pytest.mark.parametrize("sampler, steps, calls", [("plms", 50, 51), ("ddim", 50, 50), ("ddim", 30, 31), ("dpm_solver", 20, 20), ("euler", 9, 9)])
+@pytest.mark.parametrize(
+    "sampler, steps, calls",
+    [("plms", 50, 51), ("ddim", 50, 50), ("ddim", 30, 31), ("dpm_solver", 20, 20), ("euler", 9, 9)],
+)
 def test_unet_calls(sampler, steps, calls):
     assert unet_calls(sampler, SCHEDULE, steps) == calls

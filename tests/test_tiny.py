@@ -61,7 +61,11 @@ def test_a_negative_prompt_and_unknown_words_still_give_pictures():
     model = StableDiffusion.tiny()
     plain = model.txt2img("a red star on a blue background", steps=5, sampler="ddim", seed=3).images
     negative = model.txt2img(
-        "a red star on a blue background", steps=5, sampler="ddim", seed=3, negative_prompt="a green ring on a white background"
+        "a red star on a blue background",
+        steps=5,
+        sampler="ddim",
+        seed=3,
+        negative_prompt="a green ring on a white background",
     ).images
     assert not torch.equal(plain, negative)
     assert model.txt2img("A photo", steps=5, sampler="ddim", seed=3).images.float().std() > 5

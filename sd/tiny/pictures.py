@@ -87,7 +87,9 @@ class Subject:
 
     def caption(self, template: int = 0) -> str:
         """The caption in one of the phrasings of TEMPLATES."""
-        return TEMPLATES[template].format(colour=_with_article(self.colour), shape=self.shape, background=_with_article(self.background))
+        return TEMPLATES[template].format(
+            colour=_with_article(self.colour), shape=self.shape, background=_with_article(self.background)
+        )
 
 
 TEMPLATES = (

@@ -93,7 +93,9 @@ class Run:
             if self.step % every == 0 or self.step == self.steps:
                 note = evaluate(self.average) if evaluate else ""
                 seconds = time.monotonic() - start
-                print(f"{self.path.stem} {self.step}/{self.steps} loss {smoothed:.4f} {seconds:.0f} s {note}", flush=True)
+                print(
+                    f"{self.path.stem} {self.step}/{self.steps} loss {smoothed:.4f} {seconds:.0f} s {note}", flush=True
+                )
             if time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS or self.step == self.steps:
                 self.save()
         return self.average.eval()
@@ -267,7 +269,10 @@ def score(pipeline, subjects: list[Subject], seed: int, scale: float = 4.0) -> s
     result = pipeline.txt2img([s.caption() for s in subjects], steps=25, sampler="ddim", scale=scale, seed=seed)
     seen = [recognise(image) for image in result.images]
     pairs = list(zip(seen, subjects))
-    counts = {a: sum(s is not None and getattr(s, a) == getattr(t, a) for s, t in pairs) for a in ("background", "colour", "shape")}
+    counts = {
+        a: sum(s is not None and getattr(s, a) == getattr(t, a) for s, t in pairs)
+        for a in ("background", "colour", "shape")
+    }
     return ", ".join(f"{name} {count}/{len(subjects)}" for name, count in counts.items())
 
 
