@@ -10,6 +10,7 @@ less than wall time.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from perf.clock import ReplayClock
 from perf.statistics import paired_ratio
 from sd import diffusers_folder, layouts
-from sd.config import UNetConfig, preset
+from sd.config import TextConfig, UNetConfig, preset
 from sd.features import has
 from sd.unet import UNet
 
@@ -32,7 +33,9 @@ SIDES = ("sd", "diffusers")
 
 def _diffusers_unet(unet: UNet):
     diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-    peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(unet.config))
+    text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
+    config = replace(preset("sd2"), unet=unet.config, text=text)
+    peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(config))
     peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()))
     return peer.eval()
 
@@ -60,9 +63,7 @@ def alternated():
         try:
             with torch.no_grad():
                 ours, theirs = calls["sd"](), calls["diffusers"]()
-                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (
-                    "not the same picture: nothing to compare"
-                )
+                assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), "not the same numbers: nothing to compare"
                 calls["sd"](), calls["diffusers"]()  # warm-up
                 measured[case] = {side: [] for side in SIDES}
                 for i in range(ROUNDS):
