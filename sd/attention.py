@@ -18,6 +18,8 @@ from sd.errors import ConfigError, Unavailable
 from sd.features import FEATURES, has
 
 IMPLEMENTATIONS = ("original", "xformers", "mha", "sdpa")
+# The implementation used when none is named: decided by the torch version alone, never by what happens to import.
+DEFAULT_ATTENTION = "sdpa" if has("sdpa") else "original"
 SDPA_KERNELS = ("math", "mem_efficient", "flash", "cudnn")
 HEAD_DIMS = (64, 40, 80, 160, 512)  # of SD2's UNet, SD1's UNet, and the VAE
 ATTENTION_PRECISIONS = ("fp32", "input")  # dtype of the original's QK^T
@@ -32,7 +34,7 @@ class Attention:
     `input` leaves them as they are, which overflows fp16 scores on SD 2.1 (the black-image bug).
     """
 
-    implementation: str = "sdpa"
+    implementation: str = DEFAULT_ATTENTION
     kernels: tuple[str, ...] = SDPA_KERNELS
     precision: str = "fp32"
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from sd.attention import ATTENTION_PRECISIONS, SDPA_KERNELS, Attention, check, for_head_dim
+from sd.attention import ATTENTION_PRECISIONS, DEFAULT_ATTENTION, SDPA_KERNELS, Attention, check, for_head_dim
 from sd.errors import ConfigError, Unavailable
-from sd.features import has, require
+from sd.features import require
 
 PRECISIONS = ("full", "autocast", "fp16", "bf16")
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The implementation used when none is named: decided by the torch version alone, never by what happens to import.
-DEFAULT_ATTENTION = "sdpa" if has("sdpa") else "original"
 
 
 @dataclass(frozen=True)
