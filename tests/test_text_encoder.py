@@ -32,6 +32,11 @@ def test_tokens(kind, padding):
     assert long[1:-1].unique().numel() == 1
 
 
+def test_tokens_are_those_of_the_whole_package():
+    open_clip = pytest.importorskip("open_clip")  # which is imported here, and not by sd
+    assert torch.equal(tokenize(PROMPTS, "openclip"), open_clip.tokenize(PROMPTS))
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", SMALL)
 def test_equals_transformers(kind):
