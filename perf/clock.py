@@ -1,4 +1,4 @@
-"""Clocks for pytest-benchmark: one that waits for the device, and one that replays what was measured elsewhere.
+"""Clocks: one that waits for the device, one of CPU time, and one that replays what was measured elsewhere.
 
 Imports neither torch nor pytest.
 """
@@ -8,13 +8,36 @@ from __future__ import annotations
 import sys
 import time
 
+CLOCKS = ("wall", "cpu")
 
-def synchronised_clock() -> float:
-    """Seconds of wall time, read when the CUDA device, if this process uses one, has finished its work."""
+
+def on_cuda() -> bool:
+    """Whether this process uses a CUDA device."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    return torch is not None and torch.cuda.is_initialized()
+
+
+def wait_for_device() -> None:
+    """Return when the CUDA device, if this process uses one, has finished its work."""
+    if on_cuda():
+        sys.modules["torch"].cuda.synchronize()
+
+
+def wall_clock() -> float:
+    """Seconds of wall time, read when the device has finished."""
+    wait_for_device()
     return time.perf_counter()
+
+
+def cpu_clock() -> float:
+    """Seconds of CPU time of this process, all threads together: steadier than wall time where cores are shared."""
+    wait_for_device()
+    return time.process_time()
+
+
+def clock(name: str):
+    """The clock of that name, one of CLOCKS."""
+    return {"wall": wall_clock, "cpu": cpu_clock}[name]
 
 
 class ReplayClock:

@@ -2,52 +2,224 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import itertools
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import PurePath
 
 PROMPT = "A photo"  # of the published experiment, like the seed, the sampler and the steps below
+
+CHOICES = {
+    "model": ("tiny", "sd1", "sd2", "sd2-v"),
+    "engine": ("sd", "diffusers"),
+    "workload": ("txt2img", "text", "unet", "vae"),
+    "attention": ("original", "xformers", "mha", "sdpa"),
+    "sdpa_kernels": ("math", "mem_efficient", "flash", "cudnn"),
+    "compile": ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "compile_scope": ("unet", "blocks", "step"),
+    "precision": ("full", "autocast", "fp16", "bf16"),
+    "sampler": ("ddim", "plms", "dpm_solver", "euler"),
+    "device": ("cpu", "cuda"),
+}
+
+
+class UnknownChoice(ValueError):
+    """A field of a configuration with a value that nothing here knows; the message lists those there are."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way of making a picture. `sdpa_kernels` empty means all; sizes of None are the model's own."""
+    """One way of making a picture.
+
+    sdpa_kernels: those allowed, empty for all. height, width: pixels, 0 for the model's own. device: None is the
+    machine's own. interpreter: the label of another Python (`--perf-python`), None for this one. checkpoint: a file or
+    folder of weights; without one `tiny` has its embedded weights and the others seeded random ones, which cost the same
+    time. config: a YAML file in the original layout, when the weights do not say enough.
+    """
 
     model: str = "tiny"
+    engine: str = "sd"
+    workload: str = "txt2img"
     attention: str = "sdpa"
     sdpa_kernels: tuple[str, ...] = ()
     compile: str = "none"
+    compile_scope: str = "unet"
     precision: str = "full"
     batch: int = 1
     steps: int = 50
     sampler: str = "plms"
     scale: float = 7.5
+    height: int = 0
+    width: int = 0
+    device: str | None = None
+    interpreter: str | None = None
+    checkpoint: str | None = None
+    config: str | None = None
     prompt: str = PROMPT
     seed: int = 1
 
+    def __post_init__(self):
+        kernels = CHOICES["sdpa_kernels"]
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if one not in known and not (name == "device" and one is None):
+                    raise UnknownChoice(f"{name.replace('_', '-')} {one!r}: choose from {', '.join(known)}")
+        for name in ("batch", "steps"):
+            if getattr(self, name) < 1:
+                raise UnknownChoice(f"{name} {getattr(self, name)}: must be at least 1")
+        # One order and one spelling, so that equal configurations are equal.
+        chosen = tuple(kernel for kernel in kernels if kernel in self.sdpa_kernels)
+        if self.attention not in ("mha", "sdpa") or chosen == kernels:
+            chosen = ()
+        object.__setattr__(self, "sdpa_kernels", chosen)
+        if self.compile == "none":
+            object.__setattr__(self, "compile_scope", "unet")
+
     @property
     def id(self) -> str:
-        """Such as `sd2-mha-mem_efficient-compile-b1`: parts at their defaults are left out."""
-        parts = [self.model, self.attention, *self.sdpa_kernels]
+        """Such as `sd2-mha-mem_efficient-compile-b1`: parts at their usual values are left out.
+
+        Attention by xFormers is `original-xformers`, as the published experiment names it: its first code with that kernel.
+        """
+        parts = [self.model] if self.checkpoint is None else [self.model, PurePath(self.checkpoint).stem]
+        if self.engine != "sd":
+            parts.append(self.engine)
+        if self.workload != "txt2img":
+            parts.append(self.workload)
+        published = self.attention == "xformers" and self.engine == "sd"
+        parts += ["original-xformers" if published else self.attention, *self.sdpa_kernels]
         if self.compile != "none":
             parts.append("compile" if self.compile == "default" else f"compile-{self.compile}")
-        if self.precision != "full":
+            if self.compile_scope != "unet":
+                parts.append(self.compile_scope)
+        if self.precision != usual_precision(self.model):
             parts.append(self.precision)
         if (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler}{self.steps}")
+        if self.height or self.width:
+            parts.append(f"{self.height or 'native'}x{self.width or 'native'}")
+        parts += [part for part in (self.device, self.interpreter) if part]
         return "-".join([*parts, f"b{self.batch}"])
 
     def as_dict(self) -> dict:
-        """All fields, ready for JSON."""
+        """All fields and the id, ready for JSON."""
         return {**asdict(self), "sdpa_kernels": list(self.sdpa_kernels), "id": self.id}
 
+    def reference(self) -> Configuration:
+        """What this one's pictures are compared with: fp32, original attention, nothing compiled, one image at a time."""
+        return replace(
+            self, engine="sd", attention="original", sdpa_kernels=(), compile="none", precision="full", batch=1
+        )
 
-ATTENTIONS = ("original", "xformers", "mha", "sdpa")
-BATCHES = (1, 2, 4)
+
+def from_dict(values: dict) -> Configuration:
+    """The inverse of `as_dict`; raises UnknownChoice for a field that there is not."""
+    known = {field.name for field in fields(Configuration)}
+    unknown = sorted(set(values) - known - {"id"})
+    if unknown:
+        raise UnknownChoice(f"a configuration has no field {', '.join(unknown)}")
+    values = {name: value for name, value in values.items() if name in known}
+    return Configuration(**{**values, "sdpa_kernels": tuple(values.get("sdpa_kernels", ()))})
 
 
-def attention_by_batch(model: str, precision: str) -> list[Configuration]:
-    """Every attention implementation at every batch size."""
-    return [
-        Configuration(model=model, attention=attention, precision=precision, batch=batch)
-        for attention in ATTENTIONS
-        for batch in BATCHES
-    ]
+def usual_precision(model: str) -> str:
+    """The published experiment ran under autocast; the embedded model is a CPU's, where fp32 is what computes."""
+    return "full" if model == "tiny" else "autocast"
+
+
+def usual(model: str) -> Configuration:
+    """The configuration from which options start: PyTorch's own attention on `model` as it is usually run."""
+    return Configuration(model=model, precision=usual_precision(model))
+
+
+def cross(configurations: list[Configuration], values: dict[str, list]) -> list[Configuration]:
+    """Every configuration with every combination of the given field values, each once, in order.
+
+    `size` stands for height and width together: (pixels, pixels).
+    """
+    combinations = [dict(zip(values, choice)) for choice in itertools.product(*values.values())]
+    crossed = [_with(configuration, choice) for configuration in configurations for choice in combinations]
+    return list(dict.fromkeys(crossed))
+
+
+def _with(configuration: Configuration, choice: dict) -> Configuration:
+    if "size" in choice:
+        height, width = choice["size"]
+        choice = {**{name: value for name, value in choice.items() if name != "size"}, "height": height, "width": width}
+    changed = replace(configuration, **choice)
+    usual_before = configuration.precision == usual_precision(configuration.model)
+    if "precision" not in choice and usual_before:  # another model brings its own usual precision
+        changed = replace(changed, precision=usual_precision(changed.model))
+    return changed
+
+
+def _variants(model: str, choices: list[dict], batches=(1,)) -> list[Configuration]:
+    return [replace(usual(model), batch=batch, **choice) for batch in batches for choice in choices]
+
+
+PUBLISHED_FIVE: list[dict] = [
+    {"attention": "original"},
+    {"attention": "xformers"},
+    {"attention": "mha", "sdpa_kernels": ("math",)},
+    {"attention": "mha", "sdpa_kernels": ("mem_efficient",)},
+    {"attention": "mha", "sdpa_kernels": ("mem_efficient",), "compile": "default"},
+]
+# Small enough for two cores and three minutes, and with one of everything: each attention that a CPU has, half
+# weights, and torch.compile.
+SMOKE: list[dict] = [
+    {"attention": "original"},
+    {"attention": "mha"},
+    {"attention": "sdpa"},
+    {"attention": "sdpa", "compile": "default"},
+]
+COMPILE_MODES = [{"compile": mode} for mode in CHOICES["compile"]]
+LADDER: list[dict] = [  # from the published original, one change at a time
+    {"attention": "original"},
+    {"attention": "sdpa"},
+    {"attention": "sdpa", "precision": "fp16"},
+    {"attention": "sdpa", "precision": "bf16"},
+    *({"attention": "sdpa", "precision": "fp16", "compile": mode} for mode in CHOICES["compile"][1:]),
+]
+
+SETS: dict[str, list[Configuration]] = {
+    # The article's five on SD2; the two rounds of a launch are its --n_iter 2.
+    "published": _variants("sd2", PUBLISHED_FIVE, batches=(1, 2, 4)),
+    "published_sd1": _variants("sd1", [{"attention": "original"}, {"attention": "mha"}], batches=(2,)),
+    # The two exercises that the article leaves to its reader.
+    "sd1_compile": _variants("sd1", [PUBLISHED_FIVE[0], *PUBLISHED_FIVE[3:]]),
+    "peers": _variants(
+        "sd1",
+        [
+            {"attention": "original"},
+            {"attention": "sdpa", "precision": "fp16"},
+            {"engine": "diffusers", "attention": "xformers", "precision": "fp16"},
+            {"engine": "diffusers", "attention": "sdpa", "precision": "fp16"},
+        ],
+    ),
+    "ladder": _variants("sd2", LADDER),
+    "compile_modes": _variants("sd2", COMPILE_MODES),
+    "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
+    # Every attention at three batch sizes; the published protocol's question, asked of this machine's own model.
+    "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
+    "stages": [
+        replace(usual("tiny"), workload=workload, attention=attention)
+        for workload in ("text", "unet", "vae")
+        for attention in ("original", "sdpa")
+    ],
+}
+SUMMARIES = {
+    "published": "the article's five configurations on SD2, batch 1, 2 and 4",
+    "published_sd1": "the companion article's two on SD1, batch 2",
+    "sd1_compile": "compile on SD1, the article's first exercise",
+    "peers": "diffusers' SD1 with xFormers and PyTorch's attention beside ours, its second",
+    "ladder": "one optimisation at a time on SD2",
+    "compile_modes": "every mode of torch.compile",
+    "smoke": "the embedded model, for a machine without a GPU",
+    "batches": "every attention at batch 1, 2 and 4",
+    "stages": "text encoder, one UNet call and VAE decoder by themselves",
+}
+
+
+def suiting(device: str) -> str:
+    """The name of the set that is run when nothing is asked for."""
+    return "batches" if device == "cuda" else "smoke"

@@ -137,7 +137,7 @@ def autoencoder_config(config: ModelConfig) -> dict:
     }
 
 
-def _text_config(config: ModelConfig) -> dict:
+def text_config(config: ModelConfig) -> dict:
     text = config.text
     return {
         "architectures": ["CLIPTextModel"],
@@ -157,7 +157,7 @@ def _text_config(config: ModelConfig) -> dict:
     }
 
 
-def _scheduler_config(config: ModelConfig) -> dict:
+def scheduler_config(config: ModelConfig) -> dict:
     return {
         "_class_name": "PNDMScheduler",
         "beta_schedule": "scaled_linear",
@@ -200,16 +200,16 @@ def write_folder(folder: Path, networks: dict[str, layouts.State], config: Model
         "autoencoder": layouts.autoencoder_to_diffusers(networks["autoencoder"]),
         "text_encoder": layouts.openclip_text_to_hf(networks["text_encoder"]),
     }
-    configs = {"unet": unet_config, "autoencoder": autoencoder_config, "text_encoder": _text_config}
+    configs = {"unet": unet_config, "autoencoder": autoencoder_config, "text_encoder": text_config}
     for part, (name, stem) in WEIGHT_FILES.items():
         _write_json(folder / name / "config.json", configs[part](config))
         write_safetensors(folder / name / f"{stem}.safetensors", converted[part], {"format": "pt"})
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(config))
-    _write_tokenizer(folder / "tokenizer", config)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
+    write_tokenizer(folder / "tokenizer", config)
     _write_json(folder / "model_index.json", MODEL_INDEX)
 
 
-def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
+def write_tokenizer(folder: Path, config: ModelConfig) -> None:
     """CLIP's vocabulary, from the copy inside open_clip_torch, in the two files of transformers' CLIPTokenizer."""
     from open_clip.tokenizer import SimpleTokenizer  # slow to import, and only needed here
 

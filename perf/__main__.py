@@ -1,0 +1,32 @@
+"""`python -m perf COMMAND`: what is done beside measuring. Each command's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
+COMMANDS = {
+    "doctor": ("perf.doctor", "add_arguments", "run", "is this machine fit to measure?"),
+    "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
+    "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
+}
+
+
+def main(argv=None) -> int:
+    """Run a command; returns its exit status (perf.verdicts.ExitCode)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, add, _, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:
+            getattr(importlib.import_module(module), add)(command)
+    arguments = parser.parse_args(argv)
+    module, _, run, _ = COMMANDS[arguments.command]
+    return getattr(importlib.import_module(module), run)(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

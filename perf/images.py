@@ -1,0 +1,144 @@
+"""Is the picture of a timed round still right? A wrong picture has no time.
+
+A round's output is compared with the reference: the same weights and latents in fp32 through the `original` attention,
+eager, one image at a time. References are kept by content (`reference_key`) and made once. The rules at the end are pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.configurations import Configuration
+
+IDENTICAL_DB = 100.0  # stands for the infinite PSNR of equal pictures, which JSON cannot hold
+
+
+def examine(output, references: list[str] | None) -> dict:
+    """What can be said about an output: hash, finiteness, constancy, and its distance from the references, one per image.
+
+    Runs in a worker, on tensors. The relative error is the worst image's, in the Euclidean norm of its latents.
+    """
+    latents = output.latents.detach().float().cpu().contiguous()
+    pictures = latents if output.images is None else output.images.contiguous()
+    found = {
+        "sha256": hashlib.sha256(pictures.numpy().tobytes()).hexdigest(),
+        "finite": bool(latents.isfinite().all()),
+        "constant": any(bool((picture == picture.flatten()[0]).all()) for picture in pictures),
+        "latent_relative_error": None,
+        "psnr_db": None,
+    }
+    if references:
+        import numpy
+
+        errors, ratios = [], []
+        for i, path in enumerate(references):
+            with numpy.load(path, allow_pickle=False) as reference:
+                expected = reference["latents"]
+                errors.append(
+                    float(numpy.linalg.norm(latents[i].numpy() - expected) / max(numpy.linalg.norm(expected), 1e-30))
+                )
+                if output.images is not None:
+                    ratios.append(_psnr(numpy, output.images[i].numpy(), reference["image"]))
+        found["latent_relative_error"] = _finite(max(errors))
+        found["psnr_db"] = min(ratios) if ratios else None
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _psnr(numpy, picture, expected) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures in dB."""
+    error = float(numpy.mean((picture.astype("float64") - expected.astype("float64")) ** 2))
+    return IDENTICAL_DB if error == 0 else min(IDENTICAL_DB, 10 * math.log10(255**2 / error))
+
+
+def write(output, path: str) -> None:
+    """Keep the single image of a reference run; whole or not at all."""
+    import numpy
+
+    arrays = {"latents": output.latents[0].detach().float().cpu().numpy()}
+    if output.images is not None:
+        arrays["image"] = output.images[0].numpy()
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        numpy.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+# --- what a reference is called
+
+
+def image_seeds(configuration: Configuration, seed: int) -> list[int]:
+    """The seeds of a round's images: image i has seed + i, at any batch size."""
+    return [seed + i for i in range(configuration.batch)]
+
+
+def reference_path(folder: Path, configuration: Configuration, seed: int, weights: dict, origin: dict) -> Path:
+    """Where the reference of one image is kept. The name is a hash of all that its pixels depend on.
+
+    origin: what random weights depend on besides their seed (torch and device), as machine facts.
+    """
+    what = {**configuration.reference().as_dict(), "seed": seed, "weights": weights, "format": 1}
+    for path in ("checkpoint", "config"):  # the same weights under another name are the same weights
+        what[path] = what[path] if weights["sha256"] is None else None
+    del what["id"], what["interpreter"]
+    if weights["kind"] == "random":
+        what["origin"] = {key: origin.get(key) for key in ("device", "torch")}
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return folder / f"{digest[:40]}.npz"
+
+
+# --- rules
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a right picture may be from the fp32 reference."""
+
+    latent_relative_error: float
+    psnr_db: float
+
+
+# By what computes. Measured on the embedded model over 20 steps at guidance 7.5: fp32 5e-6 and 83 dB, fp16 0.008 and
+# 52 dB, bf16 0.08 and 24 dB; the bounds leave a factor of 3 to 6, and fp32 what another torch or a compiler may reorder.
+BOUNDS = {"fp32": Bounds(1e-3, 45.0), "fp16": Bounds(0.05, 35.0), "bf16": Bounds(0.25, 16.0)}
+
+
+def computing_type(precision: str, device: str) -> str:
+    """What computes under a precision: autocast is fp16 on CUDA, as published, and bf16 on a CPU."""
+    if precision == "autocast":
+        return "fp16" if device == "cuda" else "bf16"
+    return "fp32" if precision == "full" else precision
+
+
+def wrong(examined: dict, precision: str, device: str) -> str | None:
+    """Why the picture is not right, as `code: words`, or None. The bounds are two-sided where sameness is suspicious."""
+    if not examined["finite"]:
+        return "not_finite: the latents hold NaN or infinity; try precision full or bf16"
+    if examined["constant"]:
+        return "constant: a picture of one colour"
+    computing = computing_type(precision, device)
+    error, psnr, bounds = examined["latent_relative_error"], examined["psnr_db"], BOUNDS[computing]
+    if error is None:
+        return None
+    if error > bounds.latent_relative_error:
+        return f"latents: {error:.2g} away from the fp32 reference, {bounds.latent_relative_error:g} allowed in {computing}"
+    if psnr is not None and psnr < bounds.psnr_db:
+        return f"picture: {psnr:.1f} dB from the fp32 reference, at least {bounds.psnr_db:g} wanted in {computing}"
+    if computing != "fp32" and error == 0:
+        return f"suspiciously_equal: {precision} gave the very numbers of fp32, so it did not run in {precision}"
+    return None
+
+
+def repeated(hashes: list[str]) -> str | None:
+    """Why the rounds of one launch cannot be what they say: with different latents no two outputs are the same."""
+    if len(set(hashes)) < len(hashes):
+        return "repeated_output: two rounds with different latents gave the same output, as if one had been cached"
+    return None

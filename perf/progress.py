@@ -1,0 +1,79 @@
+"""What a person sees while a session runs: a bar with the time left on a terminal, a line a launch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class SessionProgress:
+    """Counts launches. The time left is that of the launches so far, each configuration by its own mean.
+
+    A compiled configuration's first launch is not like its others, so that the first estimate is too long rather than
+    too short.
+    """
+
+    def __init__(self, total: int, console: Console | None = None, clock=time.monotonic):
+        self.total, self.clock = total, clock
+        self.console = console or Console(file=sys.stderr)
+        self.taken: dict[str, list[float]] = {}
+        self.left: dict[str, int] = {}
+        self.done = 0
+        self.current, self.since = None, clock()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.bar.add_task("starting", total=total, left="")
+
+    def __enter__(self):
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def plan(self, turns) -> None:
+        """Which launches are to come, by name."""
+        for _, slot in turns:
+            self.left[slot.name] = self.left.get(slot.name, 0) + 1
+
+    def say(self, words: str) -> None:
+        """One line that stays."""
+        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def __call__(self, launch: int, slot) -> None:
+        """A launch of a slot starts."""
+        now = self.clock()
+        if self.current is not None:
+            self.taken.setdefault(self.current, []).append(now - self.since)
+            self.done += 1
+        self.current, self.since = slot.name, now
+        self.left[slot.name] = self.left.get(slot.name, 1) - 1
+        left = self.seconds_left()
+        words = "" if left is None else f"{_minutes(left)} left"
+        if self.console.is_terminal:
+            self.bar.update(self.task, description=slot.name, completed=self.done, left=words)
+        else:
+            self.say(f"perf: launch {launch + 1}, {slot.name}" + (f", {words}" if words else ""))
+
+    def seconds_left(self) -> float | None:
+        """An estimate, with the launch that has just started; None before the first one has ended."""
+        if not self.taken:
+            return None
+        everything = [seconds for times in self.taken.values() for seconds in times]
+        usual = sum(everything) / len(everything)
+        mean = {name: sum(times) / len(times) for name, times in self.taken.items()}
+        return mean.get(self.current, usual) + sum(count * mean.get(name, usual) for name, count in self.left.items())
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

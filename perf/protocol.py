@@ -1,0 +1,239 @@
+"""The protocol: in which order configurations take turns, and what is kept of each round.
+
+    launch 0: A B C, launch 1: C B A, launch 2: A B C, ...
+
+A launch is a fresh process that loads, makes one warm-up round and then the timed ones. What the machine does meanwhile
+meets all configurations alike, and mirroring every other launch balances what one leaves behind for the next.
+Pure: what a launch is, how a round is watched and where events are written is given from outside.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from perf import images
+from perf.configurations import Configuration
+from perf.launcher import WorkerError
+
+ROUND_APART = 1000  # seeds of neighbouring rounds differ by more than a batch, since image i has the round's seed + i
+WARM_UP = 999
+RETRIES = 3  # of an invalid round
+ANCHOR_DRIFT_LIMIT = 0.03
+INVALID_SHARE_LIMIT = 0.2
+VARIANTS = (None, "base", "aa")
+# Failures that may not happen again, so that --perf-resume tries once more.
+PASSING = ("died", "hung", "rubbish", "failed", "out_of_memory")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What takes a turn: a configuration, as it is, of another commit (`base`), or the same once more (`aa`)."""
+
+    configuration: Configuration
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The configuration's id, with the variant behind an @."""
+        return self.configuration.id + (f"@{self.variant}" if self.variant else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured of what."""
+
+    slots: tuple[Slot, ...]
+    launches: int
+    rounds: int
+
+    def turns(self, first: int = 0):
+        """(launch, slot) in order; every odd launch runs backwards."""
+        for launch in range(first, self.launches):
+            for slot in self.slots if launch % 2 == 0 else reversed(self.slots):
+                yield launch, slot
+
+    def doubled(self, names) -> Plan:
+        """The same with twice the launches, for the configurations of the given slots alone."""
+        ids = {self.slot(name).configuration.id for name in names}
+        slots = tuple(slot for slot in self.slots if slot.configuration.id in ids)
+        return Plan(slots, 2 * self.launches, self.rounds)
+
+    def slot(self, name: str) -> Slot:
+        """The slot of that name."""
+        return next(slot for slot in self.slots if slot.name == name)
+
+    def as_dict(self) -> dict:
+        """What a journal must agree with to be gone on from."""
+        return {"slots": [slot.name for slot in self.slots], "launches": self.launches, "rounds": self.rounds}
+
+
+@dataclass
+class Launch:
+    """What is known of one launch of one slot."""
+
+    load: dict
+    first_call_seconds: float | None = None
+    rounds: list[dict] = field(default_factory=list)  # valid ones, and those that stayed invalid
+
+    def valid(self) -> list[dict]:
+        """The rounds that count."""
+        return [one for one in self.rounds if one["invalid"] is None]
+
+
+@dataclass
+class Measured:
+    """What is known of one slot. failure: (kind, message) once it cannot go on."""
+
+    slot: Slot
+    launches: dict[int, Launch] = field(default_factory=dict)
+    failure: tuple[str, str] | None = None
+    thrown_away: int = 0
+
+    def add(self, event: dict) -> None:
+        """Take in an event, just measured or read from a journal."""
+        number = event["launch"]
+        if event["event"] == "failure":
+            self.failure = event["kind"], event["message"]
+        elif event["event"] == "load":
+            self.launches.setdefault(number, Launch(event["answer"]))
+        elif event["round"] is None:
+            self.launches[number].first_call_seconds = event["answer"]["wall_seconds"]
+        else:
+            rounds = self.launches[number].rounds
+            if rounds and rounds[-1]["round"] == event["round"]:  # the repetition of an invalid one
+                rounds.pop()
+            rounds.append({**event["answer"], **{key: event[key] for key in ("round", "invalid", "telemetry")}})
+            self.thrown_away += event["invalid"] is not None
+
+    def done(self, launch: int) -> int:
+        """Rounds of a launch that need not be measured again."""
+        return len(self.launches[launch].rounds) if launch in self.launches else 0
+
+    def median(self, launch: int) -> float | None:
+        """The median seconds of a launch's valid rounds: the launch is the unit of comparison."""
+        seconds = [one["seconds"] for one in self.launches[launch].valid()]
+        return statistics.median(seconds) if seconds else None
+
+    def rounds(self) -> list[dict]:
+        """Every valid round, launch after launch."""
+        return [one for _, launch in sorted(self.launches.items()) for one in launch.valid()]
+
+
+class Measurements:
+    """What is known of every slot of a plan, from events."""
+
+    def __init__(self, plan: Plan, events=()):
+        self.plan = plan
+        self.by_name = {slot.name: Measured(slot) for slot in plan.slots}
+        for event in events:
+            if event["event"] in ("load", "round", "failure"):
+                self._check(event)
+                self.by_name[event["slot"]].add(event)
+        for measured in self.by_name.values():
+            if measured.failure and measured.failure[0] in PASSING:
+                measured.failure = None
+
+    def _check(self, event: dict) -> None:
+        known = event.get("slot") in self.by_name and isinstance(event.get("launch"), int)
+        if not known or not 0 <= event["launch"] < 2 * self.plan.launches:  # twice, when it was undecided
+            raise ValueError(f"an event of no slot of this plan: {event.get('slot')!r}")
+        if event["event"] == "round" and event["launch"] not in self.by_name[event["slot"]].launches:
+            raise ValueError(f"a round of a launch that was never loaded: {event['slot']}")
+
+    def drift(self) -> float | None:
+        """How far the anchor moved during the session: thirds of it against the whole, as a fraction; None if too short."""
+        rounds = [one for measured in self.by_name.values() for one in measured.rounds()]
+        anchors = [one["anchor_seconds"] for one in sorted(rounds, key=lambda one: one["started_unix_seconds"])]
+        third = len(anchors) // 3
+        if third < 3:
+            return None
+        middle = statistics.median(anchors)
+        parts = (anchors[:third], anchors[third:-third], anchors[-third:])
+        return max(abs(statistics.median(part) / middle - 1) for part in parts)
+
+    def counts(self) -> tuple[int, int]:
+        """(rounds thrown away as invalid, rounds measured)."""
+        thrown = sum(measured.thrown_away for measured in self.by_name.values())
+        return thrown, thrown + sum(len(measured.rounds()) for measured in self.by_name.values())
+
+    def invalid(self) -> str | None:
+        """Why the session as a whole cannot be trusted, as `code words`, or None."""
+        drift = self.drift()
+        if drift is not None and drift > ANCHOR_DRIFT_LIMIT:
+            return f"anchor_drift {100 * drift:.1f} %, {100 * ANCHOR_DRIFT_LIMIT:g} % allowed"
+        thrown, total = self.counts()
+        if total and thrown > INVALID_SHARE_LIMIT * total:
+            return f"invalid_rounds {100 * thrown / total:.0f} %, {100 * INVALID_SHARE_LIMIT:g} % allowed"
+        return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that a worker may take for an answer."""
+
+    load: float = 1800.0
+    first_round: float = 3600.0  # torch.compile is in it
+    round: float = 1800.0
+
+
+class Runner:
+    """Runs a plan.
+
+    open_launch(slot) gives a context with ask(operation, timeout_seconds, **arguments), as perf.launcher has them;
+    load(slot) the arguments of its `load`; references(slot, seed) the files that a picture is compared with, or None;
+    watch(pid) a context whose result has `telemetry` and `invalid` (a reason or None) when it is left; write(event,
+    content) keeps an event; progress(launch, slot) is told what starts.
+    """
+
+    def __init__(self, plan: Plan, *, open_launch, load, references, watch, write, progress, limits: Limits = Limits()):
+        self.plan, self.limits = plan, limits
+        self.open_launch, self.load, self.references = open_launch, load, references
+        self.watch, self.write, self.progress = watch, write, progress
+
+    def run(self, measurements: Measurements, first: int = 0) -> None:
+        """Measure what is not there yet, from launch `first` on."""
+        for launch, slot in self.plan.turns(first):
+            measured = measurements.by_name[slot.name]
+            if measured.failure or measured.done(launch) >= self.plan.rounds:
+                continue
+            self.progress(launch, slot)
+            try:
+                self._launch(launch, slot, measured)
+            except WorkerError as error:
+                self._note("failure", measured, launch, {"kind": error.kind, "message": str(error)})
+
+    def _note(self, event: str, measured: Measured, launch: int, content: dict) -> None:
+        content = {"slot": measured.slot.name, "launch": launch, **content}
+        self.write(event, content)
+        measured.add({"event": event, **content})
+
+    def _launch(self, launch: int, slot: Slot, measured: Measured) -> None:
+        with self.open_launch(slot) as worker:
+            answer = worker.ask("load", self.limits.load, **self.load(slot))
+            self._note("load", measured, launch, {"answer": answer})
+            device = answer["facts"]["device"]
+            seed = slot.configuration.seed
+            answer = worker.ask("round", self.limits.first_round, seed=seed + ROUND_APART * WARM_UP)
+            hashes = [answer["image"]["sha256"]]
+            self._note("round", measured, launch, {"round": None, "answer": answer})
+            for number in range(measured.done(launch), self.plan.rounds):
+                answer = self._round(worker, launch, slot, measured, number)
+                hashes.append(answer["image"]["sha256"])
+                wrong = images.wrong(answer["image"], slot.configuration.precision, device)
+                if slot.configuration.workload != "text":  # whose input is the same in every round
+                    wrong = wrong or images.repeated(hashes)
+                if wrong:
+                    raise WorkerError("wrong_picture", wrong)
+
+    def _round(self, worker, launch: int, slot: Slot, measured: Measured, number: int) -> dict:
+        seed = slot.configuration.seed + ROUND_APART * number
+        check = self.references(slot, seed) if number == 0 else None
+        for attempt in range(1 + RETRIES):
+            with self.watch(worker.pid) as watched:
+                answer = worker.ask("round", self.limits.round, seed=seed, check=check)
+            content = {"round": number, "answer": answer, "telemetry": watched.telemetry, "invalid": watched.invalid}
+            self._note("round", measured, launch, {**content, "attempt": attempt})
+            if watched.invalid is None:
+                break
+        return answer

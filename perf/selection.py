@@ -1,0 +1,71 @@
+"""Which tests a run has: the named sets as markers, options that cross into them, and what is left out when nothing is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from perf.configurations import SETS, SUMMARIES, Configuration, UnknownChoice, cross, suiting, usual
+
+MATRIX = "matrix"  # the marker of what options alone describe
+
+
+def markers() -> list[str]:
+    """Lines for pytest's list of markers."""
+    lines = [f"{name}: {SUMMARIES[name]}" for name in SETS]
+    return [*lines, f"{MATRIX}: what --model, --attention and their sisters describe, crossed"]
+
+
+def parameters(values: dict[str, list], device: str) -> list:
+    """Every configuration of every set, with the sets it belongs to as marks.
+
+    Options change the fields that they name in every set: `-m published --model tiny` is the article's five on the
+    embedded model. Raises pytest.UsageError for values that contradict each other.
+    """
+    sets = dict(SETS)
+    if values:
+        first = values.get("model", ["sd2" if device == "cuda" else "tiny"])[0]
+        sets[MATRIX] = [usual(first)]
+    belongs: dict[Configuration, list[str]] = {}
+    for name, configurations in sets.items():
+        try:
+            for configuration in cross(configurations, values):
+                belongs.setdefault(configuration, []).append(name)
+        except UnknownChoice as error:
+            raise pytest.UsageError(str(error)) from None
+    return [
+        pytest.param(one, id=one.id, marks=[getattr(pytest.mark, name) for name in names])
+        for one, names in _distinct(belongs)
+    ]
+
+
+def _distinct(belongs: dict[Configuration, list[str]]):
+    seen: dict[str, Configuration] = {}
+    for configuration, names in belongs.items():
+        other = seen.setdefault(configuration.id, configuration)
+        if other != configuration:
+            raise pytest.UsageError(
+                f"two configurations are both called {configuration.id}: {other} and {configuration}"
+            )
+        yield configuration, names
+
+
+def with_interpreters(values: dict[str, list], labels) -> dict[str, list]:
+    """The values with every other Python crossed in, this one first."""
+    return {**values, "interpreter": [None, *labels]} if labels else values
+
+
+def leave_out(config, items: list, values: dict[str, list], device: str) -> list:
+    """The items that stay when no set is named: what options describe, else the set that suits the machine.
+
+    A marker expression or a test's own id names what is wanted, and then nothing is left out here.
+    """
+    named = config.option.markexpr or any("::" in argument for argument in config.args)
+    wanted = MATRIX if values else suiting(device)
+    if named:
+        return items
+    return [item for item in items if configuration_of(item) is None or item.get_closest_marker(wanted)]
+
+
+def configuration_of(item) -> Configuration | None:
+    """The configuration that a test measures, or None for any other test."""
+    return getattr(item, "callspec", None) and item.callspec.params.get("configuration")
