@@ -9,6 +9,7 @@ import sys
 # name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
 COMMANDS = {
     "doctor": ("perf.doctor", "add_arguments", "run", "is this machine fit to measure?"),
+    "battery": ("perf.battery", "add_arguments", "run", "does the gate work here? A/A and an injected slowdown"),
     "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
     "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
 }

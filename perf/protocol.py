@@ -21,7 +21,6 @@ WARM_UP = 999
 RETRIES = 3  # of an invalid round
 ANCHOR_DRIFT_LIMIT = 0.03
 INVALID_SHARE_LIMIT = 0.2
-VARIANTS = (None, "base", "aa")
 # Failures that may not happen again, so that --perf-resume tries once more.
 PASSING = ("died", "hung", "rubbish", "failed", "out_of_memory")
 

@@ -92,9 +92,9 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         lock = keep.enter_context(DeviceLock(facts["uuid"] or facts["device"]))
         if lock.notice:
             say(lock.notice)
-        cache = keep.enter_context(_compile_cache())
+        cache = keep.enter_context(compile_cache())
         plan = _plan(settings, configurations)
-        launches = _Launches(settings, cache)
+        launches = Launches(settings, cache)
         probed = launches.probe()
         facts = {**facts, "matmul_flops_per_second": probed["matmul_flops_per_second"]}
         if settings.device == "cuda":
@@ -187,7 +187,7 @@ def judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Dec
 # --- launches
 
 
-class _Launches:
+class Launches:
     """Opens workers: which interpreter, which `sd`, and what they are told to load."""
 
     def __init__(self, settings: Settings, compile_cache: str):
@@ -226,13 +226,16 @@ class _Launches:
         """What torch and the device are, asked of a process of its own. Raises SessionError."""
         try:
             with self.open(Slot(Configuration())) as worker:
-                return worker.ask("probe", 600.0, device=self.settings.device, threads=self.settings.threads)
+                settings = self.settings
+                return worker.ask(
+                    "probe", 600.0, device=settings.device, clock=settings.clock, threads=settings.threads
+                )
         except WorkerError as error:
             raise SessionError(f"nothing can be measured: {error}") from None
 
 
 @contextlib.contextmanager
-def _compile_cache():
+def compile_cache():
     folder = tempfile.mkdtemp(prefix="sd-perf-compile-")
     try:
         yield folder
@@ -246,7 +249,7 @@ def _compile_cache():
 class _References:
     """The pictures that timed rounds are compared with, made once and kept by content."""
 
-    def __init__(self, settings: Settings, launches: _Launches, facts: dict):
+    def __init__(self, settings: Settings, launches: Launches, facts: dict):
         self.settings, self.launches, self.facts = settings, launches, facts
         self.folder = settings.folder / "references"
         self.unchecked: dict[str, str] = {}

@@ -122,7 +122,11 @@ class Worker:
         images.write(self.output, path)
         return {"path": path}
 
-    def probe(self, device: str, threads: int | None) -> dict:
+    def ping(self) -> dict:
+        """Nothing: what a round trip over the pipes costs."""
+        return {}
+
+    def probe(self, device: str, clock: str, threads: int | None) -> dict:
         """What this torch and device are, and the device's matrix-product ceiling in FLOP/s, by name of the dtype."""
         import torch
 
@@ -135,7 +139,7 @@ class Worker:
         dtypes = ("float32", "float16", "bfloat16") if device == "cuda" else ("float32",)
         rates = {}
         for name in dtypes:
-            rates[name] = matmul_flops_per_second(torch.device(device), getattr(torch, name), clocks.wall_clock)
+            rates[name] = matmul_flops_per_second(torch.device(device), getattr(torch, name), clocks.clock(clock))
         return {**torch_facts(device), "matmul_flops_per_second": rates}
 
     def _describe(self, error: Exception) -> dict:
@@ -155,7 +159,7 @@ class Worker:
         return {"kind": kind, "message": message}
 
 
-OPERATIONS = ("probe", "load", "round", "write_reference")
+OPERATIONS = ("ping", "probe", "load", "round", "write_reference")
 
 
 def _require_cuda() -> None:
