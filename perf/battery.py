@@ -16,8 +16,8 @@ from pathlib import Path
 from perf.configurations import Configuration, usual
 from perf.launcher import WorkerError
 from perf.lock import DeviceBusy, DeviceLock
-from perf.machine_stack import stack, visible_device
-from perf.nvml import NoTelemetry
+from perf.machine_stack import stack
+from perf.nvml import NoTelemetry, open_visible_device
 from perf.protocol import Measurements, Plan, Runner, Slot
 from perf.session import Launches, Settings, Watch, compile_cache, no_watch
 from perf.statistics import MARGIN_FLOOR, MIN_VALUES, self_comparison
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"error: at least {MIN_VALUES} launches, without which there is no interval, and 1 session", file=sys.stderr
         )
         return ExitCode.REFUSED
-    gpu = visible_device()
+    gpu = open_visible_device()
     device = "cpu" if isinstance(gpu, NoTelemetry) else "cuda"
     clock = "wall" if device == "cuda" else "cpu"
     facts = stack(device, gpu)

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import re
 from importlib import metadata
 from pathlib import Path
 
 from perf.machine import cpu_facts, gpu_facts
-from perf.nvml import Device, NoTelemetry, open_device
-
-
-def visible_device() -> Device | NoTelemetry:
-    """The GPU that CUDA would call number 0, by CUDA_VISIBLE_DEVICES, or why there is none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return open_device(None, 0)
-    first = visible.split(",")[0].strip()
-    if first.isdigit():
-        return open_device(None, int(first))
-    if first.startswith(("GPU-", "MIG-")):
-        return open_device(first)
-    return NoTelemetry(f"CUDA_VISIBLE_DEVICES is {visible!r}")
+from perf.nvml import Device, NoTelemetry
 
 
 def stack(device: str, gpu: Device | NoTelemetry) -> dict:

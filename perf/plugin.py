@@ -12,7 +12,8 @@ from perf import baselines, benchmark_glue, options, record, selection
 from perf.clock import ReplayClock
 from perf.journal import JournalError
 from perf.lock import DeviceBusy
-from perf.machine_stack import stack, torch_version, visible_device
+from perf.machine_stack import stack, torch_version
+from perf.nvml import open_visible_device
 from perf.protocol import INVALID_SHARE_LIMIT
 from perf.report import terminal
 from perf.session import Session, SessionError, run
@@ -28,7 +29,7 @@ class State:
     """What one pytest run knows: the machine, the choice of baselines, and later the measured session."""
 
     def __init__(self, config):
-        self.gpu = visible_device()
+        self.gpu = open_visible_device()
         self.device = options.machine_device(config, self.gpu)
         self.values = selection.with_interpreters(
             options.given(config), [text.partition("=")[0] for text in config.getoption("perf_python")]

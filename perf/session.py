@@ -18,8 +18,8 @@ from perf import images, journal, weights
 from perf.configurations import Configuration
 from perf.launcher import InProcessLaunch, Interpreter, ProcessLaunch, WorkerError
 from perf.lock import DeviceLock
-from perf.machine_stack import stack, visible_device
-from perf.nvml import NoTelemetry, open_device
+from perf.machine_stack import stack
+from perf.nvml import NoTelemetry, open_device, open_visible_device
 from perf.progress import SessionProgress
 from perf.protocol import Limits, Measurements, Plan, Runner, Slot
 from perf.telemetry import Monitor, invalid_reason
@@ -86,7 +86,7 @@ class Session:
 def run(settings: Settings, configurations: list[Configuration], say) -> Session:
     """Measure. say(words) prints a line that stays. Raises SessionError, DeviceBusy or JournalError."""
     started = time.time()
-    gpu = visible_device() if settings.device == "cuda" else None
+    gpu = open_visible_device() if settings.device == "cuda" else None
     facts = stack(settings.device, gpu)
     with contextlib.ExitStack() as keep:
         lock = keep.enter_context(DeviceLock(facts["uuid"] or facts["device"]))

@@ -1,0 +1,259 @@
+"""One GPU as NVML shows it, read through `pynvml` (the package nvidia-ml-py). Imports neither torch nor pytest.
+
+Every read may be refused, by the card, the driver's age, MIG or the container: it is then None, never 0.
+Source: NVIDIA, NVML API Reference Guide.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+from dataclasses import dataclass
+
+# Bits of nvmlDeviceGetCurrentClocksEventReasons, by the names of `nvidia-smi --query-gpu=clocks_event_reasons.*`. They
+# are numbers here because the library renamed its constants (ThrottleReason became EventReason), not the bits.
+CLOCKS_EVENT_REASONS = {
+    0x001: "gpu_idle",
+    0x002: "applications_clocks_setting",
+    0x004: "sw_power_cap",
+    0x008: "hw_slowdown",
+    0x010: "sync_boost",
+    0x020: "sw_thermal_slowdown",
+    0x040: "hw_thermal_slowdown",
+    0x080: "hw_power_brake_slowdown",
+    0x100: "display_clock_setting",
+    0x200: "board_limit",
+    0x400: "reliability",
+}
+VIOLATION_POLICIES = {  # nvmlPerfPolicyType_t
+    "power": 0,
+    "thermal": 1,
+    "sync_boost": 2,
+    "board_limit": 3,
+    "low_utilization": 4,
+    "reliability": 5,
+    "total_app_clocks": 10,
+    "total_base_clocks": 11,
+}
+CLOCK_SM, CLOCK_MEMORY = 1, 2  # nvmlClockType_t
+TEMPERATURE_GPU = 0  # nvmlTemperatureSensors_t
+TEMPERATURE_THRESHOLD_SLOWDOWN = 1  # nvmlTemperatureThresholds_t
+LOST = {9: "driver not loaded", 15: "GPU is lost", 16: "GPU requires restart"}  # nvmlReturn_t: no later read will work
+NOT_AVAILABLE = 1 << 63  # NVML_VALUE_NOT_AVAILABLE is all bits set; no counter gets half as far
+INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux kernel: that of no container
+
+
+@dataclass(frozen=True)
+class NoTelemetry:
+    """Stands for a device that NVML cannot show; `reason` says why, in one line."""
+
+    reason: str
+
+
+class Device:
+    """A GPU or MIG instance. Reads return None where they are refused; `lost` says if the GPU stopped answering.
+
+    The clocks, the temperature and the limits of a MIG instance are those of its GPU. Power and energy are asked of
+    the instance itself and mostly refused: the GPU's would include the neighbours'.
+    """
+
+    def __init__(self, library, handle):
+        self.lost: str | None = None
+        self._library = library
+        self._handle = handle
+        self._gpu = handle
+        self.is_mig_instance = bool(self._read("nvmlDeviceIsMigDeviceHandle", handle))
+        if self.is_mig_instance:
+            self._gpu = self._read("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle) or handle
+
+    def close(self) -> None:
+        """Let NVML go. Reads after this are None."""
+        self._read("nvmlShutdown")
+        self.lost = self.lost or "closed"  # NVML counts its users: a second close must not end another one's
+
+    def name(self) -> str | None:
+        """Model, such as `NVIDIA H200`; a MIG instance's has its profile behind it."""
+        return _text(self._read("nvmlDeviceGetName", self._handle))
+
+    def uuid(self) -> str | None:
+        """`GPU-...` or `MIG-...`."""
+        return _text(self._read("nvmlDeviceGetUUID", self._handle))
+
+    def driver(self) -> str | None:
+        """Version of the kernel driver, such as `580.65.06`."""
+        return _text(self._read("nvmlSystemGetDriverVersion"))
+
+    def cuda_driver(self) -> tuple[int, int] | None:
+        """Newest CUDA (major, minor) that the driver speaks."""
+        version = self._read("nvmlSystemGetCudaDriverVersion_v2")
+        return None if version is None else (version // 1000, version % 1000 // 10)
+
+    def compute_capability(self) -> tuple[int, int] | None:
+        """(major, minor)."""
+        capability = self._read("nvmlDeviceGetCudaComputeCapability", self._gpu)
+        return None if capability is None else tuple(capability)
+
+    def memory_bytes(self) -> tuple[int | None, int | None]:
+        """Total and used."""
+        memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
+        return (None, None) if memory is None else (memory.total, memory.used)
+
+    def sm_clock_mhz(self) -> int | None:
+        """The SM clock now."""
+        return self._read("nvmlDeviceGetClockInfo", self._gpu, CLOCK_SM)
+
+    def memory_clock_mhz(self) -> int | None:
+        """The memory clock now."""
+        return self._read("nvmlDeviceGetClockInfo", self._gpu, CLOCK_MEMORY)
+
+    def sm_clock_max_mhz(self) -> int | None:
+        """The highest SM clock of this model."""
+        return self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_SM)
+
+    def memory_clock_max_mhz(self) -> int | None:
+        """The highest memory clock of this model."""
+        return self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_MEMORY)
+
+    def application_sm_clock_mhz(self) -> tuple[int | None, int | None]:
+        """The applications clock that is set (`nvidia-smi -ac`), and its default."""
+        return (
+            self._read("nvmlDeviceGetApplicationsClock", self._gpu, CLOCK_SM),
+            self._read("nvmlDeviceGetDefaultApplicationsClock", self._gpu, CLOCK_SM),
+        )
+
+    def power_watts(self) -> float | None:
+        """Power drawn: of this moment up to GA100, of the last second on newer cards (NVML reference)."""
+        return _thousandth(self._read("nvmlDeviceGetPowerUsage", self._handle))
+
+    def energy_joules(self) -> float | None:
+        """Energy since the driver was loaded; Volta and newer."""
+        return _thousandth(_counter(self._read("nvmlDeviceGetTotalEnergyConsumption", self._handle)))
+
+    def power_limit_watts(self) -> float | None:
+        """The limit in force, the lowest of all that were set."""
+        return _thousandth(self._read("nvmlDeviceGetEnforcedPowerLimit", self._gpu))
+
+    def power_limit_default_watts(self) -> float | None:
+        """The limit that the card came with."""
+        return _thousandth(self._read("nvmlDeviceGetPowerManagementDefaultLimit", self._gpu))
+
+    def temperature_celsius(self) -> int | None:
+        """Temperature of the GPU die."""
+        temperature = self._read("nvmlDeviceGetTemperatureV", self._gpu, TEMPERATURE_GPU)
+        if temperature is None:  # what it was called before driver 575
+            temperature = self._read("nvmlDeviceGetTemperature", self._gpu, TEMPERATURE_GPU)
+        return temperature
+
+    def temperature_slowdown_celsius(self) -> int | None:
+        """Where the hardware starts to slow down."""
+        return self._read("nvmlDeviceGetTemperatureThreshold", self._gpu, TEMPERATURE_THRESHOLD_SLOWDOWN)
+
+    def clocks_event_reasons(self) -> frozenset[str] | None:
+        """Why the clocks are not higher, by the names in CLOCKS_EVENT_REASONS; empty where nothing holds them."""
+        bits = self._read("nvmlDeviceGetCurrentClocksEventReasons", self._gpu)
+        if bits is None:  # what it was called before driver 535
+            bits = self._read("nvmlDeviceGetCurrentClocksThrottleReasons", self._gpu)
+        if bits is None:
+            return None
+        named = {name for bit, name in CLOCKS_EVENT_REASONS.items() if bits & bit}
+        unnamed = bits & ~sum(CLOCKS_EVENT_REASONS)
+        return frozenset(named | {f"unknown_{unnamed:#x}"} if unnamed else named)
+
+    def violation_nanoseconds(self) -> dict[str, int | None]:
+        """Time that each policy has held the clocks down since the driver was loaded."""
+        counters = {}
+        for name, policy in VIOLATION_POLICIES.items():
+            status = self._read("nvmlDeviceGetViolationStatus", self._gpu, policy)
+            counters[name] = None if status is None else _counter(status.violationTime)
+        return counters
+
+    def compute_pids(self) -> frozenset[int] | None:
+        """Processes with a compute context on the device (of a MIG instance: on the instance)."""
+        processes = self._read("nvmlDeviceGetComputeRunningProcesses_v3", self._handle)
+        if processes is None:  # driver 470 and older
+            processes = self._read("nvmlDeviceGetComputeRunningProcesses_v2", self._handle)
+        return None if processes is None else frozenset(process.pid for process in processes)
+
+    def persistence_mode(self) -> bool | None:
+        """Whether the driver stays loaded between processes."""
+        mode = self._read("nvmlDeviceGetPersistenceMode", self._gpu)
+        return None if mode is None else bool(mode)
+
+    def mig_mode(self) -> bool | None:
+        """Whether the GPU is partitioned; None on models that cannot be."""
+        modes = self._read("nvmlDeviceGetMigMode", self._gpu)
+        return None if modes is None else bool(modes[0])
+
+    def _read(self, function: str, *arguments):
+        call = getattr(self._library, function, None)
+        if call is None or self.lost:
+            return None
+        try:
+            return call(*arguments)
+        except self._library.NVMLError as error:
+            self.lost = LOST.get(getattr(error, "value", None))
+            return None
+
+
+def open_device(uuid: str | None, index: int = 0) -> Device | NoTelemetry:
+    """The device with this UUID, with or without `GPU-` or `MIG-` before it, or without a UUID the one at `index`.
+
+    Give the UUID wherever it is known (torch.cuda.get_device_properties has it since torch 2.4): NVML counts by PCI bus
+    and knows nothing of CUDA_VISIBLE_DEVICES, so that its index may be another GPU than torch's. Raises nothing:
+    whatever is missing, library, driver or device, is the reason of a NoTelemetry.
+    """
+    try:
+        library = importlib.import_module("pynvml")
+    except ImportError as error:
+        return NoTelemetry(f"the Python package nvidia-ml-py cannot be imported ({error})")
+    try:
+        library.nvmlInit()
+    except library.NVMLError as error:
+        return NoTelemetry(f"no NVIDIA driver answers ({error})")
+    refusals = []
+    for candidate in (None,) if uuid is None else (uuid, f"GPU-{uuid}", f"MIG-{uuid}"):
+        try:
+            if candidate is None:
+                return Device(library, library.nvmlDeviceGetHandleByIndex(index))
+            return Device(library, library.nvmlDeviceGetHandleByUUID(candidate))
+        except library.NVMLError as error:
+            refusals.append(str(error))
+    library.nvmlShutdown()
+    return NoTelemetry(f"NVML has no device {index if uuid is None else uuid} ({refusals[0]})")
+
+
+def open_visible_device(index: int = 0) -> Device | NoTelemetry:
+    """What CUDA would call device `index` under this CUDA_VISIBLE_DEVICES, on a machine whose GPUs are alike.
+
+    Among unlike GPUs CUDA counts by speed unless CUDA_DEVICE_ORDER=PCI_BUS_ID: there only a UUID is certain.
+    Source: NVIDIA, CUDA C++ Programming Guide, environment variables: the list ends at its first invalid entry.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return open_device(None, index)
+    entries = [entry.strip() for entry in visible.split(",")]
+    valid = list(itertools.takewhile(lambda entry: entry.isdigit() or entry[:4] in ("GPU-", "MIG-"), entries))
+    if index >= len(valid):
+        return NoTelemetry(f"CUDA_VISIBLE_DEVICES={visible!r} leaves no device {index}")
+    return open_device(None, int(valid[index])) if valid[index].isdigit() else open_device(valid[index])
+
+
+def in_initial_pid_namespace() -> bool:
+    """Whether this process numbers processes as the host does. True where that cannot be read."""
+    try:
+        return os.readlink("/proc/self/ns/pid") == INITIAL_PID_NAMESPACE
+    except OSError:
+        return True
+
+
+def _text(value) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value  # bytes: nvidia-ml-py before 11.515
+
+
+def _thousandth(value: float | None) -> float | None:
+    return None if value is None else value / 1000
+
+
+def _counter(value: int | None) -> int | None:
+    return None if value is None or value >= NOT_AVAILABLE else value
