@@ -9,11 +9,13 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,10 @@ from perf.worker import KINDS, PROTOCOL, Worker
 
 ROOT = Path(__file__).resolve().parent.parent  # where `perf` and this tree's `sd` are imported from
 START_SECONDS = 60.0  # for an interpreter to start and say so
+EXIT_SECONDS = 5.0  # for a process that has closed its pipe to end by itself, so that its own status is known
+LOOK_SECONDS = 1.0  # between looks at whether the process lives: a child of a dead one may hold its pipe open
 LONGEST_LINE = 1 << 20
+LONGEST_MESSAGE = 2000
 
 
 class WorkerError(Exception):
@@ -61,7 +66,10 @@ class ProcessLaunch:
     """A worker process. Use as a context: it is ended on the way out, with all that it started."""
 
     def __init__(self, interpreter: Interpreter, command: list[str] | None = None):
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+        try:
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+        except OSError as error:
+            raise WorkerError("died", f"a worker cannot be started: {error.strerror}") from None
         try:
             self.process = subprocess.Popen(
                 command or interpreter.command(),
@@ -73,15 +81,19 @@ class ProcessLaunch:
                 start_new_session=True,  # so that it and its children can be ended together
             )
         except OSError as error:
+            self._stderr.close()
             raise WorkerError("died", f"{interpreter.python} cannot be started: {error.strerror}") from None
-        self._lines = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._closed = False
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         try:
             hello = self._answer(START_SECONDS)
             if hello.get("protocol") != PROTOCOL:
-                raise WorkerError("rubbish", f"the worker speaks protocol {hello.get('protocol')!r}, not {PROTOCOL}")
+                spoken = repr(hello.get("protocol"))[:80]
+                raise WorkerError("rubbish", f"the worker speaks protocol {spoken}, not {PROTOCOL}")
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
 
     @property
@@ -92,6 +104,9 @@ class ProcessLaunch:
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         """The answer to one request. Raises WorkerError."""
         line = json.dumps({"op": operation, **arguments}) + "\n"
+        with contextlib.suppress(queue.Empty):  # else what it said unasked would be taken for the answer to this
+            early = self._lines.get_nowait()
+            raise self._rubbish(early) if early is not None else self._died()
         try:
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
@@ -100,30 +115,54 @@ class ProcessLaunch:
         return self._answer(timeout_seconds)
 
     def _answer(self, timeout_seconds: float) -> dict:
-        try:
-            line = self._lines.get(timeout=timeout_seconds)
-        except queue.Empty:
-            self.close()
-            raise WorkerError("hung", f"the worker gave no answer in {timeout_seconds:.0f} s and was ended") from None
+        line = self._line(timeout_seconds)
         if line is None:
             raise self._died()
         try:
-            answer = json.loads(line)
-            return read_answer(answer)
+            return read_answer(json.loads(line, parse_constant=_refuse))
         except (ValueError, RecursionError):
-            self.close()
-            start = line[:80].decode("utf-8", "replace")
-            raise WorkerError("rubbish", f"the worker printed what is no answer: {start!r}") from None
+            raise self._rubbish(line) from None
+
+    def _line(self, timeout_seconds: float) -> bytes | None:
+        """The next line, or None when the process has ended. Raises WorkerError after the time limit."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            left = deadline - time.monotonic()
+            ended = self.process.poll() is not None
+            try:
+                return self._lines.get(timeout=max(0.0, min(left, LOOK_SECONDS)))
+            except queue.Empty:
+                if ended:
+                    return None
+                if left <= LOOK_SECONDS:
+                    self.close()
+                    words = f"the worker gave no answer in {timeout_seconds:.0f} s and was ended"
+                    raise WorkerError("hung", words) from None
 
     def _read(self) -> None:
         for line in iter(lambda: self.process.stdout.readline(LONGEST_LINE), b""):
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                break  # the process ended in the middle of it
             self._lines.put(line)
         self._lines.put(None)
 
-    def _died(self) -> WorkerError:
+    def _rubbish(self, line: bytes) -> WorkerError:
         self.close()
-        code = self.process.returncode
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        start = line[:80].decode("utf-8", "replace")
+        return WorkerError("rubbish", f"the worker printed what is no answer: {start!r}")
+
+    def _died(self) -> WorkerError:
+        try:
+            code = self.process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.close()
+        if code is None:
+            how = "closed its pipe without ending, and was ended"
+        elif code < 0:
+            how = f"was ended by {_signal_name(-code)}"
+        else:
+            how = f"ended with status {code}"
         if code == -signal.SIGKILL:
             how += " (if you did not do it, the system ran out of memory)"
         said = self._last_words()
@@ -133,11 +172,14 @@ class ProcessLaunch:
         """The last line that the process wrote to stderr."""
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - 4000))
-        lines = self._stderr.read().decode("utf-8", "replace").split("\n")
-        return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
+        lines = self._stderr.read().decode("utf-8", "replace").splitlines()  # at \r too, as of a progress bar
+        return next(filter(None, map(_one_line, reversed(lines))), "")[:300]
 
     def close(self) -> None:
         """End the process and its children; may be called again."""
+        if self._closed:  # the number may be another group's by now
+            return
+        self._closed = True
         with contextlib.suppress(ProcessLookupError, PermissionError):  # already gone
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -147,7 +189,11 @@ class ProcessLaunch:
 
     def __exit__(self, *_):
         self.close()
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):  # the buffer of a request that a dead worker did not take
+            self.process.stdin.close()
+        self._reader.join(EXIT_SECONDS)
+        if not self._reader.is_alive():  # else something that left the process group still has the pipe
+            self.process.stdout.close()
         self._stderr.close()
 
 
@@ -180,5 +226,22 @@ def read_answer(answer) -> dict:
         return answer["ok"]
     error = answer.get("error") if isinstance(answer, dict) else None
     if isinstance(error, dict) and error.get("kind") in KINDS and isinstance(error.get("message"), str):
-        raise WorkerError(error["kind"], error["message"])
+        raise WorkerError(error["kind"], _one_line(error["message"])[:LONGEST_MESSAGE])
     raise ValueError("no answer")
+
+
+def _one_line(text: str) -> str:
+    """Text on one line and without control characters, such as a terminal's colours."""
+    plain = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text)
+    return " ".join("".join(c if c.isprintable() else " " for c in plain).split())
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
