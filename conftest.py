@@ -1,3 +1,3 @@
 """Fixtures that tests/ and perf/ share. Being here, it also puts the repository root on the import path."""
 
-pytest_plugins = ["perf.plugin"]
+pytest_plugins = ["perf.plugin", "pytester"]

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+
+from perf.verdicts import ExitCode
 
 # name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
 COMMANDS = {
     "doctor": ("perf.doctor", "add_arguments", "run", "is this machine fit to measure?"),
     "battery": ("perf.battery", "add_arguments", "run", "does the gate work here? A/A and an injected slowdown"),
+    "gpu-run": ("perf.gpu_run", "add_arguments", "run", "spend a short time on a borrowed GPU well"),
     "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
     "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's own usage errors exit with 2; ours is the one of perf.verdicts.ExitCode."""
+
+    def error(self, message: str):
+        self.print_usage(sys.stderr)
+        self.exit(ExitCode.REFUSED, f"{self.prog}: error: {message}\n")
+
+
 def main(argv=None) -> int:
     """Run a command; returns its exit status (perf.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
+    parser = Parser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, add, _, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -26,7 +38,11 @@ def main(argv=None) -> int:
             getattr(importlib.import_module(module), add)(command)
     arguments = parser.parse_args(argv)
     module, _, run, _ = COMMANDS[arguments.command]
-    return getattr(importlib.import_module(module), run)(arguments)
+    try:
+        return getattr(importlib.import_module(module), run)(arguments)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
 
 
 if __name__ == "__main__":

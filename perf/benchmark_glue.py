@@ -1,14 +1,18 @@
 """The one place that touches pytest-benchmark's session, whose name is private though it has been the same since 3.x.
 
-Its storage writes in place and numbers without a lock; ours (perf.storage) is put in its stead. A test pins the names.
+Its storage writes in place and numbers without a lock; ours (perf.storage) is put in its stead. Its check of
+`--benchmark-compare-fail` knows tests by name alone and ends pytest by a traceback; here it knows configurations, and a
+regression is a failed test. A test pins the names.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 from perf.baselines import BaselineError
-from perf.storage import save_numbered
+from perf.storage import save_numbered, write_atomically
 
 
 def benchmark_session(config):
@@ -16,17 +20,90 @@ def benchmark_session(config):
     return getattr(config, "_benchmarksession", None)
 
 
-def write_whole_files(config) -> None:
-    """From now on a saved run is on the disk whole or not at all. Other storages than folders are left alone."""
+def take_over(config) -> None:
+    """From now on what is saved is on the disk whole or not at all, and a regression is told in words."""
     session = benchmark_session(config)
-    if session is not None and hasattr(session.storage, "_next_num"):
+    if session is None:
+        return
+    if hasattr(session.storage, "_next_num"):  # other storages than folders are left alone
         session.storage = WholeFileStorage(session.storage, session.logger)
+    session.save_json = JsonReport(session.json, session.logger)
+    session.check_regressions = _told(session, session.check_regressions)
+    session.handle_saving = _without_warning(session.handle_saving)
+
+
+def _told(session, check):
+    """pytest-benchmark's check, but that a regression is not raised: the exit code says it (see perf.plugin)."""
+
+    def tell() -> None:
+        if not session.performance_regressions:
+            return check()
+        lines = "".join(f"\n\t{name} - {words}" for name, words in session.performance_regressions)
+        session.logger.error(f"Performance has regressed:{lines}")
+
+    return tell
+
+
+def _without_warning(save):
+    """Where nothing could be measured that is said already; under -W error its warning would end pytest by a traceback."""
+
+    def quietly() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Not saving anything")
+            save()
+
+    return quietly
 
 
 def save_error(config) -> str | None:
     """Why the run could not be saved, or None."""
     session = benchmark_session(config)
-    return getattr(session.storage, "error", None) if session is not None else None
+    if session is None:
+        return None
+    return getattr(session.storage, "error", None) or getattr(session.save_json, "error", None)
+
+
+def has_regressed(config) -> bool:
+    """Whether `--benchmark-compare-fail` found a regression in any benchmark."""
+    session = benchmark_session(config)
+    return bool(session and session.performance_regressions)
+
+
+def regressions(config, benchmark, id: str) -> list[str]:
+    """What `--benchmark-compare-fail` has against a configuration, which is found in the baseline whatever its test's name."""
+    session, found = benchmark_session(config), []
+    for stored in session.compared_mapping.values():
+        same = next((one for one in stored.values() if _configuration(one) == id), None)
+        if same is None or benchmark.stats is None:
+            continue
+        stored[benchmark.fullname] = same  # the table and pytest-benchmark's own check look there
+        found += filter(None, (check.fails(benchmark.stats, same["stats"]) for check in session.compare_fail or ()))
+    return found
+
+
+def _configuration(stored: dict) -> str | None:
+    return (stored.get("extra_info", {}).get("configuration") or {}).get("id")
+
+
+def leave_unused(benchmark) -> None:
+    """A configuration that could not be measured has no use for the fixture: no warning about it."""
+    benchmark._mode = "not measured"
+
+
+class JsonReport:
+    """Writes the file of `--benchmark-json`. error: why it could not, or None."""
+
+    def __init__(self, path, logger):
+        self.path, self.logger, self.error = path, logger, None
+
+    def __call__(self, output_json: dict) -> None:
+        try:
+            write_atomically(self.path, _native(output_json))
+        except (BaselineError, ValueError) as error:
+            self.error = f"{self.path} was not written: {error}"
+            self.logger.error(self.error)
+        else:
+            self.logger.info(f"Wrote benchmark data in: {self.path}", purple=True)
 
 
 class WholeFileStorage:
@@ -51,9 +128,16 @@ class WholeFileStorage:
     def save(self, output_json: dict, label: str) -> None:
         """Write NNNN_label.json."""
         try:
-            self.path = save_numbered(Path(self.plain.get("")), label, output_json)
+            self.path = save_numbered(Path(self.plain.get("")), label, _native(output_json))
         except (BaselineError, ValueError) as error:
             self.error = f"the run was not saved: {error}"
             self.logger.error(self.error)
         else:
             self.logger.info(f"Saved benchmark data in: {self.path}")
+
+
+def _native(output_json: dict) -> dict:
+    """With everything that JSON cannot hold, such as the parameter `configuration`, as the text that pytest-benchmark has."""
+    from pytest_benchmark.utils import safe_dumps
+
+    return json.loads(safe_dumps(output_json))

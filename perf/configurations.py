@@ -101,6 +101,9 @@ class Configuration:
         parts += [part for part in (self.device, self.interpreter) if part]
         return "-".join([*parts, f"b{self.batch}"])
 
+    def __str__(self) -> str:
+        return self.id
+
     def as_dict(self) -> dict:
         """All fields and the id, ready for JSON."""
         return {**asdict(self), "sdpa_kernels": list(self.sdpa_kernels), "id": self.id}

@@ -6,6 +6,7 @@ eager, one image at a time. References are kept by content (`reference_key`) and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -37,16 +38,26 @@ def examine(output, references: list[str] | None) -> dict:
 
         errors, ratios = [], []
         for i, path in enumerate(references):
-            with numpy.load(path, allow_pickle=False) as reference:
-                expected = reference["latents"]
-                errors.append(
-                    float(numpy.linalg.norm(latents[i].numpy() - expected) / max(numpy.linalg.norm(expected), 1e-30))
-                )
-                if output.images is not None:
-                    ratios.append(_psnr(numpy, output.images[i].numpy(), reference["image"]))
+            expected, picture = _read(numpy, path)
+            difference = numpy.linalg.norm(latents[i].numpy() - expected)
+            errors.append(float(difference / max(numpy.linalg.norm(expected), 1e-30)))
+            if output.images is not None:
+                ratios.append(_psnr(numpy, output.images[i].numpy(), picture))
         found["latent_relative_error"] = _finite(max(errors))
         found["psnr_db"] = min(ratios) if ratios else None
     return found
+
+
+def _read(numpy, path: str):
+    """(latents, picture or None) of a reference."""
+    try:
+        with numpy.load(path, allow_pickle=False) as reference:
+            return reference["latents"], reference["image"] if "image" in reference.files else None
+    except Exception as error:  # whatever numpy's readers meet in a damaged file, MemoryError too
+        words = (
+            f"{path} is no reference picture ({str(error) or type(error).__name__}): delete it, and it is made again"
+        )
+        raise ValueError(words) from None
 
 
 def _finite(value: float) -> float | None:
@@ -67,9 +78,14 @@ def write(output, path: str) -> None:
     if output.images is not None:
         arrays["image"] = output.images[0].numpy()
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        numpy.savez(file, **arrays)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            numpy.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 # --- what a reference is called

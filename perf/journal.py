@@ -1,7 +1,8 @@
 """The journal of a session: every round is on the disk before the next one starts.
 
 A JSON line per event, each flushed and synced, so that a kill at any moment loses at most the round in flight;
-`--perf-resume` goes on from it. A damaged line and what follows it are not read, and that is said.
+`--perf-resume` goes on from it. Every line ends with a checksum of the journal up to there, so that a number that changed
+on the disk, or a line that is missing, is noticed. A damaged line and what follows it are not read, and that is said.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ SCHEMA = 1
 KEPT = 5  # finished or not, older ones are deleted when a session starts
 EVENTS = ("plan", "load", "round", "failure", "end")
 LARGEST = 1 << 28  # bytes
+CHECKSUM = ', "crc32": "{:08x}"}}\n'
+CHECKSUM_BYTES = len(CHECKSUM.format(0))
 
 
 class JournalError(Exception):
@@ -30,6 +34,7 @@ class Recorded:
     plan: dict
     events: tuple[dict, ...]
     good_bytes: int
+    checksum: int
     damage: str | None
 
     @property
@@ -44,6 +49,7 @@ class Journal:
     def __init__(self, path: Path, plan: dict | None = None, after: Recorded | None = None):
         """A new journal for `plan`, or going on `after` what was read, whose damaged end is cut off."""
         self.path = path
+        self._checksum = after.checksum if after else 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "r+b" if after else "xb")  # noqa: SIM115 (open as long as the session)
@@ -53,13 +59,19 @@ class Journal:
         except OSError as error:
             raise JournalError(f"{path}: the journal cannot be written: {error.strerror}") from None
         if not after:
-            self.write("plan", {"schema": SCHEMA, **plan})
+            try:
+                self.write("plan", {"schema": SCHEMA, **plan})
+            except JournalError:
+                self.__exit__()
+                path.unlink(missing_ok=True)  # else it would hide the one before it from --perf-resume
+                raise
 
     def write(self, event: str, content: dict) -> None:
         """Add an event; on the disk when this returns. Raises JournalError, with what was there before still whole."""
-        line = json.dumps({"event": event, **content}, allow_nan=False).encode() + b"\n"
+        body = json.dumps({"event": event, **content}, allow_nan=False).encode()[:-1]
+        self._checksum = zlib.crc32(body, self._checksum)
         try:
-            self._file.write(line)
+            self._file.write(body + CHECKSUM.format(self._checksum).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -83,31 +95,27 @@ def read(path: Path) -> Recorded:
         content = path.read_bytes()
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror}") from None
-    events, good, damage = [], 0, None
+    events, good, damage, checksum = [], 0, None, 0
     for number, line in enumerate(content.splitlines(keepends=True), 1):
-        event = _event(line)
+        body = line[:-CHECKSUM_BYTES]
+        after = zlib.crc32(body, checksum)
+        event = _event(body + b"}") if line[len(body) :] == CHECKSUM.format(after).encode() else None
         if event is None:
             damage = f"line {number} is damaged; it and what follows is measured again"
             break
         events.append(event)
-        good += len(line)
+        good, checksum = good + len(line), after
     if not events or events[0]["event"] != "plan" or events[0].get("schema") != SCHEMA:
         raise JournalError(f"{path}: holds no plan of this version; delete it and start again without --perf-resume")
-    return Recorded(path, events[0], tuple(events[1:]), good, damage)
+    return Recorded(path, events[0], tuple(events[1:]), good, checksum, damage)
 
 
-def _event(line: bytes) -> dict | None:
-    if not line.endswith(b"\n"):  # cut off in the middle of a write
-        return None
+def _event(body: bytes) -> dict | None:
     try:
-        event = json.loads(line, parse_constant=_refuse)
+        event = json.loads(body)
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and event.get("event") in EVENTS else None
-
-
-def _refuse(constant: str):
-    raise ValueError(f"{constant} is not JSON")
 
 
 def newest(folder: Path) -> Path | None:

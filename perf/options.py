@@ -53,6 +53,12 @@ def add_options(parser) -> None:
     add("--perf-python", action="append", default=[], metavar="LABEL=PATH", help="measure with this Python too")
     add("--perf-against", metavar="REF", help="measure the sd/ of another commit in the same interleave")
     add("--perf-aa", action="store_true", help="measure each configuration against itself, and save the noise")
+    add(
+        "--perf-compile-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep torch.compile's cache here: first calls are then warm",
+    )
     add("--perf-resume", action="store_true", help="go on with the last session where it was cut off")
     add(
         "--perf-strict",
@@ -81,6 +87,12 @@ def given(config) -> dict[str, list]:
         except (ValueError, UnknownChoice) as error:
             raise pytest.UsageError(f"{option}: {error}") from None
         values[field] = read
+    if "config" in values and "checkpoint" not in values:
+        raise pytest.UsageError("--config describes the weights of --ckpt: give both")
+    if "checkpoint" in values and "model" not in values:
+        raise pytest.UsageError(
+            f"--ckpt needs --model beside it: which of {', '.join(CHOICES['model'])} the weights are"
+        )
     if len(set(values.get("device", ()))) == 1:  # then it is the session's, and no difference between configurations
         del values["device"]
     return values
@@ -119,6 +131,11 @@ def machine_device(config, gpu) -> str:
     return "cpu" if isinstance(gpu, NoTelemetry) else "cuda"
 
 
+def disabled(config) -> bool:
+    """Whether every benchmark is to be called once and not measured."""
+    return config.option.benchmark_disable and not config.option.benchmark_enable
+
+
 def settings(config, device: str, folder: Path, margin: float) -> Settings:
     """How this session measures. Raises pytest.UsageError."""
     option = config.getoption
@@ -132,18 +149,19 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     for name, value in (("--perf-launches", launches), ("--perf-rounds", rounds), ("--perf-threads", threads)):
         if value is not None and value < 1:
             raise pytest.UsageError(f"{name} {value}: must be at least 1")
-    disabled = option("benchmark_disable", False) and not option("benchmark_enable", False)
-    isolated = not (option("perf_inprocess") or disabled)
+    isolated = not (option("perf_inprocess") or disabled(config))
     if option("perf_aa") and option("perf_against"):
         raise pytest.UsageError("--perf-aa and --perf-against both give every configuration a second label: choose one")
     if not 0 <= option("perf_inject_slowdown") <= 1:
         raise pytest.UsageError("--perf-inject-slowdown: a fraction between 0 and 1")
     interpreters = dict(_interpreter(text) for text in option("perf_python"))
+    if len(interpreters) < len(option("perf_python")):
+        raise pytest.UsageError("--perf-python: one label stands for two interpreters")
     if not isolated and (interpreters or option("perf_against")):
         raise pytest.UsageError(
             "--perf-inprocess has one interpreter and one sd: leave out --perf-python and --perf-against"
         )
-    if disabled:
+    if disabled(config):
         launches = rounds = 1
     elif not isolated:
         launches = launches or 1
@@ -152,13 +170,14 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         folder=folder,
         clock=clock,
         threads=threads,
-        launches=launches or (10 if device == "cuda" else 6),
+        launches=launches or (10 if device == "cuda" or option("perf_against") else 6),
         rounds=rounds or (2 if device == "cuda" and isolated else 3 if isolated else 5),
         isolated=isolated,
         resume=option("perf_resume"),
         interpreters=interpreters,
         aa=option("perf_aa"),
         slowdown=option("perf_inject_slowdown"),
+        compile_cache=option("perf_compile_cache"),
         margin=margin,
     )
 
@@ -184,12 +203,13 @@ def other_commit(reference: str, root: Path) -> tuple[str, Interpreter, tempfile
             raise pytest.UsageError("--perf-against needs git, which is not installed") from None
         except subprocess.CalledProcessError as error:
             said = error.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise pytest.UsageError(f"--perf-against {reference}: {said[-1] if said else 'git failed'}") from None
+            raise pytest.UsageError(
+                f"--perf-against {reference}: {said[-1] if said else 'there is no such commit'}"
+            ) from None
         return done.stdout
 
+    # --quiet: what is no commit is then a status, without git's words about revisions
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}").decode().strip()
-    if not commit:
-        raise pytest.UsageError(f"--perf-against {reference}: there is no such commit")
     folder = tempfile.TemporaryDirectory(prefix="sd-perf-base-")
     archive = git("archive", "--format=tar", commit, "sd")
     subprocess.run(["tar", "-x", "-C", folder.name], input=archive, check=True)

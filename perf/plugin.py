@@ -16,7 +16,7 @@ from perf.machine_stack import stack, torch_version
 from perf.nvml import open_visible_device
 from perf.protocol import INVALID_SHARE_LIMIT
 from perf.report import terminal
-from perf.session import Session, SessionError, run
+from perf.session import Session, SessionError, Settings, run
 from perf.statistics import MARGIN_FLOOR
 from perf.storage import storage_name
 from perf.verdicts import Decision, ExitCode, Verdict
@@ -34,10 +34,14 @@ class State:
         self.values = selection.with_interpreters(
             options.given(config), [text.partition("=")[0] for text in config.getoption("perf_python")]
         )
+        self.parameters = selection.parameters(self.values, self.device)
         self.stack = stack(self.device, self.gpu)
         self.folder: Path | None = None
+        self.settings: Settings | None = None
         self.choice = baselines.Choice()
-        self.comparing = False
+        self.margin = MARGIN_FLOOR
+        self.notices: list[str] = []  # to be said as soon as there is a terminal
+        self.parallel = False  # whether a process of pytest-xdist had measurements
         self.session: Session | None = None
         self.error: str | None = None
         self.infos: dict[str, dict] = {}
@@ -71,50 +75,59 @@ def pytest_configure(config):
     """Before pytest-benchmark reads its options: where runs are stored, and which of them is the baseline."""
     for line in selection.markers():
         config.addinivalue_line("markers", line)
-    if not hasattr(config.option, "benchmark_save_data") or hasattr(config, "workerinput"):
+    if not hasattr(config.option, "benchmark_save_data"):
         return
     state = config.stash[STATE] = State(config)
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist collects as the others do, and measures nothing
+        return
     # Summary statistics alone cannot be compared honestly: a save without its rounds is never written.
     config.option.benchmark_save_data = True
-    if config.option.benchmark_storage == DEFAULT_STORAGE:
+    storage = config.option.benchmark_storage
+    if storage == DEFAULT_STORAGE:
         state.folder = config.rootpath / ".benchmarks" / storage_name(state.stack)
         config.option.benchmark_storage = f"file://{state.folder}"
-    elif config.option.benchmark_storage.startswith("file://"):
-        state.folder = Path(config.option.benchmark_storage[len("file://") :]).absolute()
+    elif storage.startswith("file://") or "://" not in storage:  # a plain path is a folder, to pytest-benchmark too
+        state.folder = Path(storage.removeprefix("file://")).absolute()
     if config.getoption("perf_aa") and not config.option.benchmark_save and not config.option.benchmark_autosave:
         config.option.benchmark_save = "aa"
     if not config.option.collectonly:
+        # Before anything is collected: what is wrong with the command line must not cost a measurement.
+        state.settings = options.settings(config, state.device, state.folder or Path(), MARGIN_FLOOR)
         _choose_baseline(config, state)
+        reference = config.getoption("perf_against")
+        if reference:
+            name, interpreter, folder = options.other_commit(reference, config.rootpath)
+            state.keep.append(folder)
+            state.settings = replace(state.settings, against=(name, interpreter))
 
 
 def _choose_baseline(config, state: State) -> None:
     compare = config.option.benchmark_compare
-    state.comparing = bool(compare)
     failing, strict = config.option.benchmark_compare_fail, config.getoption("perf_strict")
+    if options.disabled(config):  # every target is called once, and there is nothing to compare
+        config.option.benchmark_compare = []
+        return
     if not compare:
-        if failing:
-            raise pytest.UsageError(
-                "--benchmark-compare-fail needs --benchmark-compare: what should it be compared with?"
-            )
+        paired = config.getoption("perf_against") or config.getoption("perf_aa")
+        for option, given in (("--benchmark-compare-fail", failing), ("--perf-strict", strict and not paired)):
+            if given:
+                raise pytest.UsageError(f"{option} needs --benchmark-compare: what should it be compared with?")
+        if paired and state.folder is not None:
+            state.margin = _stored(state).margin  # this machine's own noise, measured by --perf-aa
         return
     if state.folder is None:
         return  # another kind of storage is pytest-benchmark's own affair
-    if isinstance(compare, str) and (Path(compare).is_dir() or compare.endswith(".py")):
+    if isinstance(compare, str) and (Path(compare).is_dir() or compare.partition("::")[0].endswith(".py")):
         raise pytest.UsageError(
             f"--benchmark-compare took {compare!r} for the name of a saved run; put it first, or write "
             f"--benchmark-compare=NAME: pytest {compare} --benchmark-compare"
         )
-    measuring = options.settings(config, state.device, state.folder, MARGIN_FLOOR)
-    try:
-        state.choice = baselines.candidates(
-            state.folder, state.stack, measuring.clock, measuring.threads, measuring.isolated
-        )
-        named = _named_baseline(config, state, compare, measuring) if isinstance(compare, str) else None
-    except baselines.BaselineError as error:
-        raise pytest.UsageError(str(error)) from None
-    if named is not None:
+    state.choice = _stored(state)
+    if isinstance(compare, str):
+        named = _named_baseline(config, state, compare)
         others = tuple(run for run in state.choice.history if run.path != named.path)
         state.choice = baselines.Choice((*others, named), state.choice.refused)
+    state.margin = state.choice.margin
     newest = state.choice.newest
     if newest is not None:
         config.option.benchmark_compare = str(newest.path)
@@ -124,35 +137,50 @@ def _choose_baseline(config, state: State) -> None:
     if failing or strict:
         raise pytest.UsageError(words)
     config.option.benchmark_compare = []  # pytest-benchmark would take a damaged or foreign one
-    config.get_terminal_writer().line(f"perf: {words}", yellow=True)
+    state.notices.append(words)
 
 
-def _named_baseline(config, state: State, compare: str, measuring) -> baselines.SavedRun:
+def _stored(state: State) -> baselines.Choice:
+    how = state.settings
+    try:
+        return baselines.candidates(state.folder, state.stack, how.clock, how.threads, how.isolated)
+    except baselines.BaselineError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _named_baseline(config, state: State, compare: str) -> baselines.SavedRun:
     """The run that the user named, which may be one that would not be chosen by itself; that is then said."""
     path = Path(compare)
     if not path.is_file():
-        found = sorted(state.folder.rglob(f"{compare.rstrip('*')}*.json"))
+        try:
+            found = sorted(state.folder.rglob(f"{compare.rstrip('*')}*.json"), key=lambda file: file.name)
+        except (ValueError, NotImplementedError):  # a pattern that is none, or a path that is not there
+            found = []
         if not found:
             raise pytest.UsageError(f"--benchmark-compare={compare}: no saved run in {state.folder} has that name")
         path = found[-1]
-    saved = baselines.read(path)
-    here = {
-        **state.stack,
-        "clock": measuring.clock,
-        "threads": measuring.threads,
-        "isolated": measuring.isolated,
-    }
+    try:
+        saved = baselines.read(path)
+    except baselines.BaselineError as error:
+        raise pytest.UsageError(str(error)) from None
+    how = state.settings
+    here = {**state.stack, "clock": how.clock, "threads": how.threads, "isolated": how.isolated}
     foreign = baselines.why_foreign(saved.machine, here)
     if foreign and not config.getoption("perf_foreign"):
         raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares all the same")
     if saved.why_no_candidate:
-        config.get_terminal_writer().line(f"perf: the baseline {path.name} is {saved.why_no_candidate}", yellow=True)
+        state.notices.append(f"the baseline {path.name} is {saved.why_no_candidate}")
     return saved
 
 
 def pytest_sessionstart(session):
-    """pytest-benchmark has made its session by now."""
-    benchmark_glue.write_whole_files(session.config)
+    """pytest-benchmark has made its session by now, and pytest its terminal."""
+    state = session.config.stash.get(STATE, None)
+    if state is None or hasattr(session.config, "workerinput"):
+        return
+    benchmark_glue.take_over(session.config)
+    for words in state.notices:
+        session.config.get_terminal_writer().line(f"perf: {words}", yellow=True)
 
 
 def pytest_report_header(config):
@@ -165,9 +193,10 @@ def pytest_report_header(config):
 
 def pytest_generate_tests(metafunc):
     """Tests of a `configuration` have one for every configuration of every set."""
-    if "configuration" in metafunc.fixturenames and STATE in metafunc.config.stash:
+    names = metafunc.fixturenames
+    if "configuration" in names and "perf_session" in names and STATE in metafunc.config.stash:
         state = metafunc.config.stash[STATE]
-        metafunc.parametrize("configuration", selection.parameters(state.values, state.device))
+        metafunc.parametrize("configuration", state.parameters)
 
 
 @pytest.hookimpl(trylast=True)
@@ -179,20 +208,34 @@ def pytest_collection_modifyitems(config, items):
     stay = selection.leave_out(config, items, state.values, state.device)
     if len(stay) < len(items):
         items[:] = stay
-    measuring = any(selection.configuration_of(item) for item in items)
-    disabled = config.option.benchmark_disable and not config.option.benchmark_enable
-    if measuring and not disabled and config.getoption("numprocesses", None):
-        raise pytest.UsageError("measurements cannot run beside each other: leave out -n, or give --benchmark-disable")
-    if measuring and any("::" in argument for argument in config.args):
+    measuring = [item for item in items if selection.configuration_of(item)]
+    if measuring and hasattr(config, "workerinput"):
+        config.workeroutput["perf_measuring"] = True
+        items[:] = [item for item in items if item not in measuring]
+    if measuring and selection.named_tests(config):
         state.problems.append("selected by test id")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A process of pytest-xdist has ended: it says whether it left out measurements."""
+    state = node.config.stash.get(STATE, None)
+    if state is not None and getattr(node, "workeroutput", {}).get("perf_measuring"):
+        state.parallel = True
+
+
 def pytest_deselected(items):
-    """A run from which -k or --deselect took configurations is not the whole suite."""
+    """A run from which -k or --deselect took configurations is not the whole suite; -m names another suite."""
+    if not items or STATE not in items[0].config.stash:
+        return
+    config = items[0].config
+    state = config.stash[STATE]
     taken = [item for item in items if selection.configuration_of(item)]
-    if taken and not taken[0].config.option.markexpr:
-        state = taken[0].config.stash[STATE]
+    taken = selection.leave_out(config, taken, state.values, state.device)
+    if taken and not config.option.markexpr:
         state.problems.append(f"deselected {len(taken)}")
+    elif taken and any(config.getoption(name, None) for name in ("keyword", "deselect", "lf", "stepwise")):
+        state.problems = ["narrowed by more than -m"]
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +248,7 @@ def perf_session(request) -> Session:
     if state.session is None:
         try:
             state.session = _measure(request, config, state)
-        except (SessionError, DeviceBusy, JournalError, PermissionError) as error:
+        except (SessionError, DeviceBusy, JournalError, OSError) as error:
             state.error = str(error)
             pytest.fail(state.error, pytrace=False)
         _judge(config, state)
@@ -216,12 +259,7 @@ def _measure(request, config, state: State) -> Session:
     chosen = list(dict.fromkeys(filter(None, map(selection.configuration_of, request.session.items))))
     if state.folder is None:
         state.folder = Path(tempfile.mkdtemp(prefix="sd-perf-"))
-    settings = options.settings(config, state.device, state.folder, state.choice.margin)
-    reference = config.getoption("perf_against")
-    if reference:
-        name, interpreter, folder = options.other_commit(reference, config.rootpath)
-        state.keep.append(folder)
-        settings = replace(settings, against=(name, interpreter))
+    settings = replace(state.settings, folder=state.folder, margin=state.margin)
     capture = config.pluginmanager.getplugin("capturemanager")
     writer = config.get_terminal_writer()
     with capture.global_and_fixture_disabled():
@@ -242,13 +280,18 @@ def _judge(config, state: State) -> None:
         state.judgement = (
             baselines.judge_foreign(current, state.choice.newest)
             if foreign
-            else baselines.judge(current, state.choice, state.choice.margin)
+            else baselines.judge(current, state.choice, state.margin)
         )
         for id, decision in state.judgement.decisions.items():
             state.decisions.setdefault(id, decision)
     for id, decision in state.decisions.items():
         if id in state.infos:
             state.infos[id]["verdict"] = decision.as_dict()
+
+
+def _other_side(session: Session, id: str):
+    """What was measured of a configuration's second label in this session, if it has one."""
+    return session.measurements.by_name[f"{id}@{session.settings.variant}"] if session.settings.variant else None
 
 
 @pytest.fixture
@@ -267,20 +310,27 @@ def measured(request, benchmark, record_property, configuration, perf_session):
             pytest.skip(message)
         rounds = [each["seconds"] for each in one.rounds()]
         if kind or not rounds:
+            benchmark_glue.leave_unused(benchmark)
             reason = f"{kind}: {message}" if kind else perf_session.why_no_rounds(configuration.id)
             pytest.fail(f"INVALID {configuration.id}: {reason}", pytrace=False)
         benchmark.group = group
         benchmark.extra_info.update(state.infos[configuration.id])
         clock.load(rounds)
         benchmark.pedantic(clock.advance, rounds=len(rounds))
+        regressions = benchmark_glue.regressions(request.config, benchmark, configuration.id)
         decision = state.decisions.get(configuration.id)
-        if decision is None:
-            return
-        record_property("verdict", str(decision))
-        if decision.verdict is Verdict.SLOWER:
-            state.slower.add(request.node.nodeid)
-        if decision.verdict in (Verdict.SLOWER, Verdict.INVALID):
+        if decision is not None:
+            record_property("verdict", str(decision))
+        other = _other_side(perf_session, configuration.id)
+        if other is not None and other.failure:
+            pytest.fail(f"INVALID {other.slot.name}: {': '.join(other.failure)}", pytrace=False)
+        if decision is not None and decision.verdict is Verdict.INVALID:
             pytest.fail(f"{configuration.id}: {decision}", pytrace=False)
+        if decision is not None and decision.verdict is Verdict.SLOWER:
+            regressions.insert(0, str(decision))
+        if regressions:
+            state.slower.add(request.node.nodeid)
+            pytest.fail("\n".join(f"{configuration.id}: {words}" for words in regressions), pytrace=False)
 
     return replay
 
@@ -314,8 +364,14 @@ def pytest_benchmark_compare_machine_info(machine_info, compared_benchmark):
 def pytest_benchmark_update_json(config, output_json):
     """What the session as a whole was, and whether it may become a baseline."""
     state = config.stash.get(STATE, None)
+    for benchmark in output_json["benchmarks"]:
+        if (benchmark["params"] or {}).get("configuration"):  # all its fields are in extra_info
+            benchmark["params"] = {**benchmark["params"], "configuration": str(benchmark["params"]["configuration"])}
     if state is not None and state.session is not None:
-        regressed = [id for id, decision in state.decisions.items() if decision.verdict is Verdict.SLOWER]
+        # Against itself (--perf-aa) nothing regresses: that is this machine's noise, which the margin is made of.
+        compared = {} if state.session.settings.aa else dict(state.session.decisions)
+        compared.update(state.judgement.decisions if state.judgement else {})
+        regressed = [id for id, decision in compared.items() if decision.verdict is Verdict.SLOWER]
         output_json["perf"] = record.perf_block(state.session, state.partial, regressed)
 
 
@@ -325,15 +381,18 @@ def pytest_sessionfinish(session):
     state = session.config.stash.get(STATE, None)
     if state is None:
         return
-    if benchmark_glue.save_error(session.config):
-        session.exitstatus = ExitCode.FAILED
-    if state.session is None:
+    if state.parallel:
+        session.exitstatus = ExitCode.REFUSED
         return
-    if state.session.interrupted:
+    unsaved = benchmark_glue.save_error(session.config)
+    if unsaved:
+        session.exitstatus = ExitCode.FAILED
+    slower = state.slower or benchmark_glue.has_regressed(session.config)
+    if state.session is not None and state.session.interrupted:
         session.exitstatus = pytest.ExitCode.INTERRUPTED
-    elif session.exitstatus == pytest.ExitCode.TESTS_FAILED and state.slower and not state.failed:
-        session.exitstatus = ExitCode.SLOWER
-    elif session.exitstatus == pytest.ExitCode.OK:
+    elif session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and slower:
+        session.exitstatus = ExitCode.FAILED if state.failed or unsaved else ExitCode.SLOWER
+    elif session.exitstatus == pytest.ExitCode.OK and state.session is not None:
         thrown, total = state.session.measurements.counts()
         if total and thrown > INVALID_SHARE_LIMIT * total:
             session.exitstatus = ExitCode.FAILED
@@ -342,8 +401,17 @@ def pytest_sessionfinish(session):
             session.exitstatus = ExitCode.INCONCLUSIVE if undecided else ExitCode.OK
 
 
+def pytest_unconfigure(config):
+    """The other commit's files are needed no longer."""
+    state = config.stash.get(STATE, None)
+    for folder in state.keep if state is not None else ():
+        folder.cleanup()
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """The table, and what should be known about it."""
     state = config.stash.get(STATE, None)
+    if state is not None and state.parallel:
+        terminalreporter.line("perf: measurements cannot run beside each other: leave out -n", red=True)
     if state is not None and state.session is not None:
         terminal.write(terminalreporter, state.session, state.infos, state.decisions, state.judgement, state.partial)

@@ -16,12 +16,12 @@ class SessionProgress:
     too short.
     """
 
-    def __init__(self, total: int, console: Console | None = None, clock=time.monotonic):
-        self.total, self.clock = total, clock
+    def __init__(self, console: Console | None = None, clock=time.monotonic):
+        self.clock = clock
         self.console = console or Console(file=sys.stderr)
         self.taken: dict[str, list[float]] = {}
-        self.left: dict[str, int] = {}
-        self.done = 0
+        self.total = 0
+        self.to_come: list[tuple[int, str]] = []
         self.current, self.since = None, clock()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -31,7 +31,7 @@ class SessionProgress:
             console=self.console,
             transient=True,
         )
-        self.task = self.bar.add_task("starting", total=total, left="")
+        self.task = self.bar.add_task("starting", total=None, left="")
 
     def __enter__(self):
         if self.console.is_terminal:
@@ -39,12 +39,14 @@ class SessionProgress:
         return self
 
     def __exit__(self, *_):
-        self.bar.stop()
+        if self.console.is_terminal:  # elsewhere it would print an empty line
+            self.bar.stop()
 
     def plan(self, turns) -> None:
-        """Which launches are to come, by name."""
-        for _, slot in turns:
-            self.left[slot.name] = self.left.get(slot.name, 0) + 1
+        """Which launches are to come, after those planned before; some may be left out, as measured already or failed."""
+        turns = [(launch, slot.name) for launch, slot in turns]
+        self.to_come += turns
+        self.total += len(turns)
 
     def say(self, words: str) -> None:
         """One line that stays."""
@@ -55,13 +57,14 @@ class SessionProgress:
         now = self.clock()
         if self.current is not None:
             self.taken.setdefault(self.current, []).append(now - self.since)
-            self.done += 1
         self.current, self.since = slot.name, now
-        self.left[slot.name] = self.left.get(slot.name, 1) - 1
+        if (launch, slot.name) in self.to_come:
+            del self.to_come[: self.to_come.index((launch, slot.name)) + 1]
         left = self.seconds_left()
         words = "" if left is None else f"{_minutes(left)} left"
         if self.console.is_terminal:
-            self.bar.update(self.task, description=slot.name, completed=self.done, left=words)
+            done = self.total - len(self.to_come) - 1
+            self.bar.update(self.task, description=slot.name, total=self.total, completed=done, left=words)
         else:
             self.say(f"perf: launch {launch + 1}, {slot.name}" + (f", {words}" if words else ""))
 
@@ -72,7 +75,7 @@ class SessionProgress:
         everything = [seconds for times in self.taken.values() for seconds in times]
         usual = sum(everything) / len(everything)
         mean = {name: sum(times) / len(times) for name, times in self.taken.items()}
-        return mean.get(self.current, usual) + sum(count * mean.get(name, usual) for name, count in self.left.items())
+        return mean.get(self.current, usual) + sum(mean.get(name, usual) for _, name in self.to_come)
 
 
 def _minutes(seconds: float) -> str:

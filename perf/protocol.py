@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from perf import images
 from perf.configurations import Configuration
 from perf.launcher import WorkerError
+from perf.statistics import drift
 
 ROUND_APART = 1000  # seeds of neighbouring rounds differ by more than a batch, since image i has the round's seed + i
 WARM_UP = 999
 RETRIES = 3  # of an invalid round
 ANCHOR_DRIFT_LIMIT = 0.03
+FEWEST_ANCHORS = 9  # three for each third of a session; of fewer a median says nothing about drift
 INVALID_SHARE_LIMIT = 0.2
 # Failures that may not happen again, so that --perf-resume tries once more.
 PASSING = ("died", "hung", "rubbish", "failed", "out_of_memory")
@@ -64,7 +66,10 @@ class Plan:
 
     def as_dict(self) -> dict:
         """What a journal must agree with to be gone on from."""
-        return {"slots": [slot.name for slot in self.slots], "launches": self.launches, "rounds": self.rounds}
+        slots = [slot.name for slot in self.slots]
+        # A name leaves out what is the same for most: the prompt, the folder of the weights.
+        configurations = [slot.configuration.as_dict() for slot in self.slots if slot.variant is None]
+        return {"slots": slots, "launches": self.launches, "rounds": self.rounds, "configurations": configurations}
 
 
 @dataclass
@@ -102,12 +107,18 @@ class Measured:
             rounds = self.launches[number].rounds
             if rounds and rounds[-1]["round"] == event["round"]:  # the repetition of an invalid one
                 rounds.pop()
-            rounds.append({**event["answer"], **{key: event[key] for key in ("round", "invalid", "telemetry")}})
+            kept = {key: event[key] for key in ("round", "attempt", "invalid", "telemetry")}
+            rounds.append({**event["answer"], **kept})
             self.thrown_away += event["invalid"] is not None
+            if event["wrong"]:
+                self.failure = "wrong_picture", event["wrong"]
 
-    def done(self, launch: int) -> int:
-        """Rounds of a launch that need not be measured again."""
-        return len(self.launches[launch].rounds) if launch in self.launches else 0
+    def next(self, launch: int) -> tuple[int, int]:
+        """(round, attempt) of a launch with which it goes on; an invalid round is repeated RETRIES times."""
+        rounds = self.launches[launch].rounds if launch in self.launches else []
+        if rounds and rounds[-1]["invalid"] is not None and rounds[-1]["attempt"] < RETRIES:
+            return len(rounds) - 1, rounds[-1]["attempt"] + 1
+        return len(rounds), 0
 
     def median(self, launch: int) -> float | None:
         """The median seconds of a launch's valid rounds: the launch is the unit of comparison."""
@@ -142,14 +153,21 @@ class Measurements:
 
     def drift(self) -> float | None:
         """How far the anchor moved during the session: thirds of it against the whole, as a fraction; None if too short."""
-        rounds = [one for measured in self.by_name.values() for one in measured.rounds()]
-        anchors = [one["anchor_seconds"] for one in sorted(rounds, key=lambda one: one["started_unix_seconds"])]
-        third = len(anchors) // 3
-        if third < 3:
-            return None
-        middle = statistics.median(anchors)
-        parts = (anchors[:third], anchors[third:-third], anchors[-third:])
-        return max(abs(statistics.median(part) / middle - 1) for part in parts)
+        anchors = [seconds for _, seconds in sorted(self._anchors())]
+        return drift(anchors) if len(anchors) >= FEWEST_ANCHORS else None
+
+    def _anchors(self):
+        """(when, anchor) of every valid round, as a multiple of the median on the same device by the same interpreter.
+
+        Another torch computes the anchor at another speed, and which part of the session it has is no drift.
+        """
+        groups: dict[tuple, list[dict]] = {}
+        for measured in self.by_name.values():
+            configuration = measured.slot.configuration
+            groups.setdefault((configuration.device, configuration.interpreter), []).extend(measured.rounds())
+        for rounds in groups.values():
+            middle = statistics.median(one["anchor_seconds"] for one in rounds) if rounds else None
+            yield from ((one["started_unix_seconds"], one["anchor_seconds"] / middle) for one in rounds)
 
     def counts(self) -> tuple[int, int]:
         """(rounds thrown away as invalid, rounds measured)."""
@@ -194,7 +212,7 @@ class Runner:
         """Measure what is not there yet, from launch `first` on."""
         for launch, slot in self.plan.turns(first):
             measured = measurements.by_name[slot.name]
-            if measured.failure or measured.done(launch) >= self.plan.rounds:
+            if measured.failure or measured.next(launch)[0] >= self.plan.rounds:
                 continue
             self.progress(launch, slot)
             try:
@@ -216,23 +234,18 @@ class Runner:
             answer = worker.ask("round", self.limits.first_round, seed=seed + ROUND_APART * WARM_UP)
             hashes = [answer["image"]["sha256"]]
             self._note("round", measured, launch, {"round": None, "answer": answer})
-            for number in range(measured.done(launch), self.plan.rounds):
-                answer = self._round(worker, launch, slot, measured, number)
-                hashes.append(answer["image"]["sha256"])
+            while measured.next(launch)[0] < self.plan.rounds and not measured.failure:
+                number, attempt = measured.next(launch)
+                seed = slot.configuration.seed + ROUND_APART * number
+                check = self.references(slot, seed) if number == 0 else None
+                with self.watch(worker.pid) as watched:
+                    answer = worker.ask("round", self.limits.round, seed=seed, check=check)
+                if attempt == 0:  # a repetition has the latents, and so the picture, of the round that it repeats
+                    hashes.append(answer["image"]["sha256"])
                 wrong = images.wrong(answer["image"], slot.configuration.precision, device)
                 if slot.configuration.workload != "text":  # whose input is the same in every round
                     wrong = wrong or images.repeated(hashes)
-                if wrong:
-                    raise WorkerError("wrong_picture", wrong)
-
-    def _round(self, worker, launch: int, slot: Slot, measured: Measured, number: int) -> dict:
-        seed = slot.configuration.seed + ROUND_APART * number
-        check = self.references(slot, seed) if number == 0 else None
-        for attempt in range(1 + RETRIES):
-            with self.watch(worker.pid) as watched:
-                answer = worker.ask("round", self.limits.round, seed=seed, check=check)
-            content = {"round": number, "answer": answer, "telemetry": watched.telemetry, "invalid": watched.invalid}
-            self._note("round", measured, launch, {**content, "attempt": attempt})
-            if watched.invalid is None:
-                break
-        return answer
+                # What is wrong with a picture is in its own event: a kill cannot come between the two.
+                content = {"round": number, "attempt": attempt, "answer": answer, "wrong": wrong}
+                content.update(telemetry=watched.telemetry, invalid=watched.invalid)
+                self._note("round", measured, launch, content)

@@ -151,7 +151,8 @@ def interval(measured: Measured) -> tuple[float, float] | None:
 
 
 def _image(session: Session, measured: Measured) -> dict:
-    first = next(one for one in measured.rounds() if one["round"] == 0)["image"]
+    # Round 0 is the one that is compared; where it was throttled its picture has been looked at all the same.
+    first = next(launch.rounds[0] for _, launch in sorted(measured.launches.items()) if launch.rounds)["image"]
     reason = session.unchecked.get(measured.slot.configuration.id)
     found = {key: first[key] for key in ("sha256", "latent_relative_error", "psnr_db")}
     reference = measured.slot.configuration.reference().id

@@ -44,7 +44,7 @@ def _distinct(belongs: dict[Configuration, list[str]]):
         other = seen.setdefault(configuration.id, configuration)
         if other != configuration:
             raise pytest.UsageError(
-                f"two configurations are both called {configuration.id}: {other} and {configuration}"
+                f"two configurations are both called {configuration.id}: {other!r} and {configuration!r}"
             )
         yield configuration, names
 
@@ -57,15 +57,25 @@ def with_interpreters(values: dict[str, list], labels) -> dict[str, list]:
 def leave_out(config, items: list, values: dict[str, list], device: str) -> list:
     """The items that stay when no set is named: what options describe, else the set that suits the machine.
 
-    A marker expression or a test's own id names what is wanted, and then nothing is left out here.
+    A marker expression, or an id with the configuration in it, names what is wanted.
     """
-    named = config.option.markexpr or any("::" in argument for argument in config.args)
-    wanted = MATRIX if values else suiting(device)
-    if named:
+    if config.option.markexpr:
         return items
-    return [item for item in items if configuration_of(item) is None or item.get_closest_marker(wanted)]
+    wanted, named = MATRIX if values else suiting(device), named_tests(config)
+    return [
+        item
+        for item in items
+        if configuration_of(item) is None or item.get_closest_marker(wanted) or item.nodeid.partition("::")[2] in named
+    ]
+
+
+def named_tests(config) -> set[str]:
+    """The tests that the command line names one by one: `FILE::test_txt2img[ID]`, without the file."""
+    return {argument.partition("::")[2] for argument in config.args if "::" in argument and "[" in argument}
 
 
 def configuration_of(item) -> Configuration | None:
     """The configuration that a test measures, or None for any other test."""
+    if "perf_session" not in getattr(item, "fixturenames", ()):
+        return None
     return getattr(item, "callspec", None) and item.callspec.params.get("configuration")

@@ -54,6 +54,7 @@ class Settings:
     slowdown: float = 0.0
     margin: float = 0.01
     limits: Limits = field(default_factory=Limits)
+    compile_cache: Path | None = None  # kept between sessions; without it each session's first launch compiles anew
 
     @property
     def variant(self) -> str | None:
@@ -92,7 +93,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         lock = keep.enter_context(DeviceLock(facts["uuid"] or facts["device"]))
         if lock.notice:
             say(lock.notice)
-        cache = keep.enter_context(compile_cache())
+        cache = keep.enter_context(compile_cache(settings.compile_cache))
         plan = _plan(settings, configurations)
         launches = Launches(settings, cache)
         probed = launches.probe()
@@ -103,7 +104,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
                 say(f"perf: no telemetry: {gpu.reason}")
         watch = Watch(gpu) if gpu is not None else no_watch
         book, measurements = _open_journal(settings, plan, facts, say)
-        with book, SessionProgress(len(plan.slots) * plan.launches) as progress:
+        with book, SessionProgress() as progress:
             progress.plan(plan.turns())
             references = _References(settings, launches, facts)
             references.prepare(plan, progress.say)
@@ -130,7 +131,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         facts,
         started,
         time.time() - started,
-        references.unchecked,
+        _unchecked(references, measurements),
         decisions,
         interrupted,
     )
@@ -209,7 +210,7 @@ class Launches:
         chosen = self.settings.interpreters[label] if label else Interpreter()
         if slot.variant == "base":
             chosen = Interpreter(chosen.python, self.settings.against[1].source)
-        return Interpreter(chosen.python, chosen.source, self.environment)
+        return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment))
 
     def load_arguments(self, slot: Slot) -> dict:
         """What a slot's worker is asked to load."""
@@ -235,12 +236,19 @@ class Launches:
 
 
 @contextlib.contextmanager
-def compile_cache():
-    folder = tempfile.mkdtemp(prefix="sd-perf-compile-")
+def compile_cache(kept: Path | None = None):
+    """The folder of torch.compile's cache: the one to keep, or a new one for this session. Raises SessionError."""
+    try:
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+        folder = str(kept.absolute()) if kept is not None else tempfile.mkdtemp(prefix="sd-perf-compile-")
+    except OSError as error:
+        raise SessionError(f"no folder for compiled code can be made: {error.strerror}") from None
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if kept is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- references
@@ -268,7 +276,10 @@ class _References:
 
     def prepare(self, plan: Plan, say) -> None:
         """Make what is missing, one process a reference configuration."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SessionError(f"{self.folder}: the reference pictures cannot be kept: {error.strerror}") from None
         wanted: dict[Configuration, dict[Path, int]] = {}
         users: dict[Configuration, list[str]] = {}
         for configuration in dict.fromkeys(slot.configuration for slot in plan.slots):
@@ -312,6 +323,19 @@ class _References:
 
 def _first_round(configuration: Configuration) -> list[int]:
     return images.image_seeds(configuration, configuration.seed)
+
+
+def _unchecked(references: _References, measurements: Measurements) -> dict[str, str]:
+    """Configurations of which a launch was not compared with a reference, and why."""
+    found = dict(references.unchecked)
+    for measured in measurements.by_name.values():
+        firsts = [launch.rounds[0]["image"] for launch in measured.launches.values() if launch.rounds]
+        if any(image["latent_relative_error"] is None for image in firsts):
+            id = measured.slot.configuration.id
+            found.setdefault(
+                id, "measured before its reference picture could be made; start again without --perf-resume"
+            )
+    return found
 
 
 # --- watching
@@ -363,7 +387,8 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
         "stack": {key: facts[key] for key in ("name", "uuid", "driver", "torch")},
     }
     if not settings.resume:
-        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.jsonl"
+        now = time.time_ns()  # in UTC: the newest is the last by name, also when the clocks go back in autumn
+        path = folder / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now // 10**9))}-{now % 10**9:09d}.jsonl"
         book = journal.Journal(path, wanted)
         journal.prune(folder)
         return book, Measurements(plan)
@@ -376,9 +401,12 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
     if recorded.ended:
         say(f"{path}: that session had come to its end; nothing is left to measure")
     for key, value in wanted.items():
-        if recorded.plan.get(key) != json.loads(json.dumps(value)):
+        before, value = recorded.plan.get(key), json.loads(json.dumps(value))
+        if before != value:
+            if key == "configurations" and before:  # of the same names, or `slots` would have differed
+                before, value = next(_differing(*pair) for pair in zip(before, value) if pair[0] != pair[1])
             raise SessionError(
-                f"--perf-resume: {path} was started with other {key}: {recorded.plan.get(key)!r}, now {value!r}; "
+                f"--perf-resume: {path} was started with other {key}: {before!r}, now {value!r}; "
                 f"give the same options as then, or start again without --perf-resume"
             )
     try:
@@ -387,3 +415,8 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
         raise SessionError(f"{path}: cannot be gone on from ({error}); start again without --perf-resume") from None
     say(f"perf: going on from {path}: {measurements.counts()[1]} rounds are there")
     return journal.Journal(path, after=recorded), measurements
+
+
+def _differing(before: dict, now: dict) -> tuple[dict, dict]:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return {key: before.get(key) for key in keys}, {key: now.get(key) for key in keys}

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import sys
 import time
 
@@ -250,13 +251,30 @@ def release_device_memory() -> None:
             print(f"the device's memory could not be released: {error}", file=sys.stderr)
 
 
+def _end_with_the_launcher() -> None:
+    """On Linux: a launcher that is killed takes this process with it, in the middle of a round too.
+
+    Else it would go on with the round, beside the session that is resumed. Elsewhere it ends after the round.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)
+
+
 def main() -> None:
     """Answer requests until the pipe closes."""
+    _end_with_the_launcher()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # nor may a library that asks a question take a request for the reply
+    os.close(nothing)
     print(json.dumps({"ok": {"protocol": PROTOCOL, "pid": os.getpid()}}), file=answers, flush=True)
     worker = Worker()
-    for line in sys.stdin:
+    for line in requests:
         print(json.dumps(worker.handle(json.loads(line))), file=answers, flush=True)
 
 

@@ -1,0 +1,140 @@
+"""`python -m perf gpu-run`: a short time on a borrowed GPU, well spent.
+
+Correctness first, then the published experiment, then what is newest, in the order of what each step is worth. A call ends
+within `--chunk`, all calls together within `--budget`; what was cut off goes on in the next call, from the journal. Everything
+is written under `--out` as it happens: saved runs, reference pictures, journals, the compile cache, one log a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.storage import write_atomically
+from perf.verdicts import ExitCode
+
+GRACE_SECONDS = 30.0  # for an interrupted pytest to save what it has
+INTERRUPTED = 2  # pytest's exit code after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pytest run. worth: why it has its place in the order."""
+
+    name: str
+    arguments: tuple[str, ...]
+    worth: str
+    measures: bool = True
+
+
+STEPS = (
+    Step("correctness", ("tests", "-m", "gpu"), "a fast wrong picture is worth nothing", measures=False),
+    Step("published-1", ("perf", "-m", "published", "--batch", "1"), "the article's five, at batch 1"),
+    Step("ladder", ("perf", "-m", "ladder"), "what each optimisation gives"),
+    Step("peers", ("perf", "-m", "peers"), "the same work by diffusers"),
+    Step("published-2-4", ("perf", "-m", "published", "--batch", "2", "--batch", "4"), "the article's other batches"),
+    Step("batches", ("perf", "-m", "batches"), "every attention"),
+    Step("published-sd1", ("perf", "-m", "published_sd1"), "the companion article"),
+)
+
+
+def seconds(text: str) -> float:
+    """`25m`, `90s`, `1.5h` or plain seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds, or a number with s, m or h behind it")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--budget", type=seconds, default=1500.0, help="of all calls together, such as 25m")
+    parser.add_argument("--chunk", type=seconds, default=540.0, help="of this call, such as 9m")
+    parser.add_argument("--out", type=Path, required=True, help="where everything is written; give the same again to go on")
+    parser.add_argument("--model", help="another model in every step: tiny tries the whole run on a CPU")
+    parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="only this step")
+    parser.add_argument("--launches", type=int, default=6, help="launches per configuration (default: 6)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run steps until the chunk or the budget ends; 0 when all that ran was well, 1 when a step failed."""
+    out = arguments.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    state = _state(out)
+    begin = time.monotonic()
+    spent_before = sum(step["seconds"] for step in state.values())
+    for step in STEPS:
+        if arguments.only and step.name not in arguments.only:
+            continue
+        known = state.setdefault(step.name, {"status": "new", "exit_code": None, "seconds": 0.0})
+        if known["status"] == "done":
+            continue
+        used = time.monotonic() - begin
+        left = min(arguments.chunk - used, arguments.budget - spent_before - used) - GRACE_SECONDS
+        if left <= 0:
+            break
+        print(f"{step.name} ({step.worth}): at most {left:.0f} s", flush=True)
+        started = time.monotonic()
+        code = _run(step, out, arguments, resume=known["status"] == "cut off" and step.measures, limit=left)
+        known.update(
+            status="cut off" if code == INTERRUPTED else "done",
+            exit_code=code,
+            seconds=known["seconds"] + time.monotonic() - started,
+        )
+        write_atomically(out / "state.json", state)
+    return _report(state, arguments)
+
+
+def _state(out: Path) -> dict[str, dict]:
+    path = out / "state.json"
+    if not path.exists():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        known = {step.name for step in STEPS}
+        return {name: one for name, one in state.items() if name in known and one["seconds"] >= 0}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"{path}: cannot be read; delete it to begin again, the saved runs stay") from None
+
+
+def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, limit: float) -> int:
+    command = [sys.executable, "-m", "pytest", *step.arguments]
+    if step.measures:
+        command += [f"--benchmark-storage=file://{out / step.name}", f"--benchmark-save={step.name}"]
+        command += [f"--perf-compile-cache={out / 'compile-cache'}", f"--perf-launches={arguments.launches}"]
+        command += ["--model", arguments.model] if arguments.model else []
+        command += ["--perf-resume"] if resume else []
+    with open(out / f"{step.name}.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            return process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # as Ctrl-C: pytest saves what it has
+        try:
+            process.wait(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return INTERRUPTED
+
+
+def _report(state: dict[str, dict], arguments: argparse.Namespace) -> int:
+    """A line a step, and what to do next."""
+    for step in STEPS:
+        if step.name in state:
+            one = state[step.name]
+            print(f"{step.name:<14} {one['status']:<8} exit {one['exit_code']}  {one['seconds']:.0f} s")
+    left = [step.name for step in STEPS if state.get(step.name, {}).get("status") != "done"]
+    left = [name for name in left if not arguments.only or name in arguments.only]
+    spent = sum(step["seconds"] for step in state.values())
+    if left:
+        print(f"left: {', '.join(left)}; {max(0.0, arguments.budget - spent):.0f} s of the budget; the same command goes on")
+    failed = [name for name, one in state.items() if one["status"] == "done" and one["exit_code"] not in (0, 5)]
+    return ExitCode.FAILED if failed else ExitCode.OK
