@@ -239,6 +239,7 @@ KERNEL_OPERATORS = {
     "aten::_flash_attention_forward": "flash",
     "aten::_efficient_attention_forward": "mem_efficient",
     "aten::_native_multi_head_attention": "native_mha",
+    "xformers::efficient_attention": "small_k",
     "xformers::efficient_attention_forward_cutlass": "mem_efficient",
     "xformers_flash::flash_fwd": "flash",
 }
