@@ -35,10 +35,14 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its weights, as autocast does by itself on a GPU; torch 1.13 raises on the CPU."""
+    """LayerNorm in the dtype of its weights, as autocast does by itself on a GPU; torch 1.13 raises on the CPU.
+
+    The output has the dtype of the input, which also keeps nn.MultiheadAttention off its fast path under autocast, which
+    cannot do that on the CPU of torch 2.0.
+    """
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
