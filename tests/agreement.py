@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 
+import pytest
 import torch
 
 from sd import Optimisations, StableDiffusion
 from sd.attention import CHOICES, ObservedCall
 from sd.features import has
+
+SEED = int(os.environ.get("SD_PERF_SEED") or random.SystemRandom().getrandbits(32))
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 # name: (precision, whether matrix products and convolutions in fp32 may use TF32, which only a GPU has)
 SETTINGS = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import random
-
 import pytest
 import torch
+from agreement import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,27 +13,17 @@ from sd.attention_errors import DTYPES, HEAD_DIMS, SHAPES, bound, error, error_t
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-    ),
-]
 FUNCTIONS = [name for name in CHOICES if not name.startswith("mha")]
-# A new seed every run; a failure prints it, and SD_PERF_SEED repeats it.
-SEED = int(os.environ.get("SD_PERF_SEED") or random.SystemRandom().getrandbits(32))
 
 
-@pytest.fixture
-def seed():
-    print(f"repeat with SD_PERF_SEED={SEED}")  # pytest shows it where a test fails
-    return SEED
+def not_usable(name, device, dtype, head_dim) -> str | None:
+    if device == "cpu" and dtype == torch.float16 and not has("cpu_fp16"):
+        return "this torch computes no fp16 on the CPU"
+    return why_not(CHOICES[name], device, dtype, head_dim)
 
 
 def skip_unless_usable(name, device, dtype, head_dim):
-    if device == "cpu" and dtype == torch.float16 and not has("cpu_fp16"):
-        pytest.skip("this torch computes no fp16 on the CPU")
-    reason = why_not(CHOICES[name], device, dtype, head_dim)
+    reason = not_usable(name, device, dtype, head_dim)
     if reason:
         pytest.skip(reason)
 
@@ -83,27 +71,27 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=40)
 @given(
+    data=st.data(),
     batch=st.integers(1, 9),
     queries=st.integers(1, 70),
     keys=st.integers(1, 90),
     heads=st.integers(1, 5),
-    head_dim=st.integers(1, 12).map(lambda n: 8 * n),
     layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
-    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape_and_layout(name, batch, queries, keys, heads, head_dim, layouts, dtype, seed):
-    if dtype == torch.float16 and not has("cpu_fp16"):
-        dtype = torch.bfloat16
-    if why_not(CHOICES[name], "cpu", dtype, head_dim):
-        dtype, head_dim = torch.float32, min(head_dim, 32)  # what the old xFormers takes on a CPU
-        skip_unless_usable(name, "cpu", dtype, head_dim)
+def test_any_shape_and_layout(device, name, data, batch, queries, keys, heads, layouts, seed):
+    kinds = [(dtype, head_dim) for dtype in DTYPES for head_dim in range(8, 97, 8)]
+    usable = [kind for kind in kinds if not not_usable(name, device, *kind)]
+    if not usable:
+        pytest.skip(not_usable(name, device, *kinds[0]))
+    dtype, head_dim = data.draw(st.sampled_from(usable))
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(*size, generator=generator).to(dtype)
+        return torch.randn(*size, generator=generator).to(device, dtype)
 
     q, k, v = (
         LAYOUTS[layout](normal, batch, tokens, heads, head_dim)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import SETTINGS, only_the_allowed_ran, optimisations, picture, psnr, tf32, unet_bound, unet_output
+from agreement import (
+    DEVICES,
+    GPU,
+    SEED,
+    SETTINGS,
+    only_the_allowed_ran,
+    optimisations,
+    picture,
+    psnr,
+    tf32,
+    unet_bound,
+    unet_output,
+)
 from models import relative_error
-from test_attention import DEVICES, SEED, seed  # noqa: F401  (a fixture)
 
 from sd import Optimisations, StableDiffusion
 from sd.attention import CHOICES
 from sd.errors import BadImage, Unavailable
 from sd.features import has
-
-GPU = DEVICES[1].marks
 
 
 def optimise_or_skip(model, wanted: Optimisations):
@@ -53,7 +62,7 @@ def network(request):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_whole_unet_agrees_with_fp32(seed, network, name):  # noqa: F811
+def test_the_whole_unet_agrees_with_fp32(seed, network, name):
     model, reference, size, device, setting = network
     precision, allow_tf32 = SETTINGS[setting]
     optimise_or_skip(model, optimisations(name, precision))
