@@ -1,14 +1,17 @@
 """Attention implementations and the kernels behind them: the one place that names an attention kernel.
 
 An attention function takes q [B, S, H, D], k and v [B, T, H, D], all of one dtype, and returns [B, S, H, D] of v's
-dtype. To add one: write the function, add a line to FUNCTIONS, and `python -m sd.attention` lists it.
+dtype. To add one: write the function, add a line to FUNCTIONS, and `python -m sd.attention` lists it. How far each is
+from the exact result is measured in sd.attention_errors.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import os
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +66,13 @@ class Attention:
         return FUNCTIONS[self.implementation]
 
 
+# Every implementation, and those that have kernels to choose from with each of them alone.
+CHOICES = {"original": Attention("original"), "xformers": Attention("xformers")}
+for _name in ("mha", "sdpa"):
+    CHOICES[_name] = Attention(_name)
+    CHOICES.update({f"{_name}-{kernel}": Attention(_name, (kernel,)) for kernel in SDPA_KERNELS})
+
+
 def original(q, k, v, upcast: bool = True):
     """softmax(QK^T / sqrt(D)) V with every score in memory (CompVis/stable-diffusion; the upcast is Stability-AI's)."""
     batch, _, heads, width = q.shape
@@ -82,13 +92,22 @@ def xformers(q, k, v):
     """xformers.ops.memory_efficient_attention, which takes [B, S, H, D] as it is."""
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(q, k, v)
+    return memory_efficient_attention(_whole_rows(q), _whole_rows(k), _whole_rows(v))
 
 
 def sdpa(q, k, v, causal: bool = False):
     """F.scaled_dot_product_attention; the kernel is PyTorch's choice among those that `allowed_kernels` leaves."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = [_whole_rows(x).transpose(1, 2) for x in (q, k, v)]
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def _whole_rows(x):
+    """x, copied if the numbers of a head do not lie side by side: every fused kernel refuses that.
+
+    They do not in the VAE, whose q, k and v come from convolutions: PyTorch would fall back to `math` there or, where
+    that is forbidden, raise.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # `mha` is a module (sd.layers.NativeAttention); where there are no such projections to hold, as in the VAE,
@@ -166,6 +185,12 @@ def _try(attention: Attention, device: torch.device, dtype: torch.dtype, head_di
 
 
 def _first_reason(error: Exception) -> str:
+    """What an error says, in one line. xFormers lists every reason of every operator: the first of each is enough."""
+    refusals = {}
+    for operator, reason in re.findall(r"`(\S+)` is not supported because:\s*(.+)", str(error)):
+        refusals.setdefault(reason.strip(), []).append(operator)
+    if refusals:
+        return "; ".join(f"{', '.join(operators)}: {reason}" for reason, operators in refusals.items())
     return " ".join(str(error).split())[:300]
 
 
@@ -214,6 +239,8 @@ KERNEL_OPERATORS = {
     "aten::_flash_attention_forward": "flash",
     "aten::_efficient_attention_forward": "mem_efficient",
     "aten::_native_multi_head_attention": "native_mha",
+    "xformers::efficient_attention": "small_k",  # until 0.0.16
+    "xformers::efficient_attention_forward_small_k": "small_k",
     "xformers::efficient_attention_forward_cutlass": "mem_efficient",
     "xformers_flash::flash_fwd": "flash",
 }
@@ -251,29 +278,44 @@ class ObservedCall:
         return out
 
 
+def described(choice: Attention) -> tuple[str, str]:
+    """Implementation and kernel of one of CHOICES, as the tables name them."""
+    if choice.implementation not in ("mha", "sdpa"):
+        return choice.implementation, "-"
+    return choice.implementation, choice.kernels[0] if choice.restricted else "any"
+
+
 def table(device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     """(implementation, kernel, "usable" or why not) for this machine, at the UNet's and the VAE's head sizes."""
-    choices = [("original", "-", Attention("original")), ("xformers", "-", Attention("xformers"))]
-    for implementation in ("mha", "sdpa"):
-        choices.append((implementation, "any", Attention(implementation)))
-        choices += [(implementation, kernel, Attention(implementation, (kernel,))) for kernel in SDPA_KERNELS]
     rows = []
-    for implementation, kernel, choice in choices:
+    for choice in CHOICES.values():
         reason = why_not(choice, device, dtype, HEAD_DIMS[0])
         refused = [size for size in HEAD_DIMS if not reason and why_not(choice, device, dtype, size)]
         verdict = reason or "usable" + (f", but not with head size {', '.join(map(str, refused))}" if refused else "")
-        rows.append((implementation, kernel, verdict))
+        rows.append((*described(choice), verdict))
     return rows
 
 
-def main() -> None:
-    """Print the table for the CPU in fp32 and, where there is one, the GPU in fp16."""
+def main(arguments: list[str] | None = None) -> None:
+    """Print, for the CPU in fp32 and, where there is one, the GPU in fp16, what is usable; or how exact it is."""
+    parser = argparse.ArgumentParser(prog="python -m sd.attention", description=main.__doc__)
+    parser.add_argument(
+        "--errors", action="store_true", help="largest error of each against `original` in float64, by dtype"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs of --errors")
+    options = parser.parse_args(arguments)
     devices = [("cpu", torch.float32)] + [("cuda", torch.float16)] * torch.cuda.is_available()
     for device, dtype in devices:
         name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        print(f"torch {torch.__version__}, {name}, {str(dtype)[6:]}")
-        for implementation, kernel, verdict in table(device, dtype):
-            print(f"  {implementation:<9} {kernel:<14} {verdict}")
+        if options.errors:
+            from sd.attention_errors import error_table
+
+            print(f"torch {torch.__version__}, {name}, largest error against original in float64, seed {options.seed}")
+            print("\n".join(error_table(device, options.seed)))
+        else:
+            print(f"torch {torch.__version__}, {name}, {str(dtype)[6:]}")
+            for implementation, kernel, verdict in table(device, dtype):
+                print(f"  {implementation:<9} {kernel:<14} {verdict}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,17 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its weights, as autocast does by itself on a GPU; torch 1.13 raises on the CPU.
+
+    The output has the dtype of the input, which also keeps nn.MultiheadAttention off its fast path under autocast, which
+    cannot do that on the CPU of torch 2.0.
+    """
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class CrossAttention(nn.Module):
     """Attention with separate projections, as in the published checkpoints; self-attention when there is no context."""
 
@@ -158,9 +169,9 @@ class BasicTransformerBlock(nn.Module):
         self.attn1 = CrossAttention(width, width, heads, width // heads)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_dim, heads, width // heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
+        self.norm2 = LayerNorm(width)
+        self.norm3 = LayerNorm(width)
 
     def forward(self, x, context):  # [B, S, C], [B, T, C']
         x = self.attn1(self.norm1(x)) + x

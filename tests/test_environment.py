@@ -53,3 +53,11 @@ def test_every_environment_has_its_constraints():
 def test_numpy_arrays_cross_into_torch_and_back():
     numpy = pytest.importorskip("numpy")  # torch 1.12 imports with numpy 2 and then fails at the first of these
     assert torch.from_numpy(numpy.arange(3)).numpy().tolist() == [0, 1, 2]
+
+
+def test_the_nightly_workflow_runs_every_environment():
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "tox.ini")
+    everything = re.search(r"^all-torch = (.+)$", parser["tox"]["labels"], re.MULTILINE)[1]
+    workflow = (ROOT / ".github" / "workflows" / "nightly.yml").read_text()
+    assert re.search(r"environment: \[(.+)\]", workflow)[1] == everything
