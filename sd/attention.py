@@ -229,7 +229,7 @@ def for_head_dim(attention: Attention, device, dtype: torch.dtype, head_dim: int
     return next(choice for choice in candidates if why_not(choice, device, dtype, head_dim) is None)
 
 
-# Operator names that tell which kernel ran, as torch.profiler records them.
+# Operator names that tell which kernel ran, as the profiler records them.
 KERNEL_OPERATORS = {
     "aten::_scaled_dot_product_attention_math": "math",
     "aten::_scaled_dot_product_flash_attention": "flash",
@@ -272,7 +272,8 @@ class ObservedCall:
         os.environ.setdefault(
             "KINETO_LOG_LEVEL", "99"
         )  # or the profiler writes a line to stderr at every start and stop
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        # Not torch.profiler.profile, whose start imports inductor and dynamo: 4 s of everybody's first picture.
+        with torch.autograd.profiler.profile() as profile:
             out = self.call(*arguments)
         self.kernels = kernels_in(event.key for event in profile.key_averages())
         return out
