@@ -64,6 +64,16 @@ def test_what_was_written_is_read_back(book):
     assert (recorded.ended, recorded.damage, recorded.good_bytes) == (True, None, len(book[1]))
 
 
+def test_every_event_is_on_the_disk_when_its_write_returns(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(journal.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    with Journal(tmp_path / "1.jsonl", PLAN) as book:
+        for event, content in EVENTS:
+            book.write(event, content)
+            assert synced[-1] == (tmp_path / "1.jsonl").stat().st_size
+    assert len(set(synced)) == 1 + len(EVENTS)
+
+
 def test_every_line_is_json(book):
     lines = [json.loads(line) for line in book[1].splitlines()]
     assert [line.pop("event") for line in lines] == ["plan", *(event for event, _ in EVENTS)]
