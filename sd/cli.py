@@ -123,6 +123,8 @@ def describe(model: StableDiffusion, checkpoint: Path | None) -> dict:
     how = model.optimisations
     attention = how.attention_choice()
     kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
+    shown = ("attention", "sdpa_kernels", "attention_precision", "precision", "compile")  # by names of their own
+    changed = {name: value for name, value in how.changed().items() if name not in shown}
     upcast = f" in {attention.precision}" if attention.implementation == "original" else ""
     return {
         "config": model.config.name,
@@ -130,6 +132,7 @@ def describe(model: StableDiffusion, checkpoint: Path | None) -> dict:
         "attention": attention.implementation + kernels + upcast,
         "precision": how.precision,
         "compile": how.compile,
+        "optimisations": " ".join(f"{name}={value}" for name, value in changed.items()) or "none",
         "device": model.device.type,
         "torch": torch.__version__,
     }

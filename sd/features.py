@@ -43,6 +43,16 @@ FEATURES = {
     "cudnn_sdpa": Feature(
         "the cuDNN attention kernel", hasattr(torch.backends.cuda, "enable_cudnn_sdp"), "torch >= 2.5"
     ),
+    "recompile_limit": Feature(
+        "torch.compile(recompile_limit=...)",
+        hasattr(torch, "compile") and _has_parameter(torch.compile, "recompile_limit"),
+        "torch >= 2.10",
+    ),
+    "compile_cache": Feature(
+        "torch.compiler.save_cache_artifacts",
+        hasattr(torch, "compiler") and hasattr(torch.compiler, "save_cache_artifacts"),
+        "torch >= 2.7",
+    ),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
     "weights_only": Feature(
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"
