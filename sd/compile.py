@@ -49,8 +49,10 @@ class Compiler:
     def require(self) -> None:
         """Raise Unavailable for what this torch lacks."""
         require("compile", f"compile mode {self.mode}")
+        if self.backend == "inductor" and self.inductor:
+            from torch._inductor import config  # brings the compiler with it: seconds, and only some torch have it
         for name in self.inductor:
-            if not hasattr(torch._inductor.config, INDUCTOR_OPTIONS[name][0]):
+            if not hasattr(config, INDUCTOR_OPTIONS[name][0]):
                 raise Unavailable(f"inductor option {name}: torch {torch.__version__} has none of that name")
 
     def __call__(self, function):
