@@ -6,9 +6,11 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
+from sd.aot import AheadOfTime, check_path
 from sd.approximate import QUANTISATIONS, CachedFeatures, merge_tokens, quantise, require_quantisation
 from sd.attention import (
     ATTENTION_PRECISIONS,
@@ -49,7 +51,8 @@ class Optimisations:
     compile: mode of torch.compile for compile_scope, which is `unet` (one graph), `blocks` (regional: each ResBlock and
     transformer block) or `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder)
     and compile_text_encoder: modes of their own. compile_backend: `inductor`, or `aot_eager` and `eager` to look for a
-    fault. inductor: options of it by name (sd.compile.INDUCTOR_OPTIONS). cuda_graph: `unet` records each UNet call,
+    fault. inductor: options of it by name (sd.compile.INDUCTOR_OPTIONS). aot: a .pt2 file of
+    the UNet compiled ahead of time, made at the first call where there is none (sd.aot). cuda_graph: `unet` records each UNet call,
     `loop` the whole sampling loop.
 
     original_steps: the first code's sampling loop with its host synchronisations, for a baseline (sd.original).
@@ -69,6 +72,7 @@ class Optimisations:
     compile_text_encoder: str = "none"
     compile_backend: str = "inductor"
     inductor: tuple[str, ...] = ()
+    aot: str | None = None
     cuda_graph: str = "none"
     channels_last: bool = False
     fused_qkv: bool = False
@@ -129,6 +133,11 @@ class Optimisations:
                     yield f"{name}: original_steps is to recompute it at every step; choose one of the two"
             if self._step_is_compiled or self.cuda_graph == "loop":
                 yield "original_steps: its host synchronisations cannot be part of a graph; compile the UNet alone"
+        if self.aot is not None:
+            if self.compile != "none":
+                yield "aot: is the UNet compiled already; leave out compile"
+            if self.precision == "autocast" or self.feature_caching > 1 or self.quantisation != "none":
+                yield "aot: of a UNet with autocast, feature_caching or quantisation is not offered"
         if self.quantisation != "none" and (self.fused_qkv or self.fused_kv or self.attention == "mha"):
             yield f"quantisation {self.quantisation}: is of separate projections; leave out fused_qkv, fused_kv and mha"
         if self.feature_caching > 1 and (self._step_is_compiled or self.cuda_graph != "none" or self.original_steps):
@@ -155,10 +164,11 @@ class Optimisations:
         What this torch or device lacks is left out.
         """
         device = torch.device(device)
-        caches = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True, "channels_last": True}
+        caches = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
         if device.type != "cuda":
             compiles = has("compile") and shutil.which("c++") is not None
-            return cls(compile="default" if compiles else "none", **caches)
+            # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
+            return cls(compile="default" if compiles else "none", channels_last=compiles, **caches)
         mode = "max-autotune-no-cudagraphs" if has("compile") else "none"
         return cls(
             precision="bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16",
@@ -167,6 +177,7 @@ class Optimisations:
             compile_autoencoder=mode,
             compile_text_encoder=mode,
             cuda_graph="unet",
+            channels_last=True,
             **caches,
         )
 
@@ -231,6 +242,8 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
             if asked:
                 raise Unavailable(f"{name}: needs an NVIDIA GPU, and the device is {device}: leave it out")
     require_quantisation(optimisations.quantisation, device)
+    if optimisations.aot is not None:
+        check_path(optimisations.aot)
 
 
 @dataclass(frozen=True)
@@ -309,6 +322,9 @@ def _calls(unet, autoencoder, text_encoder, optimisations: Optimisations) -> Cal
         setattr(unet, name, compilers["unet"].keepable(getattr(unet, name)))
     elif "unet" in compilers and optimisations.compile_scope == "blocks":
         compile_blocks(unet, compilers["unet"])
+    elif optimisations.aot is not None:
+        choice = " ".join(f"{key}={value}" for key, value in optimisations.changed().items() if key != "aot")
+        unet.denoise = AheadOfTime(unet, Path(optimisations.aot), choice)
 
     observed = ObservedCall(unet if optimisations.feature_caching == 1 else unet.forward_with_features)
     call, loop = observed, run

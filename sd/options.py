@@ -111,6 +111,16 @@ def _add_run(add) -> None:
         metavar="MODE",
         help=f"torch.compile the UNet in one of the modes {', '.join(COMPILE_MODES)} (without MODE: default)",
     )
+    add(
+        "--compile-cache",
+        metavar="DIR",
+        help="keep what was compiled here, and start from it; its torch-compile.cache can be taken to another machine",
+    )
+    add(
+        "--aot",
+        metavar="FILE.pt2",
+        help="the UNet compiled ahead of time, for one batch and size; written at the first picture if there is none",
+    )
     add("--enable_tf32", action="store_true", help="let matrix products and convolutions round to tf32 (CUDA)")
     add("--skip_first", action="store_true", help="one more iteration, before the others, neither timed nor saved")
     add("--time_file", metavar="FILE", help="append a line: seconds of the timed iterations, from prompts to PNGs")
@@ -227,6 +237,9 @@ def choose_optimisations(args, environ, device: torch.device, native_mha: bool) 
         changes["precision"] = "bf16" if args.bf16 else args.precision
     if args.compile:
         changes["compile"] = args.compile
+    if args.aot:
+        changes["aot"] = args.aot
+        changes.setdefault("compile", "none")
     if args.enable_tf32:
         if device.type != "cuda":
             raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")
