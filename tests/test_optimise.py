@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting import Counting
+from counting import Counting, needs_counting
 from models import relative_error
 
 from sd import Optimisations, StableDiffusion
@@ -103,6 +103,7 @@ def test_fused_weights_are_shared_and_stay_out_of_checkpoints(model):
     assert block.attn1.fused is None
 
 
+@needs_counting
 class TestCounts:
     """Exact, and so free of noise: ops of one UNet call against the plain code's."""
 
@@ -149,6 +150,7 @@ class TestCounts:
             assert counting.bytes > 1.5 * plain.bytes
 
 
+@needs_counting
 @pytest.mark.parametrize("name", ["channels_last", "all"])
 def test_channels_last_copies_no_layout(model, name):
     """Every convolution takes and holds NHWC, every linear layer takes tokens as they lie, and nothing is rearranged."""
@@ -163,6 +165,7 @@ def test_channels_last_copies_no_layout(model, name):
     assert all(argument.is_contiguous() for arguments in linears for argument in arguments[-2:-1])
 
 
+@needs_counting
 def test_channels_last_of_the_decoder_copies_no_layout(model):
     model.optimise(Optimisations(attention=DEFAULT_ATTENTION, channels_last=True))
     latents = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -172,7 +175,7 @@ def test_channels_last_of_the_decoder_copies_no_layout(model):
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x, *_ in convolutions)
 
 
-@pytest.mark.skipif(not has("sdpa"), reason="counts are of the newer CPU autocast")
+@needs_counting
 def test_autocast_casts_each_weight_once(model):
     """It keeps a cast weight only where a gradient could be asked for: without that, every call casts them all again."""
     model.optimise(Optimisations(attention=DEFAULT_ATTENTION, precision="autocast"))
@@ -204,6 +207,7 @@ class TestSamplingLoop:
         _picture(model, steps=steps, sampler=sampler, eta=eta)
         return counting
 
+    @needs_counting
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
     @pytest.mark.parametrize("fields", [{}, EXACT["all"]], ids=["plain", "fast"])
     def test_never_waits_or_sends(self, model, monkeypatch, sampler, eta, fields):
@@ -213,6 +217,7 @@ class TestSamplingLoop:
             assert counting.made == 0
             assert counting.ops["_to_copy"] == counting.ops["copy_"] == 0
 
+    @needs_counting
     # Of guidance (cat, sub, mul, add), v to noise (3), timesteps (full) and the update itself.
     @pytest.mark.parametrize("sampler, most", [("ddim", 11), ("euler", 10), ("dpm_solver", 14), ("plms", 15)])
     def test_ops_per_step(self, model, monkeypatch, sampler, most):
@@ -221,6 +226,7 @@ class TestSamplingLoop:
         own = (with_unet[1].total - with_unet[0].total) / 5 - unet.total
         assert own <= most
 
+    @needs_counting
     @pytest.mark.parametrize("sampler", ["ddim", "plms"])
     def test_original_steps_wait_three_times_a_step(self, model, monkeypatch, sampler):
         from sd import original
