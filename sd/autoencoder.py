@@ -164,7 +164,11 @@ class Autoencoder(nn.Module):
     def decode(self, latents):
         """latents [B, 4, h, w], already divided by the scale factor -> [B, 3, 8h, 8w] in about [-1, 1], float32."""
         with allowed_kernels(self.attention):
-            return self.decoder(self.post_quant_conv(latents.to(self.dtype))).float()
+            return self.to_pixels(latents)
+
+    def to_pixels(self, latents):
+        """What `decode` runs under its kernel choice; the part that torch.compile is given."""
+        return self.decoder(self.post_quant_conv(latents.to(self.dtype))).float()
 
     def head_dim(self) -> int:
         """Width of the single attention head."""

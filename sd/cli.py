@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from sd.album import Album
-from sd.errors import SDError
+from sd.errors import ConfigError, SDError
 from sd.noise import OriginalNoise, PerImageNoise
 from sd.options import Setup, append_seconds, check_latents
 from sd.pipeline import StableDiffusion
+from sd.startup import open_compile_cache, save_compile_cache
 
 
 def begin(args, setup: Setup) -> tuple[Album, StableDiffusion, float]:
@@ -23,6 +24,10 @@ def begin(args, setup: Setup) -> tuple[Album, StableDiffusion, float]:
     if args.time_file is not None:
         append_seconds(args.time_file, "")
     album = Album(args.outdir, not args.skip_save, not args.skip_grid)
+    if args.compile_cache is not None:
+        if not setup.optimisations.compilers():
+            raise ConfigError("--compile-cache: nothing is compiled; say --compile, or --optimise fast")
+        open_compile_cache(Path(args.compile_cache))
     start = time.perf_counter()
     model = setup.load()
     seconds = time.perf_counter() - start
@@ -110,6 +115,8 @@ def produce(args, model: StableDiffusion, batches, draw, settings: dict, album: 
         print(grid)
     if args.time_file is not None:
         append_seconds(args.time_file, f"{total}\n")
+    if args.compile_cache is not None:
+        save_compile_cache(Path(args.compile_cache))
     print("seconds: " + ", ".join(f"{stage} {took:.3f}" for stage, took in seconds.items()))
     print(
         f"{count} pictures in {total:.3f} s, {total / count:.3f} s each" + ", the warm-up not counted" * args.skip_first
@@ -123,6 +130,10 @@ def describe(model: StableDiffusion, checkpoint: Path | None) -> dict:
     how = model.optimisations
     attention = how.attention_choice()
     kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
+    shown = ("attention", "sdpa_kernels", "attention_precision", "precision", "compile")  # by names of their own
+    changed = {
+        name: Path(value).name if name == "aot" else value for name, value in how.changed().items() if name not in shown
+    }
     upcast = f" in {attention.precision}" if attention.implementation == "original" else ""
     return {
         "config": model.config.name,
@@ -130,6 +141,7 @@ def describe(model: StableDiffusion, checkpoint: Path | None) -> dict:
         "attention": attention.implementation + kernels + upcast,
         "precision": how.precision,
         "compile": how.compile,
+        "optimisations": " ".join(f"{name}={value}" for name, value in changed.items()) or "none",
         "device": model.device.type,
         "torch": torch.__version__,
     }

@@ -43,6 +43,21 @@ FEATURES = {
     "cudnn_sdpa": Feature(
         "the cuDNN attention kernel", hasattr(torch.backends.cuda, "enable_cudnn_sdp"), "torch >= 2.5"
     ),
+    "recompile_limit": Feature(
+        "torch.compile(recompile_limit=...)",
+        hasattr(torch, "compile") and _has_parameter(torch.compile, "recompile_limit"),
+        "a newer torch; 2.15 has it",
+    ),
+    "compile_cache": Feature(
+        "torch.compiler.save_cache_artifacts",
+        hasattr(torch, "compiler") and hasattr(torch.compiler, "save_cache_artifacts"),
+        "torch >= 2.7",
+    ),
+    "aot": Feature(
+        "AOTInductor packages",
+        hasattr(torch, "_inductor") and hasattr(torch._inductor, "aoti_compile_and_package"),
+        "torch >= 2.6",
+    ),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
     "weights_only": Feature(
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"

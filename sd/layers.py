@@ -12,14 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from sd.attention import Attention
+from sd.token_merging import merging
 
 
-def timestep_embedding(timesteps, channels: int):
-    """Sinusoidal embedding, cosines first: timesteps [B], may be fractional -> [B, channels] float32."""
+def timestep_embedding(timesteps, channels: int, table_device=None):
+    """Sinusoidal embedding, cosines first: timesteps [B], may be fractional -> [B, channels] float32.
+
+    table_device: where the frequencies are made, None for the timesteps' own device. The original makes them on the CPU
+    and copies them at every call, which waits for the device (Stability-AI/stablediffusion, pull request 375).
+    """
     half = channels // 2
-    frequencies = torch.exp(
-        -math.log(10000.0) / half * torch.arange(half, device=timesteps.device, dtype=torch.float32)
-    )
+    device = timesteps.device if table_device is None else table_device
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=device, dtype=torch.float32))
+    frequencies = frequencies.to(timesteps.device)
     angles = timesteps.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -46,7 +51,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CrossAttention(nn.Module):
-    """Attention with separate projections, as in the published checkpoints; self-attention when there is no context."""
+    """Attention with separate projections, as in the published checkpoints; self-attention when there is no context.
+
+    `fused` is None, or the matrix of which the weights of q, k and v (self-attention) or k and v are views.
+    """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -56,15 +64,42 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim))
+        self.register_buffer("fused", None, persistent=False)  # no key of the checkpoint
         self.attend = Attention().function()
 
-    def forward(self, x, context=None):  # [B, S, C], [B, T, C'] -> [B, S, C]
-        context = x if context is None else context
-        split = (self.heads, self.head_dim)
-        q = self.to_q(x).unflatten(-1, split)
-        k = self.to_k(context).unflatten(-1, split)
-        v = self.to_v(context).unflatten(-1, split)
+    def forward(self, x, context=None):
+        """x [B, S, C] -> [B, S, C]. context: None, [B, T, C'], or what `keys_values` made of it."""
+        if context is None and self.fused is not None:
+            q, k, v = F.linear(x, self.fused).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        else:
+            q = self._split(self.to_q(x))
+            k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
         return self.to_out(self.attend(q, k, v).flatten(2))
+
+    def keys_values(self, context):
+        """context [B, T, C'] -> its keys and values, each [B, T, H, D]; they depend on nothing else."""
+        if self.fused is not None:
+            return F.linear(context, self.fused).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+    def fuse(self, names: str) -> None:
+        """Hold the weights of `names`, "qkv" or "kv", in one matrix, so that one product makes them; "" separates them.
+
+        The separate weights become views of it: no second copy is kept, and keys and values of the weights stay.
+        """
+        linears = [getattr(self, f"to_{name}") for name in names]
+        if not names:
+            if self.fused is not None:
+                for linear in (self.to_q, self.to_k, self.to_v):  # those that are views get memory of their own
+                    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+            self.fused = None
+            return
+        self.fused = torch.cat([linear.weight.detach() for linear in linears])
+        for linear, weight in zip(linears, self.fused.chunk(len(names))):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 class NativeAttention(nn.Module):
@@ -172,9 +207,16 @@ class BasicTransformerBlock(nn.Module):
         self.norm1 = LayerNorm(width)
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
+        self.token_merging = 0.0  # part of the tokens; approximate
 
-    def forward(self, x, context):  # [B, S, C], [B, T, C']
-        x = self.attn1(self.norm1(x)) + x
+    def forward(self, x, context, size):
+        """x [B, S, C] of an image of `size` -> [B, S, C]. context: [B, T, C'] or its keys and values (CrossAttention)."""
+        if self.token_merging:
+            tokens = self.norm1(x)
+            merge, unmerge = merging(tokens, size, self.token_merging)
+            x = unmerge(self.attn1(merge(tokens))) + x
+        else:
+            x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context) + x
         return self.ff(self.norm3(x)) + x
 
@@ -205,7 +247,11 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x, context):  # [B, C, H, W], [B, T, C'] -> [B, C, H, W]
+    def forward(self, x, contexts):
+        """x [B, C, H, W] -> [B, C, H, W]; contexts: one for each block, as it takes it.
+
+        Channels-last images become tokens and images again by views alone.
+        """
         height, width = x.shape[2:]
         h = self.norm(x)
         if not self.use_linear:
@@ -213,8 +259,8 @@ class SpatialTransformer(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # [B, H*W, C]
         if self.use_linear:
             h = self.proj_in(h)
-        for block in self.transformer_blocks:
-            h = block(h, context)
+        for block, context in zip(self.transformer_blocks, contexts):
+            h = block(h, context, (height, width))
         if self.use_linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))
@@ -240,9 +286,13 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x, emb):  # [B, C, H, W], [B, E] -> [B, C', H, W]
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+    def forward(self, x, time):
+        """x [B, C, H, W] -> [B, C', H, W]; time [B or 1, C', 1, 1]: what `project_time` made of the embedding."""
+        return self.skip_connection(x) + self.out_layers(self.in_layers(x) + time)
+
+    def project_time(self, emb):
+        """Time embedding [N, E] -> what is added at every cell [N, C', 1, 1]."""
+        return self.emb_layers(emb)[:, :, None, None]
 
 
 class Downsample(nn.Module):

@@ -23,6 +23,13 @@ class PerImageNoise:
         """One sampler step's noise, like x; None where its factor is 0."""
         return self.initial(x.shape, x.device) if used else None
 
+    def steps(self, x, used: list[bool]):
+        """The noise of many steps in their order [steps, B, ...], copied to x's device at once; None where all are unused."""
+        if not any(used):
+            return None
+        blank = torch.zeros(x.shape)
+        return torch.stack([self.initial(x.shape, "cpu") if one else blank for one in used]).to(x.device)
+
     def posterior(self, shape, device):
         """Noise of the autoencoder's posterior, for img2img."""
         return self.initial(shape, device)
@@ -50,6 +57,11 @@ class OriginalNoise:
     def step(self, x, used: bool):
         """One sampler step's noise: drawn whether it is used or not."""
         return self.initial(x.shape)
+
+    def steps(self, x, used: list[bool]):
+        """The noise of many steps in their order [steps, B, ...]: drawn whether it is used or not; None if it is not."""
+        drawn = [self.initial(x.shape) for _ in used]
+        return torch.stack(drawn) if any(used) else None
 
     def posterior(self, shape, device=None):
         """Noise of the autoencoder's posterior, drawn on the CPU."""

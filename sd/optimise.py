@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
-from sd.attention import ATTENTION_PRECISIONS, DEFAULT_ATTENTION, SDPA_KERNELS, Attention, check, for_head_dim
+from sd.aot import AheadOfTime, check_path
+from sd.approximate import QUANTISATIONS, CachedFeatures, merge_tokens, quantise, require_quantisation
+from sd.attention import (
+    ATTENTION_PRECISIONS,
+    DEFAULT_ATTENTION,
+    SDPA_KERNELS,
+    Attention,
+    ObservedCall,
+    check,
+    for_head_dim,
+)
+from sd.compile import BACKENDS, GRAPH_MODES, SCOPES, CompiledStep, Compiler, compile_blocks, restore
+from sd.compile import MODES as COMPILE_MODES
 from sd.errors import ConfigError, Unavailable
-from sd.features import require
+from sd.features import has, require
+from sd.graphs import Graphed, GraphedLoop
+from sd.samplers import run
 
 PRECISIONS = ("full", "autocast", "fp16", "bf16")
-COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CUDA_GRAPHS = ("none", "unet", "loop")
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What PyTorch itself does with fp32 on a GPU: convolutions in tf32, matrix products not.
+_TF32_DEFAULTS = {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
 
 
 @dataclass(frozen=True)
@@ -22,8 +41,25 @@ class Optimisations:
 
     attention: `original`, `xformers`, `mha` or `sdpa`. sdpa_kernels: those allowed in `mha` and `sdpa`.
     attention_precision: `fp32` upcasts the original's q and k, `input` does not. precision: `full` (fp32),
-    `autocast` (fp32 weights; fp16 on CUDA, bf16 on a CPU), `fp16` and `bf16` (pure half weights). compile: mode of
-    torch.compile for the UNet.
+    `autocast` (fp32 weights; fp16 on CUDA, bf16 on a CPU), `fp16` and `bf16` (pure half weights). tf32: fp32 matrix
+    products of a GPU round their inputs too, not only its convolutions.
+
+    channels_last: weights and activations of all convolutions in NHWC. fused_qkv, fused_kv: one product for q, k, v of
+    self-attention; for k, v of cross-attention. cache_context_kv: keys and values of the prompt once per prompt.
+    cache_time_embeddings: time embeddings and their projections of all timesteps once per run.
+
+    compile: mode of torch.compile for compile_scope, which is `unet` (one graph), `blocks` (regional: each ResBlock and
+    transformer block) or `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder)
+    and compile_text_encoder: modes of their own. compile_backend: `inductor`, or `aot_eager` and `eager` to look for a
+    fault. inductor: options of it by name (sd.compile.INDUCTOR_OPTIONS). aot: a .pt2 file of
+    the UNet compiled ahead of time, made at the first call where there is none (sd.aot). cuda_graph: `unet` records each UNet call,
+    `loop` the whole sampling loop.
+
+    original_steps: the first code's sampling loop with its host synchronisations, for a baseline (sd.original).
+
+    Approximate, so never part of a preset; see sd.approximate. token_merging: part of the tokens merged before
+    self-attention, in [0, 0.75]. feature_caching: the deep part of the UNet runs at every so many calls. quantisation:
+    `int8` or `fp8`, dynamic, of the linear layers.
     """
 
     attention: str = DEFAULT_ATTENTION
@@ -31,17 +67,136 @@ class Optimisations:
     attention_precision: str = ATTENTION_PRECISIONS[0]
     precision: str = "full"
     compile: str = "none"
+    compile_scope: str = "unet"
+    compile_autoencoder: str = "none"
+    compile_text_encoder: str = "none"
+    compile_backend: str = "inductor"
+    inductor: tuple[str, ...] = ()
+    aot: str | None = None
+    cuda_graph: str = "none"
+    channels_last: bool = False
+    fused_qkv: bool = False
+    fused_kv: bool = False
+    cache_context_kv: bool = False
+    cache_time_embeddings: bool = False
+    tf32: bool = False
+    original_steps: bool = False
+    token_merging: float = 0.0
+    feature_caching: int = 1
+    quantisation: str = "none"
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
-        if self.compile not in COMPILE_MODES:
-            raise ConfigError(f"compile mode {self.compile!r}: choose one of {', '.join(COMPILE_MODES)}")
+        for name, choices in (
+            ("precision", PRECISIONS),
+            ("compile", COMPILE_MODES),
+            ("compile_scope", SCOPES),
+            ("compile_autoencoder", COMPILE_MODES),
+            ("compile_text_encoder", COMPILE_MODES),
+            ("compile_backend", BACKENDS),
+            ("cuda_graph", CUDA_GRAPHS),
+            ("quantisation", QUANTISATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                label = "compile mode" if name == "compile" else name
+                raise ConfigError(f"{label} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not 0.0 <= self.token_merging <= 0.75:
+            raise ConfigError(f"token_merging {self.token_merging}: must be in [0, 0.75]")
+        if self.feature_caching < 1:
+            raise ConfigError(f"feature_caching {self.feature_caching}: must be at least 1, which caches nothing")
         self.attention_choice()  # validates its three fields
+        self.compilers()
+        for reason in self._contradictions():
+            raise ConfigError(reason)
+
+    def _contradictions(self):
+        """Why fields cannot go together, each with what to change."""
+        modes = {name: getattr(self, name) for name in ("compile", "compile_autoencoder", "compile_text_encoder")}
+        if self.inductor and set(modes.values()) == {"none"}:
+            yield f"inductor {list(self.inductor)}: nothing is compiled; choose a compile mode"
+        if self.attention == "mha":
+            for name in ("fused_qkv", "fused_kv", "cache_context_kv"):
+                if getattr(self, name):
+                    yield f"{name}: nn.MultiheadAttention projects by itself; choose another attention than mha"
+        if self.cuda_graph != "none":
+            if self.compile in GRAPH_MODES:
+                yield (
+                    f"cuda_graph {self.cuda_graph}: compile mode {self.compile} records CUDA graphs by itself; choose "
+                    "max-autotune-no-cudagraphs or default"
+                )
+            if self.precision == "autocast":
+                yield f"cuda_graph {self.cuda_graph}: autocast frees its cast weights; choose precision fp16 or bf16"
+        if self._step_is_compiled and self.cuda_graph == "unet":
+            yield "cuda_graph unet: with compile_scope step there are no calls of the UNet; choose cuda_graph loop"
+        if self.original_steps:
+            for name in ("cache_context_kv", "cache_time_embeddings"):
+                if getattr(self, name):
+                    yield f"{name}: original_steps is to recompute it at every step; choose one of the two"
+            if self._step_is_compiled or self.cuda_graph == "loop":
+                yield "original_steps: its host synchronisations cannot be part of a graph; compile the UNet alone"
+        if self.aot is not None:
+            if self.compile != "none":
+                yield "aot: is the UNet compiled already; leave out compile"
+            if self.precision == "autocast" or self.feature_caching > 1 or self.quantisation != "none":
+                yield "aot: of a UNet with autocast, feature_caching or quantisation is not offered"
+        if self.quantisation != "none" and (self.fused_qkv or self.fused_kv or self.attention == "mha"):
+            yield f"quantisation {self.quantisation}: is of separate projections; leave out fused_qkv, fused_kv and mha"
+        if self.feature_caching > 1 and (self._step_is_compiled or self.cuda_graph != "none" or self.original_steps):
+            yield "feature_caching: needs a UNet that is called step by step; compile with scope unet or blocks"
+
+    @property
+    def _step_is_compiled(self) -> bool:
+        return self.compile != "none" and self.compile_scope == "step"
+
+    @classmethod
+    def none(cls) -> Optimisations:
+        """The plain code."""
+        return cls()
+
+    @classmethod
+    def original(cls) -> Optimisations:
+        """What the published experiment measured speed-ups against; sd.original says what of it is reproduced."""
+        return cls(attention="original", precision="autocast", original_steps=True)
+
+    @classmethod
+    def fast(cls, device="cpu") -> Optimisations:
+        """The exact techniques for steady speed on `device` (compilation takes its minutes at the first picture).
+
+        What this torch or device lacks is left out.
+        """
+        device = torch.device(device)
+        caches = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
+        if device.type != "cuda":
+            compiles = has("compile") and shutil.which("c++") is not None
+            # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
+            return cls(compile="default" if compiles else "none", channels_last=compiles, **caches)
+        mode = "max-autotune-no-cudagraphs" if has("compile") else "none"
+        return cls(
+            precision="bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16",
+            tf32=True,
+            compile=mode,
+            compile_autoencoder=mode,
+            compile_text_encoder=mode,
+            cuda_graph="unet",
+            channels_last=True,
+            **caches,
+        )
 
     def attention_choice(self) -> Attention:
         """The three attention fields as sd.attention takes them."""
         return Attention(self.attention, tuple(self.sdpa_kernels), self.attention_precision)
+
+    def compilers(self) -> dict[str, Compiler]:
+        """How the UNet, the autoencoder and the text encoder are compiled; those that are not are left out."""
+        modes = {
+            "unet": self.compile,
+            "autoencoder": self.compile_autoencoder,
+            "text_encoder": self.compile_text_encoder,
+        }
+        return {
+            name: Compiler(mode, self.compile_backend, tuple(self.inductor))
+            for name, mode in modes.items()
+            if mode != "none"
+        }
 
     def autocast(self, device: torch.device):
         """The context in which the networks run."""
@@ -53,13 +208,68 @@ class Optimisations:
         """dtype in which attention is computed."""
         return autocast_dtype(device) if self.precision == "autocast" else WEIGHT_DTYPES[self.precision]
 
+    def memory_format(self) -> torch.memory_format:
+        """Layout of images and of the weights of convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def changed(self) -> dict[str, object]:
+        """The fields that are not at their defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """fp16 on CUDA, as published; bf16 on a CPU, where autocast has nothing else on every torch."""
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def apply(unet, autoencoder, text_encoder, device: torch.device, optimisations: Optimisations) -> None:
+def require_available(optimisations: Optimisations, device: torch.device) -> None:
+    """Raise Unavailable for what this torch or device lacks, as far as it can be known without a model."""
+    dtype = WEIGHT_DTYPES[optimisations.precision]
+    if dtype == torch.float16 and device.type == "cpu":
+        require("cpu_fp16", "precision fp16 on the CPU")
+    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise Unavailable("precision bf16: this GPU has no bf16; use fp16 or autocast")
+    for compiler in optimisations.compilers().values():
+        compiler.require()
+    if optimisations.compile != "none" and optimisations.compile_scope == "blocks":
+        require("recompile_limit", "compile_scope blocks")
+    if device.type != "cuda":
+        for name, asked in (("tf32", optimisations.tf32), ("cuda_graph", optimisations.cuda_graph != "none")):
+            if asked:
+                raise Unavailable(f"{name}: needs an NVIDIA GPU, and the device is {device}: leave it out")
+    require_quantisation(optimisations.quantisation, device)
+    if optimisations.aot is not None:
+        check_path(optimisations.aot)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a picture is made with: the networks as they are to be called, and the sampling loop.
+
+    unet, decode: as UNet.forward and Autoencoder.decode. sample: as sd.samplers.run.
+    """
+
+    unet: Callable
+    decode: ObservedCall
+    sample: Callable
+    observed_unet: ObservedCall
+    feature_caching: int
+
+    def unet_of_run(self):
+        """The UNet for one run of a sampler: with feature caching it remembers from call to call."""
+        return self.unet if self.feature_caching == 1 else CachedFeatures(self.unet, self.feature_caching)
+
+    @property
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """The attention kernels that really ran, by network; empty tuples until the first picture was made."""
+        return {"unet": self.observed_unet.kernels, "autoencoder": self.decode.kernels}
+
+
+def apply(unet, autoencoder, text_encoder, device: torch.device, optimisations: Optimisations) -> Calls:
     """Make loaded networks run as `optimisations` says; may be called again with another choice.
 
     Raises Unavailable, before anything is changed, when a part of it cannot run here, and ConfigError when weights
@@ -70,20 +280,60 @@ def apply(unet, autoencoder, text_encoder, device: torch.device, optimisations: 
         raise ConfigError(
             f"precision {optimisations.precision}: the weights were already rounded to {unet.dtype}; load the checkpoint again"
         )
-    if dtype == torch.float16 and device.type == "cpu":
-        require("cpu_fp16", "precision fp16 on the CPU")
-    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise Unavailable("precision bf16: this GPU has no bf16; use fp16 or autocast")
-    if optimisations.compile != "none":
-        require("compile", f"compile mode {optimisations.compile}")
+    if unet.quantisation not in ("none", optimisations.quantisation):
+        raise ConfigError(
+            f"quantisation {optimisations.quantisation}: the weights were already rounded to {unet.quantisation}; load "
+            "the checkpoint again"
+        )
+    require_available(optimisations, device)
     compute_dtype = optimisations.compute_dtype(device)
     attention = optimisations.attention_choice()
     check(attention, device, compute_dtype, unet.head_dims())
 
+    restore(unet, autoencoder, text_encoder)
+    unet.fuse_projections(False, False)
     for network in (unet, autoencoder, text_encoder):
-        network.to(device=device, dtype=dtype)
+        network.to(device=device, dtype=dtype, memory_format=optimisations.memory_format())
     unet.use_attention(attention)
     autoencoder.use_attention(for_head_dim(attention, device, compute_dtype, autoencoder.head_dim()))
-    vars(unet).pop("denoise", None)  # a compiled one of an earlier choice
-    if optimisations.compile != "none":
-        unet.denoise = torch.compile(unet.denoise, mode=optimisations.compile, fullgraph=True, dynamic=False)
+    unet.fuse_projections(optimisations.fused_qkv, optimisations.fused_kv)
+    quantise(unet, optimisations.quantisation)
+    unet.frequencies_device = torch.device("cpu") if optimisations.original_steps else None
+    merge_tokens(unet, optimisations.token_merging)
+    for network in (unet, autoencoder, text_encoder):
+        # Autocast keeps the casts of weights only where a gradient could be asked for; all runs are without.
+        for weight in (*network.parameters(), *network.buffers()):
+            weight.requires_grad_(optimisations.precision == "autocast")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = optimisations.tf32 or _TF32_DEFAULTS["matmul"]
+        torch.backends.cudnn.allow_tf32 = optimisations.tf32 or _TF32_DEFAULTS["cudnn"]
+    return _calls(unet, autoencoder, text_encoder, optimisations)
+
+
+def _calls(unet, autoencoder, text_encoder, optimisations: Optimisations) -> Calls:
+    compilers = optimisations.compilers()
+    if "autoencoder" in compilers:
+        autoencoder.to_pixels = compilers["autoencoder"].keepable(autoencoder.to_pixels)
+    if "text_encoder" in compilers:
+        text_encoder.forward = compilers["text_encoder"].keepable(text_encoder.forward)
+
+    name = "denoise" if optimisations.feature_caching == 1 else "denoise_with_features"
+    if "unet" in compilers and optimisations.compile_scope == "unet":
+        setattr(unet, name, compilers["unet"].keepable(getattr(unet, name)))
+    elif "unet" in compilers and optimisations.compile_scope == "blocks":
+        compile_blocks(unet, compilers["unet"])
+    elif optimisations.aot is not None:
+        choice = " ".join(f"{key}={value}" for key, value in optimisations.changed().items() if key != "aot")
+        unet.denoise = AheadOfTime(unet, Path(optimisations.aot), choice)
+
+    observed = ObservedCall(unet if optimisations.feature_caching == 1 else unet.forward_with_features)
+    call, loop = observed, run
+    if "unet" in compilers and optimisations.compile_scope == "step":
+        call, loop = unet, CompiledStep(unet, compilers["unet"], optimisations.attention_choice())
+        observed = loop.call
+    if optimisations.cuda_graph == "unet":
+        call = Graphed(observed)
+    elif optimisations.cuda_graph == "loop":
+        loop = GraphedLoop(loop)
+    decode = ObservedCall(autoencoder.decode, observe_call=1)
+    return Calls(call, decode, loop, observed, optimisations.feature_caching)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from sd.attention import ATTENTION_PRECISIONS, IMPLEMENTATIONS, SDPA_KERNELS
+from sd import techniques
+from sd.attention import ATTENTION_PRECISIONS, DEFAULT_ATTENTION, IMPLEMENTATIONS, SDPA_KERNELS
 from sd.config import PRESETS, ModelConfig
 from sd.errors import ConfigError, Unavailable
 from sd.noise import RNGS
-from sd.optimise import COMPILE_MODES, DEFAULT_ATTENTION, PRECISIONS, Optimisations
+from sd.optimise import COMPILE_MODES, PRECISIONS, Optimisations, require_available
 from sd.pipeline import StableDiffusion, resolve_config
 from sd.yaml_config import CONFIGS
 
@@ -69,7 +70,17 @@ def _add_model(add) -> None:
 
 def _add_run(add) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--precision", choices=PRECISIONS, help="default: autocast on CUDA, full on a CPU")
+    add(
+        "--optimise",
+        metavar="LIST",
+        help=f"a preset ({', '.join(techniques.PRESETS)}), techniques with commas between "
+        f"({', '.join(techniques.TECHNIQUES)}), or both; other options here change single things in it",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="default: that of --optimise if it is given, else autocast on CUDA and full on a CPU",
+    )
     add("--bf16", action="store_true", help="the same as --precision bf16")
     add(
         "--attention",
@@ -96,10 +107,19 @@ def _add_run(add) -> None:
         "--compile",
         nargs="?",
         const="default",
-        default="none",
         choices=COMPILE_MODES,
         metavar="MODE",
         help=f"torch.compile the UNet in one of the modes {', '.join(COMPILE_MODES)} (without MODE: default)",
+    )
+    add(
+        "--compile-cache",
+        metavar="DIR",
+        help="keep what was compiled here, and start from it; its torch-compile.cache can be taken to another machine",
+    )
+    add(
+        "--aot",
+        metavar="FILE.pt2",
+        help="the UNet compiled ahead of time, for one batch and size; written at the first picture if there is none",
     )
     add("--enable_tf32", action="store_true", help="let matrix products and convolutions round to tf32 (CUDA)")
     add("--skip_first", action="store_true", help="one more iteration, before the others, neither timed nor saved")
@@ -165,18 +185,8 @@ def setup(args, environ) -> Setup:
     for line in said:
         print(line)
     device = _device(args.device)
-    attention, kernels, attention_precision = choose_attention(args, environ, config is not None and config.native_mha)
-    optimisations = Optimisations(
-        attention=attention,
-        sdpa_kernels=kernels,
-        attention_precision=attention_precision,
-        precision=_precision(args, device),
-        compile=args.compile,
-    )
-    if args.enable_tf32:
-        if device.type != "cuda":
-            raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
+    require_available(optimisations, device)
     return Setup(Path(args.ckpt) if args.ckpt is not None else None, config, device, optimisations)
 
 
@@ -211,15 +221,42 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _precision(args, device: torch.device) -> str:
-    if args.bf16:
-        if args.precision not in (None, "bf16"):
-            raise ConfigError(f"--bf16 contradicts --precision {args.precision}: give one of the two")
-        return "bf16"
-    return args.precision or ("autocast" if device.type == "cuda" else "full")
+def choose_optimisations(args, environ, device: torch.device, native_mha: bool) -> Optimisations:
+    """What --optimise says, and the single options over it. Raises ConfigError where they contradict each other."""
+    if args.optimise is None:
+        base = Optimisations(precision="autocast" if device.type == "cuda" else "full")
+    else:
+        base = techniques.parse(args.optimise, device)
+    changes = {}
+    if args.optimise is None or _names_attention(args, environ, native_mha):
+        names = ("attention", "sdpa_kernels", "attention_precision")
+        changes = dict(zip(names, choose_attention(args, environ, native_mha, base.attention)))
+    if args.bf16 and args.precision not in (None, "bf16"):
+        raise ConfigError(f"--bf16 contradicts --precision {args.precision}: give one of the two")
+    if args.bf16 or args.precision:
+        changes["precision"] = "bf16" if args.bf16 else args.precision
+    if args.compile:
+        changes["compile"] = args.compile
+    if args.aot:
+        changes["aot"] = args.aot
+        changes.setdefault("compile", "none")
+    if args.enable_tf32:
+        if device.type != "cuda":
+            raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")
+        changes["tf32"] = True
+    return replace(base, **changes)
 
 
-def choose_attention(args, environ, native_mha: bool) -> tuple[str, tuple[str, ...], str]:
+def _names_attention(args, environ, native_mha: bool) -> bool:
+    """Whether an option, the environment or the config says anything of attention."""
+    options = [args.attention, args.sdpa_kernels, args.attention_precision]
+    options += [getattr(args, f"disable_{kernel}") for kernel in SDPA_KERNELS]
+    return any(options) or native_mha or bool(environ.get("USE_XFORMERS") or environ.get("ATTN_PRECISION"))
+
+
+def choose_attention(
+    args, environ, native_mha: bool, default: str = DEFAULT_ATTENTION
+) -> tuple[str, tuple[str, ...], str]:
     """(implementation, SDPA kernels, attention precision): by the options, the environment, the config, or the default.
 
     What can be imported never decides. Raises ConfigError where two of them contradict each other.
@@ -234,7 +271,7 @@ def choose_attention(args, environ, native_mha: bool) -> tuple[str, tuple[str, .
     elif use_xformers is not None:
         implementation = "xformers" if use_xformers else "original"
     else:
-        implementation = DEFAULT_ATTENTION
+        implementation = default
 
     disabled = [kernel for kernel in SDPA_KERNELS if getattr(args, f"disable_{kernel}")]
     flags = " ".join(f"--disable_{kernel}" for kernel in disabled)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sd import checkpoint, optimise
-from sd.attention import ObservedCall
+from sd import checkpoint, optimise, original
 from sd.autoencoder import Autoencoder
 from sd.config import ModelConfig, preset
 from sd.denoiser import Denoiser
@@ -114,16 +113,13 @@ class StableDiffusion:
 
     def optimise(self, optimisations: Optimisations) -> None:
         """Run from now on as `optimisations` says, over the same weights. Raises Unavailable when that cannot run here."""
-        optimise.apply(self.unet, self.autoencoder, self.text_encoder, self.device, optimisations)
+        self._calls = optimise.apply(self.unet, self.autoencoder, self.text_encoder, self.device, optimisations)
         self.optimisations = optimisations
-        # Which attention kernels really ran is observed once, early in the first sampling.
-        self._observed_unet = ObservedCall(self.unet)
-        self._observed_decode = ObservedCall(self.autoencoder.decode, observe_call=1)
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """The attention kernels that really ran, by network; empty tuples until the first picture was made."""
-        return {"unet": self._observed_unet.kernels, "autoencoder": self._observed_decode.kernels}
+        return self._calls.kernels
 
     def synchronize(self) -> None:
         """Wait for the device to finish."""
@@ -141,7 +137,7 @@ class StableDiffusion:
     def decode(self, latents):
         """latents [B, 4, h, w] as the sampler leaves them -> [B, 3, 8h, 8w] float32, in about [-1, 1]."""
         with self.optimisations.autocast(self.device):
-            return self._observed_decode(latents / self.config.scale_factor)
+            return self._calls.decode(latents / self.config.scale_factor)
 
     @torch.no_grad()
     def encode(self, images, noise=None):
@@ -180,17 +176,21 @@ class StableDiffusion:
 
         Raises ConfigError for impossible options and BadImage for NaN or all-black pictures.
         """
-        sample = sampler_named(sampler)
+        plan = sampler_named(sampler)(self.schedule, steps, eta)
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), height, width)
         noise = noise_source(rng, seed, len(prompts), self.device)
         clock = _StageClock(self.device)
         with clock.stage("text"):
-            denoise = self._denoiser(prompts, negatives, scale)
+            contexts = self._contexts(prompts, negatives, scale)
         with clock.stage("unet"), self.optimisations.autocast(self.device):
             x = noise.initial(shape, self.device) if latents is None else self._given_latents(latents, shape)
-            x = sample(denoise, x, self.schedule, steps, noise=noise, eta=eta, **_callback(progress))
-        return self._finish(x, clock, denoise.calls)
+            if self.optimisations.original_steps:
+                timesteps = self.schedule.uniform_timesteps(steps)
+                x = self._sample_as_original(sampler, timesteps, x, contexts, scale, noise, eta, progress)
+            else:
+                x = self._sample(plan, x, contexts, scale, noise, progress)
+        return self._finish(x, clock, len(plan.evaluations))
 
     @torch.no_grad()
     def img2img(
@@ -223,23 +223,18 @@ class StableDiffusion:
         with clock.stage("encode"):
             latents = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
         with clock.stage("text"):
-            denoise = self._denoiser(prompts, negatives, scale)
+            contexts = self._contexts(prompts, negatives, scale)
+        plan = ddim(self.schedule, steps, eta, timesteps[:start])
         with clock.stage("unet"), self.optimisations.autocast(self.device):
             x = latents
             if start:
                 alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
                 x = alpha * latents + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
-            x = ddim(
-                denoise,
-                x,
-                self.schedule,
-                steps,
-                noise=noise,
-                eta=eta,
-                timesteps=timesteps[:start],
-                **_callback(progress),
-            )
-        return self._finish(x, clock, denoise.calls)
+            if self.optimisations.original_steps:
+                x = self._sample_as_original("ddim", timesteps[:start], x, contexts, scale, noise, eta, progress)
+            else:
+                x = self._sample(plan, x, contexts, scale, noise, progress)
+        return self._finish(x, clock, len(plan.evaluations))
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """Shape of the latents of such pictures; ConfigError for sizes that the networks cannot take."""
@@ -253,10 +248,28 @@ class StableDiffusion:
         factor = self.config.autoencoder.downsampling
         return batch, self.config.unet.in_channels, height // factor, width // factor
 
-    def _denoiser(self, prompts, negatives, scale: float) -> Denoiser:
-        context = self.encode_prompts(prompts)
-        unconditional = self.encode_prompts(negatives) if scale != 1.0 else None
-        return Denoiser(self._observed_unet, context, unconditional, scale, self.config.parameterization)
+    def _contexts(self, prompts, negatives, scale: float):
+        """(of the prompts, of the negative prompts or None without guidance), each [B, 77, C]."""
+        return self.encode_prompts(prompts), self.encode_prompts(negatives) if scale != 1.0 else None
+
+    def _sample(self, plan, x, contexts, scale: float, noise, progress):
+        """x_T -> x_0 by a plan, with what is constant over the run computed before it."""
+        how = self.optimisations
+        denoise = Denoiser(self._calls.unet_of_run(), *contexts, scale, self.config.parameterization)
+        if how.cache_context_kv:
+            denoise.context = self.unet.project_context(denoise.context)
+        if how.cache_time_embeddings and plan.evaluations:
+            denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
+            denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device))
+        x = x.contiguous(memory_format=how.memory_format())
+        return self._calls.sample(plan, denoise, x, plan.noises(noise, x), progress or _nothing)
+
+    def _sample_as_original(self, sampler: str, timesteps, x, contexts, scale: float, noise, eta: float, progress):
+        """x_T -> x_0 by the first code's own steps, each of which does all of its work again."""
+        denoise = original.OriginalDenoiser(self._calls.unet, *contexts, scale, self.config.parameterization)
+        return original.run(
+            sampler, denoise, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=progress or _nothing
+        )
 
     def _given_latents(self, latents, shape):
         if tuple(latents.shape) != shape:
@@ -277,7 +290,7 @@ class StableDiffusion:
                     f"picture {i + 1} of {len(images)} is {what} (precision {self.optimisations.precision}, attention "
                     f"{self.optimisations.attention}): try precision full or bf16, or attention_precision fp32"
                 )
-        return Result(images, x, clock.seconds(), unet_calls)
+        return Result(images, x.contiguous(), clock.seconds(), unet_calls)
 
 
 def resolve_config(config) -> ModelConfig | None:
@@ -304,8 +317,8 @@ def _prompts(prompt, negative_prompt, batch: int) -> tuple[list[str], list[str]]
     return prompts, negatives
 
 
-def _callback(progress) -> dict:
-    return {} if progress is None else {"on_step": progress}
+def _nothing(step: int, steps: int) -> None:
+    pass
 
 
 class _StageClock:

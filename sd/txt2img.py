@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 
-import torch
-
 from sd import cli, options
 from sd.config import ModelConfig, ScheduleConfig
 from sd.errors import ConfigError
-from sd.noise import PerImageNoise
 from sd.pipeline import SIZE_MULTIPLE
 from sd.samplers import SAMPLERS
 from sd.samplers import sampler as sampler_named
@@ -69,7 +66,7 @@ def _run(args, environ) -> None:
     _check_size(args)
     sampler = _sampler(args)
     setup = options.setup(args, environ)
-    _rehearse(sampler, args, setup.config)
+    _check_plan(sampler, args, setup.config)
     batches = options.prompt_batches(args, setup.default_prompt)
     album, model, load_seconds = cli.begin(args, setup)
     scale = default_scale(model.config) if args.scale is None else args.scale
@@ -119,18 +116,11 @@ def _sampler(args) -> str:
     return next(iter(asked.values()), "ddim")
 
 
-def _rehearse(name: str, args, config: ModelConfig | None) -> None:
-    """Run the sampler on one number, so that an impossible step count or eta is known before gigabytes are read."""
+def _check_plan(name: str, args, config: ModelConfig | None) -> None:
+    """Plan the run, so that an impossible step count or eta is known before gigabytes are read."""
     schedule = Schedule(config.schedule if config is not None else ScheduleConfig())
     try:
-        sampler_named(name)(
-            lambda x, t, alpha: 0 * x,
-            torch.zeros(1, 1, 1, 1),
-            schedule,
-            args.steps,
-            noise=PerImageNoise(0, 1),
-            eta=args.ddim_eta,
-        )
+        sampler_named(name)(schedule, args.steps, args.ddim_eta)
     except ConfigError:
         raise
     except ValueError:  # the root of a negative number

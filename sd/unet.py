@@ -9,6 +9,7 @@ from sd.attention import Attention, allowed_kernels
 from sd.config import UNetConfig
 from sd.layers import (
     BasicTransformerBlock,
+    CrossAttention,
     Downsample,
     GroupNorm,
     ResBlock,
@@ -19,14 +20,15 @@ from sd.layers import (
 
 
 class Stage(nn.ModuleList):
-    """Modules that run one after the other, each given what it takes: the embedding, the context or neither."""
+    """Modules that run one after the other, each given what it takes: its time projection, its contexts or neither."""
 
-    def forward(self, x, emb, context):
+    def forward(self, x, times, contexts):
+        """x [B, C, H, W] -> [B, C', H', W']; times, contexts: of all modules of the UNet, by `module.index`."""
         for module in self:
             if isinstance(module, ResBlock):
-                x = module(x, emb)
+                x = module(x, times[module.index])
             elif isinstance(module, SpatialTransformer):
-                x = module(x, context)
+                x = module(x, contexts[module.index])
             else:
                 x = module(x)
         return x
@@ -43,7 +45,7 @@ class UNet(nn.Module):
         embedding = 4 * config.model_channels
 
         def transformer(channels):
-            return SpatialTransformer(
+            module = SpatialTransformer(
                 channels,
                 config.context_dim,
                 config.heads(channels),
@@ -51,6 +53,8 @@ class UNet(nn.Module):
                 config.use_linear_in_transformer,
                 groups,
             )
+            module.downsampling = factor
+            return module
 
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
@@ -94,6 +98,13 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
         )
+        self.frequencies_device = None  # see sd.layers.timestep_embedding
+        self.quantisation = "none"  # see sd.approximate
+        self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self.transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        for modules in (self.res_blocks, self.transformers):
+            for i, module in enumerate(modules):
+                module.index = i
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,23 +116,80 @@ class UNet(nn.Module):
 
         x [B, in_channels, h, w], h and w multiples of 2^(levels - 1); timesteps [B], of any number type, may be
         fractional; context [B, T, context_dim]. Returns [B, out_channels, h, w] in the dtype of the computation.
+        In place of timesteps, a row of `time_table`; in place of context, what `project_context` made of it.
         """
         with allowed_kernels(self.attention):
             return self.denoise(x, timesteps, context)
 
+    def forward_with_features(self, x, timesteps, context, deep):
+        """`denoise_with_features` under the kernel choice."""
+        with allowed_kernels(self.attention):
+            return self.denoise_with_features(x, timesteps, context, deep)
+
     def denoise(self, x, timesteps, context):
         """What `forward` runs under its kernel choice; the part that torch.compile is given."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
+        return self.denoise_with_features(x, timesteps, context)[0]
+
+    def denoise_with_features(self, x, timesteps, context, deep=None):
+        """(what `denoise` returns, what the last stage was given by the stage before it).
+
+        deep: the latter from an earlier call, near in time, in place of all stages between (see sd.approximate).
+        """
+        times, contexts = self._times(timesteps), self._contexts(context)
+        first = self.input_blocks[0](x.to(self.dtype), times, contexts)
+        if deep is None:
+            h, skips = first, []
+            for stage in self.input_blocks[1:]:
+                h = stage(h, times, contexts)
+                skips.append(h)
+            h = self.middle_block(h, times, contexts)
+            for stage in self.output_blocks[:-1]:
+                h = stage(torch.cat([h, skips.pop()], dim=1), times, contexts)
+            deep = h
+        return self.out(self.output_blocks[-1](torch.cat([deep, first], dim=1), times, contexts)), deep
+
+    def _times(self, timesteps):
+        """What every ResBlock adds, by its index: split off a row of the table, or computed."""
+        if timesteps.dim() == 4:
+            return timesteps.split([block.emb_layers[1].out_features for block in self.res_blocks], dim=1)
+        emb = timestep_embedding(timesteps, self.config.model_channels, self.frequencies_device)
+        emb = self.time_embed(emb.to(self.dtype))
+        return [block.project_time(emb) for block in self.res_blocks]
+
+    def _contexts(self, context):
+        """What every SpatialTransformer's blocks take, by its index."""
+        if isinstance(context, tuple):
+            return context
         context = context.to(self.dtype)
-        h = x.to(self.dtype)
-        skips = []
-        for stage in self.input_blocks:
-            h = stage(h, emb, context)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+        return [[context] * len(transformer.transformer_blocks) for transformer in self.transformers]
+
+    def time_table(self, timesteps):
+        """timesteps [N] -> [N, P, 1, 1]: the time embedding's projections for all ResBlocks, side by side.
+
+        A row [1, P, 1, 1] may be given to `forward` in place of its timesteps.
+        """
+        return torch.cat(self._times(timesteps), dim=1)
+
+    def project_context(self, context):
+        """context [B, T, context_dim] -> keys and values of all cross-attentions, each [B, T, H, D].
+
+        They may be given to `forward` in place of the context. Not where attention is `mha`, which projects by itself.
+        """
+        context = context.to(self.dtype)
+        return tuple(
+            tuple(block.attn2.keys_values(context) for block in transformer.transformer_blocks)
+            for transformer in self.transformers
+        )
+
+    def fuse_projections(self, self_attention: bool, cross_attention: bool) -> None:
+        """Compute q, k, v of self-attention, or k and v of cross-attention, by one product over one matrix; or not."""
+        for block in self.transformer_blocks():
+            for attention, names, fused in (
+                (block.attn1, "qkv", self_attention),
+                (block.attn2, "kv", cross_attention),
+            ):
+                if isinstance(attention, CrossAttention):
+                    attention.fuse(names if fused else "")
 
     def transformer_blocks(self) -> list[BasicTransformerBlock]:
         """Every transformer block, in the order in which they run."""

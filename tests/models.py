@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from sd.config import AutoencoderConfig, UNetConfig
+from sd import Optimisations, StableDiffusion
+from sd.config import PRESETS, AutoencoderConfig, UNetConfig
 
 # Every head-count and projection variant at sizes that take milliseconds.
 UNETS = {
@@ -42,6 +45,29 @@ AUTOENCODERS = {
     "released-topology": AutoencoderConfig(channels=64, channel_mult=(1, 2, 4, 4)),
     "tiny-topology": AutoencoderConfig(channels=16, channel_mult=(1, 2, 2, 3), num_res_blocks=1, norm_groups=8),
 }
+
+
+# The least that has every kind of block, for torch.compile, whose time goes with the number of kernels.
+SMALLEST = replace(
+    PRESETS["tiny"],
+    name="smallest",
+    unet=UNetConfig(
+        context_dim=32,
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=8,
+        use_linear_in_transformer=True,
+        norm_groups=8,
+    ),
+    autoencoder=AutoencoderConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=8),
+)
+
+
+def smallest(optimisations: Optimisations = Optimisations()) -> StableDiffusion:
+    """A model of SMALLEST with seeded random weights; its pictures are noise."""
+    return StableDiffusion.random(SMALLEST, optimisations=optimisations)
 
 
 def seeded(factory, config, seed: int = 0) -> nn.Module:

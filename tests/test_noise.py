@@ -23,6 +23,14 @@ def test_image_i_has_the_noise_of_seed_plus_i_at_any_batch_size():
     assert together.step(x, used=False) is None
 
 
+def test_the_noise_of_many_steps_is_that_of_one_after_the_other():
+    x = torch.zeros(2, 4, 8, 8)
+    at_once, one_by_one = PerImageNoise(3, 2).steps(x, [True, False, True]), PerImageNoise(3, 2)
+    assert torch.equal(at_once[0], one_by_one.step(x, used=True))
+    assert torch.equal(at_once[2], one_by_one.step(x, used=True))
+    assert PerImageNoise(3, 2).steps(x, [False, False]) is None
+
+
 def test_unknown_source():
     with pytest.raises(ConfigError, match="per-image, original"):
         noise_source("philox", 1, 1, "cpu")
@@ -44,23 +52,14 @@ def scripted(name: str, steps: int, iterations: int, eta: float):
 @pytest.mark.parametrize("name, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm_solver", 0.0)])
 def test_original_draws_over_two_iterations(name, eta):
     """Bit for bit, the second iteration included: its x_T depends on what the sampler drew, used or not."""
-    schedule, noise, used = Schedule(), OriginalNoise(42, "cpu"), []
-
-    class Recording:
-        def step(self, x, used_here):
-            drawn = noise.step(x, used_here)
-            if eta:
-                used.append(drawn)
-            return drawn
-
-    class Adapter(Recording):
-        def step(self, x, used):  # the samplers' keyword
-            return Recording.step(self, x, used)
-
+    noise, used = OriginalNoise(42, "cpu"), []
+    plan = SAMPLERS[name](Schedule(), 20, eta)
     for _ in range(2):
         x = noise.initial(SHAPE)
         used.append(x)
-        SAMPLERS[name](lambda x, t, alpha: 0.1 * x, x, schedule, 20, noise=Adapter(), eta=eta)
+        drawn = plan.noises(noise, x)
+        assert (drawn is None) == (eta == 0)
+        used.extend(drawn if eta else [])
     expected = scripted(name, 20, 2, eta)
     assert len(used) == len(expected)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(used, expected))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sd import options, txt2img
-from sd.optimise import DEFAULT_ATTENTION
+from sd.attention import DEFAULT_ATTENTION
+from sd.errors import ConfigError, Unavailable
+from sd.features import has
 from sd.yaml_config import CONFIGS
 
 
@@ -57,9 +59,62 @@ def _clean(monkeypatch, tmp_path):
 def test_what_the_options_and_the_environment_choose(argv, environ, expected, capsys):
     text = (CONFIGS / "tiny.yaml").read_text().replace("use_checkpoint: False", "use_native_mha: True")
     Path("native.yaml").write_text(text)
-    chosen = options.setup(txt2img.parser().parse_args(["--device", "cpu", *argv]), environ)
+    args = txt2img.parser().parse_args(["--device", "cpu", *argv])
+    if "--compile" in argv and not has("compile"):
+        with pytest.raises(Unavailable, match="compile mode"):
+            options.setup(args, environ)
+        return
+    chosen = options.setup(args, environ)
     assert {key: getattr(chosen.optimisations, key) for key in expected} == expected
     assert chosen.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "argv, changed",
+    [
+        (["--optimise", "none"], {}),
+        (["--optimise", "channels_last,fused_qkv"], {"channels_last": True, "fused_qkv": True}),
+        (["--optimise", "none,fused_kv"], {"fused_kv": True}),
+        (["--optimise", "fused_kv", "--attention", "original"], {"fused_kv": True, "attention": "original"}),
+        (["--optimise", "original"], {"attention": "original", "precision": "autocast", "original_steps": True}),
+        (["--optimise", "original", "--precision", "full"], {"attention": "original", "original_steps": True}),
+        (["--optimise", "feature_caching"], {"feature_caching": 3}),
+    ],
+)
+def test_optimise_and_the_options_over_it(argv, changed):
+    chosen = options.setup(txt2img.parser().parse_args(["--device", "cpu", *argv]), {}).optimisations
+    plain = {"attention": DEFAULT_ATTENTION}
+    assert {**plain, **chosen.changed()} == {**plain, **changed}
+
+
+@pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
+def test_compiler_options_bring_a_mode():
+    def chosen(text):
+        return options.setup(txt2img.parser().parse_args(["--device", "cpu", "--optimise", text]), {}).optimisations
+
+    assert chosen("compile_step").changed() == {"compile": "default", "compile_scope": "step"}
+    assert chosen("max-autotune-no-cudagraphs,conv_1x1_as_mm,shape_padding").changed() == {
+        "compile": "max-autotune-no-cudagraphs",
+        "inductor": ("conv_1x1_as_mm", "shape_padding"),
+    }
+    assert chosen("fast").cache_context_kv
+
+
+@pytest.mark.parametrize(
+    "text, error, match",
+    [
+        ("fastest", ConfigError, "choose a preset"),
+        ("channels_last,fast", ConfigError, "choose a preset"),
+        ("bf16,fp16", ConfigError, "precision is both"),
+        ("cuda_graph_loop", Unavailable, "cuda_graph: needs an NVIDIA GPU"),
+        ("tf32", Unavailable, "tf32: needs an NVIDIA GPU"),
+        ("fp8", Unavailable, "quantisation fp8: needs"),
+        ("original,cache_context_kv", ConfigError, "original_steps"),
+    ],
+)
+def test_optimise_refuses_by_name(text, error, match):
+    with pytest.raises(error, match=match):
+        options.setup(txt2img.parser().parse_args(["--device", "cpu", "--optimise", text]), {})
 
 
 @pytest.mark.parametrize("available, device, precision", [(False, "cpu", "full"), (True, "cuda", "autocast")])

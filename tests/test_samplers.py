@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sd import samplers
 from sd.denoiser import Denoiser
 from sd.errors import ConfigError
 from sd.noise import PerImageNoise
@@ -33,8 +34,9 @@ class Calls:
         return self.eps(x, t)
 
 
-def run(name, denoise, steps, x, **options):
-    return SAMPLERS[name](denoise, x, SCHEDULE, steps, noise=PerImageNoise(7, len(x)), **options)
+def run(name, denoise, steps, x, eta=0.0, **options):
+    plan = SAMPLERS[name](SCHEDULE, steps, eta)
+    return samplers.run(plan, denoise, x, plan.noises(PerImageNoise(7, len(x)), x), **options)
 
 
 @pytest.fixture

@@ -128,6 +128,7 @@ def test_settings_are_in_the_png():
         "attention": DEFAULT_ATTENTION if DEFAULT_ATTENTION != "original" else "original in fp32",
         "precision": "full",
         "compile": "none",
+        "optimisations": "none",
         "device": "cpu",
         "torch": torch.__version__,
     }

@@ -1,0 +1,66 @@
+"""Techniques by the names that `--optimise` takes: a preset, techniques, or a preset and techniques that change it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sd.compile import INDUCTOR_OPTIONS, MODES
+from sd.errors import ConfigError
+from sd.optimise import PRECISIONS, Optimisations
+
+PRESETS = ("none", "original", "fast")
+# The fields that each name sets.
+TECHNIQUES: dict[str, dict[str, object]] = {
+    **{name: {"precision": name} for name in PRECISIONS},
+    "tf32": {"tf32": True},
+    "channels_last": {"channels_last": True},
+    "fused_qkv": {"fused_qkv": True},
+    "fused_kv": {"fused_kv": True},
+    "cache_context_kv": {"cache_context_kv": True},
+    "cache_time_embeddings": {"cache_time_embeddings": True},
+    "compile": {"compile": "default"},
+    **{mode: {"compile": mode} for mode in MODES if mode not in ("none", "default")},
+    "compile_blocks": {"compile_scope": "blocks"},
+    "compile_step": {"compile_scope": "step"},
+    "compile_autoencoder": {"compile_autoencoder": "default"},
+    "compile_text_encoder": {"compile_text_encoder": "default"},
+    **{name: {"inductor": (name,)} for name in INDUCTOR_OPTIONS},
+    "cuda_graph_unet": {"cuda_graph": "unet"},
+    "cuda_graph_loop": {"cuda_graph": "loop"},
+    "original_steps": {"original_steps": True},
+    # approximate
+    "token_merging": {"token_merging": 0.5},
+    "feature_caching": {"feature_caching": 3},
+    "int8": {"quantisation": "int8"},
+    "fp8": {"quantisation": "fp8"},
+}
+
+
+def parse(text: str, device) -> Optimisations:
+    """`fast`, `none`, `original`, names of TECHNIQUES with commas between, or a preset and then such names.
+
+    A scope or an option of the compiler brings mode `default` where none is chosen. Raises ConfigError for unknown
+    names and contradictions; whether it can run here is not decided here (sd.optimise.require_available).
+    """
+    names = text.split(",")
+    base = Optimisations()
+    if names[0] in PRESETS:
+        preset = names.pop(0)
+        base = {"none": Optimisations.none, "original": Optimisations.original}.get(
+            preset, lambda: Optimisations.fast(device)
+        )()
+    fields: dict[str, object] = {}
+    for name in names:
+        if name not in TECHNIQUES:
+            raise ConfigError(
+                f"optimise {name!r}: choose a preset ({', '.join(PRESETS)}), or of {', '.join(TECHNIQUES)}"
+            )
+        for field, value in TECHNIQUES[name].items():
+            if isinstance(value, tuple):
+                value = (*fields.get(field, ()), *value)
+            elif field in fields:
+                raise ConfigError(f"optimise {text}: {field} is both {fields[field]} and {value}: give one of them")
+            fields[field] = value
+    if ("compile_scope" in fields or "inductor" in fields) and base.compile == "none":
+        fields.setdefault("compile", "default")
+    return replace(base, **fields)
