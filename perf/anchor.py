@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 NAME = "gemm-conv-softmax-1"
-SMALL_TIMES = 250  # of the same operations on a few numbers each: a model's dispatch, which slows down apart from its arithmetic
+SMALL_TIMES = (
+    250  # of the same operations on a few numbers each: a model's dispatch, which slows down apart from its arithmetic
+)
 REPEATS = 3  # the middle one counts
 # Shapes in SD's proportions; on a CPU about 15 ms a repeat on one core, on a large GPU about 5 ms.
 SHAPES = {

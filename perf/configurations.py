@@ -22,6 +22,9 @@ CHOICES = {
 }
 
 
+PRESETS = ("none", "original", "fast")
+
+
 class UnknownChoice(ValueError):
     """A field of a configuration with a value that nothing here knows; the message lists those there are."""
 
@@ -33,7 +36,9 @@ class Configuration:
     sdpa_kernels: those allowed, empty for all. height, width: pixels, 0 for the model's own. device: None is the
     machine's own. interpreter: the label of another Python (`--perf-python`), None for this one. checkpoint: a file or
     folder of weights; without one `tiny` has its embedded weights and the others seeded random ones, which cost the same
-    time. config: a YAML file in the original layout, when the weights do not say enough.
+    time. config: a YAML file in the original layout, when the weights do not say enough. optimise: what `--optimise` of the
+    command lines takes: a preset (`fast`, `original`, `none`), which then decides on attention, precision and compile,
+    or names of techniques, which are added to them; with commas between.
     """
 
     model: str = "tiny"
@@ -44,6 +49,7 @@ class Configuration:
     compile: str = "none"
     compile_scope: str = "unet"
     precision: str = "full"
+    optimise: str = ""
     batch: int = 1
     steps: int = 50
     sampler: str = "plms"
@@ -72,8 +78,23 @@ class Configuration:
         if self.attention not in ("mha", "sdpa") or chosen == kernels:
             chosen = ()
         object.__setattr__(self, "sdpa_kernels", chosen)
+        if self.preset and self.engine == "sd":
+            usual = {
+                "attention": "sdpa",
+                "sdpa_kernels": (),
+                "precision": usual_precision(self.model),
+                "compile": "none",
+            }
+            for name, value in usual.items():
+                object.__setattr__(self, name, value)
         if self.compile == "none":
             object.__setattr__(self, "compile_scope", "unet")
+
+    @property
+    def preset(self) -> str | None:
+        """The preset with which `optimise` begins, if any."""
+        first = self.optimise.split(",")[0]
+        return first if first in PRESETS else None
 
     @property
     def id(self) -> str:
@@ -87,7 +108,10 @@ class Configuration:
         if self.workload != "txt2img":
             parts.append(self.workload)
         published = self.attention == "xformers" and self.engine == "sd"
-        parts += ["original-xformers" if published else self.attention, *self.sdpa_kernels]
+        if not self.preset:
+            parts += ["original-xformers" if published else self.attention, *self.sdpa_kernels]
+        if self.optimise:
+            parts.append(("preset-" if self.preset else "") + self.optimise.replace(",", "+"))
         if self.compile != "none":
             parts.append("compile" if self.compile == "default" else f"compile-{self.compile}")
             if self.compile_scope != "unet":
@@ -111,7 +135,14 @@ class Configuration:
     def reference(self) -> Configuration:
         """What this one's pictures are compared with: fp32, original attention, nothing compiled, one image at a time."""
         return replace(
-            self, engine="sd", attention="original", sdpa_kernels=(), compile="none", precision="full", batch=1
+            self,
+            engine="sd",
+            attention="original",
+            sdpa_kernels=(),
+            compile="none",
+            precision="full",
+            optimise="",
+            batch=1,
         )
 
 
@@ -176,12 +207,16 @@ SMOKE: list[dict] = [
     {"attention": "sdpa", "compile": "default"},
 ]
 COMPILE_MODES = [{"compile": mode} for mode in CHOICES["compile"]]
-LADDER: list[dict] = [  # from the published original, one change at a time
+# From the first code's own loop, each rung with all that the rungs before it have, and the preset at the end.
+EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
+LADDER: list[dict] = [
+    {"optimise": "original"},
     {"attention": "original"},
     {"attention": "sdpa"},
     {"attention": "sdpa", "precision": "fp16"},
-    {"attention": "sdpa", "precision": "bf16"},
-    *({"attention": "sdpa", "precision": "fp16", "compile": mode} for mode in CHOICES["compile"][1:]),
+    *({"attention": "sdpa", "precision": "fp16", "optimise": ",".join(EXACT[: n + 1])} for n in range(len(EXACT))),
+    {"attention": "sdpa", "precision": "fp16", "optimise": ",".join(EXACT), "compile": "default"},
+    {"optimise": "fast"},
 ]
 
 SETS: dict[str, list[Configuration]] = {
@@ -194,9 +229,10 @@ SETS: dict[str, list[Configuration]] = {
         "sd1",
         [
             {"attention": "original"},
-            {"attention": "sdpa", "precision": "fp16"},
+            {"optimise": "fast"},
             {"engine": "diffusers", "attention": "xformers", "precision": "fp16"},
             {"engine": "diffusers", "attention": "sdpa", "precision": "fp16"},
+            {"engine": "diffusers", "attention": "sdpa", "precision": "bf16", "compile": "max-autotune"},
         ],
     ),
     "ladder": _variants("sd2", LADDER),

@@ -6,12 +6,13 @@ An engine has `round(seed) -> Output`, `weights`, `kernels()` and `release()`; `
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from perf.configurations import Configuration
 from sd import Optimisations, StableDiffusion
+from sd.errors import Unavailable
 from sd.noise import PerImageNoise
 
 
@@ -30,8 +31,10 @@ class Output:
     unet_calls: int
 
 
-def optimisations(configuration: Configuration) -> Optimisations:
+def optimisations(configuration: Configuration, device: str) -> Optimisations:
     """The choice as `sd` takes it. Fields at their defaults are not named, so that an older `sd` can be measured too."""
+    if configuration.preset:
+        return techniques(configuration.optimise, device)
     chosen = {"attention": configuration.attention, "precision": configuration.precision}
     if configuration.sdpa_kernels:
         chosen["sdpa_kernels"] = configuration.sdpa_kernels
@@ -39,7 +42,20 @@ def optimisations(configuration: Configuration) -> Optimisations:
         chosen["compile"] = configuration.compile
     if configuration.compile_scope != "unet":
         chosen["compile_scope"] = configuration.compile_scope
+    if configuration.optimise:
+        named, plain = techniques(configuration.optimise, device), Optimisations()
+        values = {field.name: getattr(named, field.name) for field in fields(named)}
+        chosen.update({name: value for name, value in values.items() if value != getattr(plain, name)})
     return Optimisations(**chosen)
+
+
+def techniques(names: str, device: str) -> Optimisations:
+    """What `--optimise` takes. Raises Unavailable for an `sd` from before there were any."""
+    try:
+        from sd.techniques import parse
+    except ImportError:
+        raise Unavailable(f"optimise {names}: this sd is older than its techniques") from None
+    return parse(names, torch.device(device))
 
 
 def load_model(configuration: Configuration, device: str, chosen: Optimisations) -> StableDiffusion:
@@ -57,7 +73,7 @@ class SDEngine:
 
     def __init__(self, configuration: Configuration, device: str, busy_loop: BusyLoop | None = None):
         self.configuration, self.busy_loop = configuration, busy_loop
-        self.model = load_model(configuration, device, optimisations(configuration))
+        self.model = load_model(configuration, device, optimisations(configuration, device))
 
     def round(self, seed: int) -> Output:
         """One call of what the configuration's workload names, from prompt or input to output."""
@@ -104,6 +120,16 @@ class SDEngine:
         wanted = self.configuration
         shape = self.model.latent_shape(wanted.batch, wanted.height or None, wanted.width or None)
         return PerImageNoise(seed, wanted.batch).initial(shape, self.model.device)
+
+    @property
+    def precision(self) -> str:
+        """The precision that a preset or the configuration decided on."""
+        return self.model.optimisations.precision
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is in it."""
+        return self.model.optimisations.compile != "none"
 
     def kernels(self) -> dict[str, list[str]]:
         """The attention kernels that really ran, by network."""

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--budget", type=seconds, default=1500.0, help="of all calls together, such as 25m")
     parser.add_argument("--chunk", type=seconds, default=540.0, help="of this call, such as 9m")
-    parser.add_argument("--out", type=Path, required=True, help="where everything is written; give the same again to go on")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where everything is written; give the same again to go on"
+    )
     parser.add_argument("--model", help="another model in every step: tiny tries the whole run on a CPU")
     parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="only this step")
     parser.add_argument("--launches", type=int, default=6, help="launches per configuration (default: 6)")
@@ -135,6 +137,8 @@ def _report(state: dict[str, dict], arguments: argparse.Namespace) -> int:
     left = [name for name in left if not arguments.only or name in arguments.only]
     spent = sum(step["seconds"] for step in state.values())
     if left:
-        print(f"left: {', '.join(left)}; {max(0.0, arguments.budget - spent):.0f} s of the budget; the same command goes on")
+        print(
+            f"left: {', '.join(left)}; {max(0.0, arguments.budget - spent):.0f} s of the budget; the same command goes on"
+        )
     failed = [name for name, one in state.items() if one["status"] == "done" and one["exit_code"] not in (0, 5)]
     return ExitCode.FAILED if failed else ExitCode.OK

@@ -26,6 +26,11 @@ MATRIX = (
     ("--compile", "compile", "mode of torch.compile"),
     ("--compile-scope", "compile_scope", "what is compiled as one graph"),
     ("--precision", "precision", "precision"),
+    (
+        "--optimise",
+        "optimise",
+        "a preset (fast, original, none) or techniques with commas between, as txt2img takes them",
+    ),
     ("--batch", "batch", "images per round"),
     ("--steps", "steps", "sampler steps"),
     ("--sampler", "sampler", "sampler"),

@@ -45,7 +45,7 @@ class DiffusersEngine:
         ours = load_model(
             replace(plain, checkpoint=configuration.checkpoint, config=configuration.config),
             device,
-            optimisations(plain),
+            optimisations(plain, device),
         )
         self.config = config = ours.config
         if configuration.sampler == "plms" and config.parameterization == "v":
@@ -89,8 +89,21 @@ class DiffusersEngine:
 
             self.pipe.unet.set_attn_processor(AttnProcessor())
         if configuration.compile != "none":
-            self.pipe.unet.to(memory_format=torch.channels_last)
-            self.pipe.unet = torch.compile(self.pipe.unet, mode=configuration.compile, fullgraph=True)
+            self._compile(configuration.compile)
+
+    def _compile(self, mode: str) -> None:
+        """As the documentation of diffusers advises ("Accelerate inference", huggingface/diffusers docs/source/en)."""
+        from torch._inductor import config
+
+        config.conv_1x1_as_mm = True
+        config.coordinate_descent_tuning = True
+        config.coordinate_descent_check_all_directions = True
+        config.epilogue_fusion = False
+        self.pipe.fuse_qkv_projections()
+        for part in (self.pipe.unet, self.pipe.vae):
+            part.to(memory_format=torch.channels_last)
+        self.pipe.unet = torch.compile(self.pipe.unet, mode=mode, fullgraph=True)
+        self.pipe.vae.decode = torch.compile(self.pipe.vae.decode, mode=mode, fullgraph=True)
 
     @torch.no_grad()
     def round(self, seed: int) -> Output:
@@ -111,6 +124,16 @@ class DiffusersEngine:
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu()
         calls = wanted.steps + (wanted.sampler == "plms")
         return Output(latents.float(), images, {}, calls)
+
+    @property
+    def precision(self) -> str:
+        """As asked for."""
+        return self.configuration.precision
+
+    @property
+    def compiles(self) -> bool:
+        """As asked for."""
+        return self.configuration.compile != "none"
 
     def kernels(self) -> dict[str, list[str]]:
         """Not observed: diffusers' modules are not ours to wrap."""

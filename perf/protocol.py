@@ -230,6 +230,7 @@ class Runner:
             answer = worker.ask("load", self.limits.load, **self.load(slot))
             self._note("load", measured, launch, {"answer": answer})
             device = answer["facts"]["device"]
+            precision = answer["precision"]
             seed = slot.configuration.seed
             answer = worker.ask("round", self.limits.first_round, seed=seed + ROUND_APART * WARM_UP)
             hashes = [answer["image"]["sha256"]]
@@ -242,7 +243,7 @@ class Runner:
                     answer = worker.ask("round", self.limits.round, seed=seed, check=check)
                 if attempt == 0:  # a repetition has the latents, and so the picture, of the round that it repeats
                     hashes.append(answer["image"]["sha256"])
-                wrong = images.wrong(answer["image"], slot.configuration.precision, device)
+                wrong = images.wrong(answer["image"], precision, device)
                 if slot.configuration.workload != "text":  # whose input is the same in every round
                     wrong = wrong or images.repeated(hashes)
                 # What is wrong with a picture is in its own event: a kill cannot come between the two.

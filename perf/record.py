@@ -25,6 +25,8 @@ def extra_info(session: Session, id: str) -> dict:
     measured = session.measurements.by_name[id]
     configuration, rounds = measured.slot.configuration, measured.rounds()
     device = configuration.device or session.settings.device
+    first = measured.launches[min(measured.launches)].load
+    precision = first["precision"]
     seconds = statistics.median(launch_medians(measured))
     unet_seconds = _median(one["stages"].get("unet") for one in rounds)
     calls = rounds[0]["unet_calls"]
@@ -51,9 +53,10 @@ def extra_info(session: Session, id: str) -> dict:
         "image": _image(session, measured),
         "weights": weights.identity(configuration),
         "flops": counted,
-        "flops_fraction": _fraction(session, configuration, device, counted, seconds),
+        "flops_fraction": _fraction(session, precision, device, counted, seconds),
         "kernel": rounds[-1]["kernels"],
-        "facts": measured.launches[min(measured.launches)].load["facts"],
+        "facts": first["facts"],
+        "precision": precision,
         "speedup": speedup(session, id),
         "paired": _paired(session, id),
         "verdict": None,
@@ -92,7 +95,7 @@ def first_call(measured: Measured) -> dict:
 
 
 def _compile(measured: Measured) -> dict | None:
-    if measured.slot.configuration.compile == "none":
+    if not measured.launches[min(measured.launches)].load["compiles"]:
         return None
     counted = [one["compile"] for one in measured.rounds()]
     return {key: max(one[key] for one in counted) for key in ("graphs", "graph_breaks", "recompiles")}
@@ -124,6 +127,7 @@ def speedup(session: Session, id: str) -> dict | None:
         sdpa_kernels=(),
         compile="none",
         precision=_published_precision(session, configuration),
+        optimise="",
         interpreter=None,
     )
     other = session.measurements.by_name.get(plain.id)
@@ -137,7 +141,8 @@ def speedup(session: Session, id: str) -> dict | None:
 
 def _published_precision(session: Session, configuration) -> str:
     """The precision of the session's `original`: the same one if it is there, else the usual one of the model."""
-    same = replace(configuration, engine="sd", attention="original", sdpa_kernels=(), compile="none", interpreter=None)
+    plain = {"attention": "original", "sdpa_kernels": (), "compile": "none", "optimise": ""}
+    same = replace(configuration, engine="sd", interpreter=None, **plain)
     return configuration.precision if same.id in session.measurements.by_name else usual_precision(configuration.model)
 
 
@@ -166,9 +171,9 @@ def _flops(session: Session, measured: Measured, calls: int) -> int | None:
     return flops.of_round(configuration, preset(configuration.model), calls)
 
 
-def _fraction(session: Session, configuration, device: str, counted: int | None, seconds: float) -> float | None:
+def _fraction(session: Session, precision: str, device: str, counted: int | None, seconds: float) -> float | None:
     ceilings = session.stack.get("matmul_flops_per_second") or {}
-    ceiling = ceilings.get(CEILINGS[computing_type(configuration.precision, device)])
+    ceiling = ceilings.get(CEILINGS[computing_type(precision, device)])
     if ceiling is None or counted is None or device != session.settings.device:
         return None
     return counted / seconds / ceiling

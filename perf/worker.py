@@ -74,6 +74,8 @@ class Worker:
             "import_seconds": imported - begin,
             "load_seconds": end - loading,
             "anchor": anchor.NAME,
+            "precision": self.engine.precision,
+            "compiles": self.engine.compiles,
             "sd": os.path.dirname(os.path.abspath(sd.__file__)),
             "facts": torch_facts(device),
             "pid": os.getpid(),

@@ -77,6 +77,7 @@ class Fake:
     def load(self, configuration, device, threads, **_):
         facts = {**IDENTITY, "device": device, "threads": threads}
         told = {"import_seconds": 0.01, "load_seconds": 0.02, "anchor": "fake-1", "sd": os.getcwd()}
+        told |= {"precision": configuration["precision"], "compiles": configuration["compile"] != "none"}
         return {**told, "facts": facts, "pid": os.getpid()}
 
     def round(self, seed, check=None):

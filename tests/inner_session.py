@@ -91,6 +91,8 @@ class _Launch:
             "import_seconds": 1.0,
             "load_seconds": 0.5,
             "anchor": "synthetic-anchor-1",
+            "precision": self.configuration.precision,
+            "compiles": self.configuration.compile != "none",
             "sd": "sd",
             "facts": facts,
             "pid": 1,

@@ -89,7 +89,7 @@ def lines(
     measurements = session.measurements
     found = [_how(session)]
     for id, info in infos.items():
-        if info["configuration"]["compile"] != "none":
+        if info["compile"]:
             found.append(_compiling(id, info))
     for id, reason in session.unchecked.items():
         found.append(f"{id}: its picture was not checked: {reason}")
