@@ -201,7 +201,7 @@ MATTERS = {
 }  # fmt: skip
 DOES_NOT = {
     "engine": "diffusers", "attention": "mha", "sdpa_kernels": ("math",), "compile": "default", "compile_scope": "blocks",
-    "precision": "bf16", "batch": 4, "interpreter": "torch112",
+    "precision": "bf16", "optimise": "fast", "batch": 4, "interpreter": "torch112",
 }  # fmt: skip
 BY_HASH = {"checkpoint": "elsewhere/model.ckpt", "config": "other.yaml"}  # their content is in the weights' hash
 IS_THE_SEED = {"seed"}  # of the configuration: replaced by the image's own

@@ -113,7 +113,7 @@ def seeds(count: int) -> list[int]:
 
 
 def result(measurements: Measurements) -> dict:
-    """All that the rest of the suite reads of it."""
+    """All that the rest reads."""
     return {
         "slots": {
             name: {
@@ -196,7 +196,6 @@ def drifting(factors, rounds: int = 1, slots=THREE, anchors=None) -> Measurement
     [
         ([1, 1, 1], 0.0),
         ([1, 1, 1.029], 0.029),
-        ([1, 1, 1.031], 0.031),
         ([1.031, 1, 1], 0.031),
         ([1, 0.96, 1], 0.04),
         ([1, 1, 0.9], 0.1),
@@ -208,11 +207,8 @@ def test_an_anchor_that_moved_makes_the_session_invalid(factors, drift):
     assert measurements.drift() == pytest.approx(drift, abs=1e-9)
     said = measurements.invalid()
     assert (said is not None) == (drift > 0.03)
+    assert drifting([1, 2], slots=THREE[:1]).drift() is None  # too few rounds
     assert said is None or said == f"anchor_drift {100 * drift:.1f} %, 3 % allowed"
-
-
-def test_too_few_rounds_have_no_drift():
-    assert drifting([1, 2], slots=THREE[:1]).drift() is None
 
 
 def test_another_interpreter_with_another_anchor_is_no_drift():
