@@ -136,7 +136,26 @@ def test_large_scores_in_fp16_give_the_picture_of_fp32(device, name):
     assert psnr(picture(model), reference) >= 40
 
 
-# --- switching and observing
+# --- compiling, switching and observing
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(not has("compile"), reason="this torch has no torch.compile")
+@pytest.mark.parametrize("name", ["original", "mha", "sdpa"])
+def test_attention_is_one_graph(name):
+    """Captured whole, without a graph break, by the part of torch.compile that comes before any code is generated."""
+    model = model_of("tiny", "cpu")
+    model.optimise(optimisations(name))
+    block, vae = model.unet.transformer_blocks()[0], model.autoencoder.decoder.mid.attn_1
+    width, vae_width = block.norm1.weight.numel(), model.autoencoder.head_dim()
+    generator = torch.Generator().manual_seed(0)
+    for module, inputs in (
+        (block, (torch.randn(2, 64, width, generator=generator), torch.randn(2, 77, 32, generator=generator))),
+        (vae, (torch.randn(2, vae_width, 8, 8, generator=generator),)),
+    ):
+        with torch.no_grad():
+            compiled = torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs)
+            assert relative_error(compiled, module(*inputs)) <= 1e-5
 
 
 @pytest.fixture
