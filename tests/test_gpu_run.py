@@ -1,0 +1,98 @@
+"""The runbook for a borrowed GPU: order, limits, what was cut off, and going on. The steps are real pytest processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+
+from perf import __main__ as commands
+from perf import gpu_run
+
+QUICK = gpu_run.Step("correctness", ("--version",), "first", measures=False)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    monkeypatch.setattr(gpu_run, "GRACE_SECONDS", 20.0)
+
+    def use(*chosen):
+        monkeypatch.setattr(gpu_run, "STEPS", chosen)
+
+    return use
+
+
+def _run(out, *more):
+    parser = argparse.ArgumentParser()
+    gpu_run.add_arguments(parser)
+    return gpu_run.run(parser.parse_args(["--out", str(out), "--budget", "10m", *more]))
+
+
+@pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200)])
+def test_durations(text, seconds):
+    assert gpu_run.seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1", "1d", "nan"])
+def test_what_is_no_duration(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="give seconds"):
+        gpu_run.seconds(text)
+
+
+def test_a_step_that_is_done_is_not_run_again(tmp_path, steps, capsys):
+    steps(QUICK)
+    assert _run(tmp_path) == _run(tmp_path) == 0
+    assert capsys.readouterr().out.count("at most") == 1
+    assert json.loads((tmp_path / "state.json").read_text())["correctness"]["status"] == "done"
+
+
+def test_a_failed_step_is_said_and_the_next_one_runs(tmp_path, steps, capsys):
+    steps(replace(QUICK, name="wrong", arguments=("--no-such-option",)), QUICK)
+    assert _run(tmp_path) == 1
+    assert "wrong          done     exit 4" in capsys.readouterr().out
+    assert "no-such-option" in (tmp_path / "wrong.log").read_text()
+
+
+def test_a_step_that_is_too_long_is_cut_off_and_gone_on_with(tmp_path, steps, capsys):
+    endless = tmp_path / "test_endless.py"
+    endless.write_text("import time\n\ndef test_endless():\n    time.sleep(600)\n")
+    steps(
+        replace(QUICK, name="endless", arguments=(str(endless), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)))
+    )
+    assert _run(tmp_path, "--chunk", "24s") == 0  # less the grace, 4 s
+    out = capsys.readouterr().out
+    assert "endless        cut off  exit 2" in out
+    assert "left: endless" in out
+    assert "KeyboardInterrupt" in (tmp_path / "endless.log").read_text()
+    endless.write_text("def test_endless():\n    pass\n")
+    assert _run(tmp_path) == 0
+    assert "endless        done     exit 0" in capsys.readouterr().out
+
+
+def test_nothing_starts_without_time_for_it(tmp_path, steps, capsys):
+    steps(QUICK)
+    assert _run(tmp_path, "--chunk", "10s") == 0
+    assert "left: correctness" in capsys.readouterr().out
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path, steps):
+    steps(QUICK)
+    (tmp_path / "state.json").write_text('{"correctness": 3}')
+    with pytest.raises(SystemExit, match="cannot be read"):
+        _run(tmp_path)
+
+
+def test_every_set_that_is_named_exists():
+    from perf.configurations import SETS
+
+    named = [step.arguments[step.arguments.index("-m") + 1] for step in gpu_run.STEPS]
+    assert set(named) <= {*SETS, "gpu"}
+
+
+def test_unknown_commands_exit_with_our_usage_error(capsys):
+    with pytest.raises(SystemExit) as exit:
+        commands.main(["nonsense"])
+    assert exit.value.code == 4
+    assert "doctor" in capsys.readouterr().err
