@@ -15,14 +15,16 @@ from pathlib import Path
 
 from perf.configurations import Configuration, usual
 from perf.launcher import WorkerError
+from perf.launches import Launches, compile_cache
 from perf.lock import DeviceBusy, DeviceLock
 from perf.machine_stack import stack
 from perf.nvml import NoTelemetry, open_visible_device
 from perf.protocol import Measurements, Plan, Runner, Slot
-from perf.session import Launches, Settings, Watch, compile_cache, no_watch
+from perf.settings import Settings
 from perf.statistics import MARGIN_FLOOR, MIN_VALUES, self_comparison
 from perf.storage import write_atomically
 from perf.verdicts import Decision, ExitCode, Verdict, decide_paired
+from perf.watch import Watch, no_watch
 
 LABELS = (None, "aa", "slow")
 

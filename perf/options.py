@@ -16,7 +16,7 @@ from perf.clock import CLOCKS
 from perf.configurations import CHOICES, UnknownChoice
 from perf.launcher import Interpreter
 from perf.nvml import NoTelemetry
-from perf.session import Settings
+from perf.settings import Settings
 
 # option, field, and how one value of it is read
 MATRIX = (

@@ -16,7 +16,8 @@ from perf.machine_stack import stack, torch_version
 from perf.nvml import open_visible_device
 from perf.protocol import INVALID_SHARE_LIMIT
 from perf.report import terminal
-from perf.session import Session, SessionError, Settings, run
+from perf.session import Session, run
+from perf.settings import SessionError, Settings
 from perf.statistics import MARGIN_FLOOR
 from perf.storage import storage_name
 from perf.verdicts import Decision, ExitCode, Verdict

@@ -8,58 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from perf import images, journal, weights
+from perf import journal, weights
 from perf.configurations import Configuration
-from perf.launcher import InProcessLaunch, Interpreter, ProcessLaunch, WorkerError
+from perf.launcher import ROOT
+from perf.launches import Launches, compile_cache
 from perf.lock import DeviceLock
 from perf.machine_stack import stack
 from perf.nvml import NoTelemetry, open_device, open_visible_device
 from perf.progress import SessionProgress
-from perf.protocol import Limits, Measurements, Plan, Runner, Slot
-from perf.telemetry import Monitor, invalid_reason
+from perf.protocol import Measurements, Plan, Runner, Slot
+from perf.references import References, unchecked
+from perf.settings import SessionError, Settings
 from perf.verdicts import Decision, Verdict, decide_paired
-
-
-class SessionError(Exception):
-    """A session that cannot start or go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a session measures.
-
-    clock: `wall` or `cpu`. threads: of torch on the CPU, None for torch's own choice. isolated: each launch in a fresh
-    process. interpreters: other Pythons by label. against: (name, interpreter with its `sd`) of another commit. aa: every
-    configuration against itself. slowdown: a fraction by which the working tree is slowed, for tests of the gate.
-    margin: the change that counts, as a fraction. folder: where the journal and the reference pictures are.
-    """
-
-    device: str
-    folder: Path
-    clock: str = "wall"
-    threads: int | None = None
-    launches: int = 10
-    rounds: int = 2
-    isolated: bool = True
-    resume: bool = False
-    interpreters: dict[str, Interpreter] = field(default_factory=dict)
-    against: tuple[str, Interpreter] | None = None
-    aa: bool = False
-    slowdown: float = 0.0
-    margin: float = 0.01
-    limits: Limits = field(default_factory=Limits)
-    compile_cache: Path | None = None  # kept between sessions; without it each session's first launch compiles anew
-
-    @property
-    def variant(self) -> str | None:
-        """The second label that every configuration has in this session, if any."""
-        return "base" if self.against else "aa" if self.aa else None
+from perf.watch import Watch, no_watch
 
 
 @dataclass
@@ -106,7 +70,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         book, measurements = _open_journal(settings, plan, facts, say)
         with book, SessionProgress() as progress:
             progress.plan(plan.turns())
-            references = _References(settings, launches, facts)
+            references = References(settings, launches, facts)
             references.prepare(plan, progress.say)
             runner = Runner(
                 plan,
@@ -131,7 +95,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         facts,
         started,
         time.time() - started,
-        _unchecked(references, measurements),
+        unchecked(references, measurements),
         decisions,
         interrupted,
     )
@@ -185,193 +149,6 @@ def judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Dec
     return decisions
 
 
-# --- launches
-
-
-class Launches:
-    """Opens workers: which interpreter, which `sd`, and what they are told to load."""
-
-    def __init__(self, settings: Settings, compile_cache: str):
-        self.settings = settings
-        # The first launch of a session compiles into an empty cache and the others find it: cold and warm, both measured.
-        self.environment = (("TORCHINDUCTOR_CACHE_DIR", compile_cache),)
-        if settings.threads:
-            self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-
-    def open(self, slot: Slot):
-        """A worker for a slot, as a context."""
-        if not self.settings.isolated:
-            return InProcessLaunch()
-        return ProcessLaunch(self.interpreter(slot))
-
-    def interpreter(self, slot: Slot) -> Interpreter:
-        """The Python of a slot, and where its `sd` is."""
-        label = slot.configuration.interpreter
-        chosen = self.settings.interpreters[label] if label else Interpreter()
-        if slot.variant == "base":
-            chosen = Interpreter(chosen.python, self.settings.against[1].source)
-        return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment))
-
-    def load_arguments(self, slot: Slot) -> dict:
-        """What a slot's worker is asked to load."""
-        slowed = self.settings.slowdown if slot.variant is None else 0.0
-        return {
-            "configuration": slot.configuration.as_dict(),
-            "device": slot.configuration.device or self.settings.device,
-            "clock": self.settings.clock,
-            "threads": self.settings.threads,
-            "slowdown": slowed,
-        }
-
-    def probe(self) -> dict:
-        """What torch and the device are, asked of a process of its own. Raises SessionError."""
-        try:
-            with self.open(Slot(Configuration())) as worker:
-                settings = self.settings
-                return worker.ask(
-                    "probe", 600.0, device=settings.device, clock=settings.clock, threads=settings.threads
-                )
-        except WorkerError as error:
-            raise SessionError(f"nothing can be measured: {error}") from None
-
-
-@contextlib.contextmanager
-def compile_cache(kept: Path | None = None):
-    """The folder of torch.compile's cache: the one to keep, or a new one for this session. Raises SessionError."""
-    try:
-        if kept is not None:
-            kept.mkdir(parents=True, exist_ok=True)
-        folder = str(kept.absolute()) if kept is not None else tempfile.mkdtemp(prefix="sd-perf-compile-")
-    except OSError as error:
-        raise SessionError(f"no folder for compiled code can be made: {error.strerror}") from None
-    try:
-        yield folder
-    finally:
-        if kept is None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-# --- references
-
-
-class _References:
-    """The pictures that timed rounds are compared with, made once and kept by content."""
-
-    def __init__(self, settings: Settings, launches: Launches, facts: dict):
-        self.settings, self.launches, self.facts = settings, launches, facts
-        self.folder = settings.folder / "references"
-        self.unchecked: dict[str, str] = {}
-
-    def of(self, slot: Slot, seed: int) -> list[str] | None:
-        """The files of a round's images, or None where there are none."""
-        if slot.configuration.id in self.unchecked:
-            return None
-        return [str(self._path(slot.configuration, one)) for one in images.image_seeds(slot.configuration, seed)]
-
-    def _path(self, configuration: Configuration, seed: int) -> Path:
-        label = configuration.interpreter
-        torch = self.settings.interpreters[label].python if label else self.facts["torch"]
-        origin = {"device": f"{configuration.device or self.settings.device} {self.facts['name']}", "torch": torch}
-        return images.reference_path(self.folder, configuration, seed, weights.identity(configuration), origin)
-
-    def prepare(self, plan: Plan, say) -> None:
-        """Make what is missing, one process a reference configuration."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SessionError(f"{self.folder}: the reference pictures cannot be kept: {error.strerror}") from None
-        wanted: dict[Configuration, dict[Path, int]] = {}
-        users: dict[Configuration, list[str]] = {}
-        for configuration in dict.fromkeys(slot.configuration for slot in plan.slots):
-            try:
-                paths = {self._path(configuration, seed): seed for seed in _first_round(configuration)}
-            except OSError as error:
-                self.unchecked[configuration.id] = f"{error.filename}: {error.strerror}"
-                continue
-            reference = self._reference(configuration)
-            users.setdefault(reference, []).append(configuration.id)
-            missing = {path: seed for path, seed in paths.items() if not path.exists()}
-            wanted.setdefault(reference, {}).update(missing)
-        for reference, missing in wanted.items():
-            if not missing:
-                continue
-            say(f"perf: making {len(missing)} reference picture(s) with {reference.id}")
-            try:
-                self._make(reference, missing)
-            except WorkerError as error:
-                self.unchecked.update(dict.fromkeys(users[reference], str(error)))
-
-    def _reference(self, configuration: Configuration) -> Configuration:
-        """Whose picture is the right one; by this interpreter, unless the weights are random and so its own."""
-        reference = configuration.reference()
-        if weights.identity(configuration)["kind"] == "random":
-            return reference
-        return Configuration(**{**vars(reference), "interpreter": None})
-
-    def _make(self, reference: Configuration, missing: dict[Path, int]) -> None:
-        slot, limits = Slot(reference), self.settings.limits
-        with self.launches.open(slot) as worker:
-            arguments = {**self.launches.load_arguments(slot), "slowdown": 0.0}
-            worker.ask("load", limits.load, **arguments)
-            for path, seed in missing.items():
-                examined = worker.ask("round", limits.first_round, seed=seed)["image"]
-                wrong = images.wrong(examined, "full", arguments["device"])
-                if wrong:
-                    raise WorkerError("wrong_picture", f"the reference itself is wrong: {wrong}")
-                worker.ask("write_reference", 60.0, path=str(path))
-
-
-def _first_round(configuration: Configuration) -> list[int]:
-    return images.image_seeds(configuration, configuration.seed)
-
-
-def _unchecked(references: _References, measurements: Measurements) -> dict[str, str]:
-    """Configurations of which a launch was not compared with a reference, and why."""
-    found = dict(references.unchecked)
-    for measured in measurements.by_name.values():
-        firsts = [launch.rounds[0]["image"] for launch in measured.launches.values() if launch.rounds]
-        if any(image["latent_relative_error"] is None for image in firsts):
-            id = measured.slot.configuration.id
-            found.setdefault(
-                id, "measured before its reference picture could be made; start again without --perf-resume"
-            )
-    return found
-
-
-# --- watching
-
-
-class Watch:
-    """Telemetry around a round; use as `with watch(pid) as watched`."""
-
-    def __init__(self, gpu):
-        self.monitor, self.seen = Monitor(gpu), set()
-        self.telemetry, self.invalid = None, None
-
-    @contextlib.contextmanager
-    def __call__(self, pid: int):
-        self.seen.add(pid)  # one that has just ended may be listed a moment longer
-        self.telemetry, self.invalid = None, None
-        self.monitor.start(self.seen)
-        try:
-            yield self
-        finally:
-            telemetry = self.monitor.stop()
-            self.telemetry, self.invalid = telemetry.as_dict(), invalid_reason(telemetry)
-
-
-@dataclass
-class _Unwatched:
-    telemetry = None
-    invalid = None
-
-
-@contextlib.contextmanager
-def no_watch(pid: int):
-    """Where there is no telemetry every round is valid."""
-    yield _Unwatched()
-
-
 # --- the journal
 
 
@@ -384,6 +161,7 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
         "isolated": settings.isolated,
         "slowdown": settings.slowdown,
         "against": settings.against[0] if settings.against else None,
+        "source": weights.source_sha256(ROOT / "sd"),
         "stack": {key: facts[key] for key in ("name", "uuid", "driver", "torch")},
     }
     if not settings.resume:

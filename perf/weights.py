@@ -1,4 +1,4 @@
-"""Which weights a configuration runs: their kind, and the sha256 of the file where there is one. Imports no torch."""
+"""Which weights a configuration runs, and which code: by their hashes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def identity(configuration: Configuration) -> dict:
     if configuration.model == "tiny":
         return {"kind": "tiny", "sha256": sha256(WEIGHTS)}
     return {"kind": "random", "sha256": None}
+
+
+def source_sha256(folder: Path) -> str:
+    """The hash of all Python files below a folder, by name and content: what code it is."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 @functools.cache

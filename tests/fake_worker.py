@@ -164,7 +164,8 @@ from test_session import B, A, LIMITS, command_of, summary
 from perf.journal import JournalError
 from perf.launcher import Interpreter
 from perf.lock import DeviceBusy
-from perf.session import SessionError, Settings, run
+from perf.session import run
+from perf.settings import SessionError, Settings
 
 def one(job):
     tempfile.tempdir = job["folder"]

@@ -217,7 +217,7 @@ def machine_fixture() -> Machine:
 def inner_fixture(pytester, machine, monkeypatch, tmp_path) -> Inner:
     """A folder to run pytest in, on the synthetic machine: a CPU, whatever this one has."""
     frequencies = iter(range(1_000_000))  # the momentary one, which pytest-benchmark takes for another machine
-    monkeypatch.setattr("perf.session.ProcessLaunch", machine)
+    monkeypatch.setattr("perf.launches.ProcessLaunch", machine)
     monkeypatch.setattr("perf.plugin.open_visible_device", lambda: NoTelemetry("a test"))
     monkeypatch.setattr("perf.lock.lock_folder", lambda: tmp_path / "locks")
     monkeypatch.setattr(

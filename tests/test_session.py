@@ -20,7 +20,8 @@ from perf.configurations import Configuration
 from perf.launcher import ROOT, Interpreter
 from perf.lock import DeviceBusy, DeviceLock
 from perf.protocol import RETRIES, Limits
-from perf.session import SessionError, Settings, judge_pairs, run
+from perf.session import judge_pairs, run
+from perf.settings import SessionError, Settings
 from perf.verdicts import Verdict
 
 FAKE = Path(__file__).parent / "fake_worker.py"

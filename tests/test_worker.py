@@ -18,7 +18,7 @@ from test_session import FAKE, SCRIPT, fake, measure, summary  # noqa: F401 (fak
 
 from perf.configurations import Configuration
 from perf.launcher import ROOT, InProcessLaunch, Interpreter, ProcessLaunch, WorkerError
-from perf.session import SessionError
+from perf.settings import SessionError
 from perf.worker import KINDS, Worker, error_kind
 
 KILLS = 25

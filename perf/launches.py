@@ -1,0 +1,76 @@
+"""Which process a slot's launch is: its Python, its `sd`, and what it is told to load."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from perf.configurations import Configuration
+from perf.launcher import InProcessLaunch, Interpreter, ProcessLaunch, WorkerError
+from perf.protocol import Slot
+from perf.settings import SessionError, Settings
+
+
+class Launches:
+    """Opens workers: which interpreter, which `sd`, and what they are told to load."""
+
+    def __init__(self, settings: Settings, compile_cache: str):
+        self.settings = settings
+        # The first launch of a session compiles into an empty cache and the others find it: cold and warm, both measured.
+        self.environment = (("TORCHINDUCTOR_CACHE_DIR", compile_cache),)
+        if settings.threads:
+            self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+
+    def open(self, slot: Slot):
+        """A worker for a slot, as a context."""
+        if not self.settings.isolated:
+            return InProcessLaunch()
+        return ProcessLaunch(self.interpreter(slot))
+
+    def interpreter(self, slot: Slot) -> Interpreter:
+        """The Python of a slot, and where its `sd` is."""
+        label = slot.configuration.interpreter
+        chosen = self.settings.interpreters[label] if label else Interpreter()
+        if slot.variant == "base":
+            chosen = Interpreter(chosen.python, self.settings.against[1].source)
+        return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment))
+
+    def load_arguments(self, slot: Slot) -> dict:
+        """What a slot's worker is asked to load."""
+        slowed = self.settings.slowdown if slot.variant is None else 0.0
+        return {
+            "configuration": slot.configuration.as_dict(),
+            "device": slot.configuration.device or self.settings.device,
+            "clock": self.settings.clock,
+            "threads": self.settings.threads,
+            "slowdown": slowed,
+        }
+
+    def probe(self) -> dict:
+        """What torch and the device are, asked of a process of its own. Raises SessionError."""
+        try:
+            with self.open(Slot(Configuration())) as worker:
+                settings = self.settings
+                return worker.ask(
+                    "probe", 600.0, device=settings.device, clock=settings.clock, threads=settings.threads
+                )
+        except WorkerError as error:
+            raise SessionError(f"nothing can be measured: {error}") from None
+
+
+@contextlib.contextmanager
+def compile_cache(kept: Path | None = None):
+    """The folder of torch.compile's cache: the one to keep, or a new one for this session. Raises SessionError."""
+    try:
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+        folder = str(kept.absolute()) if kept is not None else tempfile.mkdtemp(prefix="sd-perf-compile-")
+    except OSError as error:
+        raise SessionError(f"no folder for compiled code can be made: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        if kept is None:
+            shutil.rmtree(folder, ignore_errors=True)
