@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds per launch (default: 3)")
     parser.add_argument("--slowdown", type=float, default=0.05, help="the injected fraction (default: 0.05)")
     parser.add_argument("--model", default="tiny", help="model preset (default: tiny)")
+    parser.add_argument("--attention", default="sdpa", help="attention implementation (default: sdpa)")
     parser.add_argument("--steps", type=int, default=10, help="sampler steps (default: 10)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of sessions; gone on with if it exists")
 
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = "cpu" if isinstance(gpu, NoTelemetry) else "cuda"
     clock = "wall" if device == "cuda" else "cpu"
     facts = stack(device, gpu)
-    configuration = replace(usual(arguments.model), steps=arguments.steps)
+    configuration = replace(usual(arguments.model), attention=arguments.attention, steps=arguments.steps)
     protocol = {name: getattr(arguments, name) for name in ("launches", "rounds", "slowdown")}
     header = {"schema": 1, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
     settings = Settings(
