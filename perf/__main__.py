@@ -12,6 +12,7 @@ COMMANDS = {
     "battery": ("perf.battery", "add_arguments", "run", "does the gate work here? A/A and an injected slowdown"),
     "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
     "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
+    "report": ("perf.report.command", "add_arguments", "run", "plots, tables and one page from saved runs"),
 }
 
 

@@ -83,6 +83,8 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
         members, (work, batch) = members_of.get(key, []), key
         series = _published_bars(published_works[key], batch) if key in published_works else []
         series += _own_bars(members)
+        if sum(len(one.points) for one in series) < 2:  # one bar compares nothing
+            continue
         name = members[0].work_name if members else str(work[0])
         charts.append(
             Chart(
@@ -93,6 +95,7 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
                 x_label="GPU",
                 y_label=f"{unit(members)} per image",
                 series=tuple(series),
+                places=_places(series),
             )
         )
     return charts
@@ -117,17 +120,23 @@ def _published_bars(model: str, batch: int) -> list[Series]:
 
 
 def _own_bars(members: Sequence[Result]) -> list[Series]:
-    several = len({one.torch for one in members}) > 1
-    found = groups(members, lambda one: one.technique)
+    stacks = groups(members, lambda one: one.session.machine)
+    several = {machine for machine, ones in stacks.items() if len({one.torch for one in ones}) > 1}
+
+    def place(one: Result) -> str:
+        machine = one.session.machine
+        return f"{machine}, torch {one.torch.partition('+')[0]}" if machine in several else machine
+
     return [
-        Series(
-            technique,
-            technique,
-            tuple(
-                measured(one, f"{one.session.machine}, torch {one.torch}" if several else one.session.machine)
-                for one in ones
-            ),
-            "bar",
-        )
-        for technique, ones in found.items()
+        Series(technique, technique, tuple(measured(one, place(one), f"torch {one.torch}") for one in ones), "bar")
+        for technique, ones in groups(members, lambda one: one.technique).items()
     ]
+
+
+def _places(series: Sequence[Series]) -> tuple[str, ...]:
+    """Published GPUs in the article's order, each with the reader's own of that name beside it, then the others."""
+    found = {str(point.x): point.facets.gpu for one in series for point in one.points}
+    order = {gpu: number for number, gpu in enumerate(GPUS)}
+    return tuple(
+        sorted(found, key=lambda place: (order.get(found[place], len(GPUS)), "(published)" not in place, place))
+    )

@@ -28,6 +28,22 @@ def _by_session(results: Sequence[Result]):
         yield members, file_name("_".join(parts).replace(", ", "_").replace(" ", "_"))
 
 
+def _by_model(results: Sequence[Result]):
+    """(members, title, stem of a file name) of each session and model, in portions that stay readable."""
+    for members in groups(valid(results), lambda one: (one.session.identity, one.session.name, one.model)).values():
+        first = members[0]
+        title = f"{first.session.machine}, torch {first.session.torch}: {first.model}"
+        stem = file_name(title.replace(", ", "_").replace(": ", "_").replace(" ", "_"))
+        for begin in range(0, len(members), MOST_BARS):
+            number = f" ({begin // MOST_BARS + 1})" if len(members) > MOST_BARS else ""
+            yield members[begin : begin + MOST_BARS], title + number, stem + number.replace(" (", "_").rstrip(")")
+
+
+def _short(one: Result) -> str:
+    """The id without the model, for a chart that has only one."""
+    return one.id.removeprefix(f"{one.model}-")
+
+
 def ladder_charts(results: Sequence[Result]) -> list[Chart]:
     """A waterfall of each session: the original first, each rung where it lies in the ladder, then from slow to fast."""
     charts = []
@@ -74,30 +90,27 @@ def _rungs(members: Sequence[Result]) -> list[Result]:
 def stage_charts(results: Sequence[Result]) -> list[Chart]:
     """Stacked seconds of text, UNet, VAE and the rest."""
     charts = []
-    for members, stem in _by_session(results):
-        known = [one for one in members if one.stages][:MOST_BARS]
-        if not known:
-            continue
+    for members, title, stem in _by_model([one for one in results if one.stages]):
         series = []
         for stage in ("text", "unet", "vae", "other"):
             points = []
-            for one in known:
+            for one in members:
                 whole = one.seconds_per_image
                 parts = {name: value / one.batch for name, value in one.stages.items()}
                 # Stages are medians by themselves, on a GPU of the device's clock: their sum may pass the whole a little.
                 value = max(0.0, whole - sum(parts.values())) if stage == "other" else parts.get(stage, 0.0)
                 low, high = one.interval if stage == "other" else (None, None)
                 note = f"{stage} {value:.4g} s of {whole:.4g} s"
-                points.append(Point(one.technique, value, low, high, one.facets, note))
+                points.append(Point(_short(one), value, low, high, one.facets, note))
             series.append(Series(stage, stage, tuple(points), "bar"))
         charts.append(
             Chart(
                 name=f"stages_{stem}",
                 section="Stages",
-                title=f"{_title(known)}: by stage",
-                summary=f"Seconds per image by stage of {len(known)} configurations.",
+                title=f"{title}: by stage",
+                summary=f"Seconds per image by stage of {len(members)} configurations.",
                 x_label="configuration",
-                y_label=f"{unit(known)} per image",
+                y_label=f"{unit(members)} per image",
                 series=tuple(series),
                 stacked=True,
             )
@@ -143,21 +156,19 @@ def kernel_charts(results: Sequence[Result]) -> list[Chart]:
 def energy_charts(results: Sequence[Result]) -> list[Chart]:
     """Joules per image."""
     charts = []
-    for members, stem in _by_session(results):
-        known = [one for one in members if one.benchmark.joules_per_image is not None]
-        if not known:
-            continue
+    known = [one for one in results if one.benchmark.joules_per_image is not None]
+    for members, title, stem in _by_model(known):
         series = []
-        for one in known:
+        for one in members:
             low, high = one.joule_range or (None, None)
-            point = Point(one.technique, one.benchmark.joules_per_image, low, high, one.facets, one.id)
-            series.append(Series(one.technique, one.technique, (point,), "bar"))
+            point = Point(_short(one), one.benchmark.joules_per_image, low, high, one.facets, one.id)
+            series.append(Series(_short(one), one.technique, (point,), "bar"))
         charts.append(
             Chart(
                 name=f"energy_{stem}",
                 section="Energy",
-                title=f"{_title(known)}: energy of an image",
-                summary=f"Joules per image of {len(known)} configurations.",
+                title=f"{title}: energy of an image",
+                summary=f"Joules per image of {len(members)} configurations.",
                 x_label="configuration",
                 y_label="J per image",
                 series=tuple(series),

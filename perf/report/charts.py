@@ -48,7 +48,7 @@ class Chart:
     """One chart. name: of its files; summary: what it shows, for those who do not see it.
 
     scale: `category`, `linear`, `log` or `time` (Unix seconds) of x. levels: (name, y) horizontal lines. marks: (x, words)
-    vertical lines. zero: y starts at 0.
+    vertical lines. zero: y starts at 0. places: the order of a category axis, that of the points where it is empty.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Chart:
     zero: bool = True
     levels: tuple[tuple[str, float], ...] = ()
     marks: tuple[tuple[float, str], ...] = ()
+    places: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
         """Ready for JSON."""

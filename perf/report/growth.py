@@ -102,7 +102,7 @@ def _names(axis: str, lines: dict) -> tuple[list[Result], str, str]:
 
 
 def _cost(axis: str, words: str, value, power: bool, said: str, lines: dict) -> Chart:
-    _, title, stem = _names(axis, lines)
+    members, title, stem = _names(axis, lines)
     series = []
     for technique, ones in lines.items():
         points = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from perf.report.charts import Chart, Point, Series
 from perf.report.palette import KERNEL_CLASSES, STAGES, VERDICTS, Look, Palette
@@ -49,8 +51,7 @@ def _figure(chart: Chart, palette: Palette) -> Figure:
     columns = 1 if max(map(len, named), default=0) > 46 else 2 if max(map(len, named), default=0) > 24 else 3
     legend_height = 0.22 * math.ceil(len(named) / columns) + 0.1 if len(named) > 1 else 0.0
     tilted = bars and (len(labels) > 6 or max(map(len, labels), default=0) * len(labels) > 70)
-    below = 0.062 * max(map(len, labels), default=0) + 0.55 if tilted else 0.55
-    below = min(below, 2.6)
+    below = 0.045 * max(map(len, labels), default=0) + 0.6 if tilted else 0.85 if chart.scale == "time" else 0.55
     width = max(7.2, 0.5 * len(labels) + 1.5) if bars else 7.2
     width = max(width, 0.11 * sum(_bars_at(chart, labels)) + 1.5) if bars else width
     width = min(width, 16.0)
@@ -73,26 +74,33 @@ def _figure(chart: Chart, palette: Palette) -> Figure:
         axes.annotate(name, (0.995, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     if chart.y_log:
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
     elif chart.zero:
         axes.set_ylim(bottom=0)
     handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1:
+    if len(named) > 1:
         figure.legend(
-            handles, names, loc="lower left", bbox_to_anchor=(0.6 / width, 0.0), ncols=columns, frameon=False, fontsize=8
+            handles,
+            names,
+            loc="lower left",
+            bbox_to_anchor=(0.6 / width, 0.0),
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
         )
     return figure
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width)) or text
 
 
 def _legend_names(chart: Chart) -> list[str]:
     if chart.scale == "category" and not chart.stacked and all(_own_place(series) for series in chart.series):
         return []
-    return [series.name for series in chart.series if not _hidden(chart, series)]
+    names = [series.name for series in chart.series if not _hidden(chart, series)]
+    names += ["paler"] if chart.scale == "category" and any(series.faint for series in chart.series) else []
+    return names + list({point.verdict for series in chart.series for point in series.points} - {None})
 
 
 def _hidden(chart: Chart, series: Series) -> bool:
@@ -107,6 +115,8 @@ def _own_place(series: Series) -> bool:
 
 
 def _labels(chart: Chart) -> list[str]:
+    if chart.places:
+        return list(chart.places)
     return list(dict.fromkeys(str(point.x) for series in chart.series for point in series.points))
 
 
@@ -215,12 +225,20 @@ def _lines(axes, chart: Chart, palette: Palette) -> None:
         )
     if chart.scale == "log":
         axes.set_xscale("log")
-    elif chart.scale == "linear" and chart.x_label == "launch":
+        _plain_numbers(axes.xaxis)
+    elif chart.scale == "linear" and chart.x_label.startswith(("launch", "batch")):
         axes.xaxis.get_major_locator().set_params(integer=True)
     elif chart.scale == "time":
         axes.tick_params(axis="x", labelrotation=20)
     if chart.scale == "linear" and chart.x_label != "launch":
         axes.set_xlim(left=0)
+
+
+def _plain_numbers(axis) -> None:
+    """Matplotlib writes powers as TeX, which STYLE turns off."""
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_tick_params(which="minor", labelsize=7)
 
 
 def _verdicts(axes, chart: Chart) -> None:

@@ -239,3 +239,8 @@ def results_csv(results: Sequence[Result]) -> str:
         values += [one.latent_relative_error, one.verdict, one.session.name, one.session.synthetic]
         writer.writerow([text.csv_cell(value) for value in values])
     return out.getvalue()
+
+
+def published_techniques() -> tuple[str, ...]:
+    """The techniques of the articles, in their order."""
+    return tuple(dict.fromkeys(cell.technique for cell in published()))
