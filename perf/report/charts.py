@@ -6,7 +6,7 @@ Intervals are part of a point. A chart names the unit on both axes; bars always 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from perf.report.results import Facets, Result
 
@@ -66,9 +66,18 @@ class Chart:
     marks: tuple[tuple[float, str], ...] = ()
     places: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict:
-        """Ready for JSON."""
-        return asdict(self)
+    @property
+    def labelled_marks(self) -> list[int]:
+        """Which marks have room for their words; of those that stand close together the first."""
+        xs = [point.x for series in self.series for point in series.points]
+        if not self.marks or not xs:
+            return []
+        room, last, found = 0.05 * (max(xs) - min(xs)), None, []
+        for number, (x, _) in enumerate(self.marks):
+            if last is None or x - last >= room:
+                found.append(number)
+                last = x
+        return found
 
 
 SECTIONS = {

@@ -17,9 +17,21 @@
     return DATA.looks[series.look] || { colour: "#7a7a7a", dash: "solid", marker: "circle", hatch: "" };
   }
 
+  // Bars beside each other share their place's width among those that stand there: others leave no gap.
+  function slots(chart) {
+    const counts = {}, done = {};
+    for (const series of chart.series) for (const p of series.points) if (shown(p[4])) counts[p[0]] = (counts[p[0]] || 0) + 1;
+    const most = Math.max(1, ...Object.values(counts)), width = 0.86 / most;
+    return { width: width * 0.94, offset: (at) => {
+      const place = done[at] = (done[at] ?? -1) + 1;
+      return (place - counts[at] / 2) * width;
+    } };
+  }
+
   function traces(chart) {
     const made = [];
-    const bars = chart.scale === "category";
+    const bars = chart.scale === "category", beside = bars && !chart.stacked ? slots(chart) : null;
+    const own = new Set(chart.series.filter((one) => !one.faint && one.points.some((p) => shown(p[4]))).map((one) => one.look));
     for (const series of chart.series) {
       const points = series.points.filter((point) => shown(point[4]));
       if (!points.length) continue;
@@ -40,7 +52,9 @@
       }
       if (bars) {
         Object.assign(trace, { type: "bar", opacity: series.faint ? 0.5 : 1, base: chart.stacked ? undefined : points.map((p) => p[6]),
-          y: points.map((p) => p[1] - p[6]), marker: { color: as.colour, pattern: { shape: as.hatch, solidity: 0.25 } } });
+          y: points.map((p) => p[1] - p[6]), marker: { color: as.colour, pattern: { shape: as.hatch, solidity: 0.25 } },
+          showlegend: !(series.faint && own.has(series.look)) });
+        if (beside) Object.assign(trace, { width: points.map(() => beside.width), offset: points.map((p) => beside.offset(p[0])) });
       } else {
         Object.assign(trace, { type: "scatter", y: points.map((p) => p[1]), marker: { color: as.colour, symbol: as.marker, size: 8 },
           line: { color: as.colour, dash: as.dash, width: series.form === "curve" ? 1.2 : 2 },
@@ -81,17 +95,20 @@
     chart.marks.forEach(([at, words], place) => {
       const x = chart.scale === "time" ? new Date(at * 1000).toISOString() : at;
       shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: x, x1: x, line: { color: ink, dash: "dot", width: 1 } });
-      annotations.push({ x, yref: "paper", y: 1, yanchor: "top", xanchor: "left", textangle: 90, text: plain(words).slice(0, 60), showarrow: false, font: { size: 10 } });
+      if (chart.labelled.includes(place)) annotations.push({ x, yref: "paper", y: 1, yanchor: "top", xanchor: "left", textangle: 90, text: plain(words).slice(0, 60), showarrow: false, font: { size: 10 } });
     });
-    const legendRows = alone ? 0 : Math.ceil(made.length / (narrow ? 1 : 2));
+    const width = Math.max(200, Math.min(window.innerWidth, 1280) / (narrow ? 1 : 2) - 100);
+    const listed = made.filter((trace) => trace.showlegend !== false).map((trace) => 50 + 7 * trace.name.length);
+    const widest = Math.max(1, ...listed), legendRows = alone ? 0 : Math.ceil(listed.length / Math.max(1, Math.floor(width / widest)));
+    const labels = chart.scale === "category" ? Math.max(...made.map((t) => Math.max(...t.x.map((x) => x.length)))) : 0;
     return {
-      barmode: chart.stacked ? "stack" : "group", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: narrow ? 11 : 12 },
-      height: (narrow ? 380 : 420) + 20 * legendRows, margin: { l: 56, r: 12, t: 12, b: 56 }, showlegend: !alone, shapes, annotations,
-      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, xanchor: "left", font: { size: narrow ? 10 : 11 } },
+      barmode: chart.stacked ? "stack" : "overlay", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: narrow ? 11 : 12 },
+      height: (narrow ? 340 : 380) + 21 * legendRows + Math.min(160, 3 * labels), margin: { l: 56, r: 12, t: 28, b: 56 }, showlegend: !alone, shapes, annotations,
+      legend: { orientation: "h", maxheight: 0.9, yref: "container", y: 0, yanchor: "bottom", x: 0, xanchor: "left", font: { size: narrow ? 10 : 11 } },
       xaxis: { ...axis, type, title: { text: plain(chart.x_label), standoff: 8 }, rangemode: chart.scale === "linear" ? "tozero" : "normal",
         ...(chart.scale === "category" ? { categoryorder: "array", categoryarray: chart.places.map(plain), tickangle: "auto" } : {}) },
       yaxis: { ...axis, type: chart.y_log ? "log" : "linear", title: { text: plain(chart.y_label), standoff: 8 }, rangemode: chart.zero ? "tozero" : "normal" },
-      hovermode: "closest", hoverlabel: { align: "left" },
+      hovermode: "closest", modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint") }, hoverlabel: { align: "left" },
     };
   }
 
@@ -101,10 +118,9 @@
     const made = traces(chart);
     figure.classList.toggle("empty", made.length === 0);
     if (!made.length) return;
-    if (!chart.stacked && chart.scale === "category") for (const trace of made) if (trace.x.length === 1 && made.every((t) => t.x.length === 1 && t.x[0] === t.name)) trace.width = 0.8;
-    if (chart.scale === "category" && made.every((t) => t.x.length === 1 && t.x[0] === t.name)) for (const trace of made) trace.offset = -0.4;
     Plotly.react(figure.querySelector(".plot"), made, layout(chart, made),
-      { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud"] });
+      { displaylogo: false, responsive: true, displayModeBar: window.innerWidth < 600 ? false : "hover",
+        modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
     drawn.add(place);
   }
 

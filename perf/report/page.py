@@ -86,7 +86,7 @@ def chart_data(chart: Chart, index: FacetIndex) -> dict:
         for one in chart.series
     ]
     keys = ("title", "x_label", "y_label", "scale", "y_log", "stacked", "zero", "levels", "marks", "places")
-    return {**{key: getattr(chart, key) for key in keys}, "series": series}
+    return {**{key: getattr(chart, key) for key in keys}, "labelled": chart.labelled_marks, "series": series}
 
 
 def _short(value: float | None) -> float | None:

@@ -217,11 +217,19 @@ def _lines(axes, chart: Chart, palette: Palette) -> None:
             label=series.name,
         )
     _verdicts(axes, chart)
-    for place, words in chart.marks:
+    for number, (place, words) in enumerate(chart.marks):
         at = _place(chart, place)
         axes.axvline(at, color="#666666", linewidth=0.9, linestyle=":")
+        if number not in chart.labelled_marks:
+            continue
         axes.annotate(
-            f" {words}", (at, 0.99), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="left", fontsize=6.5
+            f" {words[:60]}",
+            (at, 0.99),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            ha="left",
+            fontsize=6.5,
         )
     if chart.scale == "log":
         axes.set_xscale("log")
