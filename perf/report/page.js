@@ -11,7 +11,7 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   const shown = (facets) => facets === null || DIMENSIONS.every((name, at) => !hidden[name].has(DATA.facets[facets][at]));
-  const number = (value) => Number(value.toPrecision(4)).toString();
+  const digits = (value) => Number(value.toPrecision(4)).toString();
 
   function look(series) {
     return DATA.looks[series.look] || { colour: "#7a7a7a", dash: "solid", marker: "circle", hatch: "" };
@@ -41,8 +41,8 @@
       const ends = points.map((p, i) => (whole ? whole[i] : p[1]));
       const trace = {
         name: plain(series.name), x: xs, hoverinfo: "text", customdata: points.map((p) => p[1]),
-        hovertext: points.map((p) => plain(series.name) + "<br>" + number(p[1]) +
-          (p[2] === null ? "" : " [" + number(p[2]) + ", " + number(p[3]) + "]") + " " + plain(chart.y_label) + "<br>" + plain(p[5]).slice(0, 400)),
+        hovertext: points.map((p) => plain(series.name) + "<br>" + digits(p[1]) +
+          (p[2] === null ? "" : " [" + digits(p[2]) + ", " + digits(p[3]) + "]") + " " + plain(chart.y_label) + "<br>" + plain(p[5]).slice(0, 400)),
       };
       const known = points.some((p) => p[2] !== null);
       if (known && series.form !== "curve") {
@@ -113,7 +113,8 @@
   }
 
   const drawn = new Set();
-  function draw(place) {
+  function draw(number) {
+    const place = Number(number);
     const figure = document.getElementById("chart-" + place), chart = DATA.charts[place];
     const made = traces(chart);
     figure.classList.toggle("empty", made.length === 0);
