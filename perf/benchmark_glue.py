@@ -5,6 +5,7 @@ Its storage writes in place and numbers without a lock; ours (perf.storage) is p
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from perf.baselines import BaselineError
@@ -27,6 +28,24 @@ def save_error(config) -> str | None:
     """Why the run could not be saved, or None."""
     session = benchmark_session(config)
     return getattr(session.storage, "error", None) if session is not None else None
+
+
+def document(config) -> dict | None:
+    """The run as pytest-benchmark would save it with its rounds, through the same hooks; None where nothing was measured."""
+    session, hook = benchmark_session(config), config.hook
+    if session is None or not session.benchmarks:
+        return None
+    commit_info = hook.pytest_benchmark_generate_commit_info(config=config)
+    hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit_info)
+    made = hook.pytest_benchmark_generate_json(
+        config=config,
+        benchmarks=session.benchmarks,
+        include_data=True,
+        machine_info=session.get_machine_info(),
+        commit_info=commit_info,
+    )
+    hook.pytest_benchmark_update_json(config=config, benchmarks=session.benchmarks, output_json=made)
+    return json.loads(json.dumps(made, default=str))
 
 
 class WholeFileStorage:

@@ -15,7 +15,7 @@ from perf.lock import DeviceBusy
 from perf.machine_stack import stack, torch_version
 from perf.nvml import open_visible_device
 from perf.protocol import INVALID_SHARE_LIMIT
-from perf.report import terminal
+from perf.report import after_run, terminal
 from perf.session import Session, SessionError, run
 from perf.statistics import MARGIN_FLOOR
 from perf.storage import storage_name
@@ -347,3 +347,6 @@ def pytest_terminal_summary(terminalreporter, config):
     state = config.stash.get(STATE, None)
     if state is not None and state.session is not None:
         terminal.write(terminalreporter, state.session, state.infos, state.decisions, state.judgement, state.partial)
+        if config.getoption("perf_report"):
+            document = benchmark_glue.document(config)
+            after_run.write(document, Path(config.getoption("perf_report")), state.folder, terminalreporter.write_line)

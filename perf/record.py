@@ -56,6 +56,7 @@ def extra_info(session: Session, id: str) -> dict:
         "facts": measured.launches[min(measured.launches)].load["facts"],
         "speedup": speedup(session, id),
         "paired": _paired(session, id),
+        "trace": session.traces.get(id),
         "verdict": None,
     }
 

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf import images, journal, weights
+from perf import images, journal, trace, weights
 from perf.configurations import Configuration
 from perf.launcher import InProcessLaunch, Interpreter, ProcessLaunch, WorkerError
 from perf.lock import DeviceLock
@@ -38,6 +38,7 @@ class Settings:
     process. interpreters: other Pythons by label. against: (name, interpreter with its `sd`) of another commit. aa: every
     configuration against itself. slowdown: a fraction by which the working tree is slowed, for tests of the gate.
     margin: the change that counts, as a fraction. folder: where the journal and the reference pictures are.
+    trace: where a traced round of each configuration goes, None for none.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Settings:
     slowdown: float = 0.0
     margin: float = 0.01
     limits: Limits = field(default_factory=Limits)
+    trace: Path | None = None
 
     @property
     def variant(self) -> str | None:
@@ -74,6 +76,7 @@ class Session:
     unchecked: dict[str, str]  # configurations without a reference picture, and why
     decisions: dict[str, Decision]  # of pairs, by the configuration's id
     interrupted: bool
+    traces: dict[str, dict] = field(default_factory=dict)  # by the configuration's id
 
     def why_no_rounds(self, id: str) -> str:
         """Why a configuration that did not fail has no valid round."""
@@ -117,10 +120,14 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
                 progress=progress,
                 limits=settings.limits,
             )
-            interrupted = False
+            interrupted, traces = False, {}
             try:
                 decisions = _decide(settings, runner, measurements, progress)
                 book.write("end", {})
+                if settings.trace:
+                    slots = [slot for slot in plan.slots if slot.variant is None]
+                    slots = [slot for slot in slots if measurements.by_name[slot.name].failure is None]
+                    traces = trace.trace_all(launches, slots, settings.trace, settings.limits, progress.say)
             except KeyboardInterrupt:  # what has been measured is kept, and --perf-resume goes on from the journal
                 interrupted, decisions = True, judge_pairs(settings, measurements)
     return Session(
@@ -133,6 +140,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         references.unchecked,
         decisions,
         interrupted,
+        traces,
     )
 
 
