@@ -349,4 +349,5 @@ def pytest_terminal_summary(terminalreporter, config):
         terminal.write(terminalreporter, state.session, state.infos, state.decisions, state.judgement, state.partial)
         if config.getoption("perf_report"):
             document = benchmark_glue.document(config)
-            after_run.write(document, Path(config.getoption("perf_report")), state.folder, terminalreporter.write_line)
+            folder, traces = Path(config.getoption("perf_report")), state.session.settings.trace
+            after_run.write(document, folder, state.folder, traces, terminalreporter.write_line)

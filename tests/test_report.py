@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import synthetic_runs
@@ -338,6 +340,29 @@ def test_every_golden_run_renders(which, tmp_path):
 def test_summary_alone_needs_no_plots(tmp_path, capsys):
     assert main(["report", str(GOLDEN), "--summary", str(tmp_path / "s.md")]) == 0
     assert (tmp_path / "s.md").read_text(encoding="utf-8").startswith("## perf: 1 INCONCLUSIVE of 3")
+
+
+def test_a_plain_file_of_pytest_benchmark_has_nothing_to_show(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("plotly")
+    assert main(["report", str(GOLDEN.parent / "plain.json"), "--output", str(tmp_path / "out")]) == 0
+    assert "0 configurations measured" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    assert not list((tmp_path / "out" / "plots").iterdir())
+
+
+@pytest.mark.slow
+def test_hostile_names_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("plotly")
+    from test_report_page import hostile_runs
+
+    synthetic_runs.write(tmp_path / "runs", hostile_runs()[:1], "hostile")
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 20 and all(re.fullmatch(r"(plots/)?[A-Za-z0-9._-]+", path.as_posix()) for path in files)
+    for path in (tmp_path / "out" / "plots").glob("*.svg"):
+        kinds = {element.tag.rpartition("}")[2] for element in ElementTree.parse(path).iter()}
+        assert not kinds & {"script", "a", "image", "foreignObject"}, path
 
 
 def test_damaged_runs_are_named_and_the_others_reported(tmp_path, capsys):

@@ -10,10 +10,13 @@ from perf.saved_run import BaselineError
 from perf.storage import write_atomically
 
 
-def write(document: dict | None, folder: Path, storage: Path | None, say: Callable[[str], None]) -> None:
+def write(
+    document: dict | None, folder: Path, storage: Path | None, traces: Path | None, say: Callable[[str], None]
+) -> None:
     """Write run.json and its report into a folder. What prevents it is said: a report is no reason for a run to fail.
 
-    document: the run as it is saved, None where nothing was measured. storage: the folder of stored sessions, if any.
+    document: the run as it is saved, None where nothing was measured. storage: the folder of stored sessions, if any. traces: of
+    `--perf-trace`, whose pictures are shown.
     """
     if document is None:
         say("perf: no report: nothing was measured")
@@ -29,7 +32,9 @@ def write(document: dict | None, folder: Path, storage: Path | None, say: Callab
 
         stored = [path for path in sorted(storage.glob("*.json")) if path.resolve() != run.resolve()] if storage else []
         started = document.get("perf", {}).get("started_unix_seconds")
-        report = build.gather([run, *_others(stored, started)], say=say)
+        report = build.gather(
+            [run, *_others(stored, started)], pictures_folder=traces / "pictures" if traces else None, say=say
+        )
         written = build.write(report, folder, say=say)
     except (BaselineError, OSError, ValueError) as error:
         say(f"perf: no report: {error}")

@@ -28,7 +28,12 @@ class Report:
     refused: tuple[str, ...]
 
 
-def gather(paths: Sequence[Path], reference: str | None = None, say: Callable = lambda words: None) -> Report:
+def gather(
+    paths: Sequence[Path],
+    reference: str | None = None,
+    pictures_folder: Path | None = None,
+    say: Callable = lambda words: None,
+) -> Report:
     """Read saved runs and make everything that is drawn. Raises tables.UnknownReference."""
     sessions, results, refused = [], [], []
     for number, path in enumerate(paths, 1):
@@ -49,7 +54,7 @@ def gather(paths: Sequence[Path], reference: str | None = None, say: Callable = 
         charts=tuple(all_charts(results, current)),
         article=tuple(tables.article_tables(current, reference)),
         palette=Palette([one.technique for one in results] + list(tables.published_techniques())),
-        pictures=pictures.find(current),
+        pictures=pictures.find(current, pictures_folder),
         refused=tuple(refused),
     )
 

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="saved runs, or folders of them")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where plots, tables and index.html go")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the Markdown of a CI summary here")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="PNGs named after configurations (--perf-trace makes them)"
+    )
     parser.add_argument("--reference", metavar="ROW", help="the row of the tables that improvements refer to")
 
 
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(f'report: {" and ".join(missing)} not installed: pip install "sd-perf[report]"')
     paths = [one for path in args.runs for one in (_in_folder(path) if path.is_dir() else [path])]
     try:
-        report = build.gather(paths, args.reference, say=_say)
+        report = build.gather(paths, args.reference, args.pictures, say=_say)
         for line in report.refused:
             print(line, file=sys.stderr)
         if args.summary is not None:

@@ -1,7 +1,7 @@
 """Pictures of configurations and their difference from the reference, where a run's folder has them.
 
 A picture is a PNG named after its configuration's id (text.file_name), in `STEM_pictures/` or `pictures/` beside the
-saved run; `pytest perf --perf-trace DIR` writes them to `DIR/pictures/`.
+saved run, or in the folder that `--pictures` names; `pytest perf --perf-trace DIR` writes them to `DIR/pictures/`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Pictures:
     missing: str | None = None
 
 
-def find(results: Sequence[Result]) -> Pictures:
-    """The pictures of results. Never fails: what cannot be read is missing, with its reason."""
+def find(results: Sequence[Result], more: Path | None = None) -> Pictures:
+    """The pictures of results, also from the folder `more`. Never fails: what cannot be read is missing, with its reason."""
     found, absent, damaged = [], 0, []
     for one in results:
-        path = _path(one, one.id)
+        path = _path(one, one.id, more)
         if path is None:
             absent += 1
             continue
         try:
             image = _read(path)
-            reference = _path(one, one.image_reference) if one.image_reference else None
+            reference = _path(one, one.image_reference, more) if one.image_reference else None
             difference = None
             if reference is not None and reference != path:
                 difference = _difference(image, _read(reference))
@@ -63,9 +63,10 @@ def find(results: Sequence[Result]) -> Pictures:
     return Pictures(tuple(found), ". ".join(reasons) or None)
 
 
-def _path(one: Result, id: str) -> Path | None:
+def _path(one: Result, id: str, more: Path | None) -> Path | None:
     run = one.session.saved.path
-    for folder in (run.with_name(f"{run.stem}_pictures"), run.with_name("pictures")):
+    folders = (run.with_name(f"{run.stem}_pictures"), run.with_name("pictures"), *([more] if more else []))
+    for folder in folders:
         path = folder / f"{file_name(id)}.png"
         if path.is_file() and path.stat().st_size <= LARGEST_BYTES:
             return path

@@ -114,6 +114,11 @@ def _own_place(series: Series) -> bool:
     return len(series.points) == 1 and series.points[0].x == series.name
 
 
+def _shown(name: str) -> str:
+    """Matplotlib leaves names that begin with _ out of a legend."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _labels(chart: Chart) -> list[str]:
     if chart.places:
         return list(chart.places)
@@ -139,7 +144,7 @@ def _bars(axes, chart: Chart, palette: Palette, labels: Sequence[str], tilted: b
     tops = dict.fromkeys(labels, 0.0)
     previous = None
     for series in chart.series:
-        look, name = _look(series, palette), series.name
+        look, name = _look(series, palette), _shown(series.name)
         for point in series.points:
             label = str(point.x)
             place = labels.index(label)
@@ -214,7 +219,7 @@ def _lines(axes, chart: Chart, palette: Palette) -> None:
             linewidth=1.0 if curve else 1.4,
             marker=None if curve else MARKERS[look.marker],
             markersize=4.5,
-            label=series.name,
+            label=_shown(series.name),
         )
     _verdicts(axes, chart)
     for number, (place, words) in enumerate(chart.marks):
