@@ -16,6 +16,7 @@ from pathlib import Path
 import chromium
 import pytest
 import synthetic_runs
+from PIL import Image
 
 from perf.report.page import LARGEST_BYTES, embedded
 
@@ -156,11 +157,16 @@ def test_intervals_are_drawn(gpus):
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_page_fits_and_follows_the_scheme(gpus, width, dark):
+def test_page_fits_and_follows_the_scheme(gpus, width, dark, tmp_path):
     with chromium.Page(width=width, height=844, dark=dark) as browser:
         browser.open(gpus)
         browser.run("document.querySelector('#gpus').scrollIntoView()")
-        time.sleep(0.5)
+        time.sleep(1.5)
+        browser.screenshot(tmp_path / "gpus.png")
+        with Image.open(tmp_path / "gpus.png") as image:
+            assert image.size == (width, 844)
+            seen = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+        assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= seen, "the bars are there, in their configurations' colours"
         assert browser.run("document.documentElement.scrollWidth") <= width
         assert browser.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
         shade = browser.run("getComputedStyle(document.body).backgroundColor")

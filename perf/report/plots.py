@@ -51,7 +51,7 @@ def _figure(chart: Chart, palette: Palette) -> Figure:
     columns = 1 if max(map(len, named), default=0) > 46 else 2 if max(map(len, named), default=0) > 24 else 3
     legend_height = 0.22 * math.ceil(len(named) / columns) + 0.1 if len(named) > 1 else 0.0
     tilted = bars and (len(labels) > 6 or max(map(len, labels), default=0) * len(labels) > 70)
-    below = 0.045 * max(map(len, labels), default=0) + 0.6 if tilted else 0.85 if chart.scale == "time" else 0.55
+    below = 0.036 * max(map(len, labels), default=0) + 0.6 if tilted else 0.85 if chart.scale == "time" else 0.55
     width = max(7.2, 0.5 * len(labels) + 1.5) if bars else 7.2
     width = max(width, 0.11 * sum(_bars_at(chart, labels)) + 1.5) if bars else width
     width = min(width, 16.0)

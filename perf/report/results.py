@@ -7,7 +7,6 @@ that a run does not have are None: older and newer runs stand in one report.
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +99,6 @@ class Result:
     psnr_db: float | None = None
     latent_relative_error: float | None = None
     image_reference: str | None = None
-    image_state: str | None = None
     kernels: tuple[str, ...] = ()
     trace: Mapping[str, float] = field(default_factory=dict)  # seconds of one round, by class of kernel
     joule_range: tuple[float, float] | None = None  # per image, least and most of the rounds
@@ -243,7 +241,6 @@ def _result(session: Session, benchmark: SavedBenchmark, info) -> Result:
         psnr_db=image["psnr_db"].optional_number(-1e3, 1e3) if image else None,
         latent_relative_error=image["latent_relative_error"].optional_number(0, 1e30) if image else None,
         image_reference=image["reference"].optional_text() if image else None,
-        image_state=image["verdict"].optional_text() if image else None,
         kernels=_kernels(info["kernel"]),
         trace=_numbers(info["trace"]["seconds"]) if isinstance(info["trace"].value, dict) else {},
         joule_range=_joule_range(info["telemetry"], _whole(wanted["batch"].number(1, 1e6))),
@@ -322,8 +319,3 @@ def newest(results: Iterable[Result]) -> list[Result]:
 def ranked(results: Iterable[Result]) -> list[Result]:
     """From the fastest image to the slowest; those whose picture is wrong last, for they have no time."""
     return sorted(results, key=lambda one: (one.benchmark.image_failure is not None, one.seconds_per_image))
-
-
-def median_round(result: Result) -> float:
-    """Median seconds of all valid rounds."""
-    return statistics.median(seconds for launch in result.benchmark.launches for seconds in launch)
