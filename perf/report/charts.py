@@ -94,8 +94,8 @@ SECTIONS = {
     "of a memory roof.",
     "Compiling": "Seconds spent after so many images, compiling included: where the lines cross, it has paid.",
     "Energy": "Joules per image from the GPU's energy counter. Whiskers are the range of the rounds.",
-    "Kernels": "Seconds of one traced round by class of kernel (`--perf-trace`), outside the timed rounds. One round has no "
-    "interval.",
+    "Kernels": "Seconds of one traced round by class of kernel (--perf-trace), outside the timed rounds. One round has no "
+    "interval. The fused kernels of compiled code on a CPU are other.",
     "History": "Each configuration over stored sessions, with verdicts, and where commit, GPU or versions changed.",
 }
 

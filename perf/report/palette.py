@@ -18,7 +18,7 @@ FIXED = {
     "mha-math": "#56b4e9",
     "mha-mem_efficient": "#0072b2",
     "mha-mem_efficient-compile": "#d55e00",
-    "mha": "#44aa99",
+    "mha": "#8a5a2b",
     "sdpa": "#009e73",
     "sdpa-compile": "#cc79a7",
 }
