@@ -16,6 +16,7 @@ COMMANDS = {
     "gpu-run": ("perf.gpu_run", "add_arguments", "run", "spend a short time on a borrowed GPU well"),
     "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
     "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
+    "report": ("perf.report.command", "add_arguments", "run", "plots, tables and one page from saved runs"),
 }
 
 

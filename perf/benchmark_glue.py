@@ -106,6 +106,24 @@ class JsonReport:
             self.logger.info(f"Wrote benchmark data in: {self.path}", purple=True)
 
 
+def document(config) -> dict | None:
+    """The run as pytest-benchmark would save it with its rounds, through the same hooks; None where nothing was measured."""
+    session, hook = benchmark_session(config), config.hook
+    if session is None or not session.benchmarks:
+        return None
+    commit_info = hook.pytest_benchmark_generate_commit_info(config=config)
+    hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit_info)
+    made = hook.pytest_benchmark_generate_json(
+        config=config,
+        benchmarks=session.benchmarks,
+        include_data=True,
+        machine_info=session.get_machine_info(),
+        commit_info=commit_info,
+    )
+    hook.pytest_benchmark_update_json(config=config, benchmarks=session.benchmarks, output_json=made)
+    return json.loads(json.dumps(made, default=str))
+
+
 class WholeFileStorage:
     """A FileStorage whose `save` is atomic. error: why the last one failed, or None; path: what it wrote."""
 

@@ -71,6 +71,8 @@ def add_options(parser) -> None:
         help="exit 21 when a comparison is inconclusive; refuse to run without a baseline",
     )
     add("--perf-foreign", action="store_true", help="compare with another machine's run; verdicts are then not given")
+    add("--perf-report", metavar="DIR", help="write plots, tables and one page of this run and the stored ones")
+    add("--perf-trace", metavar="DIR", help="trace one more round of each configuration with torch's profiler")
     add(
         "--perf-inject-slowdown",
         type=float,
@@ -184,6 +186,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         slowdown=option("perf_inject_slowdown"),
         compile_cache=option("perf_compile_cache"),
         margin=margin,
+        trace=Path(option("perf_trace")) if option("perf_trace") else None,
     )
 
 

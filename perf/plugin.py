@@ -15,7 +15,7 @@ from perf.lock import DeviceBusy
 from perf.machine_stack import stack, torch_version
 from perf.nvml import open_visible_device
 from perf.protocol import INVALID_SHARE_LIMIT
-from perf.report import terminal
+from perf.report import after_run, terminal
 from perf.session import Session, run
 from perf.settings import SessionError, Settings
 from perf.statistics import MARGIN_FLOOR
@@ -416,3 +416,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line("perf: measurements cannot run beside each other: leave out -n", red=True)
     if state is not None and state.session is not None:
         terminal.write(terminalreporter, state.session, state.infos, state.decisions, state.judgement, state.partial)
+        if config.getoption("perf_report"):
+            document = benchmark_glue.document(config)
+            folder, traces = Path(config.getoption("perf_report")), state.session.settings.trace
+            after_run.write(document, folder, state.folder, traces, terminalreporter.write_line)

@@ -59,6 +59,7 @@ def extra_info(session: Session, id: str) -> dict:
         "precision": precision,
         "speedup": speedup(session, id),
         "paired": _paired(session, id),
+        "trace": session.traces.get(id),
         "verdict": None,
     }
 

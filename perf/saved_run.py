@@ -160,6 +160,11 @@ def _constant(text: str) -> NoReturn:
 
 def read(path: str | os.PathLike[str]) -> SavedRun:
     """The saved run in a file. Raises BaselineError for whatever is not one: absent, damaged, too large, another schema."""
+    return parse(load(path), Path(path))
+
+
+def load(path: str | os.PathLike[str]) -> object:
+    """The JSON document in a file, not looked into yet. Raises BaselineError where there is none."""
     path = Path(path)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
@@ -178,16 +183,20 @@ def read(path: str | os.PathLike[str]) -> SavedRun:
     if not content.strip():
         raise BaselineError(f"{shown(path)}: is empty, its writer was interrupted; delete it")
     try:
-        document = json.loads(content.decode("utf-8"), parse_constant=_constant)
+        return json.loads(content.decode("utf-8"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BaselineError(f"{shown(path)}: is not JSON: {reason}; measure it again, or delete the file") from None
-    return parse(document, path)
+
+
+def root_of(document: object, path: Path) -> _Node:
+    """The place at which to read further keys of a document by the rules of this module."""
+    return _Node(path, "the run", document)
 
 
 def parse(document: object, path: Path) -> SavedRun:
     """The saved run in a parsed JSON document; `path` names it. Raises BaselineError where it breaks docs/saved-run.md."""
-    root = _Node(path, "the run", document)
+    root = root_of(document, path)
     machine_info, benchmarks = root["machine_info"], root["benchmarks"].items()
     machine_info.object()
     if root["perf"].value is None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from perf import journal, weights
+from perf import journal, trace, weights
 from perf.configurations import Configuration
 from perf.launcher import ROOT
 from perf.launches import Launches, compile_cache
@@ -39,6 +39,7 @@ class Session:
     unchecked: dict[str, str]  # configurations without a reference picture, and why
     decisions: dict[str, Decision]  # of pairs, by the configuration's id
     interrupted: bool
+    traces: dict[str, dict] = field(default_factory=dict)  # by the configuration's id
 
     def why_no_rounds(self, id: str) -> str:
         """Why a configuration that did not fail has no valid round."""
@@ -82,10 +83,14 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
                 progress=progress,
                 limits=settings.limits,
             )
-            interrupted = False
+            interrupted, traces = False, {}
             try:
                 decisions = _decide(settings, runner, measurements, progress)
                 book.write("end", {})
+                if settings.trace:
+                    slots = [slot for slot in plan.slots if slot.variant is None]
+                    slots = [slot for slot in slots if measurements.by_name[slot.name].failure is None]
+                    traces = trace.trace_all(launches, slots, settings.trace, settings.limits, progress.say)
             except KeyboardInterrupt:  # what has been measured is kept, and --perf-resume goes on from the journal
                 interrupted, decisions = True, judge_pairs(settings, measurements)
     return Session(
@@ -98,6 +103,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         unchecked(references, measurements),
         decisions,
         interrupted,
+        traces,
     )
 
 

@@ -21,6 +21,7 @@ class Settings:
     process. interpreters: other Pythons by label. against: (name, interpreter with its `sd`) of another commit. aa: every
     configuration against itself. slowdown: a fraction by which the working tree is slowed, for tests of the gate.
     margin: the change that counts, as a fraction. folder: where the journal and the reference pictures are.
+    trace: where a traced round of each configuration goes, None for none.
     """
 
     device: str
@@ -37,6 +38,7 @@ class Settings:
     slowdown: float = 0.0
     margin: float = 0.01
     limits: Limits = field(default_factory=Limits)
+    trace: Path | None = None
     compile_cache: Path | None = None  # kept between sessions; without it each session's first launch compiles anew
 
     @property

@@ -125,6 +125,12 @@ class Worker:
         images.write(self.output, path)
         return {"path": path}
 
+    def trace(self, stem: str) -> dict:
+        """One more round under the profiler, into files that begin with `stem` (perf.trace)."""
+        from perf import trace
+
+        return trace.record(self.engine, stem)
+
     def ping(self) -> dict:
         """Nothing: what a round trip over the pipes costs."""
         return {}
@@ -162,7 +168,7 @@ class Worker:
         return {"kind": kind, "message": message}
 
 
-OPERATIONS = ("ping", "probe", "load", "round", "write_reference")
+OPERATIONS = ("ping", "probe", "load", "round", "trace", "write_reference")
 
 
 def _require_cuda() -> None:

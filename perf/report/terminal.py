@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from perf import record
 from perf.baselines import Judgement
+from perf.report.text import size, span
 from perf.session import Session
-from perf.verdicts import Decision
+from perf.verdicts import Decision, Verdict
+
+STYLES = {"SLOWER": "bold red", "INVALID": "bold red", "FASTER": "green", "SAME": "", "INCONCLUSIVE": "yellow"}
+WIDE = 150  # columns from which on a configuration has one line; under it, three that fit 80
 
 
 def write(
@@ -19,7 +24,7 @@ def write(
     judgement: Judgement | None,
     partial: str | None,
 ) -> None:
-    """Print the summary of a session to pytest's terminal."""
+    """Print the summary of a session to pytest's terminal: with colour where it has any, else plain."""
     reporter.section("perf", sep="-")
     terminal = reporter._tw
     console = Console(
@@ -29,8 +34,8 @@ def write(
         no_color=not terminal.hasmarkup,
         highlight=False,
     )
-    if infos:
-        console.print(table(session, infos))
+    if infos or session_failures(session):
+        print_table(console, session, infos, decisions)
     for line in lines(session, infos, decisions, judgement, partial):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -40,42 +45,98 @@ def ranked(infos: dict[str, dict]) -> list[str]:
     return sorted(infos, key=lambda id: infos[id]["seconds_per_image"])
 
 
-def table(session: Session, infos: dict[str, dict]) -> Table:
-    """A row a configuration, the fastest first."""
-    what = "CPU ms" if session.settings.clock == "cpu" else "ms"
-    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+def session_failures(session: Session) -> dict[str, str]:
+    """Why configurations of the working tree have no time, by id; but for what cannot run here, which is skipped."""
+    failed = {}
+    for slot in session.plan.slots:
+        failure = session.measurements.by_name[slot.name].failure
+        if slot.variant is None and failure and failure[0] != "unavailable":
+            failed[slot.configuration.id] = f"{failure[0]}: {failure[1]}"
+    return failed
+
+
+def print_table(console: Console, session: Session, infos: dict[str, dict], decisions: dict[str, Decision]) -> None:
+    """Every configuration, the fastest first, and those that failed last."""
+    rows = [(id, cells(session, id, infos[id], decisions.get(id)), decisions.get(id)) for id in ranked(infos)]
+    if console.width >= WIDE:
+        console.print(_wide(session, rows))
+    else:
+        for line in _narrow(session, rows):
+            console.print(line, soft_wrap=True)
+    for id, reason in session_failures(session).items():
+        console.print(Text.assemble((f"{id}  ", ""), ("INVALID", STYLES["INVALID"]), f" ({reason})"), soft_wrap=True)
+
+
+def cells(session: Session, id: str, info: dict, decision: Decision | None) -> dict[str, str]:
+    """What is known of a configuration, by the names of columns; what is not known is left out."""
+    batch, seconds = info["configuration"]["batch"], info["seconds_per_image"]
+    bounds = record.interval(session.measurements.by_name[id])
+    found = {"time": span(seconds, *(bound / batch for bound in bounds)) if bounds else _time(seconds)}
+    found["images/s"] = f"{1 / seconds:.3g}"
+    speedup, peak = info["speedup"], info["peak_bytes"]
+    if speedup:
+        found["speed-up"] = f"{speedup['estimate']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+    elif _is_reference(info):
+        found["speed-up"] = "reference"
+    held = peak["allocated"] or peak["rss"]
+    if held:
+        found["peak"] = size(held)
+    if info["joules_per_image"]:
+        found["energy"] = f"{info['joules_per_image']:.1f} J/image"
+    if info["flops_fraction"]:
+        found["of floor"] = f"{100 * info['flops_fraction']:.1f} %"
+    if info["image"]["psnr_db"] is not None:
+        found["picture"] = f"{info['image']['psnr_db']:.0f} dB"
+    if decision:
+        found["verdict"], found["reason"] = decision.verdict.value, str(decision).removeprefix(decision.verdict.value)
+    return found
+
+
+def _is_reference(info: dict) -> bool:
+    """Whether this is the configuration that speed-ups refer to."""
+    chosen = info["configuration"]
+    return (chosen["engine"], chosen["attention"], chosen["compile"]) == ("sd", "original", "none")
+
+
+def _time(seconds: float) -> str:
+    return span(seconds, seconds, seconds).split(" [")[0] + (" s" if seconds >= 1 else " ms")
+
+
+def _unit(session: Session) -> str:
+    return "CPU time/image [95 %]" if session.settings.clock == "cpu" else "time/image [95 %]"
+
+
+def _wide(session: Session, rows) -> Table:
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     result.add_column("configuration", overflow="fold")
-    for name in (f"{what}/image [95 %]", "speed-up", "MiB", "of peak", "dB"):
-        result.add_column(name, justify="right")
-    if any(info["joules_per_image"] for info in infos.values()):
-        result.add_column("J/image", justify="right")
-    for id in ranked(infos):
-        result.add_row(*_row(session, id, infos[id], len(result.columns)))
+    there = ("time", "images/s", "speed-up", "peak", "energy", "of floor", "picture", "verdict", "reason")
+    columns = [name for name in there if any(name in known for _, known, _ in rows)]
+    for name in columns:
+        left = name in ("verdict", "reason")
+        result.add_column(_unit(session) if name == "time" else name, justify="left" if left else "right")
+    for id, known, decision in rows:
+        style = STYLES[decision.verdict.value] if decision else ""
+        result.add_row(Text(id), *(Text(known.get(name, ""), style if name == "verdict" else "") for name in columns))
     return result
 
 
-def _row(session: Session, id: str, info: dict, columns: int) -> list[str]:
-    batch = info["configuration"]["batch"]
-    bounds = record.interval(session.measurements.by_name[id])
-    spread = f" [{_ms(bounds[0] / batch)}, {_ms(bounds[1] / batch)}]" if bounds else ""
-    speedup, peak = info["speedup"], info["peak_bytes"]
-    bytes_held = peak["allocated"] or peak["rss"]
-    cells = [
-        id,
-        _ms(info["seconds_per_image"]) + spread,
-        f"{speedup['estimate']:.2f}x" if speedup else "",
-        f"{bytes_held / 2**20:.0f}" if bytes_held else "",
-        f"{100 * info['flops_fraction']:.1f} %" if info["flops_fraction"] else "",
-        "" if info["image"]["psnr_db"] is None else f"{info['image']['psnr_db']:.0f}",
-    ]
-    if columns > len(cells):
-        cells.append(f"{info['joules_per_image']:.1f}" if info["joules_per_image"] else "")
-    return cells
-
-
-def _ms(seconds: float) -> str:
-    value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def _narrow(session: Session, rows) -> list[Text]:
+    """Two lines a configuration, and a third where there is more to say, each within 80 columns."""
+    found = [Text(f"   {_unit(session):<30} {'images/s':>8}   {'speed-up':<21} verdict".rstrip(), "bold")]
+    for rank, (id, known, decision) in enumerate(rows, 1):
+        found.append(Text(f"{rank:>2} {id}", "bold"))
+        numbers = f"   {known['time']:<30} {known['images/s']:>8}   {known.get('speed-up', ''):<21} "
+        style = STYLES[decision.verdict.value] if decision else ""
+        found.append(Text.assemble(numbers, (known.get("verdict", ""), style)))
+        words = {"peak": "{} peak", "energy": "{}", "of floor": "{} of floor", "picture": "picture {}"}
+        more = ", ".join(text.format(known[name]) for name, text in words.items() if name in known)
+        if more:
+            found.append(Text(f"   {more}", "dim"))
+        if decision and decision.verdict is not Verdict.SAME:
+            found.append(Text(f"  {known['reason']}", "dim"))
+    for line in found:
+        line.rstrip()
+    return found
 
 
 def lines(
@@ -148,7 +209,7 @@ def _fastest(infos: dict[str, dict], session: Session) -> list[str]:
         return []
     best = ranked(infos)[0]
     speedup = infos[best]["speedup"]
-    words = f"fastest here: {best}, {_ms(infos[best]['seconds_per_image'])} ms an image"
+    words = f"fastest here: {best}, {_time(infos[best]['seconds_per_image'])} an image"
     if speedup:
         words += f", {speedup['estimate']:.2f}x {speedup['against']} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
     return [words]

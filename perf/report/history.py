@@ -1,0 +1,81 @@
+"""The trend of each configuration over stored sessions, with verdicts and what changed between sessions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from perf.report.charts import Chart, Point, Series, groups, unit
+from perf.report.results import Result
+from perf.report.text import file_name
+
+WATCHED = (
+    ("GPU", lambda one: one.session.facts.get("uuid") or one.session.facts.get("name")),
+    ("driver", lambda one: one.session.facts.get("driver")),
+    ("torch", lambda one: one.session.torch),
+    ("CUDA", lambda one: one.session.facts.get("cuda")),
+    ("commit", lambda one: one.session.commit),
+)
+FEWEST = 2
+
+
+def history_charts(results: Sequence[Result]) -> list[Chart]:
+    """One chart a kind of device, work and batch that has at least two sessions with a known time."""
+    charts = []
+    known = [one for one in results if one.session.started]
+    for members in groups(known, lambda one: (one.session.machine, one.work, one.batch)).values():
+        members = sorted(members, key=lambda one: (one.session.started, one.session.name))
+        if len({one.session.started for one in members}) < FEWEST:
+            continue
+        first = members[0]
+        series = [
+            Series(technique, technique, tuple(map(_point, ones)))
+            for technique, ones in groups(members, lambda one: one.technique).items()
+        ]
+        stem = f"history_{first.session.machine}_{first.work_name}_batch_{first.batch}"
+        sessions = len({one.session.started for one in members})
+        charts.append(
+            Chart(
+                name=file_name(stem.replace(", ", "_").replace(" ", "_")),
+                section="History",
+                title=f"{first.session.machine}: {first.work_name}, batch {first.batch}, {sessions} sessions",
+                summary=f"Seconds per image of {len(series)} configurations over {sessions} sessions, with verdicts.",
+                x_label="start of the session, UTC",
+                y_label=f"{unit(members)} per image",
+                series=tuple(series),
+                scale="time",
+                zero=False,
+                marks=changes(members),
+            )
+        )
+    return charts
+
+
+def _point(one: Result) -> Point:
+    low, high = one.interval
+    decision = one.benchmark.decision
+    words = f"{one.id}, {one.session.name}, torch {one.session.torch}, commit {short(one.session.commit)}, {one.interval_name}"
+    if one.benchmark.image_failure:
+        words += f"; INVALID (wrong_image {one.benchmark.image_failure})"
+    elif decision:
+        words += f"; {decision}"
+    return Point(one.session.started, one.seconds_per_image, low, high, one.facets, words, verdict=one.verdict)
+
+
+def short(value: object) -> str:
+    """A commit as git shortens it."""
+    text = str(value or "unknown")
+    return text[:10] if len(text) == 40 else text
+
+
+def changes(members: Sequence[Result]) -> tuple[tuple[float, str], ...]:
+    """(seconds, what changed) between neighbouring sessions, half-way between them. `members` are sorted by time."""
+    found = []
+    sessions = list({id(one.session): one for one in members}.values())
+    for before, after in itertools.pairwise(sessions):
+        words = [
+            f"{name} {short(value(after))}" for name, value in WATCHED if value(before) != value(after) and value(after)
+        ]
+        if words:
+            found.append(((before.session.started + after.session.started) / 2, ", ".join(words)))
+    return tuple(found)
