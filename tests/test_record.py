@@ -98,6 +98,7 @@ def test_keys_of_a_benchmark(document, info):
     for benchmark in document["benchmarks"]:
         assert benchmark["extra_info"].keys() == rows.keys()
     described = {key: keys_of_object(content) for key, content in rows.items() if keys_of_object(content)}
+    assert described.pop("trace"), "of --perf-trace alone: see test_trace"
     assert len(described) >= 12
     for key, names in described.items():
         assert info[key], f"{key} is empty here: nothing is tested"
