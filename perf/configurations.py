@@ -108,7 +108,7 @@ class Configuration:
         if self.workload != "txt2img":
             parts.append(self.workload)
         published = self.attention == "xformers" and self.engine == "sd"
-        if not self.preset:
+        if not self.preset or self.engine != "sd":  # a preset of ours has its attention in it
             parts += ["original-xformers" if published else self.attention, *self.sdpa_kernels]
         if self.optimise:
             parts.append(("preset-" if self.preset else "") + self.optimise.replace(",", "+"))

@@ -11,6 +11,7 @@ import pytest
 from inner_session import ORIGINAL, SDPA, TWO, fill_disk_for, inner_fixture, machine_fixture  # noqa: F401
 
 from perf import saved_run
+from perf.launcher import Interpreter
 from perf.verdicts import ExitCode
 
 STORED = 8
@@ -341,6 +342,7 @@ def test_benchmark_json_is_the_saved_run(inner):
 def test_saved_runs_are_read_by_pytest_benchmark_itself(inner):
     inner.store(2)
     command = [sys.executable, "-m", "pytest_benchmark", "--storage", f"file://{inner.storage}", "compare", "--csv"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=inner.path)
-    assert done.returncode == 0, done.stderr
+    environment = Interpreter().variables()  # it loads the conftest there, and with it perf.plugin
+    done = subprocess.run(command, capture_output=True, text=True, cwd=inner.path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert f"test_txt2img[{SDPA}] (0001_nightly)" in done.stdout and "(0002_nightly)" in done.stdout

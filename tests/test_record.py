@@ -107,7 +107,7 @@ def test_keys_of_a_benchmark(document, info):
 
 
 def test_nothing_is_null_but_what_cannot_be_known_here(info):
-    assert {key for key, value in info.items() if value is None} == {"variant", "device_seconds"}
+    assert {key for key, value in info.items() if value is None} == {"variant", "device_seconds", "trace"}
 
 
 def test_configuration_is_whole(info):

@@ -9,7 +9,7 @@ import pytest
 from inner_session import inner_fixture, machine_fixture  # noqa: F401
 
 from perf import selection
-from perf.configurations import SETS, usual
+from perf.configurations import CHOICES, PRESETS, SETS, usual
 from perf.launcher import ROOT, Interpreter
 from perf.verdicts import ExitCode
 
@@ -68,6 +68,7 @@ def test_two_sets(chosen):
         (["--compile=none", "--compile=default"], ["tiny-sdpa-b1", "tiny-sdpa-compile-b1"]),
         (["--compile=default", "--compile-scope=blocks"], ["tiny-sdpa-compile-blocks-b1"]),
         (["--precision=bf16", "--precision=full"], ["tiny-sdpa-bf16-b1", "tiny-sdpa-b1"]),
+        (["--optimise=fast", "--optimise=none"], ["tiny-preset-fast-b1", "tiny-preset-none-b1"]),
         (["--batch=1", "--batch=4"], ["tiny-sdpa-b1", "tiny-sdpa-b4"]),
         (["--steps=2", "--steps=50"], ["tiny-sdpa-plms2-b1", "tiny-sdpa-b1"]),
         (["--sampler=ddim", "--sampler=euler"], ["tiny-sdpa-ddim50-b1", "tiny-sdpa-euler50-b1"]),
@@ -132,6 +133,24 @@ def test_two_weights_of_one_name(inner):
 def test_markers_have_summaries():
     lines = selection.markers()
     assert len(lines) == len(SETS) + 1 and all(line.partition(": ")[2] for line in lines)
+
+
+CROSSED = {
+    **{field: values for field, values in CHOICES.items() if field not in ("engine", "workload")},
+    "sdpa_kernels": tuple((kernel,) for kernel in CHOICES["sdpa_kernels"]),
+    "optimise": (*PRESETS, "channels_last", "fast,channels_last"),
+    "batch": (1, 3),
+}
+
+
+@pytest.mark.parametrize("device", CHOICES["device"])
+@pytest.mark.parametrize("field", CROSSED)
+def test_every_value_fits_every_set(field, device):
+    """Options cross into all sets, chosen or not: in none of them may two configurations get one id, which is refused."""
+    for values in ([[one] for one in CROSSED[field]], [list(CROSSED[field])]):
+        for chosen in values:
+            parameters = selection.parameters({field: chosen}, device)
+            assert len({one.id for one in parameters}) == len(parameters) > 0
 
 
 def test_matrix_starts_from_what_is_usual():
