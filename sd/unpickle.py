@@ -50,13 +50,11 @@ INERT_NAMES = {
     ("_codecs", "encode"),
     ("datetime", "datetime"),
     ("datetime", "timedelta"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "WindowsPath"),
     ("typing", "Any"),
     ("torch", "device"),
     *(("torch", name) for name in DTYPE_NAMES),
+    # Python 3.13 writes the second name.
+    *((m, name) for m in ("pathlib", "pathlib._local") for name in "Path PosixPath PurePosixPath WindowsPath".split()),
     *((module, name) for module in ("builtins", "__builtin__") for name in _INERT_BUILTINS.split()),
 }
 

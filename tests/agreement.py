@@ -85,9 +85,12 @@ def only_the_allowed_ran(name: str, kernels: tuple[str, ...]) -> bool:
 
 
 def picture(model: StableDiffusion):
-    """Two pictures of one prompt, int32 [2, 64, 64, 3]."""
+    """Two pictures of one prompt, int32 [2, 64, 64, 3].
+
+    Of 8 steps: after 4, bf16 with `original` itself was seen to move them to 23 dB, after 8 never below 40 dB.
+    """
     return model.txt2img(
-        "a red star on a white background", steps=4, sampler="ddim", scale=4.0, seed=2, batch=2
+        "a red star on a white background", steps=8, sampler="ddim", scale=4.0, seed=2, batch=2
     ).images.int()
 
 
