@@ -35,11 +35,19 @@ class Choice:
 
     history: tuple[SavedRun, ...] = ()
     refused: tuple[tuple[Path, str], ...] = ()
+    named: SavedRun | None = None  # the one that the user asked for, which need not be a candidate
 
     @property
     def newest(self) -> SavedRun | None:
         """The session that a ratio to one session refers to."""
-        return self.history[-1] if self.history else None
+        return self.named or (self.history[-1] if self.history else None)
+
+    @property
+    def sessions(self) -> tuple[SavedRun, ...]:
+        """The history with the named one at its end."""
+        if self.named is None:
+            return self.history
+        return (*(run for run in self.history if run.path != self.named.path), self.named)
 
     @property
     def margin(self) -> float:
@@ -122,14 +130,16 @@ def judge(current: SavedRun, baseline: SavedRun | Choice, margin: float) -> Judg
     """Judge every configuration of a session against stored sessions, or one stored run; `margin` is a fraction.
 
     From 6 stored sessions of a configuration a verdict rests on their prediction interval; under 6 it is INCONCLUSIVE,
-    with the ratio to the newest. A session that is invalid has INVALID verdicts only. Whether the machines are alike
-    is for the caller to ask (`why_foreign`): `candidates` has done so.
+    with the ratio to the newest. Where one was named the ratio is to that one, and the others say how much sessions
+    differ. A session that is invalid has INVALID verdicts only. Whether the machines are alike is for the caller to ask
+    (`why_foreign`): `candidates` has done so.
     """
-    history = baseline.history if isinstance(baseline, Choice) else (baseline,)
+    choice = baseline if isinstance(baseline, Choice) else Choice((baseline,))
+    history = choice.sessions
     known = {id for run in history for id in run.by_id}
     measured = current.by_id
     return Judgement(
-        {id: _decide(current, benchmark, history, margin) for id, benchmark in measured.items()},
+        {id: _decide(current, benchmark, choice, margin) for id, benchmark in measured.items()},
         missing=tuple(id for id in (history[-1].by_id if history else ()) if id not in measured),
         new=tuple(id for id in measured if id not in known),
     )
@@ -153,12 +163,12 @@ def judge_foreign(current: SavedRun, baseline: SavedRun) -> Judgement:
     )
 
 
-def _decide(current: SavedRun, benchmark: SavedBenchmark, history: tuple[SavedRun, ...], margin: float) -> Decision:
+def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin: float) -> Decision:
     if current.invalid:
         return Decision(Verdict.INVALID, _coded("invalid_session", current.invalid))
     if benchmark.image_failure:
         return Decision(Verdict.INVALID, _coded("wrong_image", benchmark.image_failure))
-    past = [(run, run.by_id[benchmark.id]) for run in history if benchmark.id in run.by_id]
+    past = [(run, run.by_id[benchmark.id]) for run in choice.sessions if benchmark.id in run.by_id]
     past = [(run, old) for run, old in past if not old.image_failure]
     if not past:
         return Decision(Verdict.INCONCLUSIVE, "no_baseline", margin=margin)
@@ -170,7 +180,7 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, history: tuple[SavedRu
     if newest.invalid:
         return Decision(Verdict.INVALID, f"invalid_baseline {newest.invalid}", against=newest.name)
     anchored = [
-        (run.name, stored.anchored_launch_medians)
+        (run, stored.anchored_launch_medians)
         for run, stored in past
         if run.anchor_name == current.anchor_name and stored.anchored_launch_medians
     ]
@@ -178,12 +188,17 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, history: tuple[SavedRu
     if not anchored or not benchmark.anchored_launch_medians:
         ratio = ratio_of_sessions(benchmark.launch_medians, old.launch_medians, seed)
         return Decision(Verdict.INCONCLUSIVE, "no_anchor", ratio, margin, newest.name)
-    against, launches = anchored[-1]
-    if len(anchored) < MIN_SESSIONS:
+    last, launches = anchored[-1]
+    # A run that could not have been chosen, such as one that regressed, says nothing about sessions without a change.
+    spread = [
+        statistics.median(values) for run, values in anchored if run is not choice.named or not run.why_no_candidate
+    ]
+    if len(spread) < MIN_SESSIONS:
         ratio = ratio_of_sessions(benchmark.anchored_launch_medians, launches, seed)
-        return Decision(Verdict.INCONCLUSIVE, "too_few_sessions", ratio, margin, against)
-    medians = [statistics.median(values) for _, values in anchored]
-    return decide_against_history(statistics.median(benchmark.anchored_launch_medians), medians, margin, against)
+        return Decision(Verdict.INCONCLUSIVE, "too_few_sessions", ratio, margin, last.name)
+    ours = statistics.median(benchmark.anchored_launch_medians)
+    base = statistics.median(launches) if last is choice.named else None
+    return decide_against_history(ours, spread, margin, last.name, base)
 
 
 def _coded(code: str, detail: str) -> str:

@@ -126,8 +126,7 @@ def _choose_baseline(config, state: State) -> None:
     state.choice = _stored(state)
     if isinstance(compare, str):
         named = _named_baseline(config, state, compare)
-        others = tuple(run for run in state.choice.history if run.path != named.path)
-        state.choice = baselines.Choice((*others, named), state.choice.refused)
+        state.choice = replace(state.choice, named=named)
     state.margin = state.choice.margin
     newest = state.choice.newest
     if newest is not None:

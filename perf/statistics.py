@@ -181,8 +181,12 @@ def student_quantile(probability: float, degrees: int) -> float:
     return math.copysign(math.sqrt(degrees) * math.tan(low), probability - 0.5)
 
 
-def prediction_ratio(current: float, history: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def prediction_ratio(
+    current: float, history: Sequence[float], confidence: float = CONFIDENCE, base: float | None = None
+) -> Interval:
     """A new session's value over the geometric mean of stored sessions, with Student's prediction interval for one more.
+
+    With `base`, one session's value, it is the ratio to that session, which has a session's own offset as well.
 
     The values are one per session, each divided by the frozen anchor's seconds of its own session. The interval holds 1
     in `confidence` of sessions in which nothing has changed, whatever sessions differ in. Raises ValueError for fewer than
@@ -190,11 +194,12 @@ def prediction_ratio(current: float, history: Sequence[float], confidence: float
     """
     if len(history) < MIN_SESSIONS:
         raise ValueError(f"needs at least {MIN_SESSIONS} stored sessions: got {len(history)}")
-    _require_durations([current], history)
+    _require_durations([current], history, [] if base is None else [base])
     logs = [math.log(value) for value in history]
-    gap = math.log(current) - statistics.fmean(logs)
+    middle, offsets = (statistics.fmean(logs), 1 + 1 / len(logs)) if base is None else (math.log(base), 2.0)
+    gap = math.log(current) - middle
     quantile = student_quantile((1 + confidence) / 2, len(logs) - 1)
-    half = quantile * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs))
+    half = quantile * statistics.stdev(logs) * math.sqrt(offsets)
     return _exponential(Interval(gap, gap - half, gap + half))
 
 

@@ -148,24 +148,25 @@ def decide_paired(
 
 
 def decide_against_history(
-    current: float, history: Sequence[float], margin: float, against: str | None = None
+    current: float, history: Sequence[float], margin: float, against: str | None = None, base: float | None = None
 ) -> Decision:
     """Judge a new session's anchored median against those of stored sessions, oldest first.
 
-    SLOWER or FASTER needs both: no change lies outside the prediction interval, and the estimate beyond the margin. Under
-    6 sessions it is INCONCLUSIVE, with the ratio to the newest and no bounds. Raises ValueError for values that are not
-    positive, or an impossible margin.
+    With `base` the ratio is to that session's median, and the history says how much sessions differ. SLOWER or FASTER
+    needs both: no change lies outside the prediction interval, and the estimate beyond the margin. Under 6 sessions it is
+    INCONCLUSIVE, with the ratio to the newest and no bounds. Raises ValueError for values that are not positive, or an
+    impossible margin.
     """
     _require_margin(margin)
-    if not all(0 < value < math.inf for value in (current, *history)):
+    if not all(0 < value < math.inf for value in (current, *history, *([] if base is None else [base]))):
         raise ValueError("anchored medians must be positive and finite")
     if not history:
         return Decision(Verdict.INCONCLUSIVE, "no_baseline", None, margin, against)
     if len(history) < MIN_SESSIONS:
         return Decision(
-            Verdict.INCONCLUSIVE, "too_few_sessions", Interval.point(current / history[-1]), margin, against
+            Verdict.INCONCLUSIVE, "too_few_sessions", Interval.point(current / (base or history[-1])), margin, against
         )
-    ratio = prediction_ratio(current, history)
+    ratio = prediction_ratio(current, history, base=base)
     if ratio.low > 1 and ratio.estimate > 1 + margin:
         return Decision(Verdict.SLOWER, "beyond_margin", ratio, margin, against)
     if ratio.high < 1 and ratio.estimate < 1 - margin:

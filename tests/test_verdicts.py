@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf.statistics import Interval
+from perf.statistics import Interval, prediction_ratio
 from perf.verdicts import (
     REASONS,
     Decision,
@@ -218,3 +218,25 @@ def test_exit_codes(verdicts, options, expected):
 
 def test_exit_codes_are_the_promised_numbers():
     assert [int(code) for code in ExitCode] == [0, 1, 4, 20, 21]
+
+
+def test_against_one_named_session():
+    """The ratio is to that session, and the history says how much two sessions differ: a run equal to it is not slower."""
+    history = [24.0, 24.1, 23.9, 24.05, 23.95, 24.02, 23.98]
+    assert decide_against_history(25.3, history, 0.01).verdict is SLOWER
+    same = decide_against_history(25.3, history, 0.01, "0009_slow", base=25.2)
+    assert (same.verdict, same.against, round(same.ratio.estimate, 4)) == (SAME, "0009_slow", round(25.3 / 25.2, 4))
+    assert decide_against_history(26.6, history, 0.01, base=25.2).verdict is SLOWER
+    assert decide_against_history(26.6, history[:5], 0.01, base=25.2).ratio.estimate == pytest.approx(26.6 / 25.2)
+
+
+def test_the_interval_of_two_sessions_holds_no_change():
+    """95 % of pairs of sessions that differ by nothing but their offsets."""
+    seed = random.randrange(2**32)
+    print(f"random.Random({seed})")
+    draw, held = random.Random(seed), 0
+    for _ in range(2000):
+        *history, base, current = (math.exp(draw.gauss(3, 0.01)) for _ in range(12))
+        ratio = prediction_ratio(current, history, base=base)
+        held += ratio.low <= 1 <= ratio.high
+    assert 0.93 <= held / 2000 <= 0.97
