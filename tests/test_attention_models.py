@@ -150,7 +150,7 @@ def test_attention_is_one_graph(name):
     width, vae_width = block.norm1.weight.numel(), model.autoencoder.head_dim()
     generator = torch.Generator().manual_seed(0)
     for module, inputs in (
-        (block, (torch.randn(2, 64, width, generator=generator), torch.randn(2, 77, 32, generator=generator))),
+        (block, (torch.randn(2, 64, width, generator=generator), torch.randn(2, 77, 32, generator=generator), (8, 8))),
         (vae, (torch.randn(2, vae_width, 8, 8, generator=generator),)),
     ):
         with torch.no_grad():
