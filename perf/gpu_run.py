@@ -114,7 +114,8 @@ def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, lim
         command += ["--model", arguments.model] if arguments.model else []
         command += ["--perf-resume"] if resume else []
     with open(out / f"{step.name}.log", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # Under nohup, or behind an & in a script, SIGINT is ignored, and a child would inherit that.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_heed_interrupts)
         try:
             return process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -125,6 +126,10 @@ def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, lim
             process.kill()
             process.wait()
         return INTERRUPTED
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _report(state: dict[str, dict], arguments: argparse.Namespace) -> int:

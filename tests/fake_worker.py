@@ -158,8 +158,9 @@ def misbehave(mishap: dict, answer: dict) -> None:
 
 # Of a SessionRunner. A job is a session, of which it writes the result and what was said.
 RUNNER = """
-import json, os, sys, tempfile
+import json, os, signal, sys, tempfile
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests in the background ignores
 from test_session import B, A, LIMITS, command_of, summary
 from perf.journal import JournalError
 from perf.launcher import Interpreter

@@ -167,7 +167,7 @@ def test_bars_start_at_zero_and_have_intervals(everything):
 def test_ladder_goes_down_its_own_order():
     (chart,) = breakdown.ladder_charts(results_of(synthetic_runs.ladder_run()))
     names = [series.name for series in chart.series]
-    assert names == breakdown.LADDER and names[0] == "original"
+    assert names == breakdown.LADDER and names[0] == "preset-original"
     tops = [series.points[0].y for series in chart.series]
     assert [series.points[0].base for series in chart.series] == [0.0, *tops[:-1]]
 

@@ -49,11 +49,17 @@ def session(failure: tuple[str, str] | None = None, clock: str = "cpu") -> tuple
     for slot in slots:
         for launch in range(6):
             one = {"slot": slot.name, "launch": launch}
-            load = {"load_seconds": 1.0, "anchor": "a", "facts": {"torch": "2.15.0"}}
+            load = {
+                "load_seconds": 1.0,
+                "anchor": "a",
+                "facts": {"torch": "2.15.0"},
+                "precision": "full",
+                "compiles": slot.configuration.compile != "none",
+            }
             events.append({"event": "load", "answer": load, **one})
             made = answer(TIMES[slot.configuration], launch)
             events.append({"event": "round", "round": None, "answer": {**made, "wall_seconds": 9.0}, **one})
-            more = {"round": 0, "invalid": None, "telemetry": None, "attempt": 0}
+            more = {"round": 0, "invalid": None, "telemetry": None, "attempt": 0, "wrong": None}
             events.append({"event": "round", "answer": made, **more, **one})
     measurements = Measurements(plan, events)
     if failure:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.configurations import usual_precision
+from perf.configurations import PRESETS, usual_precision
 from perf.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 from perf.statistics import MIN_VALUES, Interval, sign_interval
 
@@ -251,9 +251,14 @@ def _technique(wanted, model: str, attention: str) -> str:
     """The way it is made, by which a configuration has its colour: `mha-mem_efficient-compile`."""
     engine = wanted["engine"].optional_text() or "sd"
     parts = [] if engine == "sd" else [engine]
-    parts.append("original-xformers" if attention == "xformers" and engine == "sd" else attention)
+    optimise = wanted["optimise"].text() if wanted["optimise"].value else ""
+    preset = optimise.split(",")[0] in PRESETS
+    if not preset:
+        parts.append("original-xformers" if attention == "xformers" and engine == "sd" else attention)
     if wanted["sdpa_kernels"].value is not None:
         parts += [node.text() for node in wanted["sdpa_kernels"].items()]
+    if optimise:
+        parts.append(("preset-" if preset else "") + optimise.replace(",", "+"))
     mode, scope = wanted["compile"].optional_text() or "none", wanted["compile_scope"].optional_text() or "unet"
     if mode != "none":
         parts.append("compile" if mode == "default" else f"compile-{mode}")
