@@ -25,6 +25,8 @@ from perf.saved_run import BaselineError
 ROOT = Path(__file__).parent.parent
 REAL = Path(__file__).parent / "runs" / "real_cpu.json"
 
+pytestmark = pytest.mark.report
+
 
 def results_of(*documents, name="0001_x"):
     found = []

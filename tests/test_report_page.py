@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
 from perf.report import build, page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.report]
 ROOT = Path(__file__).parent.parent
 needs_browser = pytest.mark.skipif(chromium.find() is None, reason="no Chromium: apt-get install chromium")
 SHAPES = (
