@@ -113,8 +113,8 @@ def test_what_cannot_be_asked():
 
 
 def test_what_cannot_run_here_is_unavailable_and_says_why():
-    kind, message = error(Worker(), **loading(Configuration(attention="xformers", steps=1)))
-    assert kind == "unavailable" and "xformers" in message.lower()
+    kind, message = error(Worker(), **loading(Configuration(attention="mha", sdpa_kernels=("cudnn",), steps=1)))
+    assert kind == "unavailable" and "mha with kernels cudnn cannot run here" in message
     import torch
 
     if not torch.cuda.is_available():
