@@ -198,8 +198,7 @@ PUBLISHED_FIVE: list[dict] = [
     {"attention": "mha", "sdpa_kernels": ("mem_efficient",)},
     {"attention": "mha", "sdpa_kernels": ("mem_efficient",), "compile": "default"},
 ]
-# Small enough for two cores and three minutes, and with one of everything: each attention that a CPU has, half
-# weights, and torch.compile.
+# For two cores and minutes: each attention that a CPU has, and torch.compile.
 SMOKE: list[dict] = [
     {"attention": "original"},
     {"attention": "mha"},
