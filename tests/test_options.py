@@ -10,6 +10,7 @@ import torch
 
 from sd import options, txt2img
 from sd.attention import DEFAULT_ATTENTION
+from sd.compile import INDUCTOR_OPTIONS
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.yaml_config import CONFIGS
@@ -93,11 +94,24 @@ def test_compiler_options_bring_a_mode():
         return options.setup(txt2img.parser().parse_args(["--device", "cpu", "--optimise", text]), {}).optimisations
 
     assert chosen("compile_step").changed() == {"compile": "default", "compile_scope": "step"}
-    assert chosen("max-autotune-no-cudagraphs,conv_1x1_as_mm,shape_padding").changed() == {
+    assert chosen("max-autotune-no-cudagraphs,no_epilogue_fusion,shape_padding").changed() == {
         "compile": "max-autotune-no-cudagraphs",
-        "inductor": ("conv_1x1_as_mm", "shape_padding"),
+        "inductor": ("no_epilogue_fusion", "shape_padding"),
     }
     assert chosen("fast").cache_context_kv
+
+
+@pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
+@pytest.mark.parametrize("name", INDUCTOR_OPTIONS)
+def test_a_compiler_option_is_there_or_refused_by_name(name):
+    from torch._inductor import config
+
+    arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", name])
+    if hasattr(config, INDUCTOR_OPTIONS[name][0]):
+        assert options.setup(arguments, {}).optimisations.inductor == (name,)
+    else:
+        with pytest.raises(Unavailable, match=f"inductor option {name}: torch .* has none of that name"):
+            options.setup(arguments, {})
 
 
 @pytest.mark.parametrize(
