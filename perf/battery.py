@@ -95,7 +95,8 @@ def _earlier(path: Path, header: dict) -> list[dict]:
 
 def one_session(settings: Settings, configuration: Configuration, launches: Launches, watch) -> dict:
     """Measure the three labels in turns. Raises WorkerError when one of them cannot be measured."""
-    plan = Plan(tuple(Slot(configuration, label) for label in LABELS), settings.launches, settings.rounds)
+    slots = tuple(Slot(configuration, label) for label in LABELS)
+    plan = Plan(slots, settings.launches, settings.rounds, settings.side_by_side)
     measurements = Measurements(plan)
     runner = Runner(
         plan,
@@ -107,13 +108,16 @@ def one_session(settings: Settings, configuration: Configuration, launches: Laun
         progress=lambda launch, slot: None,
     )
     runner.run(measurements)
-    medians = {}
+    medians, rounds = {}, {}
     for slot in plan.slots:
         measured = measurements.by_name[slot.name]
         if measured.failure:
             raise WorkerError(*measured.failure)
         medians[slot.variant or "plain"] = [measured.median(launch) for launch in range(plan.launches)]
-    return {"medians": medians, "drift": measurements.drift()}
+        rounds[slot.variant or "plain"] = [
+            [one["seconds"] for one in measured.launches[launch].valid()] for launch in range(plan.launches)
+        ]
+    return {"medians": medians, "rounds": rounds, "drift": measurements.drift()}
 
 
 def judge(session: dict, slowdown: float, margin: float) -> tuple[Decision, Decision]:

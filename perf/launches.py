@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,9 @@ class Launches:
         self.settings = settings
         # The first launch of a session compiles into an empty cache and the others find it: cold and warm, both measured.
         self.environment = (("TORCHINDUCTOR_CACHE_DIR", compile_cache),)
+        if sys.dont_write_bytecode:  # else every launch would compile the same source files once more, for seconds
+            bytecode = str(Path(compile_cache, "bytecode"))
+            self.environment += (("PYTHONDONTWRITEBYTECODE", ""), ("PYTHONPYCACHEPREFIX", bytecode))
         if settings.threads:
             self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 

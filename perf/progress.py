@@ -44,7 +44,7 @@ class SessionProgress:
 
     def plan(self, turns) -> None:
         """Which launches are to come, after those planned before; some may be left out, as measured already or failed."""
-        turns = [(launch, slot.name) for launch, slot in turns]
+        turns = [(launch, slot.name) for launch, slots in turns for slot in slots]
         self.to_come += turns
         self.total += len(turns)
 

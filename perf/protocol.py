@@ -3,14 +3,18 @@
     launch 0: A B C, launch 1: C B A, launch 2: A B C, ...
 
 A launch is a fresh process that loads, makes one warm-up round and then the timed ones. What the machine does meanwhile
-meets all configurations alike, and mirroring every other launch balances what one leaves behind for the next.
+meets all configurations alike, and mirroring every other launch balances what one leaves behind for the next. Side by
+side, the variants of one configuration are loaded together and their rounds take turns, A B, B A, A B, ...: on a shared
+processor the noise of the moment is several times what processes differ in by themselves. Only one ever works.
 Pure: what a launch is, how a round is watched and where events are written is given from outside.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from perf import images
 from perf.configurations import Configuration
@@ -42,23 +46,28 @@ class Slot:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured of what."""
+    """How much is measured of what. side_by_side: the variants of a configuration share their turn."""
 
     slots: tuple[Slot, ...]
     launches: int
     rounds: int
+    side_by_side: bool = False
 
     def turns(self, first: int = 0):
-        """(launch, slot) in order; every odd launch runs backwards."""
+        """(launch, slots of one turn) in order; every odd launch runs backwards."""
         for launch in range(first, self.launches):
-            for slot in self.slots if launch % 2 == 0 else reversed(self.slots):
-                yield launch, slot
+            slots = self.slots if launch % 2 == 0 else self.slots[::-1]
+            if not self.side_by_side:
+                yield from ((launch, (slot,)) for slot in slots)
+                continue
+            for _, together in itertools.groupby(slots, key=lambda slot: slot.configuration):
+                yield launch, tuple(together)
 
     def doubled(self, names) -> Plan:
         """The same with twice the launches, for the configurations of the given slots alone."""
         ids = {self.slot(name).configuration.id for name in names}
         slots = tuple(slot for slot in self.slots if slot.configuration.id in ids)
-        return Plan(slots, 2 * self.launches, self.rounds)
+        return replace(self, slots=slots, launches=2 * self.launches)
 
     def slot(self, name: str) -> Slot:
         """The slot of that name."""
@@ -210,22 +219,40 @@ class Runner:
 
     def run(self, measurements: Measurements, first: int = 0) -> None:
         """Measure what is not there yet, from launch `first` on."""
-        for launch, slot in self.plan.turns(first):
-            measured = measurements.by_name[slot.name]
-            if measured.failure or measured.next(launch)[0] >= self.plan.rounds:
-                continue
-            self.progress(launch, slot)
-            try:
-                self._launch(launch, slot, measured)
-            except WorkerError as error:
-                self._note("failure", measured, launch, {"kind": error.kind, "message": str(error)})
+        for launch, slots in self.plan.turns(first):
+            missing = []
+            for slot in slots:
+                measured = measurements.by_name[slot.name]
+                if not measured.failure and measured.next(launch)[0] < self.plan.rounds:
+                    missing.append(measured)
+            with contextlib.ExitStack() as ends:
+                under_way = [
+                    (measured, ends.enter_context(contextlib.closing(self._launch(launch, measured))))
+                    for measured in missing
+                ]
+                while under_way:
+                    under_way = [one for one in under_way if self._goes_on(launch, *one)][::-1]
+
+    def _goes_on(self, launch: int, measured: Measured, rounds) -> bool:
+        """Let a launch get ready or make one round; False once it has ended."""
+        try:
+            next(rounds)
+        except StopIteration:
+            return False
+        except WorkerError as error:
+            self._note("failure", measured, launch, {"kind": error.kind, "message": str(error)})
+            return False
+        return True
 
     def _note(self, event: str, measured: Measured, launch: int, content: dict) -> None:
         content = {"slot": measured.slot.name, "launch": launch, **content}
         self.write(event, content)
         measured.add({"event": event, **content})
 
-    def _launch(self, launch: int, slot: Slot, measured: Measured) -> None:
+    def _launch(self, launch: int, measured: Measured):
+        """A generator that loads and warms up, and then makes one round whenever it is gone on with."""
+        slot = measured.slot
+        self.progress(launch, slot)
         with self.open_launch(slot) as worker:
             answer = worker.ask("load", self.limits.load, **self.load(slot))
             self._note("load", measured, launch, {"answer": answer})
@@ -236,6 +263,7 @@ class Runner:
             hashes = [answer["image"]["sha256"]]
             self._note("round", measured, launch, {"round": None, "answer": answer})
             while measured.next(launch)[0] < self.plan.rounds and not measured.failure:
+                yield
                 number, attempt = measured.next(launch)
                 seed = slot.configuration.seed + ROUND_APART * number
                 check = self.references(slot, seed) if number == 0 else None

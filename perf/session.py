@@ -125,7 +125,7 @@ def _decide(settings: Settings, runner: Runner, measurements: Measurements, prog
 def _plan(settings: Settings, configurations: list[Configuration]) -> Plan:
     variants = [None] + ([settings.variant] if settings.variant else [])
     slots = tuple(Slot(configuration, variant) for configuration in configurations for variant in variants)
-    return Plan(slots, settings.launches, settings.rounds)
+    return Plan(slots, settings.launches, settings.rounds, settings.side_by_side)
 
 
 def judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Decision]:

@@ -45,3 +45,8 @@ class Settings:
     def variant(self) -> str | None:
         """The second label that every configuration has in this session, if any."""
         return "base" if self.against else "aa" if self.aa else None
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether variants are loaded together: not on a GPU, whose memory may hold one, and which is not so noisy."""
+        return self.device == "cpu"
