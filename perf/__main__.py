@@ -8,6 +8,7 @@ import os
 import sys
 
 from perf.verdicts import ExitCode
+from sd import __version__
 
 # name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
 COMMANDS = {
@@ -16,6 +17,7 @@ COMMANDS = {
     "gpu-run": ("perf.gpu_run", "add_arguments", "run", "spend a short time on a borrowed GPU well"),
     "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
     "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
+    "merge": ("perf.merge", "add_arguments", "run", "join the saved runs of many machines in one folder"),
     "report": ("perf.report.command", "add_arguments", "run", "plots, tables and one page from saved runs"),
 }
 
@@ -32,6 +34,7 @@ def main(argv=None) -> int:
     """Run a command; returns its exit status (perf.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
+    parser.add_argument("--version", action="version", version=f"sd-perf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, add, _, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 PROMPT = "A photo"  # of the published experiment, like the seed, the sampler and the steps below
+
+
+def attention_implementations() -> tuple[str, ...]:
+    """The names in sd.attention's FUNCTIONS, the one registry of them: read from its file, since importing takes torch.
+
+    Of the `sd` beside this package: a worker may import another commit's.
+    """
+    source = (Path(__file__).resolve().parents[1] / "sd" / "attention.py").read_text(encoding="utf-8")
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    registry = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "FUNCTIONS")
+    return tuple(map(ast.literal_eval, registry.keys))
+
 
 CHOICES = {
     "model": ("tiny", "sd1", "sd2", "sd2-v"),
     "engine": ("sd", "diffusers"),
     "workload": ("txt2img", "text", "unet", "vae"),
-    "attention": ("original", "xformers", "mha", "sdpa"),
+    "attention": attention_implementations(),
     "sdpa_kernels": ("math", "mem_efficient", "flash", "cudnn"),
     "compile": ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "compile_scope": ("unet", "blocks", "step"),

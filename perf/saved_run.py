@@ -165,6 +165,11 @@ def read(path: str | os.PathLike[str]) -> SavedRun:
 
 def load(path: str | os.PathLike[str]) -> object:
     """The JSON document in a file, not looked into yet. Raises BaselineError where there is none."""
+    return document_in(content_of(path), Path(path))
+
+
+def content_of(path: str | os.PathLike[str]) -> bytes:
+    """What is in the file of a saved run, unread as yet. Raises BaselineError where there is none."""
     path = Path(path)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
@@ -182,6 +187,11 @@ def load(path: str | os.PathLike[str]) -> object:
         )
     if not content.strip():
         raise BaselineError(f"{shown(path)}: is empty, its writer was interrupted; delete it")
+    return content
+
+
+def document_in(content: bytes, path: Path) -> object:
+    """The JSON document in the content of a file; `path` names it. Raises BaselineError where it is none."""
     try:
         return json.loads(content.decode("utf-8"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:

@@ -76,17 +76,26 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def save_numbered(folder: str | os.PathLike[str], label: str, content: str | Mapping[str, object]) -> Path:
-    """Write `NNNN_label.json` with the next free number, and return its path; safe with several writers at once.
+def saved_runs_in(folder: Path) -> list[Path]:
+    """The saved runs under a folder, by name: all JSON but the traces that `--perf-trace` leaves."""
+    return sorted(path for path in folder.rglob("*.json") if not path.name.endswith(".trace.json"))
 
-    A number is held by an exclusively created marker until its file is there. A writer killed in between leaves
-    the marker, and so a gap in the numbers, but never a half or an empty run. Raises as `write_atomically` does.
+
+def save_numbered(
+    folder: str | os.PathLike[str], label: str, content: str | Mapping[str, object], wanted: int | None = None
+) -> Path:
+    """Write `NNNN_label.json` and return its path: number `wanted` if that is free, else the next after the highest.
+
+    Safe with several writers at once, and nothing is overwritten. A number is held by an exclusively created marker until
+    its file is there. A writer killed in between leaves the marker, and so a gap in the numbers, but never a half or an
+    empty run. Raises as `write_atomically` does.
     """
     folder = Path(folder)
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            number = max(_numbers(folder, NUMBERED) | _numbers(folder, MARKER), default=0) + 1
+            taken = _numbers(folder, NUMBERED) | _numbers(folder, MARKER)
+            number = max(taken, default=0) + 1 if wanted is None or wanted in taken else wanted
             marker = folder / f".{number:04d}.taken"
             os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError as error:

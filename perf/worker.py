@@ -16,6 +16,7 @@ import platform
 import signal
 import sys
 import time
+import traceback
 
 from perf import clock as clocks
 from perf.configurations import UnknownChoice, from_dict
@@ -156,6 +157,7 @@ class Worker:
         message = " ".join(str(error).split())[:2000] or type(error).__name__
         if kind == "out_of_memory":
             self.engine = self.output = self.anchor = None  # so that whoever shares this process or device can go on
+            _forget_frames(error)
             gc.collect()
             smaller = self.configuration.batch // 2 if self.configuration else 0
             advice = f"try batch {smaller}" if smaller else "try a smaller picture, or precision fp16"
@@ -248,6 +250,13 @@ def peak_bytes() -> dict:
         return peaks
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     return {**peaks, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions held in which an error came up: else it stays until the error is gone, which is later."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def release_device_memory() -> None:

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from sd.optimise import Optimisations
     from sd.pipeline import Result, StableDiffusion
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
+
 __all__ = ["Optimisations", "Result", "StableDiffusion"]
 
 _HOMES = {"Optimisations": "sd.optimise", "Result": "sd.pipeline", "StableDiffusion": "sd.pipeline"}

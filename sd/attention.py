@@ -1,8 +1,8 @@
 """Attention implementations and the kernels behind them: the one place that names an attention kernel.
 
 An attention function takes q [B, S, H, D], k and v [B, T, H, D], all of one dtype, and returns [B, S, H, D] of v's
-dtype. To add one: write the function, add a line to FUNCTIONS, and `python -m sd.attention` lists it. How far each is
-from the exact result is measured in sd.attention_errors.
+dtype. To add one: write the function and add its line to FUNCTIONS (docs/add-attention.md). The command lines, the suite
+and the tests then know it by that name. How far each is from the exact result is measured in sd.attention_errors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from sd.errors import ConfigError, Unavailable
 from sd.features import FEATURES, has
 
-IMPLEMENTATIONS = ("original", "xformers", "mha", "sdpa")
 # The implementation used when none is named: decided by the torch version alone, never by what happens to import.
 DEFAULT_ATTENTION = "sdpa" if has("sdpa") else "original"
 SDPA_KERNELS = ("math", "mem_efficient", "flash", "cudnn")
+WITH_KERNELS = ("mha", "sdpa")  # the implementations that have those to choose from
 HEAD_DIMS = (64, 40, 80, 160, 512)  # of SD2's UNet, SD1's UNet, and the VAE
 ATTENTION_PRECISIONS = ("fp32", "input")  # dtype of the original's QK^T
 
@@ -66,13 +66,6 @@ class Attention:
         return FUNCTIONS[self.implementation]
 
 
-# Every implementation, and those that have kernels to choose from with each of them alone.
-CHOICES = {"original": Attention("original"), "xformers": Attention("xformers")}
-for _name in ("mha", "sdpa"):
-    CHOICES[_name] = Attention(_name)
-    CHOICES.update({f"{_name}-{kernel}": Attention(_name, (kernel,)) for kernel in SDPA_KERNELS})
-
-
 def original(q, k, v, upcast: bool = True):
     """softmax(QK^T / sqrt(D)) V with every score in memory (CompVis/stable-diffusion; the upcast is Stability-AI's)."""
     batch, _, heads, width = q.shape
@@ -110,9 +103,23 @@ def _whole_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# `mha` is a module (sd.layers.NativeAttention); where there are no such projections to hold, as in the VAE,
-# it stands for the SDPA kernels that the module would use.
-FUNCTIONS = {"original": original, "xformers": xformers, "sdpa": sdpa, "mha": sdpa if has("sdpa") else original}
+# The registry: one line each. perf.configurations reads the names from this file, without importing it. `mha` is a module
+# (sd.layers.NativeAttention); where there are no such projections to hold, as in the VAE, it stands for the SDPA kernels
+# that the module would use.
+FUNCTIONS = {
+    "original": original,
+    "xformers": xformers,
+    "mha": sdpa if has("sdpa") else original,
+    "sdpa": sdpa,
+}
+IMPLEMENTATIONS = tuple(FUNCTIONS)
+
+# Every implementation, and those that have kernels to choose from with each of them alone.
+CHOICES: dict[str, Attention] = {}
+for _name in IMPLEMENTATIONS:
+    CHOICES[_name] = Attention(_name)
+    if _name in WITH_KERNELS:
+        CHOICES.update({f"{_name}-{kernel}": Attention(_name, (kernel,)) for kernel in SDPA_KERNELS})
 
 
 def causal(q, k, v):
@@ -127,7 +134,7 @@ def causal(q, k, v):
 
 def allowed_kernels(attention: Attention):
     """Context in which SDPA may only use the kernels of `attention`; free of cost when all are allowed."""
-    if not attention.restricted or attention.implementation not in ("mha", "sdpa") or not has("sdpa"):
+    if not attention.restricted or attention.implementation not in WITH_KERNELS or not has("sdpa"):
         return contextlib.nullcontext()
     try:  # torch >= 2.3
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -154,7 +161,7 @@ def _cannot_exist(attention: Attention, device: torch.device) -> str | None:
             return f"the package xformers is not installed or does not import ({error})"
     if attention.implementation == "sdpa" and not has("sdpa"):
         return f"{FEATURES['sdpa'].what} needs {FEATURES['sdpa'].needs}, this is torch {torch.__version__}"
-    if attention.implementation not in ("mha", "sdpa") or not attention.restricted:
+    if attention.implementation not in WITH_KERNELS or not attention.restricted:
         return None
     if not has("sdpa"):
         return f"torch {torch.__version__} has no SDPA kernels to choose from (torch >= 2.0)"
@@ -281,7 +288,7 @@ class ObservedCall:
 
 def described(choice: Attention) -> tuple[str, str]:
     """Implementation and kernel of one of CHOICES, as the tables name them."""
-    if choice.implementation not in ("mha", "sdpa"):
+    if choice.implementation not in WITH_KERNELS:
         return choice.implementation, "-"
     return choice.implementation, choice.kernels[0] if choice.restricted else "any"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sd.album import Album
-from sd.errors import ConfigError, SDError
+from sd.errors import ConfigError, SDError, printable
 from sd.noise import OriginalNoise, PerImageNoise
 from sd.options import Setup, append_seconds, check_latents
 from sd.pipeline import StableDiffusion
@@ -180,7 +180,7 @@ def guarded(run) -> int:
         message = f"out of memory (peak {peak}): {advice}"
     else:
         return 0
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
 
 

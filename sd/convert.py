@@ -11,7 +11,7 @@ from pathlib import Path
 from sd import checkpoint, layouts
 from sd.containers import write_ckpt, write_safetensors
 from sd.diffusers_folder import write_folder
-from sd.errors import ConfigError, SDError
+from sd.errors import ConfigError, SDError, printable
 
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
 
@@ -129,14 +129,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         dropped = convert(options.input, options.output, options.to, options.config, options.force)
     except SDError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"{options.output}: cannot be written ({error.strerror or error})", file=sys.stderr)
         return 2
     if dropped:
         shown = ", ".join(dropped[:10]) + (f" and {len(dropped) - 10} more" if len(dropped) > 10 else "")
-        print(f"left out, which this layout cannot hold: {shown}", file=sys.stderr)
+        print(f"left out, which this layout cannot hold: {printable(shown)}", file=sys.stderr)
     print(options.output)
     return 0
 

@@ -19,3 +19,8 @@ class Unavailable(SDError, RuntimeError):
 
 class BadImage(SDError, RuntimeError):
     """A picture that is NaN or of one constant colour; never saved as if it were a result."""
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey escaped: messages quote names from checkpoints, which are anybody's."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)

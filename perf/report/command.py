@@ -10,7 +10,7 @@ from pathlib import Path
 from perf.report import build, summary
 from perf.report.tables import UnknownReference
 from perf.saved_run import BaselineError
-from perf.storage import write_atomically
+from perf.storage import saved_runs_in, write_atomically
 from perf.verdicts import ExitCode
 
 NEEDED = ("matplotlib", "plotly")
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if args.output is not None and missing:
         return _refuse(f'report: {" and ".join(missing)} not installed: pip install "sd-perf[report]"')
-    paths = [one for path in args.runs for one in (_in_folder(path) if path.is_dir() else [path])]
+    paths = [one for path in args.runs for one in (saved_runs_in(path) if path.is_dir() else [path])]
     try:
         report = build.gather(paths, args.reference, args.pictures, say=_say)
         for line in report.refused:
@@ -49,11 +49,6 @@ def run(args: argparse.Namespace) -> int:
     except (BaselineError, UnknownReference) as error:
         return _refuse(str(error))
     return ExitCode.FAILED if report.refused else ExitCode.OK
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    """The saved runs under a folder: all JSON but the traces that `--perf-trace` leaves."""
-    return sorted(path for path in folder.rglob("*.json") if not path.name.endswith(".trace.json"))
 
 
 def _refuse(words: str) -> int:
