@@ -17,8 +17,10 @@ def attention_implementations() -> tuple[str, ...]:
     """
     source = (Path(__file__).resolve().parents[1] / "sd" / "attention.py").read_text(encoding="utf-8")
     assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    registry = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "FUNCTIONS")
-    return tuple(map(ast.literal_eval, registry.keys))
+    named = {ast.unparse(node.targets[0]): node.value for node in assigned}
+    registry = named["FUNCTIONS"]
+    assert isinstance(registry, ast.Dict), "its keys are the names"
+    return tuple(ast.literal_eval(key) for key in registry.keys if key is not None)
 
 
 CHOICES = {

@@ -32,14 +32,16 @@ def run(args: argparse.Namespace) -> int:
     What cannot be read is named and stays where it is. What the folder has already is skipped, so that the same command
     can be given again; another run under a name that is taken gets the next number.
     """
-    refused = 0
-    added = there = 0
+    added = there = refused = passed_over = 0
     folders: dict[Path, dict[str, Path]] = {}
     try:
         for path in _named(args.runs):
             try:
                 content = content_of(path)
                 document = document_in(content, path)
+                if path not in args.runs and _of_another_kind(path, document):
+                    passed_over += 1
+                    continue
                 saved = parse(document, path)
             except BaselineError as error:
                 print(f"not taken: {error}", file=sys.stderr)
@@ -57,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     except BaselineError as error:
         print(error, file=sys.stderr)
         return ExitCode.REFUSED
-    print(f"merge: {added} added, {there} there already, {refused} not taken, of {len(folders)} kinds of machine")
+    more = f", {passed_over} JSON files of another kind passed over" if passed_over else ""
+    print(f"merge: {added} added, {there} there already, {refused} not taken, of {len(folders)} kinds of machine{more}")
     if not added + there:
         print("merge: no saved run could be read", file=sys.stderr)
         return ExitCode.REFUSED
@@ -67,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
 def _named(paths: list[Path]) -> list[Path]:
     """The files that were named, and those in the folders that were; each once."""
     return list(dict.fromkeys(one for path in paths for one in (saved_runs_in(path) if path.is_dir() else [path])))
+
+
+def _of_another_kind(path: Path, document: object) -> bool:
+    """Whole JSON in which nothing was measured, found in a folder: a compile cache's, or the state of `gpu-run`."""
+    return not NUMBERED.fullmatch(path.name) and not (isinstance(document, dict) and "benchmarks" in document)
 
 
 def _save(folder: Path, saved: SavedRun, content: bytes) -> Path:

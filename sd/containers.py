@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 import sys
 import zipfile
@@ -365,10 +366,10 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     for name, tensor in tensors.items():
         state[name] = tensor.clone() if tensor.data_ptr() in seen else _own(tensor)  # tied weights are written twice
         seen.add(tensor.data_ptr())
+    path.touch()  # the mode of a new file is what the umask says; to read the umask is to lift it for a moment
+    mode = stat.S_IMODE(path.stat().st_mode)
     save_file(state, str(path), metadata=metadata)
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)  # newer safetensors make it readable by its owner alone
+    os.chmod(path, mode)  # newer safetensors make it readable by its owner alone
 
 
 def write_ckpt(path: Path, tensors: dict[str, torch.Tensor], global_step: int | None) -> None:

@@ -22,7 +22,9 @@ COMMENTS = {
     "put into": re.compile(r"put into (?P<file>\S+) before `(?P<before>.+)`"),
 }
 EXTRAS = {"report": ("matplotlib", "plotly")}
-BLOCK = re.compile(r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 COPIED = ("sd", "perf", "tests", "docs", "constraints", "conftest.py", "pyproject.toml", "README.md")
 PROGRAMS = {
     "pytest": "pytest",

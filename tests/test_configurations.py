@@ -110,6 +110,12 @@ def test_one_spelling():
         Configuration().batch = 2
 
 
+def test_attention_implementations_are_those_of_the_one_registry():
+    from sd.attention import FUNCTIONS, IMPLEMENTATIONS
+
+    assert CHOICES["attention"] == IMPLEMENTATIONS == tuple(FUNCTIONS)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_unknown_value_is_refused_with_the_choices(name):
     value = ("nonsense",) if name == "sdpa_kernels" else "nonsense"

@@ -188,7 +188,9 @@ def test_links_lead_somewhere(document):
         path, _, anchor = link.partition("#")
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), f"{named(document)}: {link}"
-        assert not anchor or anchor in anchors(target), f"{named(document)}: {link}; there are {sorted(anchors(target))}"
+        assert not anchor or anchor in anchors(target), (
+            f"{named(document)}: {link}; there are {sorted(anchors(target))}"
+        )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
@@ -205,7 +207,9 @@ def test_every_document_is_reached_from_the_readme():
 
 def test_the_checks_find_what_is_wrong(tmp_path):
     made = tmp_path / "x.md"
-    made.write_text("# A `b`, c's D-e\n[x](y.md#z) ![p](p.png) `[not](a-link)`\n```bash\n[nor](this)\n# no heading\n```\n")
+    made.write_text(
+        "# A `b`, c's D-e\n[x](y.md#z) ![p](p.png) `[not](a-link)`\n```bash\n[nor](this)\n# no heading\n```\n"
+    )
     assert links(made) == ["y.md#z", "p.png"] and anchors(made) == {"a-b-cs-d-e"}
     assert "not" not in without_code(made.read_text())
     for comment, rule in (

@@ -116,5 +116,7 @@ def test_kubernetes_asks_for_one_gpu_an_index():
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     given = {one["name"]: one["value"] for one in container["env"]}
     mounts, volumes = container["volumeMounts"], {one["name"] for one in pod["volumes"]}
-    assert {mount["name"] for mount in mounts} == volumes and given["SD_PERF_OUT"] in {one["mountPath"] for one in mounts}
+    assert {mount["name"] for mount in mounts} == volumes and given["SD_PERF_OUT"] in {
+        one["mountPath"] for one in mounts
+    }
     assert not any("secret" in str(value).lower() for value in (given, pod["volumes"]))

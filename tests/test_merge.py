@@ -56,7 +56,10 @@ def test_every_run_is_there_byte_for_byte_by_device_and_stack(fleet, tmp_path, c
     assert merge(tmp_path / "all", fleet) == ExitCode.OK
     assert "merge: 8 added, 0 there already, 0 not taken, of 3 kinds of machine" in capsys.readouterr().out
     assert files(tmp_path / "all") == [
-        *(f"NVIDIA-A100-SXM4-80GB_570.86_torch2.0.1+cu118/{name}" for name in ("0001_nightly.json", "0002_nightly.json")),
+        *(
+            f"NVIDIA-A100-SXM4-80GB_570.86_torch2.0.1+cu118/{name}"
+            for name in ("0001_nightly.json", "0002_nightly.json")
+        ),
         *(f"NVIDIA-A100-SXM4-80GB_570.86_torch2.15.0+cu132/{n}" for n in ("0001_nightly.json", "0002_nightly.json")),
         # Of the second H200, whose numbers the first one has.
         *(f"NVIDIA-H200_570.86_torch2.15.0+cu132/000{number}_nightly.json" for number in (1, 2, 3, 4)),
@@ -110,7 +113,7 @@ DAMAGED = {
     "empty.json": b"",
     "half.json": GOLDEN.read_bytes()[:2000],
     "binary.json": b"\x80\x02}q\x00.",
-    "list.json": b"[]",
+    "0002_list.json": b"[]",
     "schema.json": json.dumps({**DOCUMENT, "perf": {**DOCUMENT["perf"], "schema": 99}}).encode(),
 }
 
@@ -122,9 +125,10 @@ def test_damaged_runs_are_named_left_alone_and_cost_the_others_nothing(tmp_path,
         (runs / name).write_bytes(content)
     store(runs, document(1))
     (runs / "0001_x.trace.json").write_text("{}")  # of --perf-trace: no run, and nothing wrong
+    (runs / "state.json").write_text("{}")  # of gpu-run
     assert merge(tmp_path / "all", runs, tmp_path / "absent.json") == ExitCode.FAILED
     out, err = capsys.readouterr()
-    assert "merge: 1 added, 0 there already, 6 not taken" in out
+    assert "merge: 1 added, 0 there already, 6 not taken, of 1 kinds of machine, 1 JSON files of another kind" in out
     for name in (*DAMAGED, "absent.json"):
         assert sum(name in line for line in err.splitlines()) == 1, err
     assert all((runs / name).read_bytes() == content for name, content in DAMAGED.items())
@@ -152,7 +156,9 @@ def test_usage(capsys):
         assert caught.value.code == ExitCode.REFUSED
 
 
-@pytest.mark.parametrize("name", ["../../escaped", "/etc/passwd", "..", "a/b", "x\\y", ".hidden", "~root", "-rf", "a" * 900])
+@pytest.mark.parametrize(
+    "name", ["../../escaped", "/etc/passwd", "..", "a/b", "x\\y", ".hidden", "~root", "-rf", "a" * 900]
+)
 def test_nothing_in_a_file_leads_out_of_the_folder(tmp_path, name):
     made = of_machine(copy.deepcopy(DOCUMENT), name=name, driver=name, torch=name, cuda=None)
     made["perf"]["against"] = made["commit_info"]["id"] = name

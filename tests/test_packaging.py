@@ -27,7 +27,13 @@ pytestmark = pytest.mark.slow
 
 def run(command, cwd: Path, **variables: str) -> str:
     """What a command prints; it must end well. Nothing of this session's Python path is seen by it."""
-    left_out = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PIP_REQUIRE_VIRTUALENV")
+    left_out = (
+        "PYTHONPATH",
+        "PYTHONDONTWRITEBYTECODE",
+        "PYTEST_ADDOPTS",
+        "PYTEST_CURRENT_TEST",
+        "PIP_REQUIRE_VIRTUALENV",
+    )
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     done = subprocess.run(
         list(map(str, command)),
@@ -156,7 +162,17 @@ def test_the_suite_examines_collects_merges_and_reports(installed, elsewhere):
     checks = {one["name"]: one for one in json.loads(told)["checks"]}
     assert checks["torch"]["status"] == "ok" and checks["pytest-benchmark"]["status"] == "ok"
     listed = run(
-        [installed / "python", "-m", "pytest", "-p", "perf.plugin", "--pyargs", "perf.test_txt2img", "--collect-only", "-q"],
+        [
+            installed / "python",
+            "-m",
+            "pytest",
+            "-p",
+            "perf.plugin",
+            "--pyargs",
+            "perf.test_txt2img",
+            "--collect-only",
+            "-q",
+        ],
         elsewhere,
     )
     assert "test_txt2img[" in listed

@@ -9,14 +9,17 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 from saved_runs import DOCUMENT, document, store
 
 from perf import lock
 from perf.launches import compile_cache
 from perf.report import pictures, results, summary
+from perf.report.commands import command
 from perf.report.text import file_name, markdown
 from perf.storage import storage_name
 from sd import cli, convert
+from sd.containers import write_safetensors
 from sd.errors import CheckpointError, printable
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +27,27 @@ SOURCES = sorted(path for folder in ("sd", "perf") for path in (ROOT / folder).r
 STARTERS = ("subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output")
 FORBIDDEN = {
     "a shell": ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"),
-    "another program in our place": ("os.execv", "os.execve", "os.execvp", "os.execvpe", "os.execl", "os.execlp", "os.spawnv"),
+    "another program in our place": (
+        "os.execv",
+        "os.execve",
+        "os.execvp",
+        "os.execvpe",
+        "os.execl",
+        "os.execlp",
+        "os.spawnv",
+    ),
     "text as code": ("eval", "exec", "compile", "__import__", "runpy.run_path", "code.interact"),
     "a file as code": (
         *("pickle.load", "pickle.loads", "pickle.Unpickler", "cPickle.load", "dill.load", "joblib.load", "shelve.open"),
         *("marshal.load", "marshal.loads", "pandas.read_pickle", "torch.jit.load", "torch.package.PackageImporter"),
     ),
-    "a YAML that makes objects": ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"),
+    "a YAML that makes objects": (
+        "yaml.load",
+        "yaml.load_all",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.unsafe_load_all",
+    ),
     "names that others can guess": ("tempfile.mktemp", "os.tempnam", "os.tmpnam"),
     "files for everybody": ("os.umask",),
     "archives that say where they go": ("tarfile.open", "shutil.unpack_archive", "zipfile.ZipFile.extractall"),
@@ -56,7 +73,9 @@ def imported_names(tree: ast.Module) -> dict[str, str]:
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names.update({one.asname or one.name.partition(".")[0]: one.name if one.asname else "" for one in node.names})
+            names.update(
+                {one.asname or one.name.partition(".")[0]: one.name if one.asname else "" for one in node.names}
+            )
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.update({one.asname or one.name: f"{node.module}.{one.name}" for one in node.names})
     return {local: full for local, full in names.items() if full}
@@ -141,13 +160,24 @@ def test_the_rules_let_pass_what_is_meant():
 # --- paths from JSON
 
 
-LEADING_OUT = ("../../secret", "/etc/passwd", "..", "a/../../secret", "..\\secret", "~/secret", "%2e%2e/secret", "\x00x")
+LEADING_OUT = (
+    "../../secret",
+    "/etc/passwd",
+    "..",
+    "a/../../secret",
+    "..\\secret",
+    "~/secret",
+    "%2e%2e/secret",
+    "\x00x",
+)
 
 
 @pytest.mark.parametrize("name", LEADING_OUT)
 def test_names_become_names_of_files(name):
     for made in (file_name(name), lock.file_name(name), storage_name({"name": name})):
-        assert made and "/" not in made and "\\" not in made and "\x00" not in made and made.strip(".") and made[0] != "~"
+        assert (
+            made and "/" not in made and "\\" not in made and "\x00" not in made and made.strip(".") and made[0] != "~"
+        )
 
 
 @pytest.mark.parametrize("name", [one for one in LEADING_OUT if one.isprintable()])
@@ -167,7 +197,11 @@ def test_a_picture_is_only_looked_for_beside_its_run(tmp_path, name, monkeypatch
     for path in asked:
         folder = Path(os.path.normpath(path.parent))
         assert Path(os.path.normpath(path)).parent == folder
-        assert folder in (tmp_path / "more", tmp_path / "runs" / "pictures", tmp_path / "runs" / "0001_nightly_pictures")
+        assert folder in (
+            tmp_path / "more",
+            tmp_path / "runs" / "pictures",
+            tmp_path / "runs" / "0001_nightly_pictures",
+        )
 
 
 # --- what a saved run, a checkpoint or a file name says, where somebody reads it
@@ -220,7 +254,11 @@ def test_a_terminal_is_told_and_not_commanded(capsys, monkeypatch):
     monkeypatch.setattr(convert, "convert", lambda *_: ["callbacks\x1b[2J"])
     assert convert.main(["a", "b", "--to", "original"]) == 0
     err = capsys.readouterr().err
-    assert err.splitlines() == [f"error: {quoted}", quoted, r"left out, which this layout cannot hold: callbacks\x1b[2J"]
+    assert err.splitlines() == [
+        f"error: {quoted}",
+        quoted,
+        r"left out, which this layout cannot hold: callbacks\x1b[2J",
+    ]
 
 
 # --- temporary files
@@ -240,12 +278,20 @@ def test_temporary_folders_are_private(tmp_path, monkeypatch):
         os.umask(before)
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_converted_weights_are_as_private_as_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(3)}, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
+
+
 def test_a_saved_run_that_means_harm_is_data_in_every_command(tmp_path):
     """Values that would be options, commands or patterns, were they taken for one."""
     run = json.loads(json.dumps(DOCUMENT))
     run["benchmarks"][0]["extra_info"]["configuration"].update(id="$(touch harmed); --x", checkpoint="`touch harmed`")
-    session, found = results.read_session(store(tmp_path, run))
-    from perf.report.commands import command
-
+    _, found = results.read_session(store(tmp_path, run))
     line = command(found[0])
     assert "'`touch harmed`'" in line  # quoted, for whoever pastes it into a shell
