@@ -1,4 +1,4 @@
-"""The trend of each configuration over stored sessions, with verdicts and what changed between sessions."""
+"""Against what there was before: each session's ratios with their verdicts, and the trend over stored sessions."""
 
 from __future__ import annotations
 
@@ -46,6 +46,45 @@ def history_charts(results: Sequence[Result]) -> list[Chart]:
                 scale="time",
                 zero=False,
                 marks=changes(members),
+            )
+        )
+    return charts
+
+
+def comparison_charts(results: Sequence[Result]) -> list[Chart]:
+    """The ratio of each configuration to what it was compared with: another commit, itself, or stored sessions.
+
+    One chart a session and reference, with the margin's bounds; ratios without an interval are left out.
+    """
+    charts = []
+    compared = [one for one in results if one.benchmark.decision and one.benchmark.decision.ratio]
+    compared = [one for one in compared if one.benchmark.decision.ratio.bounded]
+
+    def key(one: Result) -> tuple:
+        return one.session.identity, one.session.name, one.benchmark.decision.against, one.benchmark.decision.margin
+
+    for (_, name, against, margin), members in groups(compared, key).items():
+        first = members[0]
+        series = []
+        for one in members:
+            decision = one.benchmark.decision
+            ratio = decision.ratio
+            point = Point(one.id, ratio.estimate, ratio.low, ratio.high, one.facets, str(decision), verdict=one.verdict)
+            series.append(Series(one.id, one.technique, (point,), "markers"))
+        against = against or "its baseline"
+        stem = f"comparison_{first.session.machine}_{name}_against_{against}"
+        bounds = ((f"{sign}{100 * margin:.1f} %", 1 + factor * margin) for sign, factor in (("+", 1), ("-", -1)))
+        charts.append(
+            Chart(
+                name=file_name(stem.replace(", ", "_").replace(" ", "_")),
+                section="Comparisons",
+                title=f"{first.session.machine}, {name}: against {against}",
+                summary=f"Ratio of the times of {len(members)} configurations to {against}, with 95 % intervals.",
+                x_label="configuration",
+                y_label="time / time it is compared with",
+                series=tuple(series),
+                zero=False,
+                levels=(("no change", 1.0), *(bounds if margin else ())),
             )
         )
     return charts

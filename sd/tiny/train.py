@@ -59,7 +59,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=self.rate, weight_decay=1e-4, betas=(0.9, 0.99))
         self.step, self.saved_at = 0, time.monotonic()
         if self.path.exists():
-            state = torch.load(self.path, map_location="cpu")
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name in ("module", "average", "optimiser"):
                 getattr(self, name).load_state_dict(state[name])
             self.step = state["step"]
