@@ -1,10 +1,13 @@
-"""What each technique asks of PyTorch in one UNet call, counted exactly: `python tests/count_techniques.py` prints the table.
+"""What each technique asks of PyTorch in one UNet call, counted exactly: `python tests/count_techniques.py` prints the table,
+and with `--compiled`, after minutes, what torch.compile's code generator makes of some of its rows.
 
 Of the embedded model and of SD2's topology at a fifth of its width (34 M parameters), guidance's batch of 2, fp32, eager.
 Counts have no noise, so that docs/optimisations.md holds the table and tests/test_counts.py holds it to the code.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from counting import Counting
@@ -76,6 +79,31 @@ def table() -> list[str]:
     return lines
 
 
+def compiled_table() -> list[str]:
+    """Lines of Markdown: kernels of one compiled call - fused ones that are generated, and calls of libraries."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config, metrics
+
+    config.force_disable_caches = True  # what comes from a cache is not generated
+    lines = [
+        "| technique | " + " | ".join(f"{name}: kernels" for name in CASES) + " |",
+        "|---" * (len(CASES) + 1) + "|",
+    ]
+    cases = [Case(name) for name in CASES]
+    for row in ("none", "channels_last", "all of them"):
+        cells = []
+        for case in cases:
+            torch._dynamo.reset()
+            metrics.reset()
+            counters.clear()
+            case.call(compile="default", **ROWS[row])
+            breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+            fused, library = metrics.generated_kernel_count, counters["inductor"]["extern_calls"]
+            cells.append(f"{fused} fused, {library} of libraries, {graphs} graph, {breaks} breaks")
+        lines.append(f"| `{row}`, compiled | " + " | ".join(cells) + " |")
+    return lines
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}")
-    print("\n".join(table()))
+    print("\n".join(compiled_table() if "--compiled" in sys.argv else table()))
