@@ -50,7 +50,10 @@ def add_options(parser) -> None:
     add = parser.getgroup("perf", "how to measure").addoption
     add("--perf-launches", type=int, metavar="L", help="fresh processes per configuration (GPU, pairs: 10, CPU: 6)")
     add(
-        "--perf-rounds", type=int, metavar="R", help="timed rounds per launch, after one warm-up round (GPU: 2, CPU: 3, pairs on a CPU: 8)"
+        "--perf-rounds",
+        type=int,
+        metavar="R",
+        help="timed rounds per launch, after a warm-up round (GPU: 2, CPU: 3, pairs on it: 8)",
     )
     add("--perf-inprocess", action="store_true", help="everything in this process: quick, without launch variance")
     add("--perf-clock", choices=("auto", *CLOCKS), default="auto", help="wall or CPU time (auto: CPU time on a CPU)")
