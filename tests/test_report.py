@@ -243,9 +243,10 @@ def test_comparisons_have_ratio_interval_margin_and_verdict():
     (series,) = chart.series
     point = series.points[0]
     ratio = verdict["ratio"]
-    assert (point.y, point.low, point.high) == (ratio["estimate"], ratio["low"], ratio["high"])
-    assert (point.verdict, series.form, chart.zero) == ("SLOWER", "markers", False)
-    assert chart.levels == (("no change", 1.0), ("+1.0 %", 1.01), ("-1.0 %", 0.99))
+    expected = [100 * (ratio[key] - 1) for key in ("estimate", "low", "high")]
+    assert [point.y, point.low, point.high] == pytest.approx(expected)
+    assert (point.verdict, series.form) == ("SLOWER", "bar")
+    assert chart.levels == (("margin +1.0 %", 1.0), ("margin -1.0 %", -1.0))
     assert "SLOWER" in point.note
     assert history.comparison_charts(results_of(runs[0])) == []  # no verdict with bounds yet
 
