@@ -8,7 +8,6 @@ import os
 import sys
 
 from perf.verdicts import ExitCode
-from sd import __version__
 
 # name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
 COMMANDS = {
@@ -34,7 +33,8 @@ def main(argv=None) -> int:
     """Run a command; returns its exit status (perf.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
-    parser.add_argument("--version", action="version", version=f"sd-perf {__version__}")
+    version = importlib.import_module("sd").__version__  # by name: what reads saved runs has nothing to do with the model
+    parser.add_argument("--version", action="version", version=f"sd-perf {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, add, _, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

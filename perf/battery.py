@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--sessions", type=int, default=30, help="comparisons of each kind (default: 30)")
     parser.add_argument("--launches", type=int, default=10, help="fresh processes per label (default: 10)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds per launch (default: 3)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds per launch (default: 8)")
     parser.add_argument("--slowdown", type=float, default=0.05, help="the injected fraction (default: 0.05)")
     parser.add_argument("--model", default="tiny", help="model preset (default: tiny)")
     parser.add_argument("--attention", default="sdpa", help="attention implementation (default: sdpa)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 CLOCKS = ("wall", "cpu")
 
@@ -35,7 +36,7 @@ def cpu_clock() -> float:
     return time.process_time()
 
 
-def clock(name: str):
+def clock(name: str) -> Callable[[], float]:
     """The clock of that name, one of CLOCKS."""
     return {"wall": wall_clock, "cpu": cpu_clock}[name]
 
@@ -48,10 +49,10 @@ class ReplayClock:
     0.5
     """
 
-    def __init__(self, durations=()):
+    def __init__(self, durations: Iterable[float] = ()):
         self.load(durations)
 
-    def load(self, durations) -> None:
+    def load(self, durations: Iterable[float]) -> None:
         """Start again with other durations, in seconds."""
         self.durations = iter(list(durations))
         self.now = 0.0

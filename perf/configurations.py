@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 PROMPT = "A photo"  # of the published experiment, like the seed, the sampler and the steps below
 
@@ -78,7 +80,7 @@ class Configuration:
     prompt: str = PROMPT
     seed: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kernels = CHOICES["sdpa_kernels"]
         for name, known in CHOICES.items():
             value = getattr(self, name)
@@ -108,8 +110,7 @@ class Configuration:
     @property
     def preset(self) -> str | None:
         """The preset with which `optimise` begins, if any."""
-        first = self.optimise.split(",")[0]
-        return first if first in PRESETS else None
+        return preset_of(self.optimise)
 
     @property
     def id(self) -> str:
@@ -122,17 +123,7 @@ class Configuration:
             parts.append(self.engine)
         if self.workload != "txt2img":
             parts.append(self.workload)
-        published = self.attention == "xformers" and self.engine == "sd"
-        if not self.preset or self.engine != "sd":  # a preset of ours has its attention in it
-            parts += ["original-xformers" if published else self.attention, *self.sdpa_kernels]
-        if self.optimise:
-            parts.append(("preset-" if self.preset else "") + self.optimise.replace(",", "+"))
-        if self.compile != "none":
-            parts.append("compile" if self.compile == "default" else f"compile-{self.compile}")
-            if self.compile_scope != "unet":
-                parts.append(self.compile_scope)
-        if self.precision != usual_precision(self.model):
-            parts.append(self.precision)
+        parts += technique({field.name: getattr(self, field.name) for field in fields(self)})
         if (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler}{self.steps}")
         if self.height or self.width:
@@ -143,7 +134,7 @@ class Configuration:
     def __str__(self) -> str:
         return self.id
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """All fields and the id, ready for JSON."""
         return {**asdict(self), "sdpa_kernels": list(self.sdpa_kernels), "id": self.id}
 
@@ -161,7 +152,34 @@ class Configuration:
         )
 
 
-def from_dict(values: dict) -> Configuration:
+def preset_of(optimise: str) -> str | None:
+    """The preset with which what `--optimise` takes begins, if any."""
+    first = optimise.split(",")[0]
+    return first if first in PRESETS else None
+
+
+def technique(values: Mapping[str, Any]) -> list[str]:
+    """How a picture is made, as parts of a name: attention, kernels, optimisations, compile mode, precision.
+
+    values: the fields of a configuration by name, also of one from a file with values that nothing here knows.
+    """
+    ours, preset = values["engine"] == "sd", preset_of(values["optimise"])
+    parts = []
+    if not preset or not ours:  # a preset of ours has its attention in it
+        xformers = ours and values["attention"] == "xformers"
+        parts += ["original-xformers" if xformers else values["attention"], *values["sdpa_kernels"]]
+    if values["optimise"]:
+        parts.append(("preset-" if preset else "") + values["optimise"].replace(",", "+"))
+    if values["compile"] != "none":
+        parts.append("compile" if values["compile"] == "default" else f"compile-{values['compile']}")
+        if values["compile_scope"] != "unet":
+            parts.append(values["compile_scope"])
+    if values["precision"] != usual_precision(values["model"]):
+        parts.append(values["precision"])
+    return parts
+
+
+def from_dict(values: dict[str, Any]) -> Configuration:
     """The inverse of `as_dict`; raises UnknownChoice for a field that there is not."""
     known = {field.name for field in fields(Configuration)}
     unknown = sorted(set(values) - known - {"id"})
@@ -181,7 +199,7 @@ def usual(model: str) -> Configuration:
     return Configuration(model=model, precision=usual_precision(model))
 
 
-def cross(configurations: list[Configuration], values: dict[str, list]) -> list[Configuration]:
+def cross(configurations: list[Configuration], values: dict[str, list[Any]]) -> list[Configuration]:
     """Every configuration with every combination of the given field values, each once, in order.
 
     `size` stands for height and width together: (pixels, pixels).
@@ -191,7 +209,7 @@ def cross(configurations: list[Configuration], values: dict[str, list]) -> list[
     return list(dict.fromkeys(crossed))
 
 
-def _with(configuration: Configuration, choice: dict) -> Configuration:
+def _with(configuration: Configuration, choice: dict[str, Any]) -> Configuration:
     if "size" in choice:
         height, width = choice["size"]
         choice = {**{name: value for name, value in choice.items() if name != "size"}, "height": height, "width": width}
@@ -202,11 +220,11 @@ def _with(configuration: Configuration, choice: dict) -> Configuration:
     return changed
 
 
-def _variants(model: str, choices: list[dict], batches=(1,)) -> list[Configuration]:
+def _variants(model: str, choices: Sequence[dict[str, Any]], batches: Sequence[int] = (1,)) -> list[Configuration]:
     return [replace(usual(model), batch=batch, **choice) for batch in batches for choice in choices]
 
 
-PUBLISHED_FIVE: list[dict] = [
+PUBLISHED_FIVE: list[dict[str, Any]] = [
     {"attention": "original"},
     {"attention": "xformers"},
     {"attention": "mha", "sdpa_kernels": ("math",)},
@@ -214,16 +232,29 @@ PUBLISHED_FIVE: list[dict] = [
     {"attention": "mha", "sdpa_kernels": ("mem_efficient",), "compile": "default"},
 ]
 # For two cores and minutes: each attention that a CPU has, and torch.compile.
-SMOKE: list[dict] = [
+SMOKE: list[dict[str, Any]] = [
     {"attention": "original"},
     {"attention": "mha"},
     {"attention": "sdpa"},
     {"attention": "sdpa", "compile": "default"},
 ]
 COMPILE_MODES = [{"compile": mode} for mode in CHOICES["compile"]]
+# Inductor's options, each alone on top of the mode that tunes: the names of sd.compile.INDUCTOR_OPTIONS.
+INDUCTOR_OPTIONS = (
+    "conv_1x1_as_mm",
+    "coordinate_descent_tuning",
+    "coordinate_descent_check_all_directions",
+    "no_epilogue_fusion",
+    "shape_padding",
+    "freezing",
+)
+INDUCTOR = [
+    {"compile": "max-autotune-no-cudagraphs", "optimise": option, "precision": "fp16"}
+    for option in ("", *INDUCTOR_OPTIONS)
+]
 # From the first code's own loop, each rung with all that the rungs before it have, and the preset at the end.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
-LADDER: list[dict] = [
+LADDER: list[dict[str, Any]] = [
     {"optimise": "original"},
     {"attention": "original"},
     {"attention": "sdpa"},
@@ -251,6 +282,7 @@ SETS: dict[str, list[Configuration]] = {
     ),
     "ladder": _variants("sd2", LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
+    "inductor": _variants("sd2", INDUCTOR),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention at three batch sizes; the published protocol's question, asked of this machine's own model.
     "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
@@ -267,6 +299,7 @@ SUMMARIES = {
     "peers": "diffusers' SD1 with xFormers and PyTorch's attention beside ours, its second",
     "ladder": "one optimisation at a time on SD2",
     "compile_modes": "every mode of torch.compile",
+    "inductor": "the options of torch.compile's code generator, one at a time",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
     "stages": "text encoder, one UNet call and VAE decoder by themselves",

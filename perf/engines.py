@@ -45,6 +45,8 @@ def optimisations(configuration: Configuration, device: str) -> Optimisations:
     if configuration.optimise:
         named, plain = techniques(configuration.optimise, device), Optimisations()
         values = {field.name: getattr(named, field.name) for field in fields(named)}
+        if configuration.compile != "none":  # an option of the compiler brings a mode where none is chosen
+            del values["compile"]
         chosen.update({name: value for name, value in values.items() if value != getattr(plain, name)})
     return Optimisations(**chosen)
 

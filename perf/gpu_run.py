@@ -37,11 +37,19 @@ class Step:
 STEPS = (
     Step("correctness", ("tests", "-m", "gpu"), "a fast wrong picture is worth nothing", measures=False),
     Step("published-1", ("perf", "-m", "published", "--batch", "1"), "the article's five, at batch 1"),
-    Step("ladder", ("perf", "-m", "ladder"), "what each optimisation gives"),
+    Step("fast", ("perf", "--model", "sd2", "--optimise", "fast", "--batch", "1"), "how fast it gets"),
     Step("peers", ("perf", "-m", "peers"), "the same work by diffusers"),
+    Step("ladder", ("perf", "-m", "ladder"), "what each optimisation gives"),
+    Step(
+        "fast-batches",
+        ("perf", "--model", "sd2", "--optimise", "fast", "--batch", "8", "--batch", "16"),
+        "how much it gets done",
+    ),
+    Step("fast-768", ("perf", "--model", "sd2-v", "--optimise", "fast", "--batch", "1"), "at 768 pixels"),
     Step("published-2-4", ("perf", "-m", "published", "--batch", "2", "--batch", "4"), "the article's other batches"),
     Step("batches", ("perf", "-m", "batches"), "every attention"),
     Step("published-sd1", ("perf", "-m", "published_sd1"), "the companion article"),
+    Step("inductor", ("perf", "-m", "inductor"), "which option of the code generator is worth its time"),
 )
 
 
@@ -111,7 +119,10 @@ def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, lim
     if step.measures:
         command += [f"--benchmark-storage=file://{out / step.name}", f"--benchmark-save={step.name}"]
         command += [f"--perf-compile-cache={out / 'compile-cache'}", f"--perf-launches={arguments.launches}"]
-        command += ["--model", arguments.model] if arguments.model else []
+        if arguments.model and "--model" in command:
+            command[command.index("--model") + 1] = arguments.model
+        elif arguments.model:
+            command += ["--model", arguments.model]
         command += ["--perf-resume"] if resume else []
     with open(out / f"{step.name}.log", "ab") as log:
         # Under nohup, or behind an & in a script, SIGINT is ignored, and a child would inherit that.

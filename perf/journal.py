@@ -13,6 +13,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SCHEMA = 1
 KEPT = 5  # finished or not, older ones are deleted when a session starts
@@ -31,8 +32,8 @@ class Recorded:
     """What a journal holds: the plan it belongs to, the events after it, and whether something in it was damaged."""
 
     path: Path
-    plan: dict
-    events: tuple[dict, ...]
+    plan: dict[str, Any]
+    events: tuple[dict[str, Any], ...]
     good_bytes: int
     checksum: int
     damage: str | None
@@ -46,7 +47,7 @@ class Recorded:
 class Journal:
     """An open journal. Use as a context."""
 
-    def __init__(self, path: Path, plan: dict | None = None, after: Recorded | None = None):
+    def __init__(self, path: Path, plan: dict[str, Any] | None = None, after: Recorded | None = None):
         """A new journal for `plan`, or going on `after` what was read, whose damaged end is cut off."""
         self.path = path
         self._checksum = after.checksum if after else 0
@@ -60,13 +61,13 @@ class Journal:
             raise JournalError(f"{path}: the journal cannot be written: {error.strerror}") from None
         if not after:
             try:
-                self.write("plan", {"schema": SCHEMA, **plan})
+                self.write("plan", {"schema": SCHEMA, **(plan or {})})
             except JournalError:
-                self.__exit__()
+                self.close()
                 path.unlink(missing_ok=True)  # else it would hide the one before it from --perf-resume
                 raise
 
-    def write(self, event: str, content: dict) -> None:
+    def write(self, event: str, content: dict[str, Any]) -> None:
         """Add an event; on the disk when this returns. Raises JournalError, with what was there before still whole."""
         body = json.dumps({"event": event, **content}, allow_nan=False).encode()[:-1]
         self._checksum = zlib.crc32(body, self._checksum)
@@ -79,10 +80,14 @@ class Journal:
                 f"{self.path}: {error.strerror}; free some space and go on with --perf-resume: the rounds before are safe"
             ) from None
 
-    def __enter__(self):
+    def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more events."""
         with contextlib.suppress(OSError):  # the buffer of a write that failed above
             self._file.close()
 
@@ -110,7 +115,7 @@ def read(path: Path) -> Recorded:
     return Recorded(path, events[0], tuple(events[1:]), good, checksum, damage)
 
 
-def _event(body: bytes) -> dict | None:
+def _event(body: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(body)
     except (ValueError, RecursionError):

@@ -52,13 +52,22 @@ class Launches:
             "slowdown": slowed,
         }
 
-    def probe(self) -> dict:
-        """What torch and the device are, asked of a process of its own. Raises SessionError."""
+    def probe(self, configurations: list[Configuration]) -> dict:
+        """What torch and the device are, asked of a process of its own. Raises SessionError.
+
+        So it does for techniques that no configuration of ours can have: a slip of the pen costs no measurement.
+        """
+        settings = self.settings
+        named = {one.optimise for one in configurations if one.optimise and one.engine == "sd"}
         try:
             with self.open(Slot(Configuration())) as worker:
-                settings = self.settings
                 return worker.ask(
-                    "probe", 600.0, device=settings.device, clock=settings.clock, threads=settings.threads
+                    "probe",
+                    600.0,
+                    device=settings.device,
+                    clock=settings.clock,
+                    threads=settings.threads,
+                    optimise=sorted(named),
                 )
         except WorkerError as error:
             raise SessionError(f"nothing can be measured: {error}") from None

@@ -48,9 +48,12 @@ def add_options(parser) -> None:
         known = f" ({', '.join(CHOICES[field])})" if field in CHOICES and field != "device" else ""
         matrix.addoption(option, dest=f"perf_{field}", action="append", metavar=field.upper(), help=words + known)
     add = parser.getgroup("perf", "how to measure").addoption
-    add("--perf-launches", type=int, metavar="L", help="fresh processes per configuration (GPU: 10, CPU: 6)")
+    add("--perf-launches", type=int, metavar="L", help="fresh processes per configuration (GPU, pairs: 10, CPU: 6)")
     add(
-        "--perf-rounds", type=int, metavar="R", help="timed rounds per launch, after one warm-up round (GPU: 2, CPU: 3)"
+        "--perf-rounds",
+        type=int,
+        metavar="R",
+        help="timed rounds per launch, after a warm-up round (GPU: 2, CPU: 3, pairs on it: 8)",
     )
     add("--perf-inprocess", action="store_true", help="everything in this process: quick, without launch variance")
     add("--perf-clock", choices=("auto", *CLOCKS), default="auto", help="wall or CPU time (auto: CPU time on a CPU)")
@@ -172,13 +175,16 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         launches = rounds = 1
     elif not isolated:
         launches = launches or 1
+    paired = option("perf_aa") or option("perf_against")
+    # Of pairs side by side on a CPU, where rounds are what is noisy: as `python -m perf battery` measured that it works.
+    usual_rounds = 5 if not isolated else 2 if device == "cuda" else 8 if paired else 3
     return Settings(
         device=device,
         folder=folder,
         clock=clock,
         threads=threads,
-        launches=launches or (10 if device == "cuda" or option("perf_against") else 6),
-        rounds=rounds or (2 if device == "cuda" and isolated else 3 if isolated else 5),
+        launches=launches or (10 if device == "cuda" or paired else 6),
+        rounds=rounds or usual_rounds,
         isolated=isolated,
         resume=option("perf_resume"),
         interpreters=interpreters,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from perf import baselines, benchmark_glue, options, record, selection
+from perf.choosing import choose
 from perf.clock import ReplayClock
 from perf.journal import JournalError
 from perf.lock import DeviceBusy
@@ -94,83 +95,12 @@ def pytest_configure(config):
     if not config.option.collectonly:
         # Before anything is collected: what is wrong with the command line must not cost a measurement.
         state.settings = options.settings(config, state.device, state.folder or Path(), MARGIN_FLOOR)
-        _choose_baseline(config, state)
+        state.choice, state.margin, state.notices = choose(config, state.folder, state.stack, state.settings)
         reference = config.getoption("perf_against")
         if reference:
             name, interpreter, folder = options.other_commit(reference, config.rootpath)
             state.keep.append(folder)
             state.settings = replace(state.settings, against=(name, interpreter))
-
-
-def _choose_baseline(config, state: State) -> None:
-    compare = config.option.benchmark_compare
-    failing, strict = config.option.benchmark_compare_fail, config.getoption("perf_strict")
-    if options.disabled(config):  # every target is called once, and there is nothing to compare
-        config.option.benchmark_compare = []
-        return
-    if not compare:
-        paired = config.getoption("perf_against") or config.getoption("perf_aa")
-        for option, given in (("--benchmark-compare-fail", failing), ("--perf-strict", strict and not paired)):
-            if given:
-                raise pytest.UsageError(f"{option} needs --benchmark-compare: what should it be compared with?")
-        if paired and state.folder is not None:
-            state.margin = _stored(state).margin  # this machine's own noise, measured by --perf-aa
-        return
-    if state.folder is None:
-        return  # another kind of storage is pytest-benchmark's own affair
-    if isinstance(compare, str) and (Path(compare).is_dir() or compare.partition("::")[0].endswith(".py")):
-        raise pytest.UsageError(
-            f"--benchmark-compare took {compare!r} for the name of a saved run; put it first, or write "
-            f"--benchmark-compare=NAME: pytest {compare} --benchmark-compare"
-        )
-    state.choice = _stored(state)
-    if isinstance(compare, str):
-        named = _named_baseline(config, state, compare)
-        state.choice = replace(state.choice, named=named)
-    state.margin = state.choice.margin
-    newest = state.choice.newest
-    if newest is not None:
-        config.option.benchmark_compare = str(newest.path)
-        return
-    refused = "".join(f"\n  {path.name}: {reason}" for path, reason in state.choice.refused)
-    words = f"there is no baseline in {state.folder} for this machine; save one with --benchmark-autosave{refused}"
-    if failing or strict:
-        raise pytest.UsageError(words)
-    config.option.benchmark_compare = []  # pytest-benchmark would take a damaged or foreign one
-    state.notices.append(words)
-
-
-def _stored(state: State) -> baselines.Choice:
-    how = state.settings
-    try:
-        return baselines.candidates(state.folder, state.stack, how.clock, how.threads, how.isolated)
-    except baselines.BaselineError as error:
-        raise pytest.UsageError(str(error)) from None
-
-
-def _named_baseline(config, state: State, compare: str) -> baselines.SavedRun:
-    """The run that the user named, which may be one that would not be chosen by itself; that is then said."""
-    path = Path(compare)
-    if not path.is_file():
-        try:
-            found = sorted(state.folder.rglob(f"{compare.rstrip('*')}*.json"), key=lambda file: file.name)
-        except (ValueError, NotImplementedError):  # a pattern that is none, or a path that is not there
-            found = []
-        if not found:
-            raise pytest.UsageError(f"--benchmark-compare={compare}: no saved run in {state.folder} has that name")
-        path = found[-1]
-    try:
-        saved = baselines.read(path)
-    except baselines.BaselineError as error:
-        raise pytest.UsageError(str(error)) from None
-    how = state.settings
-    here = {**state.stack, "clock": how.clock, "threads": how.threads, "isolated": how.isolated}
-    foreign = baselines.why_foreign(saved.machine, here)
-    if foreign and not config.getoption("perf_foreign"):
-        raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares all the same")
-    if saved.why_no_candidate:
-        state.notices.append(f"the baseline {path.name} is {saved.why_no_candidate}")
-    return saved
 
 
 def pytest_sessionstart(session):
@@ -397,8 +327,10 @@ def pytest_sessionfinish(session):
         if total and thrown > INVALID_SHARE_LIMIT * total:
             session.exitstatus = ExitCode.FAILED
         elif session.config.getoption("perf_strict"):
+            # What is missing, though nobody left it out, may be so because it cannot run any more.
+            missing = not state.problems and state.judgement and state.judgement.missing
             undecided = [one for one in state.decisions.values() if one.verdict is Verdict.INCONCLUSIVE]
-            session.exitstatus = ExitCode.INCONCLUSIVE if undecided else ExitCode.OK
+            session.exitstatus = ExitCode.FAILED if missing else ExitCode.INCONCLUSIVE if undecided else ExitCode.OK
 
 
 def pytest_unconfigure(config):

@@ -14,7 +14,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from perf import images
 from perf.configurations import Configuration
@@ -53,7 +56,7 @@ class Plan:
     rounds: int
     side_by_side: bool = False
 
-    def turns(self, first: int = 0):
+    def turns(self, first: int = 0) -> Iterator[tuple[int, tuple[Slot, ...]]]:
         """(launch, slots of one turn) in order; every odd launch runs backwards."""
         for launch in range(first, self.launches):
             slots = self.slots if launch % 2 == 0 else self.slots[::-1]
@@ -63,7 +66,7 @@ class Plan:
             for _, together in itertools.groupby(slots, key=lambda slot: slot.configuration):
                 yield launch, tuple(together)
 
-    def doubled(self, names) -> Plan:
+    def doubled(self, names: Iterable[str]) -> Plan:
         """The same with twice the launches, for the configurations of the given slots alone."""
         ids = {self.slot(name).configuration.id for name in names}
         slots = tuple(slot for slot in self.slots if slot.configuration.id in ids)
@@ -73,7 +76,7 @@ class Plan:
         """The slot of that name."""
         return next(slot for slot in self.slots if slot.name == name)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """What a journal must agree with to be gone on from."""
         slots = [slot.name for slot in self.slots]
         # A name leaves out what is the same for most: the prompt, the folder of the weights.
@@ -85,11 +88,11 @@ class Plan:
 class Launch:
     """What is known of one launch of one slot."""
 
-    load: dict
+    load: dict[str, Any]
     first_call_seconds: float | None = None
-    rounds: list[dict] = field(default_factory=list)  # valid ones, and those that stayed invalid
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # valid ones, and those that stayed invalid
 
-    def valid(self) -> list[dict]:
+    def valid(self) -> list[dict[str, Any]]:
         """The rounds that count."""
         return [one for one in self.rounds if one["invalid"] is None]
 
@@ -103,7 +106,7 @@ class Measured:
     failure: tuple[str, str] | None = None
     thrown_away: int = 0
 
-    def add(self, event: dict) -> None:
+    def add(self, event: dict[str, Any]) -> None:
         """Take in an event, just measured or read from a journal."""
         number = event["launch"]
         if event["event"] == "failure":
@@ -134,7 +137,7 @@ class Measured:
         seconds = [one["seconds"] for one in self.launches[launch].valid()]
         return statistics.median(seconds) if seconds else None
 
-    def rounds(self) -> list[dict]:
+    def rounds(self) -> list[dict[str, Any]]:
         """Every valid round, launch after launch."""
         return [one for _, launch in sorted(self.launches.items()) for one in launch.valid()]
 
@@ -142,7 +145,7 @@ class Measured:
 class Measurements:
     """What is known of every slot of a plan, from events."""
 
-    def __init__(self, plan: Plan, events=()):
+    def __init__(self, plan: Plan, events: Iterable[dict[str, Any]] = ()):
         self.plan = plan
         self.by_name = {slot.name: Measured(slot) for slot in plan.slots}
         for event in events:
@@ -153,7 +156,7 @@ class Measurements:
             if measured.failure and measured.failure[0] in PASSING:
                 measured.failure = None
 
-    def _check(self, event: dict) -> None:
+    def _check(self, event: dict[str, Any]) -> None:
         known = event.get("slot") in self.by_name and isinstance(event.get("launch"), int)
         if not known or not 0 <= event["launch"] < 2 * self.plan.launches:  # twice, when it was undecided
             raise ValueError(f"an event of no slot of this plan: {event.get('slot')!r}")
@@ -165,12 +168,12 @@ class Measurements:
         anchors = [seconds for _, seconds in sorted(self._anchors())]
         return drift(anchors) if len(anchors) >= FEWEST_ANCHORS else None
 
-    def _anchors(self):
+    def _anchors(self) -> Iterator[tuple[float, float]]:
         """(when, anchor) of every valid round, as a multiple of the median on the same device by the same interpreter.
 
         Another torch computes the anchor at another speed, and which part of the session it has is no drift.
         """
-        groups: dict[tuple, list[dict]] = {}
+        groups: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
         for measured in self.by_name.values():
             configuration = measured.slot.configuration
             groups.setdefault((configuration.device, configuration.interpreter), []).extend(measured.rounds())
@@ -212,7 +215,18 @@ class Runner:
     content) keeps an event; progress(launch, slot) is told what starts.
     """
 
-    def __init__(self, plan: Plan, *, open_launch, load, references, watch, write, progress, limits: Limits = Limits()):
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        open_launch: Callable[[Slot], AbstractContextManager[Any]],
+        load: Callable[[Slot], dict[str, Any]],
+        references: Callable[[Slot, int], Any],
+        watch: Callable[[int], AbstractContextManager[Any]],
+        write: Callable[[str, dict[str, Any]], None],
+        progress: Callable[[int, Slot], None],
+        limits: Limits = Limits(),
+    ):
         self.plan, self.limits = plan, limits
         self.open_launch, self.load, self.references = open_launch, load, references
         self.watch, self.write, self.progress = watch, write, progress
@@ -233,7 +247,7 @@ class Runner:
                 while under_way:
                     under_way = [one for one in under_way if self._goes_on(launch, *one)][::-1]
 
-    def _goes_on(self, launch: int, measured: Measured, rounds) -> bool:
+    def _goes_on(self, launch: int, measured: Measured, rounds: Iterator[None]) -> bool:
         """Let a launch get ready or make one round; False once it has ended."""
         try:
             next(rounds)
@@ -244,12 +258,12 @@ class Runner:
             return False
         return True
 
-    def _note(self, event: str, measured: Measured, launch: int, content: dict) -> None:
+    def _note(self, event: str, measured: Measured, launch: int, content: dict[str, Any]) -> None:
         content = {"slot": measured.slot.name, "launch": launch, **content}
         self.write(event, content)
         measured.add({"event": event, **content})
 
-    def _launch(self, launch: int, measured: Measured):
+    def _launch(self, launch: int, measured: Measured) -> Generator[None, None, None]:
         """A generator that loads and warms up, and then makes one round whenever it is gone on with."""
         slot = measured.slot
         self.progress(launch, slot)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from perf.configurations import SETS, SUMMARIES, Configuration, UnknownChoice, cross, suiting, usual
+from perf.options import disabled
 
 MATRIX = "matrix"  # the marker of what options alone describe
 
@@ -57,16 +60,21 @@ def with_interpreters(values: dict[str, list], labels) -> dict[str, list]:
 def leave_out(config, items: list, values: dict[str, list], device: str) -> list:
     """The items that stay when no set is named: what options describe, else the set that suits the machine.
 
-    A marker expression, or an id with the configuration in it, names what is wanted.
+    A marker expression, or an id with the configuration in it, names what is wanted. Benchmarks of another kind that
+    are `slow` are for who names their file, and for a run that measures nothing.
     """
     if config.option.markexpr:
         return items
     wanted, named = MATRIX if values else suiting(device), named_tests(config)
-    return [
-        item
-        for item in items
-        if configuration_of(item) is None or item.get_closest_marker(wanted) or item.nodeid.partition("::")[2] in named
-    ]
+    files = {Path(argument.partition("::")[0]).name for argument in config.args}
+
+    def stays(item) -> bool:
+        if configuration_of(item) is None:
+            slow = item.get_closest_marker("slow") and "benchmark" in getattr(item, "fixturenames", ())
+            return not slow or disabled(config) or item.path.name in files
+        return item.get_closest_marker(wanted) is not None or item.nodeid.partition("::")[2] in named
+
+    return [item for item in items if stays(item)]
 
 
 def named_tests(config) -> set[str]:

@@ -61,7 +61,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         cache = keep.enter_context(compile_cache(settings.compile_cache))
         plan = _plan(settings, configurations)
         launches = Launches(settings, cache)
-        probed = launches.probe()
+        probed = launches.probe(configurations)
         facts = {**facts, "matmul_flops_per_second": probed["matmul_flops_per_second"]}
         if settings.device == "cuda":
             gpu = open_device(probed["uuid"]) if probed["uuid"] else gpu

@@ -136,8 +136,11 @@ class Worker:
         """Nothing: what a round trip over the pipes costs."""
         return {}
 
-    def probe(self, device: str, clock: str, threads: int | None) -> dict:
-        """What this torch and device are, and the device's matrix-product ceiling in FLOP/s, by name of the dtype."""
+    def probe(self, device: str, clock: str, threads: int | None, optimise: list | None = None) -> dict:
+        """What this torch and device are, and the device's matrix-product ceiling in FLOP/s, by name of the dtype.
+
+        optimise: what configurations ask for by that name; what none here knows is an error before anything is measured.
+        """
         import torch
 
         from perf.anchor import matmul_flops_per_second
@@ -146,6 +149,11 @@ class Worker:
             torch.set_num_threads(threads)
         if device == "cuda":
             _require_cuda()
+        if optimise:
+            from perf.engines import techniques
+
+            for names in optimise:
+                techniques(names, device)
         dtypes = ("float32", "float16", "bfloat16") if device == "cuda" else ("float32",)
         rates = {}
         for name in dtypes:

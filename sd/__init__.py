@@ -13,7 +13,7 @@ __all__ = ["Optimisations", "Result", "StableDiffusion"]
 _HOMES = {"Optimisations": "sd.optimise", "Result": "sd.pipeline", "StableDiffusion": "sd.pipeline"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Import a public name when it is first asked for: `python -m sd.attention` and its sisters run one module each."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sd' has no attribute {name!r}")

@@ -24,16 +24,17 @@ class UNetConfig:
     use_linear_in_transformer: bool = False
     norm_groups: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.num_head_channels is None):
             raise ConfigError("unet: give num_heads or num_head_channels, one of the two")
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a block of `channels` channels."""
-        if channels % (self.num_heads or self.num_head_channels):
+        divisor = self.num_heads or self.num_head_channels or 1  # one of the two is given
+        if channels % divisor:
             split = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.num_head_channels} channels"
             raise ConfigError(f"unet: {channels} channels cannot be split into {split}")
-        return self.num_heads or channels // self.num_head_channels
+        return self.num_heads or channels // divisor
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class AutoencoderConfig:
     @property
     def downsampling(self) -> int:
         """Pixels per latent cell along one axis."""
-        return 2 ** (len(self.channel_mult) - 1)
+        return 1 << (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TextConfig:
     vocab_size: int = 49408
     context_length: int = 77
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("openclip", "clip"):
             raise ConfigError(f"text encoder kind {self.kind!r}: choose openclip or clip")
 
@@ -97,7 +98,7 @@ class ModelConfig:
     image_size: int = 512  # native height and width in pixels
     native_mha: bool = False  # the YAML asked for nn.MultiheadAttention
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.parameterization not in ("eps", "v"):
             raise ConfigError(f"parameterization {self.parameterization!r}: choose eps or v")
         if self.unet.context_dim != self.text.width:

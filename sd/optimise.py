@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from sd.errors import ConfigError, Unavailable
 from sd.features import has, require
 from sd.graphs import Graphed, GraphedLoop
 from sd.samplers import run
+from sd.token_merging import MAX_RATIO
 
 PRECISIONS = ("full", "autocast", "fp16", "bf16")
 CUDA_GRAPHS = ("none", "unet", "loop")
@@ -85,7 +88,7 @@ class Optimisations:
     feature_caching: int = 1
     quantisation: str = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (
             ("precision", PRECISIONS),
             ("compile", COMPILE_MODES),
@@ -99,8 +102,8 @@ class Optimisations:
             if getattr(self, name) not in choices:
                 label = "compile mode" if name == "compile" else name
                 raise ConfigError(f"{label} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if not 0.0 <= self.token_merging <= 0.75:
-            raise ConfigError(f"token_merging {self.token_merging}: must be in [0, 0.75]")
+        if not 0.0 <= self.token_merging <= MAX_RATIO:
+            raise ConfigError(f"token_merging {self.token_merging}: must be in [0, {MAX_RATIO}]")
         if self.feature_caching < 1:
             raise ConfigError(f"feature_caching {self.feature_caching}: must be at least 1, which caches nothing")
         self.attention_choice()  # validates its three fields
@@ -108,7 +111,7 @@ class Optimisations:
         for reason in self._contradictions():
             raise ConfigError(reason)
 
-    def _contradictions(self):
+    def _contradictions(self) -> Iterator[str]:
         """Why fields cannot go together, each with what to change."""
         modes = {name: getattr(self, name) for name in ("compile", "compile_autoencoder", "compile_text_encoder")}
         if self.inductor and set(modes.values()) == {"none"}:
@@ -158,13 +161,13 @@ class Optimisations:
         return cls(attention="original", precision="autocast", original_steps=True)
 
     @classmethod
-    def fast(cls, device="cpu") -> Optimisations:
+    def fast(cls, device: torch.device | str = "cpu") -> Optimisations:
         """The exact techniques for steady speed on `device` (compilation takes its minutes at the first picture).
 
         What this torch or device lacks is left out.
         """
         device = torch.device(device)
-        caches = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
+        caches: dict[str, Any] = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
         if device.type != "cuda":
             compiles = has("compile") and shutil.which("c++") is not None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
@@ -198,7 +201,7 @@ class Optimisations:
             if mode != "none"
         }
 
-    def autocast(self, device: torch.device):
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which the networks run."""
         if self.precision == "autocast":
             return torch.autocast(device.type, dtype=autocast_dtype(device))
@@ -253,13 +256,13 @@ class Calls:
     unet, decode: as UNet.forward and Autoencoder.decode. sample: as sd.samplers.run.
     """
 
-    unet: Callable
+    unet: Callable[..., torch.Tensor]
     decode: ObservedCall
-    sample: Callable
+    sample: Callable[..., torch.Tensor]
     observed_unet: ObservedCall
     feature_caching: int
 
-    def unet_of_run(self):
+    def unet_of_run(self) -> Callable[..., torch.Tensor]:
         """The UNet for one run of a sampler: with feature caching it remembers from call to call."""
         return self.unet if self.feature_caching == 1 else CachedFeatures(self.unet, self.feature_caching)
 
@@ -269,7 +272,7 @@ class Calls:
         return {"unet": self.observed_unet.kernels, "autoencoder": self.decode.kernels}
 
 
-def apply(unet, autoencoder, text_encoder, device: torch.device, optimisations: Optimisations) -> Calls:
+def apply(unet: Any, autoencoder: Any, text_encoder: Any, device: torch.device, optimisations: Optimisations) -> Calls:
     """Make loaded networks run as `optimisations` says; may be called again with another choice.
 
     Raises Unavailable, before anything is changed, when a part of it cannot run here, and ConfigError when weights
@@ -310,7 +313,7 @@ def apply(unet, autoencoder, text_encoder, device: torch.device, optimisations: 
     return _calls(unet, autoencoder, text_encoder, optimisations)
 
 
-def _calls(unet, autoencoder, text_encoder, optimisations: Optimisations) -> Calls:
+def _calls(unet: Any, autoencoder: Any, text_encoder: Any, optimisations: Optimisations) -> Calls:
     compilers = optimisations.compilers()
     if "autoencoder" in compilers:
         autoencoder.to_pixels = compilers["autoencoder"].keepable(autoencoder.to_pixels)
@@ -327,7 +330,8 @@ def _calls(unet, autoencoder, text_encoder, optimisations: Optimisations) -> Cal
         unet.denoise = AheadOfTime(unet, Path(optimisations.aot), choice)
 
     observed = ObservedCall(unet if optimisations.feature_caching == 1 else unet.forward_with_features)
-    call, loop = observed, run
+    call: Any = observed
+    loop: Any = run
     if "unet" in compilers and optimisations.compile_scope == "step":
         call, loop = unet, CompiledStep(unet, compilers["unet"], optimisations.attention_choice())
         observed = loop.call

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from sd.errors import BadImage, ConfigError
 from sd.features import has
 from sd.noise import noise_source
 from sd.optimise import Optimisations
-from sd.samplers import ddim
+from sd.samplers import Plan, ddim
 from sd.samplers import sampler as sampler_named
 from sd.schedule import Schedule
 from sd.text_encoder import TextEncoder
@@ -52,7 +54,7 @@ class StableDiffusion:
         unet: UNet,
         autoencoder: Autoencoder,
         text_encoder: TextEncoder,
-        device="cpu",
+        device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
     ):
         self.config, self.device = config, torch.device(device)
@@ -68,9 +70,9 @@ class StableDiffusion:
     @classmethod
     def from_checkpoint(
         cls,
-        path,
+        path: str | Path,
         config: ModelConfig | str | Path | None = None,
-        device="cpu",
+        device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
         progress: bool | None = None,
     ) -> StableDiffusion:
@@ -79,17 +81,18 @@ class StableDiffusion:
         config: a preset's name, a YAML file in the original layout, or None to tell SD1 from SD2 by the weights; whether
         SD2 weights predict eps or v is not in them, so name `sd2-v` for those. Raises CheckpointError or ConfigError.
         """
-        config = resolve_config(config)
-        config, states = checkpoint.load(Path(path), config, progress=progress)
+        found, states = checkpoint.load(Path(path), resolve_config(config), progress=progress)
         dtype = optimise.WEIGHT_DTYPES[optimisations.precision]
-        networks = {
+        networks: dict[str, Any] = {
             name: checkpoint.materialise(factory, states.pop(name), torch.device(device), dtype)
-            for name, factory in checkpoint.factories(config).items()
+            for name, factory in checkpoint.factories(found).items()
         }
-        return cls(config, device=device, optimisations=optimisations, **networks)
+        return cls(found, device=device, optimisations=optimisations, **networks)
 
     @classmethod
-    def tiny(cls, device="cpu", optimisations: Optimisations = Optimisations()) -> StableDiffusion:
+    def tiny(
+        cls, device: torch.device | str = "cpu", optimisations: Optimisations = Optimisations()
+    ) -> StableDiffusion:
         """The embedded model: 64x64 pictures of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
         return cls.from_checkpoint(WEIGHTS, "tiny", device, optimisations, progress=False)
 
@@ -98,18 +101,18 @@ class StableDiffusion:
         cls,
         config: ModelConfig | str = "sd2",
         seed: int = 0,
-        device="cpu",
+        device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
     ) -> StableDiffusion:
         """A model of full size with seeded random weights: for measuring speed, which needs no trained ones."""
-        config = resolve_config(config)
+        wanted = resolve_config(config) or preset("sd2")
         device = torch.device(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             # Made where they will live if torch can; elsewhere on the CPU and moved by `optimise`.
             with device if has("device_context") else nullcontext():
-                networks = UNet(config.unet), Autoencoder(config.autoencoder), TextEncoder(config.text)
-        return cls(config, *networks, device, optimisations)
+                networks = UNet(wanted.unet), Autoencoder(wanted.autoencoder), TextEncoder(wanted.text)
+        return cls(wanted, *networks, device, optimisations)
 
     def optimise(self, optimisations: Optimisations) -> None:
         """Run from now on as `optimisations` says, over the same weights. Raises Unavailable when that cannot run here."""
@@ -127,20 +130,20 @@ class StableDiffusion:
             torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]):
+    def encode_prompts(self, prompts: list[str]) -> Any:
         """Prompts -> context of the UNet [B, 77, C], in the dtype of the computation."""
         tokens = tokenize(prompts, self.config.text.kind).to(self.device)
         with self.optimisations.autocast(self.device):
             return self.text_encoder(tokens)
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> Any:
         """latents [B, 4, h, w] as the sampler leaves them -> [B, 3, 8h, 8w] float32, in about [-1, 1]."""
         with self.optimisations.autocast(self.device):
             return self._calls.decode(latents / self.config.scale_factor)
 
     @torch.no_grad()
-    def encode(self, images, noise=None):
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
         """images [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8] float32, scaled for the UNet.
 
         The mean of the posterior, or a sample of it when `noise`, shaped like the latents, is given.
@@ -161,11 +164,11 @@ class StableDiffusion:
         batch: int = 1,
         height: int | None = None,
         width: int | None = None,
-        latents=None,
+        latents: torch.Tensor | None = None,
         negative_prompt: str | list[str] = "",
         eta: float = 0.0,
-        rng="per-image",
-        progress=None,
+        rng: Any = "per-image",
+        progress: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Pictures of the prompts, `batch` of each.
 
@@ -196,7 +199,7 @@ class StableDiffusion:
     def img2img(
         self,
         prompt: str | list[str],
-        image,
+        image: torch.Tensor,
         strength: float = 0.8,
         steps: int = 50,
         scale: float = 9.0,
@@ -204,8 +207,8 @@ class StableDiffusion:
         batch: int = 1,
         negative_prompt: str | list[str] = "",
         eta: float = 0.0,
-        rng="per-image",
-        progress=None,
+        rng: Any = "per-image",
+        progress: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Pictures that start from `image` [3, H, W] in [-1, 1], noised as far as `strength` in [0, 1] says, by DDIM.
 
@@ -248,11 +251,11 @@ class StableDiffusion:
         factor = self.config.autoencoder.downsampling
         return batch, self.config.unet.in_channels, height // factor, width // factor
 
-    def _contexts(self, prompts, negatives, scale: float):
+    def _contexts(self, prompts: list[str], negatives: list[str], scale: float) -> tuple[Any, Any]:
         """(of the prompts, of the negative prompts or None without guidance), each [B, 77, C]."""
         return self.encode_prompts(prompts), self.encode_prompts(negatives) if scale != 1.0 else None
 
-    def _sample(self, plan, x, contexts, scale: float, noise, progress):
+    def _sample(self, plan: Plan, x: Any, contexts: tuple[Any, Any], scale: float, noise: Any, progress: Any) -> Any:
         """x_T -> x_0 by a plan, with what is constant over the run computed before it."""
         how = self.optimisations
         denoise = Denoiser(self._calls.unet_of_run(), *contexts, scale, self.config.parameterization)
@@ -264,19 +267,29 @@ class StableDiffusion:
         x = x.contiguous(memory_format=how.memory_format())
         return self._calls.sample(plan, denoise, x, plan.noises(noise, x), progress or _nothing)
 
-    def _sample_as_original(self, sampler: str, timesteps, x, contexts, scale: float, noise, eta: float, progress):
+    def _sample_as_original(
+        self,
+        sampler: str,
+        timesteps: Any,
+        x: Any,
+        contexts: tuple[Any, Any],
+        scale: float,
+        noise: Any,
+        eta: float,
+        progress: Any,
+    ) -> Any:
         """x_T -> x_0 by the first code's own steps, each of which does all of its work again."""
         denoise = original.OriginalDenoiser(self._calls.unet, *contexts, scale, self.config.parameterization)
         return original.run(
             sampler, denoise, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=progress or _nothing
         )
 
-    def _given_latents(self, latents, shape):
+    def _given_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         if tuple(latents.shape) != shape:
             raise ConfigError(f"latents of shape {tuple(latents.shape)} were given where {shape} are needed")
         return latents.to(device=self.device, dtype=torch.float32)
 
-    def _finish(self, x, clock: _StageClock, unet_calls: int) -> Result:
+    def _finish(self, x: torch.Tensor, clock: _StageClock, unet_calls: int) -> Result:
         with clock.stage("vae"):
             pixels = self.decode(x)
             good = torch.isfinite(pixels).flatten(1).all(dim=1)
@@ -293,7 +306,7 @@ class StableDiffusion:
         return Result(images, x.contiguous(), clock.seconds(), unet_calls)
 
 
-def resolve_config(config) -> ModelConfig | None:
+def resolve_config(config: ModelConfig | str | Path | None) -> ModelConfig | None:
     """A preset's name, a path of a YAML file, a ModelConfig or None -> ModelConfig or None."""
     if config is None or isinstance(config, ModelConfig):
         return config
@@ -304,7 +317,7 @@ def resolve_config(config) -> ModelConfig | None:
     return preset(str(config))
 
 
-def _prompts(prompt, negative_prompt, batch: int) -> tuple[list[str], list[str]]:
+def _prompts(prompt: str | list[str], negative_prompt: str | list[str], batch: int) -> tuple[list[str], list[str]]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or batch < 1:
         raise ConfigError("at least one prompt and a batch of at least 1")
@@ -326,9 +339,9 @@ class _StageClock:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks = {}
+        self.marks: dict[str, tuple[Any, Any]] = {}
 
-    def _now(self):
+    def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -336,7 +349,7 @@ class _StageClock:
         return event
 
     @contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str) -> Iterator[None]:
         start = self._now()
         yield
         self.marks[name] = (start, self._now())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from sd.compile import INDUCTOR_OPTIONS, MODES
 from sd.errors import ConfigError
@@ -36,7 +39,7 @@ TECHNIQUES: dict[str, dict[str, object]] = {
 }
 
 
-def parse(text: str, device) -> Optimisations:
+def parse(text: str, device: torch.device | str) -> Optimisations:
     """`fast`, `none`, `original`, names of TECHNIQUES with commas between, or a preset and then such names.
 
     A scope or an option of the compiler brings mode `default` where none is chosen. Raises ConfigError for unknown
@@ -49,7 +52,7 @@ def parse(text: str, device) -> Optimisations:
         base = {"none": Optimisations.none, "original": Optimisations.original}.get(
             preset, lambda: Optimisations.fast(device)
         )()
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     for name in names:
         if name not in TECHNIQUES:
             raise ConfigError(

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 from pathlib import Path
 
-START, END = 49406, 49407
+END = 49407
 
 
 @functools.cache

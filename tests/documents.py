@@ -106,8 +106,6 @@ def copy_of_the_repository(folder: Path) -> Path:
             shutil.copytree(ROOT / name, folder / name)
         else:
             shutil.copy2(ROOT / name, folder / name)
-    # The documented environment has no `peers`, whose measurements take their time wherever they can be made.
-    (folder / "diffusers.py").write_text("raise ModuleNotFoundError('the extra `peers` is not installed')\n")
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, module in {"python": "", **PROGRAMS}.items():

@@ -67,6 +67,7 @@ class _Launch:
     def __init__(self, machine: Machine, interpreter):
         self.machine, self.base = machine, interpreter.source != ROOT
         self.configuration = None
+        self.factor = 1.0  # of this process alone
 
     def __enter__(self):
         return self
@@ -78,7 +79,7 @@ class _Launch:
         """The answer that perf.worker would give."""
         return getattr(self, "_" + operation)(**arguments)
 
-    def _probe(self, device, clock, threads):
+    def _probe(self, device, clock, threads, optimise):
         return {"uuid": None, "matmul_flops_per_second": {"float32": 1e11}}
 
     def _load(self, configuration, device, clock, threads, slowdown=0.0):
@@ -104,7 +105,7 @@ class _Launch:
         if machine.interrupt_after is not None and machine.rounds > machine.interrupt_after:
             raise KeyboardInterrupt
         factor = machine.base_slow if self.base else machine.slow.get(configuration.id, 1.0) * (1 + self.slowdown)
-        seconds = 0.2 * machine.offset * factor * machine.draw.lognormvariate(0, machine.noise)
+        seconds = 0.2 * machine.offset * self.factor * factor * machine.draw.lognormvariate(0, machine.noise)
         anchor = 0.01 * machine.offset * (1 + machine.drift * (machine.rounds > 8))
         wrong = configuration.id in machine.wrong
         cold = configuration.compile != "none" and configuration.id not in machine.compiled

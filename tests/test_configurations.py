@@ -198,3 +198,14 @@ def test_needs_no_torch(module):
         [sys.executable, "-c", code], env=Interpreter().variables(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_inductors_options_are_those_of_sd_and_keep_the_mode():
+    from perf.configurations import INDUCTOR_OPTIONS
+    from perf.engines import optimisations
+    from sd import compile
+
+    assert tuple(compile.INDUCTOR_OPTIONS) == INDUCTOR_OPTIONS
+    for one, expected in zip(SETS["inductor"], ((), *((name,) for name in INDUCTOR_OPTIONS))):
+        chosen = optimisations(one, "cpu")
+        assert (chosen.compile, chosen.inductor) == ("max-autotune-no-cudagraphs", expected), one.id

@@ -87,8 +87,29 @@ def test_a_damaged_state_is_refused_by_name(tmp_path, steps):
 def test_every_set_that_is_named_exists():
     from perf.configurations import SETS
 
-    named = [step.arguments[step.arguments.index("-m") + 1] for step in gpu_run.STEPS]
+    named = [step.arguments[step.arguments.index("-m") + 1] for step in gpu_run.STEPS if "-m" in step.arguments]
     assert set(named) <= {*SETS, "gpu"}
+    assert {"published", "ladder", "peers"} <= set(named)
+
+
+def test_another_model_takes_the_place_of_a_steps_own(tmp_path, steps, monkeypatch):
+    """With two of them `pytest perf` would cross both."""
+    seen = []
+
+    class Process:
+        def __init__(self, command, **_):
+            seen.append([command[n + 1] for n, one in enumerate(command) if one == "--model"])
+
+        def wait(self, timeout):
+            return 0
+
+    monkeypatch.setattr(gpu_run.subprocess, "Popen", Process)
+    steps(*gpu_run.STEPS)
+    assert _run(tmp_path / "a", "--model", "tiny") == 0
+    assert seen == [[]] + [["tiny"]] * (len(gpu_run.STEPS) - 1)
+    seen.clear()
+    assert _run(tmp_path / "b") == 0
+    assert ["sd2-v"] in seen and ["sd2"] in seen and [] in seen
 
 
 def test_unknown_commands_exit_with_our_usage_error(capsys):

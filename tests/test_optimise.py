@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting import Counting, needs_counting, needs_fused_attention
+from counting import Counting, needs_counting
 from models import relative_error
 
 from sd import Optimisations, StableDiffusion
@@ -101,69 +101,6 @@ def test_fused_weights_are_shared_and_stay_out_of_checkpoints(model):
     assert not [key for key in model.unet.state_dict() if "fused" in key]
     model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
     assert block.attn1.fused is None
-
-
-@needs_counting
-class TestCounts:
-    """Exact, and so free of noise: ops of one UNet call against the plain code's."""
-
-    @staticmethod
-    def _products(counting):
-        return sum(counting.ops[name] for name in ("mm", "addmm", "bmm", "baddbmm"))
-
-    @pytest.fixture
-    def plain(self, model):
-        return _count(model)
-
-    @pytest.mark.parametrize(
-        "name, saved",
-        [
-            ("fused_qkv", lambda blocks, res_blocks: 2 * blocks),  # three products become one
-            ("fused_kv", lambda blocks, res_blocks: blocks),
-            ("cache_context_kv", lambda blocks, res_blocks: 2 * blocks),
-            ("cache_time_embeddings", lambda blocks, res_blocks: 2 + res_blocks),
-        ],
-    )
-    def test_products_saved(self, model, plain, name, saved):
-        unet = model.unet
-        expected = saved(len(unet.transformer_blocks()), len(unet.res_blocks))
-        counting = _count(model, **{name: True})
-        assert self._products(plain) - self._products(counting) == expected
-        assert plain.total - counting.total >= expected
-        assert counting.bytes < plain.bytes
-
-    def test_time_embeddings_leave_no_table_to_make(self, model, plain):
-        assert plain.made == 1  # the frequencies
-        assert _count(model, cache_time_embeddings=True).made == 0
-
-    @needs_fused_attention
-    def test_together_they_save_a_fifth_of_the_ops(self, model, plain):
-        fields = {**EXACT["all"], "fused_kv": False}
-        together = _count(model, **fields)
-        assert together.total <= 0.8 * plain.total
-        assert together.bytes <= 0.92 * plain.bytes
-
-    @needs_fused_attention
-    def test_original_moves_more(self, model, plain):
-        model.optimise(Optimisations(attention="original", original_steps=True))
-        counting = Counting()
-        _call(model, counting)
-        assert counting.bytes > 1.5 * plain.bytes
-
-
-@needs_fused_attention
-@pytest.mark.parametrize("name", ["channels_last", "all"])
-def test_channels_last_copies_no_layout(model, name):
-    """Every convolution takes and holds NHWC, every linear layer takes tokens as they lie, and nothing is rearranged."""
-    counting = _count(model, **EXACT[name])
-    assert counting.copies == 0
-    convolutions = [arguments for op, arguments, _ in counting.calls if op == "convolution"]
-    assert len(convolutions) > 20
-    for x, weight, *_ in convolutions:
-        assert x.is_contiguous(memory_format=torch.channels_last)
-        assert weight.is_contiguous(memory_format=torch.channels_last)
-    linears = [arguments for op, arguments, _ in counting.calls if op in ("mm", "addmm")]
-    assert all(argument.is_contiguous() for arguments in linears for argument in arguments[-2:-1])
 
 
 @needs_counting

@@ -158,7 +158,12 @@ def settings(inner):
         ("cpu", ["--perf-inprocess", "--perf-launches=3", "--perf-rounds=4"], {"launches": 3, "rounds": 4}),
         ("cuda", ["--benchmark-disable"], {"launches": 1, "rounds": 1, "isolated": False}),
         ("cpu", ["--benchmark-disable", "--benchmark-enable"], {"launches": 6, "isolated": True}),
-        ("cpu", ["--perf-aa"], {"aa": True, "variant": "aa"}),
+        (
+            "cpu",
+            ["--perf-aa"],
+            {"aa": True, "variant": "aa", "launches": 10, "rounds": 8, "side_by_side": True},
+        ),
+        ("cuda", ["--perf-aa"], {"launches": 10, "rounds": 2, "side_by_side": False}),
         ("cpu", ["--perf-resume"], {"resume": True}),
         ("cpu", ["--perf-inject-slowdown=0.05"], {"slowdown": 0.05}),
     ],

@@ -8,7 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from inner_session import ORIGINAL, SDPA, TWO, fill_disk_for, inner_fixture, machine_fixture  # noqa: F401
+from inner_session import ONE, ORIGINAL, SDPA, TWO, fill_disk_for, inner_fixture, machine_fixture  # noqa: F401
 
 from perf import saved_run
 from perf.launcher import Interpreter
@@ -257,6 +257,18 @@ def test_what_is_missing_and_what_is_new_is_listed(inner):
     inner.store(1)
     assert inner.run("--benchmark-compare", what=("--attention=mha", "--steps=2")).ret == 0
     inner.says(f"not measured, though the baseline has it: {SDPA}", "new, without a baseline: tiny-mha-plms2-b1")
+
+
+def test_what_is_missing_fails_a_strict_run(inner):
+    """It may be missing because it cannot run any more; a run that -k narrowed misses the rest on purpose."""
+    both = ("--attention=mha", *ONE)
+    inner.store(STORED, what=both)
+    inner.machine.refused = {"tiny-mha-plms2-b1": ("unavailable", "not here")}
+    assert inner.run("--benchmark-compare", "--perf-strict", what=both, launches=6).ret == ExitCode.FAILED
+    inner.says("not measured, though the baseline has it: tiny-mha-plms2-b1")
+    assert inner.run("--benchmark-compare", what=both, launches=6).ret == 0
+    inner.machine.refused = {}
+    assert inner.run("--benchmark-compare", "--perf-strict", "-k", "sdpa", what=both, launches=6).ret == 0, inner.output
 
 
 # --- compare-fail

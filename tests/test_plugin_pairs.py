@@ -14,7 +14,7 @@ from perf.verdicts import ExitCode
 
 
 def test_aa_saves_the_noise_and_the_next_comparison_uses_it(inner):
-    inner.machine.noise = 0.03
+    inner.machine.noise = 0.1
     inner.run("--perf-aa", launches=6, what=TWO)
     document = inner.last()
     assert inner.saved()[-1].name.endswith("_aa.json")
@@ -40,8 +40,9 @@ def test_aa_that_cries_wolf_is_noise_and_no_regression(inner, monkeypatch):
     ask, calls = Machine.__call__, iter(range(1000))
 
     def second_label_is_faster(machine, interpreter):
-        machine.offset = 1.0 if next(calls) % 4 in (2, 1) else 0.9
-        return ask(machine, interpreter)
+        launch = ask(machine, interpreter)
+        launch.factor = 1.0 if next(calls) % 4 in (2, 1) else 0.9
+        return launch
 
     monkeypatch.setattr(Machine, "__call__", second_label_is_faster)
     result = inner.run("--perf-aa", launches=6)
@@ -82,7 +83,7 @@ def test_against_the_same_commit(inner, other_commit):
 
 
 def test_against_doubles_what_is_undecided(inner, other_commit):
-    inner.machine.base_slow, inner.machine.noise = 1 / 1.015, 0.02
+    inner.machine.base_slow, inner.machine.noise = 1 / 1.015, 0.06
     inner.run("--perf-against=v1", launches=6)
     inner.says("perf: undecided after 6 launches, doubling them")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import random
 from dataclasses import dataclass
@@ -139,6 +140,52 @@ def test_turns_are_mirrored_every_other_launch():
     assert bench.turns == [(0, a), (0, b), (0, c), (1, c), (1, b), (1, a), (2, a), (2, b), (2, c)]
     assert [len(measurements.by_name[name].rounds()) for name in (a, b, c)] == [6, 6, 6]
     assert measurements.counts() == (0, 18)
+
+
+def test_side_by_side_the_variants_of_a_configuration_take_turns_round_by_round():
+    slots = (Slot(A), Slot(A, "aa"), Slot(B), Slot(B, "aa"))
+    bench = Bench(Plan(slots, launches=2, rounds=3, side_by_side=True))
+    alive = []
+    opened = bench.open
+
+    @contextlib.contextmanager
+    def counting(slot):
+        alive.append(slot.name)
+        with opened(slot) as worker:
+            yield worker
+        alive.remove(slot.name)
+
+    bench.open = counting
+    asked = []
+    bench.watch = lambda pid: contextlib.nullcontext(SimpleNamespace(telemetry=None, invalid=None))
+    bench.write = lambda event, content, keep=bench.write: (
+        asked.append((sorted(alive), content)),
+        keep(event, content),
+    )
+    measurements = bench.run()
+    a, aa, b, bb = (slot.name for slot in slots)
+    assert bench.turns == [(0, a), (0, aa), (0, b), (0, bb), (1, bb), (1, b), (1, aa), (1, a)]
+    timed = [
+        name for name, launch, seed in bench.asked if launch == 0 and seed < protocol.ROUND_APART * protocol.WARM_UP
+    ]
+    assert timed == [aa, a, a, aa, aa, a, bb, b, b, bb, bb, b]
+    seeds_of_a = [seed for name, launch, seed in bench.asked if (name, launch) == (a, 0)]
+    assert seeds_of_a[1:] == seeds(3)
+    assert all(set(names) <= {a, aa} or set(names) <= {b, bb} for names, _ in asked)
+    assert alive == []
+    assert [len(measurements.by_name[slot.name].rounds()) for slot in slots] == [6] * 4
+
+
+@pytest.mark.parametrize("operation", ["load", "round"])
+def test_side_by_side_a_failure_leaves_the_other_one(operation):
+    slots = (Slot(A), Slot(A, "base"))
+    bench = Bench(
+        Plan(slots, launches=2, rounds=3, side_by_side=True), errors={(f"{A.id}@base", 0): (operation, "died")}
+    )
+    measurements = bench.run()
+    assert measurements.by_name[f"{A.id}@base"].failure == ("died", "so the test says")
+    assert len(measurements.by_name[A.id].rounds()) == 6
+    assert len(Bench(bench.plan, events=bench.events).run().by_name[f"{A.id}@base"].rounds()) == 6
 
 
 def test_a_launch_is_a_load_a_warm_up_and_rounds_with_latents_of_their_own():
@@ -314,6 +361,7 @@ def _cases():
         "plain": (plan, {"noise": 0.01}, {}),
         "invalid rounds": (plan, {"noise": 0.01}, bad),
         "a wrong picture": (plan, wrong(WRONG["constant"], seed=1001), {}),
+        "side by side": (dataclasses.replace(plan, side_by_side=True), {"noise": 0.01}, bad),
         "unavailable": (plan, {"at": [{"op": "load", "id": B.id, "do": "error", "kind": "unavailable"}]}, {}),
     }
 

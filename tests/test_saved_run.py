@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved_runs import DOCUMENT, GOLDEN, IDS, INFO, RUNS, parsed, put

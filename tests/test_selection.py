@@ -38,6 +38,29 @@ def test_nothing_named_is_the_set_that_suits_a_cpu(chosen):
     assert chosen() == ids("smoke") == chosen("--device=cpu")
 
 
+@pytest.mark.parametrize(
+    "arguments, there",
+    [
+        ((), False),
+        (("--benchmark-disable",), True),  # it is called once, and not measured
+        (("test_long.py",), True),
+        (("test_long.py::test_long",), True),
+        (("-m", "slow"), True),
+        (("-m", "smoke"), False),
+    ],
+)
+def test_a_long_benchmark_of_another_kind_is_for_who_names_it(inner, arguments, there):
+    long = "import pytest\n\n\n@pytest.mark.slow\ndef test_long(benchmark): benchmark(int)\n"
+    inner.pytester.makepyfile(
+        test_long=long, test_tests="import pytest\n\n\n@pytest.mark.slow\ndef test_slow(): pass\n"
+    )
+    inner.pytester.makeini("[pytest]\nmarkers = slow\n")
+    result = inner.pytester.runpytest_inprocess("--collect-only", "-q", "-p", "no:xdist", *arguments)
+    assert ("test_long.py::test_long" in result.outlines) == there, result.stdout.str()
+    if not arguments:
+        assert "test_tests.py::test_slow" in result.outlines  # which is no benchmark
+
+
 def test_nothing_named_is_the_set_that_suits_a_gpu(chosen):
     assert sorted(chosen("--device=cuda")) == sorted(ids("batches"))
 

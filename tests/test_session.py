@@ -134,6 +134,13 @@ def test_nothing_can_be_measured_without_a_probe(fake, tmp_path):
         measure(tmp_path)
 
 
+def test_the_probe_is_asked_for_the_techniques_of_ours(fake, tmp_path):
+    """What no configuration can have is refused before anything is measured (tests/test_worker.py has the answer)."""
+    fake(at=[{"op": "probe", "do": "error", "kind": "usage", "message": "optimise 'fsat': choose a preset"}])
+    with pytest.raises(SessionError, match=r"^nothing can be measured: optimise 'fsat': choose a preset$"):
+        measure(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["unavailable", "out_of_memory"])
 def test_one_that_cannot_run_leaves_the_others(fake, tmp_path, kind):
     fake(at=[{"op": "load", "id": B.id, "do": "error", "kind": kind, "message": "not here"}])

@@ -9,6 +9,8 @@ import statistics
 import time
 
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved_runs import STACK

@@ -9,8 +9,9 @@ from models import relative_error, seeded
 from sd import checkpoint, layouts
 from sd.config import TextConfig, preset
 from sd.text_encoder import TextEncoder
-from sd.tokenizer import END, START, tokenize
+from sd.tokenizer import END, tokenize
 
+START = 49406  # <|startoftext|> of the vocabulary
 SMALL = {kind: TextConfig(kind, width=128, layers=3, vocab_size=49408) for kind in ("clip", "openclip")}
 PROMPTS = ["", "A photo", "a  RED café, très joli &amp; 漢字", "word " * 200]
 

@@ -123,6 +123,13 @@ def test_what_cannot_run_here_is_unavailable_and_says_why():
         assert error(Worker(), op="probe", device="cuda", clock="wall", threads=None)[0] == "unavailable"
 
 
+def test_techniques_that_are_none_are_refused_by_the_probe():
+    probe = {"op": "probe", "device": "cpu", "clock": "cpu", "threads": 1}
+    kind, message = error(Worker(), **probe, optimise=["fsat"])
+    assert kind == "usage" and "optimise 'fsat': choose a preset" in message
+    assert "ok" in Worker().handle({**probe, "optimise": ["fast", "channels_last,fused_qkv"]})
+
+
 def test_a_file_that_is_no_checkpoint_is_described(tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"not a checkpoint")

@@ -71,6 +71,7 @@ def all_charts(results: Sequence[Result], current: Sequence[Result]) -> list[Cha
         *breakdown.compile_charts(current),
         *breakdown.energy_charts(current),
         *breakdown.kernel_charts(current),
+        *history.comparison_charts(results),
         *history.history_charts(results),
     ]
     return _with_names_of_their_own(made)

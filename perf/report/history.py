@@ -1,4 +1,4 @@
-"""The trend of each configuration over stored sessions, with verdicts and what changed between sessions."""
+"""Against what there was before: each session's ratios with their verdicts, and the trend over stored sessions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from perf.report.charts import Chart, Point, Series, groups, unit
-from perf.report.results import Result
+from perf.report.results import Result, newest
 from perf.report.text import file_name
 
 WATCHED = (
@@ -46,6 +46,48 @@ def history_charts(results: Sequence[Result]) -> list[Chart]:
                 scale="time",
                 zero=False,
                 marks=changes(members),
+            )
+        )
+    return charts
+
+
+def comparison_charts(results: Sequence[Result]) -> list[Chart]:
+    """By how much each configuration differs from what it was compared with: another commit, itself, stored sessions.
+
+    Each configuration's last one, in a chart a session and reference, with the margin's bounds; ratios without an
+    interval are left out.
+    """
+    charts = []
+    compared = [one for one in results if one.benchmark.decision and one.benchmark.decision.ratio]
+    compared = newest(one for one in compared if one.benchmark.decision.ratio.bounded)
+
+    def key(one: Result) -> tuple:
+        return one.session.identity, one.session.name, one.benchmark.decision.against, one.benchmark.decision.margin
+
+    for (_, name, against, margin), members in groups(compared, key).items():
+        first = members[0]
+        series, one_model = [], len({one.model for one in members}) == 1
+        for one in members:
+            decision = one.benchmark.decision
+            label = one.id.removeprefix(f"{one.model}-") if one_model else one.id
+            ratio = decision.ratio
+            change, low, high = (100 * (bound - 1) for bound in (ratio.estimate, ratio.low, ratio.high))
+            point = Point(label, change, low, high, one.facets, str(decision), verdict=one.verdict)
+            series.append(Series(label, one.technique, (point,), "bar"))
+        against = against or "its baseline"
+        stem = f"comparison_{first.session.machine}_{name}_against_{against}"
+        bounds = ((f"margin {percent:+.1f} %", percent) for percent in (100 * margin, -100 * margin)) if margin else ()
+        charts.append(
+            Chart(
+                name=file_name(stem.replace(", ", "_").replace(" ", "_")),
+                section="Comparisons",
+                title=f"{first.session.machine}, {name}: against {against}",
+                summary=f"Change in time of {len(members)} configurations against {against}, with 95 % intervals.",
+                x_label="configuration",
+                y_label="change in time, %",
+                series=tuple(series),
+                zero=False,
+                levels=tuple(bounds),
             )
         )
     return charts

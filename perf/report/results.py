@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.configurations import PRESETS, usual_precision
+from perf.configurations import technique, usual_precision
 from perf.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 from perf.statistics import MIN_VALUES, Interval, sign_interval
 
@@ -249,25 +249,20 @@ def _result(session: Session, benchmark: SavedBenchmark, info) -> Result:
 
 def _technique(wanted, model: str, attention: str) -> str:
     """The way it is made, by which a configuration has its colour: `mha-mem_efficient-compile`."""
-    engine = wanted["engine"].optional_text() or "sd"
-    parts = [] if engine == "sd" else [engine]
-    optimise = wanted["optimise"].text() if wanted["optimise"].value else ""
-    preset = optimise.split(",")[0] in PRESETS
-    if not preset:
-        parts.append("original-xformers" if attention == "xformers" and engine == "sd" else attention)
-    if wanted["sdpa_kernels"].value is not None:
-        parts += [node.text() for node in wanted["sdpa_kernels"].items()]
-    if optimise:
-        parts.append(("preset-" if preset else "") + optimise.replace(",", "+"))
-    mode, scope = wanted["compile"].optional_text() or "none", wanted["compile_scope"].optional_text() or "unet"
-    if mode != "none":
-        parts.append("compile" if mode == "default" else f"compile-{mode}")
-        parts += [scope] if scope != "unet" else []
-    precision = wanted["precision"].optional_text() or usual_precision(model)
-    if precision != usual_precision(model):
-        parts.append(precision)
-    parts += [part for part in (wanted["device"].optional_text(), wanted["interpreter"].optional_text()) if part]
-    return "-".join(parts)
+    kernels = wanted["sdpa_kernels"]
+    values = {
+        "model": model,
+        "engine": wanted["engine"].optional_text() or "sd",
+        "attention": attention,
+        "sdpa_kernels": [node.text() for node in kernels.items()] if kernels.value is not None else [],
+        "optimise": wanted["optimise"].text() if wanted["optimise"].value else "",
+        "compile": wanted["compile"].optional_text() or "none",
+        "compile_scope": wanted["compile_scope"].optional_text() or "unet",
+        "precision": wanted["precision"].optional_text() or usual_precision(model),
+    }
+    engine = [] if values["engine"] == "sd" else [values["engine"]]
+    where = (wanted["device"].optional_text(), wanted["interpreter"].optional_text())
+    return "-".join([*engine, *technique(values), *filter(None, where)])
 
 
 def _numbers(node, keys: Iterable[str] | None = None) -> dict[str, float]:

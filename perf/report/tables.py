@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perf.report import text
-from perf.report.published import GPUS, SOURCE, PublishedTime, published
+from perf.report.published import GPUS, SOURCE, published
 from perf.report.results import Result, ranked
 
 USUAL_REFERENCE = {"sd2": "original-xformers", "sd1": "original"}  # the articles' own
@@ -168,23 +168,6 @@ def article_csv(tables: Sequence[Table]) -> str:
                 improvement = None if cell.improvement_percent is None else round(cell.improvement_percent, 2)
                 writer.writerow([text.csv_cell(value) for value in [*values, improvement]])
     return out.getvalue()
-
-
-def printed_differences() -> list[tuple[PublishedTime, float]]:
-    """Published cells whose printed improvement is not that of their printed runtimes, with ours, where 1 point or more.
-
-    The articles computed them from unrounded runtimes, so that most differ a little.
-    """
-    found = []
-    for cell in published():
-        same = [one for one in published() if (one.model, one.gpu, one.batch) == (cell.model, cell.gpu, cell.batch)]
-        base = next(one for one in same if one.technique == USUAL_REFERENCE[cell.model])
-        if cell.seconds is None or base.seconds is None or cell.improvement_percent is None:
-            continue
-        ours = 100 * (1 - cell.seconds / base.seconds)
-        if abs(ours - cell.improvement_percent) >= 1:
-            found.append((cell, ours))
-    return found
 
 
 COLUMNS = ("configuration", "machine", "torch", "s/image", "interval of s/image", "images/s", "speed-up", "peak memory")

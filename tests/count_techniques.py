@@ -1,0 +1,109 @@
+"""What each technique asks of PyTorch in one UNet call, counted exactly: `python tests/count_techniques.py` prints the table,
+and with `--compiled`, after minutes, what torch.compile's code generator makes of some of its rows.
+
+Of the embedded model and of SD2's topology at a fifth of its width (34 M parameters), guidance's batch of 2, fp32, eager.
+Counts have no noise, so that docs/optimisations.md holds the table and tests/test_counts.py holds it to the code.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from counting import Counting
+
+from perf.test_peers import CASES
+from sd.attention import DEFAULT_ATTENTION
+from sd.autoencoder import Autoencoder
+from sd.config import preset
+from sd.optimise import Optimisations, apply
+from sd.text_encoder import TextEncoder
+from sd.unet import UNet
+
+CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
+ROWS = {
+    "original": {"attention": "original", "original_steps": True},
+    "none": {},
+    "channels_last": {"channels_last": True},
+    "fused_qkv": {"fused_qkv": True},
+    "fused_kv": {"fused_kv": True},
+    "cache_context_kv": {"cache_context_kv": True},
+    "cache_time_embeddings": {"cache_time_embeddings": True},
+    "all of them": {"channels_last": True, "fused_qkv": True, **CACHES},
+}
+
+
+class Case:
+    """A UNet with seeded weights, and its inputs."""
+
+    def __init__(self, name: str):
+        config, size = CASES[name]
+        torch.manual_seed(0)
+        self.unet = UNet(config).eval().requires_grad_(False)
+        # `apply` takes all three networks; these two are not called.
+        self.others = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)
+        self.x, self.timesteps = torch.randn(2, 4, size, size), torch.full((2,), 501.0)
+        self.context = torch.randn(2, 77, config.context_dim)
+
+    @torch.no_grad()
+    def call(self, counting: Counting | None = None, **fields):
+        """The output of one UNet call as the sampling loop makes it under these optimisations."""
+        how = Optimisations(**{"attention": DEFAULT_ATTENTION, **fields})
+        apply(self.unet, *self.others, torch.device("cpu"), how)
+        x, times, context = self.x.contiguous(memory_format=how.memory_format()), self.timesteps, self.context
+        if how.cache_context_kv:
+            context = self.unet.project_context(context)
+        if how.cache_time_embeddings:
+            times = self.unet.time_table(times[:1])
+        if counting is None:
+            return self.unet(x, times, context)
+        with counting:
+            return self.unet(x, times, context)
+
+    def count(self, **fields) -> Counting:
+        """What such a call consists of."""
+        counting = Counting()
+        self.call(counting, **fields)
+        return counting
+
+
+def table() -> list[str]:
+    """Lines of Markdown."""
+    heads = [f"{name}: {what}" for name in CASES for what in ("ops", "MB moved", "copies")]
+    lines = ["| " + " | ".join(["technique", *heads]) + " |", "|---" * (len(heads) + 1) + "|"]
+    cases = [Case(name) for name in CASES]
+    for row, fields in ROWS.items():
+        counts = [case.count(**fields) for case in cases]
+        cells = [cell for one in counts for cell in (str(one.total), f"{one.bytes / 1e6:.1f}", str(one.copies))]
+        lines.append("| " + " | ".join([f"`{row}`" if row != "all of them" else row, *cells]) + " |")
+    return lines
+
+
+def compiled_table() -> list[str]:
+    """Lines of Markdown: kernels of one compiled call - fused ones that are generated, and calls of libraries."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config, metrics
+
+    config.force_disable_caches = True  # what comes from a cache is not generated
+    lines = [
+        "| technique | " + " | ".join(f"{name}: kernels" for name in CASES) + " |",
+        "|---" * (len(CASES) + 1) + "|",
+    ]
+    cases = [Case(name) for name in CASES]
+    for row in ("none", "channels_last", "all of them"):
+        cells = []
+        for case in cases:
+            torch._dynamo.reset()
+            metrics.reset()
+            counters.clear()
+            case.call(compile="default", **ROWS[row])
+            breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+            fused, library = metrics.generated_kernel_count, counters["inductor"]["extern_calls"]
+            cells.append(f"{fused} fused, {library} of libraries, {graphs} graph, {breaks} breaks")
+        lines.append(f"| `{row}`, compiled | " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}")
+    print("\n".join(compiled_table() if "--compiled" in sys.argv else table()))
