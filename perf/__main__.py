@@ -33,7 +33,8 @@ def main(argv=None) -> int:
     """Run a command; returns its exit status (perf.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
-    version = importlib.import_module("sd").__version__  # by name: what reads saved runs has nothing to do with the model
+    # By name: what reads saved runs has nothing else to do with the model.
+    version = importlib.import_module("sd").__version__
     parser.add_argument("--version", action="version", version=f"sd-perf {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, add, _, summary) in COMMANDS.items():
