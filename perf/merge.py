@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
                 refused += 1
                 continue
             folder = args.output / storage_name(saved.machine)
-            known = folders[folder] if folder in folders else folders.setdefault(folder, _fingerprints(folder))
-            fingerprint = _fingerprint(document)
+            if folder not in folders:
+                folders[folder] = _fingerprints(folder)
+            known, fingerprint = folders[folder], _fingerprint(document)
             if fingerprint in known:
                 there += 1
                 continue
