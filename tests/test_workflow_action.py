@@ -6,11 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 
+import action
 import pytest
+from house import Refusal
 from workflow_runs import MAIN, ROOT, judged, session
 
-import action
-from house import Refusal
 from perf.verdicts import ExitCode
 
 INPUTS = ("SET", "MODEL", "CKPT", "CKPT_SHA256", "BATCH", "COMPARE", "ARGUMENTS", "STORAGE")

@@ -8,12 +8,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import promote
 import pytest
 import saved_runs
+from house import Refusal
 from workflow_runs import MAIN, REVIEWED, SCRIPTS, Runner, judged, left, session, stored
 
-import promote
-from house import Refusal
 from perf.verdicts import ExitCode
 
 
@@ -204,7 +204,11 @@ def clone(tmp_path) -> Path:
 def data(clone: Path, command: str, folder: str = "baselines", **more: str) -> subprocess.CompletedProcess:
     environment = {"PATH": os.environ["PATH"], "HOME": str(clone.parent), "GITHUB_SHA": MAIN, **more}
     return subprocess.run(
-        ["bash", str(SCRIPTS / "perf-data"), command, folder], cwd=clone, env=environment, capture_output=True, text=True
+        ["bash", str(SCRIPTS / "perf-data"), command, folder],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -12,13 +12,14 @@ from workflow_runs import MAIN, Runner
 
 from perf.verdicts import ExitCode
 
-WHAT = "--attention sdpa --compile none --steps 1 --perf-launches 2 --perf-rounds 2"
+WHAT = "--attention original --compile none --steps 1 --perf-launches 2 --perf-rounds 2"
 
 
 @pytest.mark.slow
-def test_from_the_event_to_the_comment(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-    runner = Runner(tmp_path, {"BASELINES": str(tmp_path / "baselines"), "DEVICE": "cpu", "SHA": MAIN})
+@pytest.mark.report
+def test_from_the_event_to_the_comment(tmp_path):
+    here = {"BASELINES": str(tmp_path / "baselines"), "DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "SHA": MAIN}
+    runner = Runner(tmp_path, here)
     assert runner.on_event("push", "push").returncode == 0
     assert runner.outputs["promote"] == "true"
 
@@ -59,7 +60,7 @@ def test_from_the_event_to_the_comment(tmp_path, monkeypatch):
     text = comment.read_text(encoding="utf-8")
     assert text.startswith("# perf: SLOWER\n")
     assert "| h200 | smoke | **slower** |" in text
-    assert "tiny-sdpa-plms1-b1 | **SLOWER**" in text
+    assert "tiny-original-plms1-b1 | **SLOWER**" in text
     assert (tmp_path / "publish" / "report" / "index.html").exists()
     assert runner.run("post.py", PULL_REQUEST="12", COMMENT=str(comment)).returncode == 0
     assert runner.log[-1].startswith("gh api --method POST repos/octo-org/sd-perf/issues/12/comments")

@@ -6,14 +6,14 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
-import saved_runs
-from workflow_runs import MAIN, REVIEWED, Runner, judged, left, session, stored
-
 import canary
 import measure
 import outcomes
+import pytest
+import saved_runs
 from house import Refusal
+from workflow_runs import MAIN, REVIEWED, Runner, judged, left, session, stored
+
 from perf.verdicts import ExitCode
 
 
@@ -82,7 +82,8 @@ def test_slower_and_could_not_measure_are_two_things(machine):
 
 
 @pytest.mark.parametrize(
-    "code, words", [(2, "interrupted"), (3, "in itself"), (4, "refused"), (5, "no configuration"), (137, "ended with 137")]
+    "code, words",
+    [(2, "interrupted"), (3, "in itself"), (4, "refused"), (5, "no configuration"), (137, "ended with 137")],
 )
 def test_every_other_end_of_pytest_is_could_not_measure(machine, code, words):
     machine.answers = [(code, None)]
@@ -190,7 +191,9 @@ def test_a_commit_without_a_common_one_could_not_measure(machine, monkeypatch):
     assert "no commit in common" in machine.outcome().reasons[0]
 
 
-@pytest.mark.parametrize("name, value", [("SETS", "published;id"), ("LABEL", "other"), ("SHA", "main"), ("BATCH", "$(id)")])
+@pytest.mark.parametrize(
+    "name, value", [("SETS", "published;id"), ("LABEL", "other"), ("SHA", "main"), ("BATCH", "$(id)")]
+)
 def test_what_the_resolving_job_would_not_write_is_refused(machine, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(Refusal):

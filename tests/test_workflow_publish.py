@@ -7,13 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
-from workflow_runs import MAIN, REVIEWED, Runner, judged, left, session, stored
-
 import outcomes
 import publish
+import pytest
 import words
 from house import Refusal
+from workflow_runs import MAIN, REVIEWED, Runner, judged, left, session, stored
+
 from perf.verdicts import ExitCode
 
 

@@ -10,18 +10,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import outcomes
 import saved_runs
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / ".ci" / "workflow"
 EVENTS = Path(__file__).parent / "events"
-sys.path.append(str(SCRIPTS))  # behind everything else: their names are short
-
-import outcomes  # noqa: E402
-
 REVIEWED = "0123456789abcdef0123456789abcdef01234567"
 MAIN = "a" * 40
 GPU = "NVIDIA H200, GPU-11111111-2222-3333-4444-555555555555, 580.95.05, Enabled, 34, 1980, 700.00"
+# How numbers are computed on this processor, and where packages are.
+PASSED_ON = ("OPENBLAS_", "OMP_", "MKL_", "LD_LIBRARY_PATH", "PYTHONPATH")
 PROGRAMS = {
     "nvidia-smi": """#!/bin/sh
 echo "nvidia-smi $*" >>"$FAKE_LOG"
@@ -62,6 +61,8 @@ class Runner:
         self.environment = {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.path),
+            "TMPDIR": str(self.path),  # the locks of devices are there
+            **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
             "FAKE_LOG": str(self.path / "log"),
             "FAKE_GPU": GPU,
             "FAKE_PERMISSION": "write",
@@ -156,7 +157,13 @@ def stored(folder: Path, count: int = 8, label: str = "h200", series: str = "pub
 
 
 def left(
-    artifacts: Path, made: dict | None, label: str = "h200", series: str = "published", code: int = 0, sha: str = MAIN, **more
+    artifacts: Path,
+    made: dict | None,
+    label: str = "h200",
+    series: str = "published",
+    code: int = 0,
+    sha: str = MAIN,
+    **more,
 ) -> Path:
     """What a machine left: its outcome, and its run if it has one. Returns the folder."""
     folder = artifacts / f"perf-{label}" / series

@@ -108,7 +108,7 @@ def run() -> int:
             if compare is None:  # what is compared never becomes what the next one is compared with
                 save_numbered(storage, given("GITHUB_SHA", "run")[:12], file.read_text(encoding="utf-8"))
     except BaselineError as error:
-        code, said, reason = code or 1, UNMEASURED, str(error)
+        code, said, reason = 1 if code in KINDS else code, UNMEASURED, str(error)
     finally:
         output("verdict", said)
         output("exit-code", str(code))

@@ -38,7 +38,11 @@ def pytest_perf(options: list[str], run: Path, storage: Path) -> int:
 def merge_base(reference: str) -> str:
     """The commit that this tree and another one have in common. Raises Refusal."""
     done = subprocess.run(
-        ["git", "merge-base", "--end-of-options", reference, "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "merge-base", "--end-of-options", reference, "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     found = done.stdout.strip()
     if done.returncode or not SHA.fullmatch(found):

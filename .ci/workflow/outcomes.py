@@ -102,12 +102,15 @@ def history(folder: Path, run: SavedRun) -> Choice:
 def examine(outcome: Outcome, folder: Path, baselines: Path | None) -> Outcome:
     """An outcome with what pytest's exit code does not say: a configuration that is stored and was not measured fails.
 
-    folder: where its run is, if it has one; baselines: its series, None for a run that is compared in itself. What contradicts the exit code is a failure too, whoever wrote it.
+    folder: where its run is, if it has one; baselines: its series, None for a run that is compared in itself. What
+    contradicts the exit code is a failure too, whoever wrote it.
     """
     reasons = list(outcome.reasons)
     path = folder / RUN
     if not path.is_file() or path.is_symlink():
-        return replace(outcome, has_run=False, exit_code=_at_least_failed(outcome), reasons=(*reasons, "it left no run"))
+        return replace(
+            outcome, has_run=False, exit_code=_at_least_failed(outcome), reasons=(*reasons, "it left no run")
+        )
     try:
         run = read(path)
         judgement = judge(run, history(baselines, run) if baselines else Choice(), margin=0.01)

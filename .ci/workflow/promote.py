@@ -114,7 +114,9 @@ def run() -> int:
             where = None if reason else store(one, session, folder)
         except BaselineError as error:
             reason, where = str(error).replace(f"{path}: ", ""), None
-        lines.append(f"{one.label} {one.series}: " + (f"promoted as {where.name}" if where else f"not promoted: {reason}"))
+        lines.append(
+            f"{one.label} {one.series}: " + (f"promoted as {where.name}" if where else f"not promoted: {reason}")
+        )
         pruned = prune(folder / one.series)
         lines += [f"{one.label} {one.series}: pruned {old.name}" for old in pruned]
     text = "\n".join(f"- {line}" for line in lines or ["nothing to promote"])

@@ -30,7 +30,9 @@ def text(found: Sequence[tuple[Outcome, Path | None]]) -> str:
     parts = [f"# perf: {TITLES[ranked[0][0].kind]}\n"]
     rows = [[markdown(one.label), markdown(one.series), f"**{one.kind}**", _why(one)] for one, _ in ranked]
     parts.append(markdown_table(["machine", "set", "outcome", "why"], rows, numeric_from=4))
-    commits = list(dict.fromkeys(one.sha[:12] + (f" against {one.against[:12]}" if one.against else "") for one, _ in ranked))
+    commits = list(
+        dict.fromkeys(one.sha[:12] + (f" against {one.against[:12]}" if one.against else "") for one, _ in ranked)
+    )
     parts.append(f"Commit {', '.join(commits)}.\n")
     for one, run in ranked:
         if run is not None:
