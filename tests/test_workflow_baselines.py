@@ -61,7 +61,7 @@ def shorten(made):
 
 
 REFUSED = {
-    "one configuration missing": (remove, "tiny-sdpa-b1 missing"),
+    "one configuration missing": (remove, "missing: tiny-sdpa-b1"),
     "a launch missing": (shorten, "not complete"),
     "an invalid round": (lambda made: made["perf"].update(invalid_rounds=1), "1 of 36 rounds were invalid"),
     "partial": (lambda made: made["perf"].update(partial="deselected 3"), "partial: deselected 3"),

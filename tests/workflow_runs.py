@@ -13,6 +13,8 @@ from pathlib import Path
 import outcomes
 import saved_runs
 
+from perf.storage import storage_name
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / ".ci" / "workflow"
 EVENTS = Path(__file__).parent / "events"
@@ -149,7 +151,7 @@ def judged(made: dict, verdict: str, reason: str = "beyond_margin", estimate: fl
 
 def stored(folder: Path, count: int = 8, label: str = "h200", series: str = "published") -> list[Path]:
     """Baselines of a machine: that many sessions of an unchanged tree."""
-    place = folder / label / series / "Synthetic-GPU_570.86_torch2.15.0-cu132"
+    place = folder / label / series / storage_name(saved_runs.STACK)
     place.mkdir(parents=True, exist_ok=True)
     return [
         saved_runs.store(place, session(number), number, f"{number:012x}_00000000") for number in range(1, count + 1)

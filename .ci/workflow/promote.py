@@ -32,7 +32,8 @@ def why_not(one: Outcome, run: SavedRun, baselines: Path) -> str | None:
     if run.why_no_candidate:
         return run.why_no_candidate
     if one.kind == UNMEASURED and one.series != AA:  # a noisy machine's A/A is kept: it is what holds the others back
-        return "; ".join(one.reasons) or one.kind
+        missing = [f"missing: {', '.join(one.missing)}"] if one.missing else []
+        return "; ".join([*one.reasons, *missing]) or one.kind
     if run.invalid_rounds:
         return f"{run.invalid_rounds} of {run.total_rounds} rounds were invalid"
     unequal = sorted({len(launch) for benchmark in run.benchmarks for launch in benchmark.launches})
