@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import action
@@ -124,6 +125,22 @@ def test_an_input_that_is_wrong_is_refused_before_anything_is_measured(step, inp
         step.run(**inputs)
     assert step.command is None
     assert step.outputs == {"verdict": "could not measure", "exit-code": "4", "run": ""}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("torch999", "peers"), "constraints/ has: torch112.txt"),
+        (("torch215;id", "peers"), "no pins"),
+        (("../torch215", "peers"), "no pins"),
+        (("torch215", "peers]; id"), "extras are names"),
+    ],
+)
+def test_pins_that_there_are_not_are_refused_before_anything_is_installed(arguments, words):
+    script = ROOT / ".ci" / "workflow" / "install"
+    done = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=20)
+    assert done.returncode == ExitCode.REFUSED
+    assert words in done.stdout
 
 
 def test_every_input_of_the_action_is_read_by_the_script():

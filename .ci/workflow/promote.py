@@ -36,10 +36,9 @@ def why_not(one: Outcome, run: SavedRun, baselines: Path) -> str | None:
         return "; ".join([*one.reasons, *missing]) or one.kind
     if run.invalid_rounds:
         return f"{run.invalid_rounds} of {run.total_rounds} rounds were invalid"
-    unequal = sorted({len(launch) for benchmark in run.benchmarks for launch in benchmark.launches})
-    counts = {len(benchmark.launches) for benchmark in run.benchmarks}
-    if not run.benchmarks or len(unequal) != 1 or len(counts) != 1:
-        return "it is not complete: configurations differ in their launches or rounds"
+    found = {(len(one.launches), len(rounds)) for one in run.benchmarks for rounds in one.launches}
+    if found != {_asked_for(run)}:
+        return "it is not complete: not every configuration has all its launches and rounds"
     if one.series == AA:
         return None
     stored = outcomes.history(baselines / one.series, run)
@@ -53,6 +52,12 @@ def why_not(one: Outcome, run: SavedRun, baselines: Path) -> str | None:
     if noise is not None and any(found.verdict is not Verdict.SAME for found in outcomes.decisions(noise)):
         return f"this machine's last session against itself, {noise.name}, did not come back SAME"
     return None
+
+
+def _asked_for(run: SavedRun) -> tuple[object, object]:
+    """(launches, rounds of each) that the session was to have."""
+    perf = load(run.path)["perf"]
+    return perf.get("launches"), perf.get("rounds")
 
 
 def found_in(artifacts: Path) -> Iterator[tuple[Outcome, Path]]:
