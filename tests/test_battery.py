@@ -9,6 +9,7 @@ import random
 import pytest
 
 from perf import battery
+from perf.launcher import ROOT
 from perf.statistics import MARGIN_FLOOR
 from perf.verdicts import Verdict
 
@@ -55,3 +56,16 @@ def test_goes_on_from_its_own_file_alone(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is no battery"):
             battery._earlier(path, header)
+
+
+def test_the_documents_say_what_the_stored_battery_says(capsys):
+    stored = json.loads((ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json").read_text(encoding="utf-8"))
+    assert battery.report(stored["sessions"], stored["slowdown"]) == 0
+    said = capsys.readouterr().out
+    assert "margin 1.00 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown found in 30 of 30" in said
+    assert "margin 1.46 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown found in 28 of 30" in said
+    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    assert "| 1 %, the least | 0 of 30 | 30 of 30 |" in text and "| 0 of 30 | 28 of 30 |" in text
+    verdicts = [battery.judge(session, 0.05, 0.01)[0].verdict.value for session in stored["sessions"]]
+    same, undecided = verdicts.count("SAME"), verdicts.count("INCONCLUSIVE")
+    assert same + undecided == 30 and f"the answer was SAME in {same} sessions and INCONCLUSIVE in {undecided}" in text
