@@ -12,7 +12,7 @@ from workflow_runs import MAIN, Runner
 
 from perf.verdicts import ExitCode
 
-WHAT = "--attention original --compile none --steps 1 --perf-launches 2 --perf-rounds 2"
+WHAT = "--attention original --compile none --steps 1 --perf-launches 1 --perf-rounds 2"
 
 
 @pytest.mark.slow

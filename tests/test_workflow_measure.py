@@ -320,3 +320,13 @@ def test_a_canary_that_could_not_measure_is_no_failure_of_the_gate(machine):
     first, second = (machine.outcome(series).reasons[0] for series in canary.TRIALS)
     assert first == "the command line or the baseline was refused"
     assert second.startswith("it left no run that can be read")
+
+
+def test_a_canary_on_a_machine_that_was_not_quiet_says_nothing_about_the_gate(machine):
+    made = judged(session(1), "INVALID", "anchor_drift")
+    made["perf"]["invalid"] = "anchor_drift 4.3 %, 3 % allowed"
+    machine.answers = [(1, made), (1, session(2))]
+    assert canary.run() == ExitCode.FAILED
+    first, second = (machine.outcome(series).reasons[0] for series in canary.TRIALS)
+    assert first == "could not measure: anchor_drift 4.3 %, 3 % allowed"
+    assert second == "could not measure: a picture was wrong, or a configuration could not be measured"

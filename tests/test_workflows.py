@@ -82,15 +82,27 @@ def test_the_audit_finds_nothing():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_the_audit_is_told_to_pass_over():
+    """Each with its reason beside it; another one is a decision to be made here."""
+    told = {name: re.findall(r"zizmor: ignore\[([a-z,-]+)\]", text) for name, text in TEXTS.items()}
+    assert {name: found for name, found in told.items() if found} == {
+        "perf": ["dangerous-triggers", "self-repository"],
+        "tests": ["self-repository"],
+    }
+
+
 def test_the_audit_finds_what_is_wrong(tmp_path):
     wrong = tmp_path / "wrong.yml"
-    wrong.write_text(TEXTS["perf"].replace("persist-credentials: false", "persist-credentials: true"))
+    wrong.write_text(TEXTS["perf"].replace("08c6903cd8c0fde910a37f88322edcfb5dd907a8", "v5"))
     done = run(tool("zizmor"), "--offline", "--no-progress", "--format", "json", str(wrong))
-    assert "artipacked" in {one["ident"] for one in json.loads(done.stdout)}
+    assert "unpinned-uses" in {one["ident"] for one in json.loads(done.stdout)}
 
 
 def test_actionlint_finds_nothing():
-    done = run(tool("actionlint"), "-no-color", "-config-file", ".github/actionlint.yaml", *map(str, WORKFLOWS))
+    # A fork of it, the one that comes as a wheel, wants a limit on a cache that nothing here uses.
+    less = ("-ignore", "no explicit cache access limit")
+    command = (tool("actionlint"), "-no-color", "-config-file", ".github/actionlint.yaml", *less)
+    done = run(*command, *map(str, WORKFLOWS))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -166,7 +178,7 @@ def uses(path: Path) -> list[str]:
 def test_rule_13_every_action_is_pinned_by_commit(path):
     for use in uses(path):
         if use.startswith("./"):
-            assert (ROOT / use).exists()
+            assert (ROOT / use.split()[0]).exists()
             continue
         action, _, pin = use.partition("@")
         assert PINS[action] == pin
@@ -237,7 +249,7 @@ def test_rule_6_one_measurement_a_gpu_and_none_is_cut_off(name):
 
 def test_rule_8_only_main_writes_baselines_and_not_where_it_is_measured():
     writers = [name for name, step in all_steps() if "perf-data push" in step.get("run", "")]
-    assert writers == ["perf/promote", "canary/promote"]
+    assert sorted(writers) == ["canary/promote", "perf/promote"]
     for name in writers:
         assert "github.ref == 'refs/heads/main'" in JOBS[name]["if"]
         assert JOBS[name]["concurrency"] == {"group": "perf-data", "cancel-in-progress": False}

@@ -125,6 +125,7 @@ def session(number: int = 1, slow: dict[str, float] | None = None, noise: float 
     made = saved_runs.document(number, slow, noise=noise)
     made["perf"].update(invalid_rounds=0, aa=None)
     for benchmark in made["benchmarks"]:
+        benchmark["extra_info"]["verdict"] = None
         launches = benchmark["extra_info"]["launches"]
         for launch in launches:
             launch["invalid"] = {}

@@ -39,9 +39,12 @@ def trial(series: str, out: Path) -> Outcome:
     if code not in (*outcomes.KINDS, ExitCode.FAILED):
         return _replaced(made, PYTEST_SAYS.get(code, f"pytest ended with {code}"), out / series)
     try:
-        verdicts = [one.verdict for one in outcomes.decisions(read(out / series / RUN))]
+        session = read(out / series / RUN)
+        verdicts = [one.verdict for one in outcomes.decisions(session)]
     except BaselineError as error:
         return _replaced(made, f"it left no run that can be read: {str(error).rpartition('/')[2]}", out / series)
+    if code == ExitCode.FAILED:  # a machine that was not quiet says nothing about the gate
+        return _replaced(made, f"could not measure: {session.invalid or PYTEST_SAYS[1]}", out / series)
     said = ", ".join(one.value for one in verdicts) or "no verdict"
     if code == right_code and verdicts and all(one is right for one in verdicts):
         return Outcome(made.label, series, made.sha, ExitCode.OK, (f"came back {said}, as it must",), has_run=True)
