@@ -18,6 +18,8 @@ WHAT = "--attention original --compile none --steps 1 --perf-launches 1 --perf-r
 @pytest.mark.slow
 @pytest.mark.report
 def test_from_the_event_to_the_comment(tmp_path):
+    for package in ("matplotlib", "plotly"):
+        pytest.importorskip(package, reason="the extra `report` is not installed")
     here = {"BASELINES": str(tmp_path / "baselines"), "DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "SHA": MAIN}
     runner = Runner(tmp_path, here)
     assert runner.on_event("push", "push").returncode == 0

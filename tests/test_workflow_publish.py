@@ -158,6 +158,8 @@ def test_a_comment_is_never_longer_than_github_takes(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.report
 def test_the_page_has_all_machines_and_no_session_twice(tmp_path):
+    for package in ("matplotlib", "plotly"):
+        pytest.importorskip(package, reason="the extra `report` is not installed")
     runner = Runner(tmp_path)
     stored(tmp_path / "baselines", 3)
     left(tmp_path / "artifacts", session(3))  # has been promoted since
