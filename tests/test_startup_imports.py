@@ -12,7 +12,8 @@ import torch  # some releases bring a little of their compiler by themselves
 there = set(sys.modules)
 from sd import StableDiffusion
 StableDiffusion.tiny().txt2img("a", steps=2, sampler="ddim")
-print([name for name in ("torch._dynamo", "torch._inductor", "open_clip", "torchvision") if name in sys.modules and name not in there])
+new = set(sys.modules) - there
+print([name for name in ("torch._dynamo", "torch._inductor", "open_clip", "torchvision") if name in new])
 """
 
 
