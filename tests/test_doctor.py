@@ -171,7 +171,9 @@ def test_a_torch_that_hangs_is_ended_with_its_children(fake_torch, tmp_path):
 
 def _lives(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # dead, if not yet buried
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        )  # dead, if not yet buried
     except OSError:
         return False
 
