@@ -57,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A decision per configuration id; `missing` ids have a baseline but were not measured, `new` ones the reverse."""
+    """A decision per id; `missing` configurations have a baseline but were not measured, `new` ids the reverse."""
 
     decisions: Mapping[str, Decision]
     missing: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ def judge(current: SavedRun, baseline: SavedRun | Choice, margin: float) -> Judg
     measured = current.by_id
     return Judgement(
         {id: _decide(current, benchmark, choice, margin) for id, benchmark in measured.items()},
-        missing=tuple(id for id in (history[-1].by_id if history else ()) if id not in measured),
+        missing=_missing(history[-1], current) if history else (),
         new=tuple(id for id in measured if id not in known),
     )
 
@@ -158,9 +158,14 @@ def judge_foreign(current: SavedRun, baseline: SavedRun) -> Judgement:
             )
             for id in ours
         },
-        missing=tuple(id for id in theirs if id not in ours),
+        missing=_missing(baseline, current),
         new=tuple(id for id in ours if id not in theirs),
     )
+
+
+def _missing(baseline: SavedRun, current: SavedRun) -> tuple[str, ...]:
+    """Configurations alone: other benchmarks of a file, such as the harness's overhead, are no part of a session."""
+    return tuple(id for id, one in baseline.by_id.items() if one.configuration and id not in current.by_id)
 
 
 def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin: float) -> Decision:

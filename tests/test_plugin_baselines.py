@@ -271,6 +271,18 @@ def test_what_is_missing_fails_a_strict_run(inner):
     assert inner.run("--benchmark-compare", "--perf-strict", "-k", "sdpa", what=both, launches=6).ret == 0, inner.output
 
 
+def test_benchmarks_without_a_configuration_are_not_missing(inner):
+    """Beside the configurations `pytest perf` has benchmarks of the harness, which no session measures."""
+    inner.store(STORED)
+    for path in inner.saved():
+        document = json.loads(path.read_text())
+        document["benchmarks"].append({**document["benchmarks"][0], "name": "test_clock", "fullname": "test_clock"})
+        document["benchmarks"][-1]["extra_info"] = {}
+        path.write_text(json.dumps(document))
+    assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == 0, inner.output
+    inner.silent("though the baseline has it")
+
+
 # --- compare-fail
 
 
