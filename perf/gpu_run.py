@@ -34,17 +34,20 @@ class Step:
     measures: bool = True
 
 
+# Not all that is marked so: perf/test_peers.py measures on a CPU.
+PEERS = ("perf/test_txt2img.py", "-m", "peers", "--model", "sd2")
 STEPS = (
     Step("correctness", ("tests", "-m", "gpu"), "a fast wrong picture is worth nothing", measures=False),
     Step("published-1", ("perf", "-m", "published", "--batch", "1"), "the article's five, at batch 1"),
     Step("fast", ("perf", "--model", "sd2", "--optimise", "fast", "--batch", "1"), "how fast it gets"),
-    Step("peers", ("perf", "-m", "peers"), "the same work by diffusers"),
+    Step("peers-1", PEERS + ("--batch", "1"), "the same work by diffusers"),
     Step("ladder", ("perf", "-m", "ladder"), "what each optimisation gives"),
     Step(
         "fast-batches",
         ("perf", "--model", "sd2", "--optimise", "fast", "--batch", "8", "--batch", "16"),
         "how much it gets done",
     ),
+    Step("peers-8", PEERS + ("--batch", "8"), "and by diffusers"),
     Step("fast-768", ("perf", "--model", "sd2-v", "--optimise", "fast", "--batch", "1"), "at 768 pixels"),
     Step("published-2-4", ("perf", "-m", "published", "--batch", "2", "--batch", "4"), "the article's other batches"),
     Step("batches", ("perf", "-m", "batches"), "every attention"),

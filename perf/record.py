@@ -41,6 +41,7 @@ def extra_info(session: Session, id: str) -> dict:
         "stages": {name: _median(one["stages"].get(name) for one in rounds) for name in rounds[0]["stages"]},
         "load_seconds": _median(launch.load["load_seconds"] for launch in measured.launches.values()),
         "first_call_seconds": first_call(measured),
+        "first_picture_seconds": first_picture(measured),
         "compile": _compile(measured),
         "images_to_amortise": amortisation(session, id),
         "seconds_per_image": seconds / configuration.batch,
@@ -91,7 +92,18 @@ def _largest(values) -> int | None:
 
 def first_call(measured: Measured) -> dict:
     """Seconds of the first call: cold in the session's first launch, warm in the others, which find its compile cache."""
-    seconds = [launch.first_call_seconds for _, launch in sorted(measured.launches.items())]
+    return _cold_and_warm([launch.first_call_seconds for _, launch in sorted(measured.launches.items())])
+
+
+def first_picture(measured: Measured) -> dict:
+    """Seconds until a process has its first picture: importing torch, loading the model, the first call; cold and warm."""
+    launches = [launch for _, launch in sorted(measured.launches.items())]
+    before = [launch.load["import_seconds"] + launch.load["load_seconds"] for launch in launches]
+    calls = [launch.first_call_seconds for launch in launches]
+    return _cold_and_warm([None if call is None else start + call for start, call in zip(before, calls)])
+
+
+def _cold_and_warm(seconds: list[float | None]) -> dict:
     return {"cold": seconds[0], "warm": _median(seconds[1:])}
 
 

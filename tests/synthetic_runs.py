@@ -135,6 +135,7 @@ def extra_info(
         "stages": {"text": 0.01 * seconds, "unet": 0.93 * seconds, "vae": 0.05 * seconds},
         "load_seconds": 5.0,
         "first_call_seconds": {"cold": launches[0]["first_call_seconds"], "warm": 1.2 * seconds},
+        "first_picture_seconds": {"cold": 10 + launches[0]["first_call_seconds"], "warm": 10 + 1.2 * seconds},
         "compile": {"graphs": 1, "graph_breaks": 0, "recompiles": 0} if compiled else None,
         "images_to_amortise": {"estimate": saved, "low": saved // 2, "high": 2 * saved} if compiled else None,
         "seconds_per_image": seconds / batch,

@@ -139,6 +139,8 @@ def test_compiling_is_paid_off_against_the_same_uncompiled(info):
     assert pays["low"] <= pays["estimate"] <= pays["high"]
     assert (first["cold"], first["warm"]) == (pytest.approx(2.1, rel=0.01), pytest.approx(0.1, rel=0.01))
     assert info["compile"] == {"graphs": 1, "graph_breaks": 0, "recompiles": 0}
+    picture, before = info["first_picture_seconds"], 1.0 + info["load_seconds"]  # importing takes the fake machine 1 s
+    assert (picture["cold"], picture["warm"]) == (first["cold"] + before, first["warm"] + before)
 
 
 def test_compiling_that_wins_nothing_never_pays(document):
@@ -171,6 +173,7 @@ def test_no_launch_and_no_compile_of_a_single_uncompiled_launch(inner):
     """With one launch there is no warm first call, no interval, no speed-up and no drift: null, never 0."""
     inner.run("--benchmark-save=a", launches=1, rounds=1)
     info, perf = inner.last()["benchmarks"][0]["extra_info"], inner.last()["perf"]
+    assert info["first_picture_seconds"]["warm"] is None and info["first_picture_seconds"]["cold"] > 0
     assert info["first_call_seconds"]["warm"] is None and info["first_call_seconds"]["cold"] > 0
     for key in ("compile", "images_to_amortise", "speedup", "paired", "joules_per_image", "verdict"):
         assert info[key] is None, key

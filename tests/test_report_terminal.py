@@ -52,6 +52,7 @@ def session(failure: tuple[str, str] | None = None, clock: str = "cpu") -> tuple
         for launch in range(6):
             one = {"slot": slot.name, "launch": launch}
             load = {
+                "import_seconds": 2.0,
                 "load_seconds": 1.0,
                 "anchor": "a",
                 "facts": {"torch": "2.15.0"},

@@ -196,6 +196,7 @@ def _compiling(id: str, info: dict) -> str:
     words = f"{id}: first call {first['cold']:.1f} s cold"
     if first["warm"] is not None:
         words += f", {first['warm']:.1f} s with a warm compile cache"
+        words += f", which is a process's first picture after {info['first_picture_seconds']['warm']:.1f} s"
     words += f"; {counts['graph_breaks']} graph breaks, {counts['recompiles']} recompiles"
     if pays is None:
         return words
