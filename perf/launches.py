@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import sys
 import tempfile
@@ -18,12 +19,11 @@ class Launches:
     """Opens workers: which interpreter, which `sd`, and what they are told to load."""
 
     def __init__(self, settings: Settings, compile_cache: str):
-        self.settings = settings
-        # The first launch of a session compiles into an empty cache and the others find it: cold and warm, both measured.
-        self.environment = (("TORCHINDUCTOR_CACHE_DIR", compile_cache),)
+        self.settings, self.compile_cache = settings, compile_cache
+        self.environment = ()
         if sys.dont_write_bytecode:  # else every launch would compile the same source files once more, for seconds
             bytecode = str(Path(compile_cache, "bytecode"))
-            self.environment += (("PYTHONDONTWRITEBYTECODE", ""), ("PYTHONPYCACHEPREFIX", bytecode))
+            self.environment = (("PYTHONDONTWRITEBYTECODE", ""), ("PYTHONPYCACHEPREFIX", bytecode))
         if settings.threads:
             self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
@@ -39,7 +39,19 @@ class Launches:
         chosen = self.settings.interpreters[label] if label else Interpreter()
         if slot.variant == "base":
             chosen = Interpreter(chosen.python, self.settings.against[1].source)
-        return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment))
+        compiled = self.compiled(slot.configuration)
+        caches = (("TORCHINDUCTOR_CACHE_DIR", compiled), ("TRITON_CACHE_DIR", str(Path(compiled, "triton"))))
+        return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment, *caches))
+
+    def compiled(self, configuration: Configuration) -> str:
+        """The folder of what torch.compile makes of a configuration.
+
+        Its first launch finds it empty and the others do not: cold and warm, both measured. One folder for all would
+        make most of them warm from the start, for they have kernels in common; so it is where the user keeps one.
+        """
+        if self.settings.compile_cache is not None:
+            return self.compile_cache
+        return str(Path(self.compile_cache, hashlib.sha256(configuration.id.encode()).hexdigest()[:16]))
 
     def load_arguments(self, slot: Slot) -> dict:
         """What a slot's worker is asked to load."""

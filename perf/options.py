@@ -65,7 +65,7 @@ def add_options(parser) -> None:
         "--perf-compile-cache",
         type=Path,
         metavar="DIR",
-        help="keep torch.compile's cache here: first calls are then warm",
+        help="keep torch.compile's cache here, one for all configurations: first calls are then warm",
     )
     add("--perf-resume", action="store_true", help="go on with the last session where it was cut off")
     add(

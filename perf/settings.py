@@ -39,7 +39,7 @@ class Settings:
     margin: float = 0.01
     limits: Limits = field(default_factory=Limits)
     trace: Path | None = None
-    compile_cache: Path | None = None  # kept between sessions; without it each session's first launch compiles anew
+    compile_cache: Path | None = None  # kept between sessions; without it a configuration's first launch compiles anew
 
     @property
     def variant(self) -> str | None:

@@ -14,12 +14,15 @@ less than wall time.
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from perf import flops
+from perf.anchor import matmul_flops_per_second
 from perf.clock import ReplayClock
 from perf.statistics import paired_ratio
 from sd import diffusers_folder, layouts, optimise
@@ -69,6 +72,17 @@ def _calls(unet: UNet, x, t, context) -> dict:
 
 
 @pytest.fixture(scope="module")
+def ceiling():
+    """FLOP/s of one thread in a large matrix product, by the same clock: what no call can be faster than."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return matmul_flops_per_second(torch.device("cpu"), torch.float32, time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def alternated():
     """CPU seconds of one UNet call with guidance's batch of 2, by case and side, measured in turns."""
     measured = {}
@@ -111,14 +125,18 @@ clock = ReplayClock()
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.benchmark(timer=clock)
-def test_unet_forward(benchmark, alternated, case, side):
-    """CPU seconds of a UNet call; `ratio_to_...` in the saved run has its 95 % interval."""
+def test_unet_forward(benchmark, alternated, ceiling, case, side):
+    """CPU seconds of a UNet call; in the saved run `ratio_to_...` with its 95 % interval, and what part of the ceiling it is."""
     if benchmark.disabled and case != "tiny":
         pytest.skip("it compiles for minutes, and untimed shows nothing that the tiny one does not")
     benchmark.group = f"UNet forward, {case}, one thread, CPU time"
     seconds = alternated(case)
     clock.load(seconds[side])
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
+    config, size = CASES[case]
+    benchmark.extra_info["flops_fraction"] = (
+        2 * flops.unet(config, size, size) / statistics.median(seconds[side]) / ceiling
+    )
     for peer in ("diffusers", "diffusers-compiled"):
         ratio = paired_ratio(seconds[side], seconds[peer], seed=f"{case}-{side}")
         benchmark.extra_info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]

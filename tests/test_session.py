@@ -18,8 +18,9 @@ from fake_worker import SessionRunner
 from perf import journal
 from perf.configurations import Configuration
 from perf.launcher import ROOT, Interpreter
+from perf.launches import Launches
 from perf.lock import DeviceBusy, DeviceLock
-from perf.protocol import RETRIES, Limits
+from perf.protocol import RETRIES, Limits, Slot
 from perf.session import judge_pairs, run
 from perf.settings import SessionError, Settings
 from perf.verdicts import Verdict
@@ -48,6 +49,20 @@ def summary(session) -> dict:
         "interrupted": session.interrupted,
         "invalid": session.measurements.invalid(),
     }
+
+
+def test_what_one_configuration_compiled_does_not_warm_another(tmp_path):
+    """They have kernels in common; whoever keeps a cache wants one for all."""
+
+    def caches(settings: Settings) -> list[str]:
+        launches = Launches(settings, str(tmp_path))
+        found = [dict(launches.interpreter(Slot(one)).environment) for one in (A, B, A)]
+        assert all(Path(one["TRITON_CACHE_DIR"]).parent == Path(one["TORCHINDUCTOR_CACHE_DIR"]) for one in found)
+        return [one["TORCHINDUCTOR_CACHE_DIR"] for one in found]
+
+    first, other, again = caches(Settings("cpu", tmp_path))
+    assert first == again != other and Path(first).parent == Path(other).parent == tmp_path
+    assert set(caches(Settings("cpu", tmp_path, compile_cache=tmp_path))) == {str(tmp_path)}
 
 
 @pytest.fixture
