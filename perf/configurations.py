@@ -252,6 +252,11 @@ INDUCTOR = [
     {"compile": "max-autotune-no-cudagraphs", "optimise": option, "precision": "fp16"}
     for option in ("", *INDUCTOR_OPTIONS)
 ]
+# What is compiled, and what is recorded, as one: the UNet (the preset's own choice), its blocks, the step, the whole loop.
+SCOPES = [
+    {"optimise": "fast" + more}
+    for more in ("", ",compile_blocks", ",cuda_graph_loop", ",compile_step,cuda_graph_loop")
+]
 # From the first code's own loop, each rung with all that the rungs before it have, and the preset at the end.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
 LADDER: list[dict[str, Any]] = [
@@ -282,6 +287,7 @@ SETS: dict[str, list[Configuration]] = {
     ),
     "ladder": _variants("sd2", LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
+    "scopes": _variants("sd2", SCOPES),
     "inductor": _variants("sd2", INDUCTOR),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention at three batch sizes; the published protocol's question, asked of this machine's own model.
@@ -299,6 +305,7 @@ SUMMARIES = {
     "peers": "diffusers' SD1 with xFormers and PyTorch's attention beside ours, its second",
     "ladder": "one optimisation at a time on SD2",
     "compile_modes": "every mode of torch.compile",
+    "scopes": "blocks, the UNet, the step or the whole loop as one",
     "inductor": "the options of torch.compile's code generator, one at a time",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
