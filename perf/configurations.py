@@ -254,8 +254,7 @@ INDUCTOR = [
 ]
 # What is compiled, and what is recorded, as one: the UNet (the preset's own choice), its blocks, the step, the whole loop.
 SCOPES = [
-    {"optimise": "fast" + more}
-    for more in ("", ",compile_blocks", ",cuda_graph_loop", ",compile_step,cuda_graph_loop")
+    {"optimise": "fast" + more} for more in ("", ",compile_blocks", ",cuda_graph_loop", ",compile_step,cuda_graph_loop")
 ]
 # From the first code's own loop, each rung with all that the rungs before it have, and the preset at the end.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")

@@ -37,7 +37,7 @@ class Step:
 # Not all that is marked so: perf/test_peers.py measures on a CPU.
 PEERS = ("perf/test_txt2img.py", "-m", "peers", "--model", "sd2")
 STEPS = (
-    Step("correctness", ("tests", "-m", "gpu"), "a fast wrong picture is worth nothing", measures=False),
+    Step("correctness", ("tests", "-m", "gpu", "-rp"), "a fast wrong picture is worth nothing", measures=False),
     Step("published-1", ("perf", "-m", "published", "--batch", "1"), "the article's five, at batch 1"),
     Step("fast", ("perf", "--model", "sd2", "--optimise", "fast", "--batch", "1"), "how fast it gets"),
     Step("peers-1", (*PEERS, "--batch", "1"), "the same work by diffusers"),
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             break
         print(f"{step.name} ({step.worth}): at most {left:.0f} s", flush=True)
         started = time.monotonic()
-        code = _run(step, out, arguments, resume=known["status"] == "cut off" and step.measures, limit=left)
+        code = _run(step, out, arguments, resume=known["status"] == "cut off", limit=left)
         known.update(
             status="cut off" if code == INTERRUPTED else "done",
             exit_code=code,
@@ -119,7 +119,7 @@ def _state(out: Path) -> dict[str, dict]:
 
 
 def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, limit: float) -> int:
-    command = [sys.executable, "-m", "pytest", *step.arguments]
+    command, said = [sys.executable, "-m", "pytest", *step.arguments], out / f"{step.name}.log"
     if step.measures:
         command += [f"--benchmark-storage=file://{out / step.name}", f"--benchmark-save={step.name}"]
         command += [f"--perf-compile-cache={out / 'compile-cache'}", f"--perf-launches={arguments.launches}"]
@@ -128,7 +128,9 @@ def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, lim
         elif arguments.model:
             command += ["--model", arguments.model]
         command += ["--perf-resume"] if resume else []
-    with open(out / f"{step.name}.log", "ab") as log:
+    elif resume:
+        command += [f"@{_passed(said)}"]
+    with open(said, "ab") as log:
         # Under nohup, or behind an & in a script, SIGINT is ignored, and a child would inherit that.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_heed_interrupts)
         try:
@@ -141,6 +143,14 @@ def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, lim
             process.kill()
             process.wait()
         return INTERRUPTED
+
+
+def _passed(log: Path) -> Path:
+    """A file of pytest's arguments that leave out the tests that passed before the step was cut off (from its `-rp`)."""
+    passed = re.findall(r"^PASSED (.+)$", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    file = log.with_suffix(".passed")
+    file.write_text("".join(f"--deselect={name}\n" for name in passed), encoding="utf-8")
+    return file
 
 
 def _heed_interrupts() -> None:

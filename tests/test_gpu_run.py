@@ -71,6 +71,22 @@ def test_a_step_that_is_too_long_is_cut_off_and_gone_on_with(tmp_path, steps, ca
     assert "endless        done     exit 0" in capsys.readouterr().out
 
 
+def test_tests_that_passed_are_not_run_again(tmp_path, steps, monkeypatch):
+    """Minutes on a borrowed GPU: a step of tests that was cut off goes on with those that it did not reach."""
+    monkeypatch.chdir(tmp_path)  # as in a clone: names of tests are those of the folder they run in
+    file, ran = tmp_path / "test_two.py", tmp_path / "ran"
+    code = "import time\n\ndef test_a():\n    open({ran!r}, 'a').write('a')\n\ndef test_b():\n    {second}\n"
+    file.write_text(code.format(ran=str(ran), second="time.sleep(600)"))
+    arguments = (str(file), "-rp", "-p", "no:cacheprovider", "--rootdir", str(tmp_path))
+    steps(replace(QUICK, name="two", arguments=arguments))
+    assert _run(tmp_path, "--chunk", "24s") == 0
+    assert ran.read_text() == "a"
+    file.write_text(code.format(ran=str(ran), second=f"open({str(ran)!r}, 'a').write('b')"))
+    assert _run(tmp_path) == 0
+    assert ran.read_text() == "ab"
+    assert "1 passed, 1 deselected" in (tmp_path / "two.log").read_text()
+
+
 def test_nothing_starts_without_time_for_it(tmp_path, steps, capsys):
     steps(QUICK)
     assert _run(tmp_path, "--chunk", "10s") == 0
