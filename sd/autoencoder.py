@@ -14,20 +14,19 @@ EPS = 1e-6  # of every GroupNorm here; the UNet's ResBlocks have 1e-5
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions and a skip."""
+    """Two 3x3 convolutions and a skip; the norms before them have the SiLUs."""
 
     def __init__(self, channels: int, out_channels: int, norm_groups: int):
         super().__init__()
-        self.norm1 = GroupNorm(norm_groups, channels, eps=EPS)
+        self.norm1 = GroupNorm(norm_groups, channels, eps=EPS, silu=True)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(norm_groups, out_channels, eps=EPS)
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps=EPS, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2.of_convolution(self.conv1, self.norm1(x)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
@@ -89,7 +88,7 @@ class Encoder(nn.Module):
                 down.downsample = Downsample(channels)
             self.down.append(down)
         self.mid = _middle(channels, groups)
-        self.norm_out = GroupNorm(groups, channels, eps=EPS)
+        self.norm_out = GroupNorm(groups, channels, eps=EPS, silu=True)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
@@ -100,7 +99,7 @@ class Encoder(nn.Module):
             if hasattr(down, "downsample"):
                 h = down.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -123,7 +122,7 @@ class Decoder(nn.Module):
                 up.upsample = Upsample(channels)
             levels.append(up)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = GroupNorm(groups, channels, eps=EPS)
+        self.norm_out = GroupNorm(groups, channels, eps=EPS, silu=True)
         self.conv_out = nn.Conv2d(channels, config.image_channels, 3, padding=1)
 
     def forward(self, z):
@@ -134,7 +133,7 @@ class Decoder(nn.Module):
                 h = block(h)
             if hasattr(up, "upsample"):
                 h = up.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Autoencoder(nn.Module):

@@ -65,6 +65,7 @@ FEATURES = {
         hasattr(torch, "compiler") and hasattr(torch.compiler, "save_cache_artifacts"),
         "torch >= 2.7",
     ),
+    "triton_op": Feature("torch.library.triton_op", hasattr(torch.library, "triton_op"), "torch >= 2.6"),
     "aot": Feature(
         "AOTInductor packages",
         _defines("torch._inductor", "aoti_compile_and_package"),

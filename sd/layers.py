@@ -30,13 +30,34 @@ def timestep_embedding(timesteps, channels: int, table_device=None):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in the dtype of its weights, which under autocast is fp32; the output has the dtype of the input.
+    """GroupNorm in the dtype of its weights, which under autocast is fp32, and SiLU after it where `silu` says so.
 
-    Kernels for half weights accumulate their statistics in fp32 anyway.
+    The output has the dtype of the input. Kernels for half weights accumulate their statistics in fp32 anyway.
     """
 
+    kernel = None  # or sd.triton_kernels.group_norm, by sd.kernels
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, silu: bool = False):
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        if self.kernel is not None:
+            return self.kernel(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
+        x = super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return F.silu(x) if self.silu else x
+
+    def of_convolution(self, convolution, x, add=None):
+        """The norm of convolution(x) + add; add [B or 1, C, 1, 1].
+
+        A kernel adds what is the same at every cell for nothing, so it is also given the convolution's bias, which cuDNN
+        would add in a pass of its own.
+        """
+        if self.kernel is None:
+            x = convolution(x)
+            return self(x if add is None else x + add)
+        x = F.conv2d(x, convolution.weight, None, padding=convolution.padding)
+        return self.kernel(x, self.weight, self.bias, self.num_groups, self.eps, convolution.bias, add, self.silu)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -176,12 +197,17 @@ def to_separate(native: NativeAttention) -> CrossAttention:
 class GEGLU(nn.Module):
     """Gated linear unit with exact (erf) GELU (arXiv 2002.05202)."""
 
+    kernel = None  # or sd.triton_kernels.geglu, by sd.kernels
+
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        x = self.proj(x)
+        if self.kernel is not None:
+            return self.kernel(x)
+        x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
@@ -270,17 +296,19 @@ class SpatialTransformer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the timestep embedding added between them."""
+    """Two 3x3 convolutions with the timestep embedding added between them; the norms before them have the SiLUs."""
 
     def __init__(self, channels: int, out_channels: int, embedding: int, norm_groups: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(norm_groups, channels, silu=True),
+            nn.Identity(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm(norm_groups, out_channels),
-            nn.SiLU(),
+            GroupNorm(norm_groups, out_channels, silu=True),
+            nn.Identity(),
             nn.Identity(),  # was a dropout of 0
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
@@ -288,7 +316,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         """x [B, C, H, W] -> [B, C', H, W]; time [B or 1, C', 1, 1]: what `project_time` made of the embedding."""
-        return self.skip_connection(x) + self.out_layers(self.in_layers(x) + time)
+        h = self.out_layers[0].of_convolution(self.in_layers[2], self.in_layers[0](x), time)
+        return self.skip_connection(x) + self.out_layers[3](h)
 
     def project_time(self, emb):
         """Time embedding [N, E] -> what is added at every cell [N, C', 1, 1]."""

@@ -28,6 +28,7 @@ from sd.compile import MODES as COMPILE_MODES
 from sd.errors import ConfigError, Unavailable
 from sd.features import has, require
 from sd.graphs import Graphed, GraphedLoop
+from sd.kernels import require_kernels, use_kernels
 from sd.samplers import run
 from sd.token_merging import MAX_RATIO
 
@@ -49,7 +50,9 @@ class Optimisations:
 
     channels_last: weights and activations of all convolutions in NHWC. fused_qkv, fused_kv: one product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: keys and values of the prompt once per prompt.
-    cache_time_embeddings: time embeddings and their projections of all timesteps once per run.
+    cache_time_embeddings: time embeddings and their projections of all timesteps once per run. triton_group_norm,
+    triton_geglu: our own kernels for each group norm with what is added before and the SiLU after it, of UNet and
+    autoencoder, and for the gated GELU (sd.kernels).
 
     compile: mode of torch.compile for compile_scope, which is `unet` (one graph), `blocks` (regional: each ResBlock and
     transformer block) or `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder)
@@ -82,6 +85,8 @@ class Optimisations:
     fused_kv: bool = False
     cache_context_kv: bool = False
     cache_time_embeddings: bool = False
+    triton_group_norm: bool = False
+    triton_geglu: bool = False
     tf32: bool = False
     original_steps: bool = False
     token_merging: float = 0.0
@@ -136,9 +141,13 @@ class Optimisations:
                     yield f"{name}: original_steps is to recompute it at every step; choose one of the two"
             if self._step_is_compiled or self.cuda_graph == "loop":
                 yield "original_steps: its host synchronisations cannot be part of a graph; compile the UNet alone"
+        if self.triton_group_norm and not self.channels_last:
+            yield "triton_group_norm: is for images in NHWC; add channels_last"
         if self.aot is not None:
             if self.compile != "none":
                 yield "aot: is the UNet compiled already; leave out compile"
+            if self.triton_group_norm or self.triton_geglu:
+                yield "aot: with triton_group_norm or triton_geglu is not offered; leave those out"
             if self.precision == "autocast" or self.feature_caching > 1 or self.quantisation != "none":
                 yield "aot: of a UNet with autocast, feature_caching or quantisation is not offered"
         if self.quantisation != "none" and (self.fused_qkv or self.fused_kv or self.attention == "mha"):
@@ -244,6 +253,9 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
         for name, asked in (("tf32", optimisations.tf32), ("cuda_graph", optimisations.cuda_graph != "none")):
             if asked:
                 raise Unavailable(f"{name}: needs an NVIDIA GPU, and the device is {device}: leave it out")
+    for name in ("triton_group_norm", "triton_geglu"):
+        if getattr(optimisations, name):
+            require_kernels(name, device)
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_path(optimisations.aot)
@@ -303,6 +315,7 @@ def apply(unet: Any, autoencoder: Any, text_encoder: Any, device: torch.device, 
     quantise(unet, optimisations.quantisation)
     unet.frequencies_device = torch.device("cpu") if optimisations.original_steps else None
     merge_tokens(unet, optimisations.token_merging)
+    use_kernels((unet, autoencoder), optimisations.triton_group_norm, optimisations.triton_geglu)
     for network in (unet, autoencoder, text_encoder):
         # Autocast keeps the casts of weights only where a gradient could be asked for; all runs are without.
         for weight in (*network.parameters(), *network.buffers()):

@@ -21,6 +21,8 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     "fused_kv": {"fused_kv": True},
     "cache_context_kv": {"cache_context_kv": True},
     "cache_time_embeddings": {"cache_time_embeddings": True},
+    "triton_group_norm": {"triton_group_norm": True},
+    "triton_geglu": {"triton_geglu": True},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in MODES if mode not in ("none", "default")},
     "compile_blocks": {"compile_scope": "blocks"},

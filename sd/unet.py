@@ -96,7 +96,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(stage))
 
         self.out = nn.Sequential(
-            GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
+            GroupNorm(groups, channels, silu=True),
+            nn.Identity(),  # the norm has the SiLU
+            nn.Conv2d(channels, config.out_channels, 3, padding=1),
         )
         self.frequencies_device = None  # see sd.layers.timestep_embedding
         self.quantisation = "none"  # see sd.approximate
