@@ -15,7 +15,7 @@ import synthetic_runs
 from saved_runs import GOLDEN
 
 from perf.__main__ import main
-from perf.report import article, breakdown, commands, growth, history, summary, tables
+from perf.report import article, bars, breakdown, commands, growth, history, roofline, summary, tables
 from perf.report.palette import FIXED, MORE, Palette
 from perf.report.published import GPUS, published
 from perf.report.results import newest, session_of, short_device
@@ -110,7 +110,8 @@ def test_keys_that_a_run_lacks_are_none():
             benchmark["extra_info"].pop(key)
     found = results_of(made)
     assert len(found) == 15 and {one.flops for one in found} == {None} and found[0].session.commit is None
-    assert found[0].stages == {} and found[0].joule_range is None
+    assert {name: one.low for name, one in found[0].stages.items()}.keys() == synthetic_runs.SHARES.keys()
+    assert found[0].joules is None
     assert found[0].session.machine == "T4"
 
 
@@ -147,6 +148,14 @@ def test_newest_session_of_each_machine_and_torch():
         ("0011_0001_x", "2.15.0+cu132"),
     ]
     assert len(found) == 10
+
+
+@pytest.mark.parametrize("damage", ["many", {"unet": 1.0}, {"unet": [1.0]}, {"unet": [1.0, "x"]}])
+def test_damaged_stages_of_a_launch_are_refused_by_name(damage):
+    made = synthetic_runs.published_run("T4")
+    made["benchmarks"][0]["extra_info"]["launches"][3]["stage_seconds"] = damage
+    with pytest.raises(BaselineError, match=r"launches\[3\].stage_seconds"):
+        session_of(made, Path("0001_x.json"))
 
 
 # --- charts
@@ -191,6 +200,65 @@ def test_stages_add_up_to_the_image(everything):
         assert whole == pytest.approx(ones[f"sd2-{place}"].seconds_per_image)
 
 
+def test_each_stage_has_the_interval_that_the_whole_has():
+    (chart,) = breakdown.stage_charts(results_of(synthetic_runs.ladder_run()))
+    ones = {f"sd2-{short}": one for one in results_of(synthetic_runs.ladder_run()) for short in [one.id[4:]]}
+    for series in chart.series:
+        share = synthetic_runs.SHARES[series.name]
+        for point in series.points:
+            low, high = ones[f"sd2-{point.x}"].interval
+            assert [point.low, point.high] == pytest.approx([share * low, share * high])
+            assert "95 % interval" in point.note
+
+
+def test_few_launches_have_the_range_of_their_valid_rounds():
+    made = synthetic_runs.published_run("A100")
+    benchmark = made["benchmarks"][0]
+    benchmark["extra_info"]["launches"] = benchmark["extra_info"]["launches"][:2]
+    benchmark["extra_info"]["anchor"] = None
+    first, second = benchmark["extra_info"]["launches"]
+    first["stage_seconds"]["unet"], second["stage_seconds"]["unet"] = [1.0, 9.0], [3.0, 5.0]
+    first["invalid"] = {"1": "throttled"}
+    benchmark["stats"]["data"] = [first["round_seconds"][0], *second["round_seconds"]]
+    unet = results_of(made)[0].stages["unet"]
+    assert (unet.value, unet.low, unet.high) == (2.5, 1.0, 5.0) and unet.name == "range of the rounds of 2 launches"
+
+
+@pytest.mark.parametrize("clock, stages", [("wall", "text unet vae other"), ("cpu", "text unet vae")])
+def test_stages_of_older_runs_have_no_interval_and_say_so(clock, stages):
+    """Under a clock of CPU time what the stages leave of it is no time at all: they have wall time."""
+    made = synthetic_runs.published_run("A100")
+    made["perf"]["clock"] = clock
+    for benchmark in made["benchmarks"]:
+        for launch in benchmark["extra_info"]["launches"]:
+            del launch["stage_seconds"]
+    (chart,) = breakdown.stage_charts(results_of(made))
+    assert [series.name for series in chart.series] == stages.split()
+    for series in chart.series:
+        assert all(point.low is None and "no interval" in point.note for point in series.points)
+
+
+def test_tables_have_the_intervals_of_stages_energy_and_fraction():
+    ones = results_of(synthetic_runs.published_run("A100"))
+    row = next(csv.DictReader(tables.results_csv(ones).splitlines()))
+    for name in ("joules", *(f"{stage}_seconds_per_image" for stage in synthetic_runs.SHARES)):
+        value = row.get(name) or row[f"{name}_per_image"]
+        assert float(row[f"{name}_low"]) < float(value) < float(row[f"{name}_high"])
+    cells = dict(zip(tables.COLUMNS, tables.result_rows(ones)[0]))
+    assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", cells["J/image"])
+    assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\] %", cells["of peak FLOP/s"])
+    assert all(re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\] m?s", cell) for cell in tables.stage_rows(ones)[0][1])
+
+
+def test_long_labels_lie_and_are_wrapped():
+    assert not bars.lies(["original", "sdpa"]) and bars.lies(["mha-mem_efficient-compile"] * 3) and bars.lies("abcdefg")
+    label = (
+        "sdpa-flash-compile-max-autotune-no-cudagraphs-plms20-512x768-b16-channels_last-fused_qkv-cache_context_kv-x"
+    )
+    lines = bars.wrapped(label).split("\n")
+    assert len(lines) == 3 and all(len(line) <= 30 for line in lines) and lines[-1].endswith("…")
+
+
 def test_growth_is_found():
     charts = {
         chart.name.split("_A100")[0]: chart for chart in growth.growth_charts(results_of(synthetic_runs.growth_run()))
@@ -210,14 +278,44 @@ def test_fit():
     assert power.slope == pytest.approx(1.5) and power.at(4) == pytest.approx(16)
 
 
-def test_roofline_and_energy(everything):
+def test_roofline():
     ones = results_of(synthetic_runs.published_run("A100"))
-    (chart,) = breakdown.roofline_charts(ones)
-    assert chart.levels == (("measured float16", 100.0),) and chart.y_log
-    point = next(series for series in chart.series if series.name == "original").points[0]
-    assert point.y == pytest.approx(84.6 / 4.0, rel=0.01) and point.low < point.y < point.high
+    (chart,) = roofline.roofline_charts(ones)
+    assert (chart.scale, chart.y_log) == ("log", True)
+    points = next(series for series in chart.series if series.name == "original").points
+    assert points[0].y == pytest.approx(84.6 / 4.0, rel=0.01)
+    assert all(point.low < point.y < point.high for point in points)
+    assert [point.x for point in points] == pytest.approx([84.6e12 * batch / 88e9 for batch in (1, 2, 4)])
+    roof = chart.series[-1]
+    assert roof.name == "measured float16, 100 TFLOP/s; copy, 1500 GB/s"
+    left, ridge, right = roof.points
+    assert (ridge.x, ridge.y) == pytest.approx((100e12 / 1.5e12, 100.0)) and right.y == ridge.y
+    assert left.y / left.x == pytest.approx(1.5), "TFLOP/s for each FLOP a byte: what 1.5 TB/s allow"
+
+
+def test_roofline_of_older_runs():
+    made = synthetic_runs.published_run("A100")
+    del made["machine_info"]["stack"]["copy_bytes_per_second"]
+    (chart,) = roofline.roofline_charts(results_of(made))
+    assert [point.y for point in chart.series[-1].points] == [100.0, 100.0], "the roof of matrix products alone"
+    for benchmark in made["benchmarks"]:
+        del benchmark["extra_info"]["floor_bytes"]
+    assert roofline.roofline_charts(results_of(made)) == []
+
+
+def test_energy_is_over_launches():
+    ones = results_of(synthetic_runs.published_run("A100"))
     (energy,) = breakdown.energy_charts(ones)
-    assert energy.zero and all(series.points[0].low < series.points[0].high for series in energy.series)
+    assert energy.zero
+    for series in energy.series:
+        (point,) = series.points
+        assert point.low < point.y < point.high and "95 % interval" in point.note
+    made = synthetic_runs.published_run("A100")
+    for benchmark in made["benchmarks"]:
+        benchmark["extra_info"]["telemetry"] = None
+    (energy,) = breakdown.energy_charts(results_of(made))
+    assert {series.points[0].low for series in energy.series} == {None}
+    assert "no interval" in energy.series[0].points[0].note
 
 
 def test_compiling_crosses_where_it_pays():
