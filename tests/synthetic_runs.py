@@ -14,6 +14,7 @@ from pathlib import Path
 
 from perf.configurations import SETS, Configuration, usual
 from perf.report.published import GPUS, published
+from perf.report.results import Result, session_of
 
 SYNTHETIC = "made by arithmetic from the published figures, with invented noise: no machine has measured this"
 LAUNCHES, ROUNDS = 10, 2
@@ -246,6 +247,14 @@ def write(folder: Path, documents: list[dict], label: str) -> list[Path]:
         paths.append(folder / f"{number:04d}_{label}.json")
         paths[-1].write_text(json.dumps(made), encoding="utf-8")
     return paths
+
+
+def results_of(*documents: dict, name: str = "0001_x") -> list[Result]:
+    """Their results, as a report reads them; the files are called 0000_NAME, 0001_NAME, ..."""
+    found = []
+    for number, made in enumerate(documents):
+        found += session_of(made, Path(f"{number:04d}_{name}.json"))[1]
+    return found
 
 
 def everything() -> list[dict]:

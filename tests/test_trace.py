@@ -197,7 +197,7 @@ def test_a_torch_that_cannot_remember_is_traced_without(told, monkeypatch, tmp_p
 
 def test_pictures_and_kernels_reach_the_report(traced):
     import synthetic_runs
-    from test_report import results_of
+    from synthetic_runs import results_of
 
     folder, configuration, answered = traced
     again = Configuration(attention="sdpa", steps=2)
