@@ -99,7 +99,8 @@ SECTIONS = {
     "intervals of the images; one launch alone compiles with a cold cache, so that its time has none.",
     "Energy": "Joules per image from the GPU's energy counter. Whiskers are intervals over launches.",
     "Kernels": "Seconds of one traced round by class of kernel (--perf-trace), outside the timed rounds. One round has no "
-    "interval. The fused kernels of compiled code on a CPU are other.",
+    "interval. On a GPU what runs beside another counts fully; the launch gap is when nothing ran. The fused kernels of "
+    "compiled code on a CPU are other.",
     "Comparisons": "By how many percent each configuration takes more time than what it was compared with - another commit "
     "or itself in one interleave, or stored sessions - with 95 % intervals and the bounds of the margin. Below 0 is faster.",
     "History": "Each configuration over stored sessions, with verdicts, and where commit, GPU or versions changed.",

@@ -54,7 +54,7 @@ def _figure(chart: Chart, palette: Palette) -> Figure:
     legend_height = 0.22 * math.ceil(len(named) / columns) + 0.1 if len(named) > 1 else 0.0
     below = 0.85 if chart.scale == "time" else 0.55 + (0.0 if lie else more_lines)
     left = beside + 0.35 if lie else 0.85
-    title = textwrap.fill(chart.title, int(WIDTH * 13)) or chart.title
+    title = textwrap.fill(chart.title, int((WIDTH - (0.1 if lie else left)) * 13)) or chart.title
     above = 0.2 + 0.19 * len(title.splitlines())
     tall = max(1.2, sum(bars.rooms_of(chart, labels))) if lie else 3.4
     height = tall + below + legend_height + above
