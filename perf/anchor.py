@@ -65,3 +65,22 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, clock) -> 
         torch.mm(a, a)
         seconds.append(clock() - begin)
     return 2.0 * side**3 / min(seconds[1:])
+
+
+@torch.no_grad()
+def copy_bytes_per_second(device: torch.device, clock) -> float:
+    """The best rate of a copy in this device's memory, in bytes read and written per second: the other ceiling.
+
+    The two buffers, together 2 GiB on a GPU and 128 MiB on a CPU, are written before: memory that nothing has touched has
+    no pages to read. clock() as above, and the largest of 5 after a warm-up. A CPU with a cache in their order gives the
+    cache's rate.
+    """
+    count = 2 ** (30 if device.type == "cuda" else 26)
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    seconds = []
+    for _ in range(6):
+        begin = clock()
+        target.copy_(source)
+        seconds.append(clock() - begin)
+    return 2.0 * count / min(seconds[1:])

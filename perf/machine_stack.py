@@ -11,9 +11,11 @@ from pathlib import Path
 from perf.machine import cpu_facts, gpu_facts
 from perf.nvml import Device, NoTelemetry
 
+CEILINGS = ("matmul_flops_per_second", "copy_bytes_per_second")
+
 
 def stack(device: str, gpu: Device | NoTelemetry) -> dict:
-    """`machine_info.stack` of a saved run, but for the ceiling, which a session measures."""
+    """`machine_info.stack` of a saved run, but for the ceilings (CEILINGS), which a session measures."""
     facts = {
         "device": device,
         "name": cpu_facts().name or platform.processor() or platform.machine(),
@@ -29,7 +31,7 @@ def stack(device: str, gpu: Device | NoTelemetry) -> dict:
         "power_limit_watts": None,
         "sm_clock_max_mhz": None,
         "memory_clock_max_mhz": None,
-        "matmul_flops_per_second": None,
+        **dict.fromkeys(CEILINGS),
     }
     if device == "cuda":
         card = gpu_facts(gpu)

@@ -18,6 +18,7 @@ from sd.config import preset
 SCHEMA = 1
 # The dtype whose matrix products are the ceiling of a precision, by what computes (see perf.images).
 CEILINGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def extra_info(session: Session, id: str) -> dict:
@@ -28,17 +29,21 @@ def extra_info(session: Session, id: str) -> dict:
     first = measured.launches[min(measured.launches)].load
     precision = first["precision"]
     seconds = statistics.median(launch_medians(measured))
-    unet_seconds = _median(one["stages"].get("unet") for one in rounds)
+    stages = {
+        name: _median_launch(measured, lambda one, name=name: one["stages"].get(name)) for name in rounds[0]["stages"]
+    }
+    unet_seconds = stages.get("unet")
     calls = rounds[0]["unet_calls"]
-    counted = _flops(session, measured, calls)
-    joules = _median(one["telemetry"] and one["telemetry"]["joules"] for one in rounds)
+    number = computing_type(precision, device)
+    counted, fewest = _work(measured, calls, number)
+    joules = _median_launch(measured, lambda one: one["telemetry"] and one["telemetry"]["joules"])
     return {
         "schema": SCHEMA,
         "configuration": configuration.as_dict(),
         "variant": None,
         "launches": [_launch(launch) for _, launch in sorted(measured.launches.items())],
         "anchor": [[one["anchor_seconds"] for one in launch.rounds] for _, launch in sorted(measured.launches.items())],
-        "stages": {name: _median(one["stages"].get(name) for one in rounds) for name in rounds[0]["stages"]},
+        "stages": stages,
         "load_seconds": _median(launch.load["load_seconds"] for launch in measured.launches.values()),
         "first_call_seconds": first_call(measured),
         "first_picture_seconds": first_picture(measured),
@@ -47,14 +52,15 @@ def extra_info(session: Session, id: str) -> dict:
         "seconds_per_image": seconds / configuration.batch,
         "images_per_second": configuration.batch / seconds,
         "iterations_per_second": calls / unet_seconds if unet_seconds and calls else None,
-        "device_seconds": _median(one["device_seconds"] for one in rounds),
+        "device_seconds": _median_launch(measured, lambda one: one["device_seconds"]),
         "peak_bytes": {key: _largest(one["peak_bytes"][key] for one in rounds) for key in rounds[0]["peak_bytes"]},
         "joules_per_image": joules / configuration.batch if joules else None,
         "telemetry": [one["telemetry"] for one in rounds],
         "image": _image(session, measured),
         "weights": weights.identity(configuration),
         "flops": counted,
-        "flops_fraction": _fraction(session, precision, device, counted, seconds),
+        "floor_bytes": fewest,
+        "flops_fraction": _fraction(session, number, device, counted, seconds),
         "kernel": rounds[-1]["kernels"],
         "facts": first["facts"],
         "precision": precision,
@@ -75,10 +81,23 @@ def _launch(launch: Launch) -> dict:
     return {
         "start_unix_seconds": launch.rounds[0]["started_unix_seconds"] if launch.rounds else None,
         "round_seconds": [one["seconds"] for one in launch.rounds],
+        "stage_seconds": _stage_seconds(launch.rounds),
         "load_seconds": launch.load["load_seconds"],
         "first_call_seconds": launch.first_call_seconds,
         "invalid": {str(i): one["invalid"] for i, one in enumerate(launch.rounds) if one["invalid"]},
     }
+
+
+def _stage_seconds(rounds: list[dict]) -> dict[str, list[float | None]]:
+    """Seconds of each round by stage, and `other`: what the stages leave of its wall time, which is the clock they have."""
+    names = rounds[0]["stages"] if rounds else {}
+    found = {name: [one["stages"].get(name) for one in rounds] for name in names}
+    return {**found, "other": [one["wall_seconds"] - sum(one["stages"].values()) for one in rounds]} if found else {}
+
+
+def _median_launch(measured: Measured, value) -> float | None:
+    """The median over launches of the median of their valid rounds: the statistic that the time of a round has."""
+    return _median(_median(map(value, launch.valid())) for launch in measured.launches.values())
 
 
 def _median(values) -> float | None:
@@ -177,16 +196,18 @@ def _image(session: Session, measured: Measured) -> dict:
     return {**found, "reference": reference, "verdict": "unchecked" if reason else "right", "reason": reason}
 
 
-def _flops(session: Session, measured: Measured, calls: int) -> int | None:
+def _work(measured: Measured, calls: int, number: str) -> tuple[int, int] | tuple[None, None]:
+    """(FLOPs, fewest bytes) of a round that computes with the type `number`."""
     configuration = measured.slot.configuration
     if configuration.config is not None:  # a YAML file of the user's: the preset's shapes need not be its
-        return None
-    return flops.of_round(configuration, preset(configuration.model), calls)
+        return None, None
+    given = configuration, preset(configuration.model), calls
+    return flops.of_round(*given), flops.floor_bytes_of_round(*given, ITEM_BYTES[number])
 
 
-def _fraction(session: Session, precision: str, device: str, counted: int | None, seconds: float) -> float | None:
+def _fraction(session: Session, number: str, device: str, counted: int | None, seconds: float) -> float | None:
     ceilings = session.stack.get("matmul_flops_per_second") or {}
-    ceiling = ceilings.get(CEILINGS[computing_type(precision, device)])
+    ceiling = ceilings.get(CEILINGS[number])
     if ceiling is None or counted is None or device != session.settings.device:
         return None
     return counted / seconds / ceiling

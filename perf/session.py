@@ -16,7 +16,7 @@ from perf.configurations import Configuration
 from perf.launcher import ROOT
 from perf.launches import Launches, compile_cache
 from perf.lock import DeviceLock
-from perf.machine_stack import stack
+from perf.machine_stack import CEILINGS, stack
 from perf.nvml import NoTelemetry, open_device, open_visible_device
 from perf.progress import SessionProgress
 from perf.protocol import Measurements, Plan, Runner, Slot
@@ -62,7 +62,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         plan = _plan(settings, configurations)
         launches = Launches(settings, cache)
         probed = launches.probe(configurations)
-        facts = {**facts, "matmul_flops_per_second": probed["matmul_flops_per_second"]}
+        facts = {**facts, **{name: probed[name] for name in CEILINGS}}
         if settings.device == "cuda":
             gpu = open_device(probed["uuid"]) if probed["uuid"] else gpu
             if isinstance(gpu, NoTelemetry):

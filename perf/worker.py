@@ -136,13 +136,13 @@ class Worker:
         return {}
 
     def probe(self, device: str, clock: str, threads: int | None, optimise: list | None = None) -> dict:
-        """What this torch and device are, and the device's matrix-product ceiling in FLOP/s, by name of the dtype.
+        """What this torch and device are, and the device's ceilings: matrix products in FLOP/s by dtype, a copy in bytes/s.
 
         optimise: what configurations ask for by that name; what none here knows is an error before anything is measured.
         """
         import torch
 
-        from perf.anchor import matmul_flops_per_second
+        from perf.anchor import copy_bytes_per_second, matmul_flops_per_second
 
         if threads:
             torch.set_num_threads(threads)
@@ -157,7 +157,8 @@ class Worker:
         rates = {}
         for name in dtypes:
             rates[name] = matmul_flops_per_second(torch.device(device), getattr(torch, name), clocks.clock(clock))
-        return {**torch_facts(device), "matmul_flops_per_second": rates}
+        copied = copy_bytes_per_second(torch.device(device), clocks.clock(clock))
+        return {**torch_facts(device), "matmul_flops_per_second": rates, "copy_bytes_per_second": copied}
 
     def _describe(self, error: Exception) -> dict:
         kind = error_kind(error)

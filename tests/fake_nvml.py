@@ -6,7 +6,10 @@ It has the function names, units, shapes of results and errors of nvidia-ml-py, 
 from __future__ import annotations
 
 import copy
+import sys
 from types import SimpleNamespace
+
+import pytest
 
 
 class NVMLError(Exception):
@@ -119,3 +122,27 @@ class FakeNvml:
         if name.startswith("ComputeRunningProcesses"):
             return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in value]
         return value
+
+
+@pytest.fixture(name="install")
+def install_fixture(monkeypatch):
+    """Make a FakeNvml the module that `import pynvml` gives, on a machine that numbers processes as its host does."""
+    monkeypatch.setattr("perf.telemetry.in_initial_pid_namespace", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def put(changes: dict | None = None, init_error: int | None = None) -> FakeNvml:
+        library = FakeNvml(changes, init_error)
+        monkeypatch.setitem(sys.modules, "pynvml", library)
+        return library
+
+    return put
+
+
+class Steps:
+    """A clock that moves on by a second at each reading."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now

@@ -72,7 +72,8 @@ class Fake:
         return {"ok": answer}
 
     def probe(self, device, threads, **_):
-        return {**IDENTITY, "device": device, "threads": threads, "matmul_flops_per_second": {"float32": 1e9}}
+        ceilings = {"matmul_flops_per_second": {"float32": 1e9}, "copy_bytes_per_second": 1e8}
+        return {**IDENTITY, "device": device, "threads": threads, **ceilings}
 
     def load(self, configuration, device, threads, **_):
         facts = {**IDENTITY, "device": device, "threads": threads}

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from perf.configurations import SETS, Configuration, usual
 from perf.report.published import GPUS, published
+from perf.report.results import Result, session_of
 
 SYNTHETIC = "made by arithmetic from the published figures, with invented noise: no machine has measured this"
 LAUNCHES, ROUNDS = 10, 2
 STEP = 30.0  # seconds between launches
+SHARES = {"text": 0.01, "unet": 0.93, "vae": 0.05, "other": 0.01}  # of a round
 DAY = 86_400.0
 START = 1_767_225_600.0
 
@@ -102,6 +104,7 @@ def stack(gpu: str, torch: str, driver: str) -> dict:
         "sm_clock_max_mhz": 1410,
         "memory_clock_max_mhz": 1215,
         "matmul_flops_per_second": {"float16": 100e12},
+        "copy_bytes_per_second": 1.5e12,
     }
 
 
@@ -118,6 +121,7 @@ def extra_info(
             {
                 "start_unix_seconds": started + STEP * number,
                 "round_seconds": times,
+                "stage_seconds": {name: [share * one for one in times] for name, share in SHARES.items()},
                 "load_seconds": 5.0,
                 "first_call_seconds": seconds * (20 if configuration.compile != "none" and number == 0 else 1.2),
                 "invalid": {},
@@ -132,7 +136,7 @@ def extra_info(
         "variant": None,
         "launches": launches,
         "anchor": [[0.01] * rounds for _ in launches],
-        "stages": {"text": 0.01 * seconds, "unet": 0.93 * seconds, "vae": 0.05 * seconds},
+        "stages": {name: share * seconds for name, share in SHARES.items() if name != "other"},
         "load_seconds": 5.0,
         "first_call_seconds": {"cold": launches[0]["first_call_seconds"], "warm": 1.2 * seconds},
         "first_picture_seconds": {"cold": 10 + launches[0]["first_call_seconds"], "warm": 10 + 1.2 * seconds},
@@ -157,6 +161,7 @@ def extra_info(
         },
         "weights": {"kind": "random", "sha256": None},
         "flops": int(flops),
+        "floor_bytes": int(flops / 84.6e12 / batch * 88e9),
         "flops_fraction": flops / seconds / 100e12,
         "kernel": {"unet": ["synthetic"]},
         "speedup": None,
@@ -243,6 +248,14 @@ def write(folder: Path, documents: list[dict], label: str) -> list[Path]:
         paths.append(folder / f"{number:04d}_{label}.json")
         paths[-1].write_text(json.dumps(made), encoding="utf-8")
     return paths
+
+
+def results_of(*documents: dict, name: str = "0001_x") -> list[Result]:
+    """Their results, as a report reads them; the files are called 0000_NAME, 0001_NAME, ..."""
+    found = []
+    for number, made in enumerate(documents):
+        found += session_of(made, Path(f"{number:04d}_{name}.json"))[1]
+    return found
 
 
 def everything() -> list[dict]:

@@ -128,6 +128,13 @@ def test_numbers_agree_with_the_rounds(document, info):
     assert info["joules_per_image"] == 120.0
     assert [len(launch) for launch in info["anchor"]] == [len(launch) for launch in rounds] == [2] * 6
     assert len(info["telemetry"]) == 12
+    for launch, seconds in zip(info["launches"], rounds):
+        assert {name: len(found) for name, found in launch["stage_seconds"].items()} == dict.fromkeys(
+            ("text", "unet", "vae", "other"), len(seconds)
+        )
+    for name, seconds in info["stages"].items():
+        medians = [statistics.median(launch["stage_seconds"][name]) for launch in info["launches"]]
+        assert seconds == pytest.approx(statistics.median(medians))
     assert benchmark["params"] == {"configuration": COMPILED}
     assert document["perf"]["order"][:2] == [ORIGINAL, f"{ORIGINAL}@aa"]
 
@@ -188,7 +195,7 @@ def test_flops_of_a_yaml_file_are_not_guessed(inner):
     weights = ("--model=tiny", "--ckpt=mine.ckpt", "--config=mine.yaml", "--steps=2")
     inner.run("--benchmark-save=a", what=weights)
     info = inner.last()["benchmarks"][0]["extra_info"]
-    assert (info["flops"], info["flops_fraction"]) == (None, None)
+    assert (info["flops"], info["floor_bytes"], info["flops_fraction"]) == (None, None, None)
     assert info["weights"]["kind"] == "file" and len(info["weights"]["sha256"]) == 64
 
 

@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import pytest
 import synthetic_runs
 from saved_runs import GOLDEN
+from synthetic_runs import results_of
 
 from perf.__main__ import main
-from perf.report import article, breakdown, commands, growth, history, summary, tables
-from perf.report.palette import FIXED, MORE, Palette
+from perf.report import article, commands, summary, tables
 from perf.report.published import GPUS, published
 from perf.report.results import newest, session_of, short_device
 from perf.report.text import csv_cell, file_name, markdown, span
@@ -26,13 +26,6 @@ ROOT = Path(__file__).parent.parent
 REAL = Path(__file__).parent / "runs" / "real_cpu.json"
 
 pytestmark = pytest.mark.report
-
-
-def results_of(*documents, name="0001_x"):
-    found = []
-    for number, made in enumerate(documents):
-        found += session_of(made, Path(f"{number:04d}_{name}.json"))[1]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +103,8 @@ def test_keys_that_a_run_lacks_are_none():
             benchmark["extra_info"].pop(key)
     found = results_of(made)
     assert len(found) == 15 and {one.flops for one in found} == {None} and found[0].session.commit is None
-    assert found[0].stages == {} and found[0].joule_range is None
+    assert {name: one.low for name, one in found[0].stages.items()}.keys() == synthetic_runs.SHARES.keys()
+    assert found[0].joules is None
     assert found[0].session.machine == "T4"
 
 
@@ -149,125 +143,12 @@ def test_newest_session_of_each_machine_and_torch():
     assert len(found) == 10
 
 
-# --- charts
-
-
-def test_launch_charts_are_named_as_in_the_article(everything):
-    made = synthetic_runs.published_run("A100")
-    del made["synthetic"]
-    charts = article.launch_charts(results_of(made))
-    assert [chart.name for chart in charts] == [
-        f"original_vs_optimized_A100_n_samples_{n}_n_iter_2_sd2" for n in (1, 2, 4)
-    ]
-    assert [len(series.points) for series in charts[0].series] == [10] * 5
-    for series in charts[0].series:
-        low, high = series.band
-        assert low < high and all(point.low <= point.y <= point.high for point in series.points)
-
-
-def test_bars_start_at_zero_and_have_intervals(everything):
-    charts = article.gpu_charts(newest(everything))
-    assert [chart.name for chart in charts] == ["gpus_sd2_batch_1", "gpus_sd2_batch_2", "gpus_sd2_batch_4"]
-    for chart in charts:
-        assert chart.zero and chart.places.index("A100 (published)") > chart.places.index("P100 (published)")
-        for series in chart.series:
-            for point in series.points:
-                assert (point.low is None) == series.faint and point.base == 0
-
-
-def test_ladder_goes_down_its_own_order():
-    (chart,) = breakdown.ladder_charts(results_of(synthetic_runs.ladder_run()))
-    names = [series.name for series in chart.series]
-    assert names == breakdown.LADDER and names[0] == "preset-original"
-    tops = [series.points[0].y for series in chart.series]
-    assert [series.points[0].base for series in chart.series] == [0.0, *tops[:-1]]
-
-
-def test_stages_add_up_to_the_image(everything):
-    (chart,) = breakdown.stage_charts(results_of(synthetic_runs.ladder_run()))
-    ones = {one.id: one for one in results_of(synthetic_runs.ladder_run())}
-    for place in {point.x for series in chart.series for point in series.points}:
-        whole = sum(point.y for series in chart.series for point in series.points if point.x == place)
-        assert whole == pytest.approx(ones[f"sd2-{place}"].seconds_per_image)
-
-
-def test_growth_is_found():
-    charts = {
-        chart.name.split("_A100")[0]: chart for chart in growth.growth_charts(results_of(synthetic_runs.growth_run()))
-    }
-    assert set(charts) == {"cost_steps", "cost_batch", "memory_batch", "cost_size", "memory_size"}
-    assert "0.04" in charts["cost_steps"].series[1].name and "s a step" in charts["cost_steps"].series[1].name
-    assert "as pixels to the 1.2" in charts["cost_size"].series[1].name
-
-
-def test_fit():
-    found = growth.fit([1, 2, 3, 4], [3.0, 5.0, 7.0, 9.0])
-    assert (found.fixed, found.slope) == pytest.approx((1, 2)) and found.low == pytest.approx(found.high)
-    noisy = growth.fit([1, 2, 3, 4], [3.1, 4.8, 7.2, 8.9])
-    assert noisy.low < 2 < noisy.high
-    assert growth.fit([1, 2, 2], [1, 2, 3]) is None
-    power = growth.fit([1, 4, 9], [2.0, 16.0, 54.0], power=True)
-    assert power.slope == pytest.approx(1.5) and power.at(4) == pytest.approx(16)
-
-
-def test_roofline_and_energy(everything):
-    ones = results_of(synthetic_runs.published_run("A100"))
-    (chart,) = breakdown.roofline_charts(ones)
-    assert chart.levels == (("measured float16", 100.0),) and chart.y_log
-    point = next(series for series in chart.series if series.name == "original").points[0]
-    assert point.y == pytest.approx(84.6 / 4.0, rel=0.01) and point.low < point.y < point.high
-    (energy,) = breakdown.energy_charts(ones)
-    assert energy.zero and all(series.points[0].low < series.points[0].high for series in energy.series)
-
-
-def test_compiling_crosses_where_it_pays():
-    charts = breakdown.compile_charts(results_of(synthetic_runs.published_run("A100")))
-    assert len(charts) == 3 and "pays after 200 images [100, 400]" in charts[0].title
-    eager, compiled = charts[0].series
-    assert compiled.points[0].y > eager.points[0].y == 0 and compiled.points[-1].y < eager.points[-1].y
-
-
-def test_history_marks_verdicts_and_changes():
-    (chart,) = history.history_charts(results_of(*synthetic_runs.nightly_runs(12)))
-    original = next(series for series in chart.series if series.name == "original")
-    verdicts = [point.verdict for point in original.points]
-    assert verdicts == ["INCONCLUSIVE"] * 6 + ["SAME"] * 2 + ["SLOWER"] * 4
-    words = [words for _, words in chart.marks]
-    assert [one.split()[0] for one in words] == ["commit", "torch", "commit"] and "torch 2.15.0+cu132" in words
-
-
-def test_comparisons_have_ratio_interval_margin_and_verdict():
-    runs = synthetic_runs.nightly_runs(12)
-    verdict = next(one["extra_info"]["verdict"] for one in runs[-1]["benchmarks"] if one["extra_info"]["verdict"])
-    (chart,) = history.comparison_charts(results_of(runs[-1]))
-    (series,) = chart.series
-    point = series.points[0]
-    ratio = verdict["ratio"]
-    expected = [100 * (ratio[key] - 1) for key in ("estimate", "low", "high")]
-    assert [point.y, point.low, point.high] == pytest.approx(expected)
-    assert (point.verdict, series.form) == ("SLOWER", "bar")
-    assert chart.levels == (("margin +1.0 %", 1.0), ("margin -1.0 %", -1.0))
-    assert "SLOWER" in point.note
-    assert history.comparison_charts(results_of(runs[0])) == []  # no verdict with bounds yet
-
-
-def test_wrong_pictures_have_no_time():
-    made = synthetic_runs.published_run("A100")
-    wrong = made["benchmarks"][4]["extra_info"]
-    wrong["image"] = {**wrong["image"], "verdict": "INVALID", "reason": "wrong_image latents: far away"}
-    ones = results_of(made)
-    assert all(series.name != "mha-mem_efficient-compile" for series in article.launch_charts(ones)[0].series)
-    assert tables.result_rows(ones)[-1][0] == wrong["configuration"]["id"]
-    assert summary.fastest(ones[:5]).startswith("fastest here: sd2-mha-mem_efficient-b1")
-
-
-def test_looks_are_the_same_everywhere_and_no_two_alike():
-    names = [f"sdpa-{number}" for number in range(len(MORE) * 3)]
-    palette = Palette([*names, *FIXED])
-    looks = [(palette[name].colour, palette[name].dash) for name in [*names, *FIXED]]
-    assert len(set(looks)) == len(looks)
-    assert Palette(["sdpa-7"])["sdpa-7"] == Palette(["sdpa-7", "other"])["sdpa-7"]
-    assert Palette([])["original"].colour == FIXED["original"]
+@pytest.mark.parametrize("damage", ["many", {"unet": 1.0}, {"unet": [1.0]}, {"unet": [1.0, "x"]}])
+def test_damaged_stages_of_a_launch_are_refused_by_name(damage):
+    made = synthetic_runs.published_run("T4")
+    made["benchmarks"][0]["extra_info"]["launches"][3]["stage_seconds"] = damage
+    with pytest.raises(BaselineError, match=r"launches\[3\].stage_seconds"):
+        session_of(made, Path("0001_x.json"))
 
 
 # --- texts

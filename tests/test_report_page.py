@@ -71,7 +71,7 @@ def hostile_runs() -> list[dict]:
         run["synthetic"], run["commit_info"]["id"] = next(left), next(left)
         for key in ("name", "uuid", "driver", "torch", "cuda", "cudnn", "triton", "xformers"):
             run["machine_info"]["stack"][key] = next(left)
-        run["machine_info"]["stack"]["matmul_flops_per_second"] = {next(left): 1e14}
+        run["machine_info"]["stack"]["matmul_flops_per_second"] = {next(left): 1e14, next(left): 2e14}
         run["perf"]["partial"], run["perf"]["anchor"]["name"] = next(left), next(left)
         for benchmark in run["benchmarks"]:
             info = benchmark["extra_info"]
@@ -151,6 +151,50 @@ def test_intervals_are_drawn(gpus):
         assert browser.run(f"{own}.every((one) => one.error_y.array.every((by) => by > 0))")
         assert browser.run(f"{chart}.querySelector('.plot').layout.yaxis.rangemode") == "tozero"
         assert browser.run(f"{chart}.querySelectorAll('path.yerror').length") > 20
+
+
+@needs_browser
+def test_on_a_phone_long_labels_stand_beside_lying_bars(gpus):
+    """And on a wider window they stand upright again, with the same values."""
+    chart = CHART.format(title="one round by class of kernel")
+    plot = f"{chart}.querySelector('.plot')"
+    with chromium.Page(width=390, height=844) as browser:
+        browser.open(gpus)
+        browser.run(f"report.draw({chart}.dataset.chart)")
+        bars = f"{plot}.data.filter((one) => one.type === 'bar')"
+        assert browser.run(f"{bars}.every((one) => one.orientation === 'h')")
+        assert browser.run(f"{plot}.layout.xaxis.title.text").startswith("s per round")
+        lying = browser.run(f"{bars}[0].x")
+        labels = browser.run(f"{plot}.layout.yaxis.ticktext")
+        assert len(labels) == len(lying) == 9 and max(len(line) for one in labels for line in one.split("<br>")) <= 22
+        assert any(one.endswith("…") for one in labels)
+        longest = "sdpa-channels_last+fused_qkv+cache_context_kv+cache_time_embeddings-compile-fp16"
+        assert browser.run(f"{bars}[0].hovertext.some((one) => one.includes({longest!r}))"), "the whole name on hover"
+        inside = f"[...{plot}.querySelectorAll('.yaxislayer-above text')].every((one) => one.getBoundingClientRect().left >= 0)"
+        assert browser.run(inside)
+        browser.ask("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        time.sleep(0.5)
+        assert browser.run(f"{bars}[0].y") == lying and browser.run(f"{bars}.every((one) => !one.orientation)")
+        assert browser.errors == []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_stage_has_a_whisker_at_its_own_end(gpus, width):
+    chart = CHART.format(title=": by stage")
+    with chromium.Page(width=width, height=844) as browser:
+        browser.open(gpus)
+        browser.run(f"report.draw({chart}.dataset.chart)")
+        along, error = ("x", "error_x") if width == 390 else ("y", "error_y")
+        data = f"{chart}.querySelector('.plot').data"
+        drawn = browser.run(
+            f"{data}.map((one) => [one.name, one.{along}[0], (one.base || [null])[0], one.{error} ? one.{error}.array[0] : null])"
+        )
+        assert [name for name, *_ in drawn] == [name for name in synthetic_runs.SHARES for _ in range(2)]
+        end = 0.0
+        for (_, piece, _, none), (_, nothing, at, reach) in zip(drawn[::2], drawn[1::2]):
+            end += piece
+            assert (none, nothing) == (None, 0) and at == pytest.approx(end) and reach > 0
 
 
 @needs_browser

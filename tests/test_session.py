@@ -100,6 +100,7 @@ def test_a_whole_session(fake, tmp_path):
     assert found["seconds"] == {one.id: {"0": [0.01, 0.01], "1": [0.01, 0.01]} for one in (A, B)}
     assert (session.unchecked, session.decisions, session.interrupted) == ({}, {}, False)
     assert session.stack["matmul_flops_per_second"] == {"float32": 1e9}
+    assert session.stack["copy_bytes_per_second"] == 1e8
     assert [event["slot"] for event in events(tmp_path) if event["event"] == "load"] == [A.id, B.id, B.id, A.id]
     assert events(tmp_path)[-1] == {"event": "end"}
     assert session.measurements.by_name[B.id].launches[1].rounds[0]["image"]["latent_relative_error"] == 1e-6

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from perf.report.charts import Chart, Point, Series, groups, measured, synthetic, unit, valid
 from perf.report.published import GPUS, published
 from perf.report.results import Facets, Result
-from perf.report.text import file_name
+from perf.report.text import words_name
 
 
 def launch_charts(results: Sequence[Result]) -> list[Chart]:
@@ -39,7 +39,7 @@ def launch_charts(results: Sequence[Result]) -> list[Chart]:
 
 def article_name(result: Result) -> str:
     """`original_vs_optimized_{GPU}_n_samples_{n}_n_iter_{k}_{sd1|sd2}`; what the article did not vary stands behind it."""
-    work = result.work_name.partition(", ")[2].replace(", ", "_")
+    work = result.work_name.partition(", ")[2]
     parts = [
         "original_vs_optimized",
         result.session.gpu,
@@ -47,7 +47,7 @@ def article_name(result: Result) -> str:
         f"n_iter_{result.session.rounds}",
     ]
     parts += [result.model, work, "synthetic" if result.session.synthetic else ""]
-    return file_name("_".join(part for part in parts if part).replace(" ", "_"))
+    return words_name(*parts)
 
 
 def _launches(result: Result, with_stack: bool) -> Series:
@@ -88,7 +88,7 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
         name = members[0].work_name if members else str(work[0])
         charts.append(
             Chart(
-                name=file_name(f"gpus_{name}_batch_{batch}".replace(", ", "_").replace(" ", "_")),
+                name=words_name(f"gpus_{name}_batch_{batch}"),
                 section="GPUs",
                 title=f"{name}, batch {batch}: time of an image by GPU{synthetic(members)}",
                 summary=f"Seconds per image of {len(series)} configurations by GPU at batch {batch}.",

@@ -1,82 +1,73 @@
-"""Where the time goes and what it costs: the ladder, stages, kernels, energy, the roofline and what compiling takes."""
+"""Where the time goes and what it costs: the ladder, stages, kernels, energy, and what compiling takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from perf.configurations import SETS
-from perf.report.charts import Chart, Point, Series, groups, unit, valid
-from perf.report.palette import KERNEL_CLASSES
+from perf.report.charts import Chart, Point, Series, bar_each, groups, short_id, unit, valid
+from perf.report.palette import KERNEL_CLASSES, STAGES
 from perf.report.results import Result
-from perf.report.text import file_name
+from perf.report.text import words_name
 
 LADDER = [one.id.removeprefix("sd2-").removesuffix("-b1") for one in SETS["ladder"]]
 MOST_BARS = 24
 
 
-def _title(members: Sequence[Result]) -> str:
-    first = members[0]
-    return f"{first.session.machine}, torch {first.session.torch}: {first.work_name}, batch {first.batch}"
-
-
-def _by_session(results: Sequence[Result]):
-    """(members, stem of a file name) of each session, work and batch with at least one valid result."""
+def _by_session(results: Sequence[Result]) -> Iterator[tuple[list[Result], str, str]]:
+    """(members, title, stem of a file name) of each session, work and batch with at least one valid result."""
     found = groups(valid(results), lambda one: (one.session.identity, one.session.name, one.work, one.batch))
     for members in found.values():
         first = members[0]
-        parts = [first.session.machine, first.session.torch, first.work_name, f"batch {first.batch}"]
-        yield members, file_name("_".join(parts).replace(", ", "_").replace(" ", "_"))
+        work = f"{first.work_name}, batch {first.batch}"
+        title = f"{first.session.machine}, torch {first.session.torch}: {work}"
+        yield members, title, words_name(first.session.machine, first.session.torch, work)
 
 
-def _by_model(results: Sequence[Result]):
+def _by_model(results: Sequence[Result]) -> Iterator[tuple[list[Result], str, str]]:
     """(members, title, stem of a file name) of each session and model, in portions that stay readable."""
     for members in groups(valid(results), lambda one: (one.session.identity, one.session.name, one.model)).values():
         first = members[0]
         title = f"{first.session.machine}, torch {first.session.torch}: {first.model}"
-        stem = file_name(title.replace(", ", "_").replace(": ", "_").replace(" ", "_"))
         for begin in range(0, len(members), MOST_BARS):
-            number = f" ({begin // MOST_BARS + 1})" if len(members) > MOST_BARS else ""
-            yield members[begin : begin + MOST_BARS], title + number, stem + number.replace(" (", "_").rstrip(")")
+            number = f", part {begin // MOST_BARS + 1}" if len(members) > MOST_BARS else ""
+            yield members[begin : begin + MOST_BARS], title + number, words_name(title + number)
 
 
-def _short(one: Result) -> str:
-    """The id without the model, for a chart that has only one."""
-    return one.id.removeprefix(f"{one.model}-")
+def _stacked(parts: Sequence[str], members: Sequence[Result], point: Callable[[Result, str], Point | None]) -> tuple:
+    """A series a part, which has its own look, with a piece of every member's bar."""
+    pieces = {part: tuple(filter(None, (point(one, part) for one in members))) for part in parts}
+    return tuple(Series(part, part, points, "bar") for part, points in pieces.items() if points)
 
 
 def ladder_charts(results: Sequence[Result]) -> list[Chart]:
     """A waterfall of each session: the original first, each rung where it lies in the ladder, then from slow to fast."""
     charts = []
-    for members, stem in _by_session(results):
-        original = [one for one in members if one.technique.startswith("original")]
-        if len(members) < 2 or not original:
+    for members, title, stem in _by_session(results):
+        if len(members) < 2 or not any(one.technique.startswith("original") for one in members):
             continue
         rungs = _rungs(members)
-        points, before = [], None
-        for one in rungs:
-            low, high = one.interval
-            now = one.seconds_per_image
-            start = before.seconds_per_image if before else 0.0
-            change = f"{100 * (1 - now / start):+.1f} % less" if before else "where it starts"
-            note = f"{one.seconds_per_image:.4g} s, {change}, {one.interval_name}"
-            points.append(Series(one.technique, one.technique, (_floating(one, start, low, high, note),), "bar"))
-            before = one
+        steps = [_step(before, one) for before, one in zip([None, *rungs], rungs)]
         charts.append(
             Chart(
                 name=f"ladder_{stem}",
                 section="Ladder",
-                title=f"{_title(members)}: from the original on",
+                title=f"{title}: from the original on",
                 summary=f"Waterfall of {len(rungs)} configurations from {rungs[0].id} to {rungs[-1].id}.",
                 x_label="configuration",
                 y_label=f"{unit(members)} per image",
-                series=tuple(points),
+                series=bar_each(zip(rungs, steps)),
             )
         )
     return charts
 
 
-def _floating(one: Result, start: float, low: float, high: float, note: str) -> Point:
-    return Point(one.technique, one.seconds_per_image, low, high, one.facets, note, base=start)
+def _step(before: Result | None, one: Result) -> Point:
+    """A floating bar from what there was before to what is left now."""
+    start = before.seconds_per_image if before else 0.0
+    change = f"{100 * (1 - one.seconds_per_image / start):+.1f} % less" if before else "where it starts"
+    note = f"{one.seconds_per_image:.4g} s, {change}, {one.interval_name}"
+    return Point(one.technique, one.seconds_per_image, *one.interval, one.facets, note, base=start)
 
 
 def _rungs(members: Sequence[Result]) -> list[Result]:
@@ -88,81 +79,75 @@ def _rungs(members: Sequence[Result]) -> list[Result]:
 
 
 def stage_charts(results: Sequence[Result]) -> list[Chart]:
-    """Stacked seconds of text, UNet, VAE and the rest."""
+    """Stacked seconds of text, UNet, VAE and the rest, each with its own interval."""
     charts = []
     for members, title, stem in _by_model([one for one in results if one.stages]):
-        series = []
-        for stage in ("text", "unet", "vae", "other"):
-            points = []
-            for one in members:
-                whole = one.seconds_per_image
-                parts = {name: value / one.batch for name, value in one.stages.items()}
-                # Stages are medians by themselves, on a GPU of the device's clock: their sum may pass the whole a little.
-                value = max(0.0, whole - sum(parts.values())) if stage == "other" else parts.get(stage, 0.0)
-                low, high = one.interval if stage == "other" else (None, None)
-                note = f"{stage} {value:.4g} s of {whole:.4g} s"
-                points.append(Point(_short(one), value, low, high, one.facets, note))
-            series.append(Series(stage, stage, tuple(points), "bar"))
         charts.append(
             Chart(
                 name=f"stages_{stem}",
                 section="Stages",
                 title=f"{title}: by stage",
-                summary=f"Seconds per image by stage of {len(members)} configurations.",
+                summary=f"Seconds of wall time per image by stage of {len(members)} configurations.",
                 x_label="configuration",
-                y_label=f"{unit(members)} per image",
-                series=tuple(series),
+                y_label="s (wall time) per image",
+                series=_stacked(tuple(STAGES), members, _stage),
                 stacked=True,
             )
         )
     return charts
+
+
+def _stage(one: Result, stage: str) -> Point | None:
+    if stage not in one.stages:
+        return None
+    # On a GPU stages have the device's clock, so that they may pass the wall time, by a hair.
+    found = one.stages[stage].over(one.batch)
+    return Point(
+        short_id(one), max(0.0, found.value), found.low, found.high, one.facets, f"{one.id}, {stage}, {found.name}"
+    )
 
 
 def kernel_charts(results: Sequence[Result]) -> list[Chart]:
     """Stacked seconds of a traced round by class of kernel."""
     charts = []
-    for members, stem in _by_session(results):
-        known = [one for one in members if one.trace][:MOST_BARS]
-        if not known:
-            continue
+    for members, title, stem in _by_session([one for one in results if one.trace]):
+        known = members[:MOST_BARS]
         classes = [name for name in KERNEL_CLASSES if any(name in one.trace for one in known)]
-        series = [
-            Series(
-                name,
-                name,
-                tuple(
-                    Point(one.technique, one.trace.get(name, 0.0), facets=one.facets, note=f"{one.id}, {name}")
-                    for one in known
-                ),
-                "bar",
-            )
-            for name in classes
-        ]
         charts.append(
             Chart(
                 name=f"kernels_{stem}",
                 section="Kernels",
-                title=f"{_title(known)}: one round by class of kernel",
+                title=f"{title}: one round by class of kernel",
                 summary=f"Seconds of one traced round by class of kernel, {len(known)} configurations.",
                 x_label="configuration",
                 y_label="s per round (wall time, with the profiler on)",
-                series=tuple(series),
+                series=_stacked(classes, known, _traced),
                 stacked=True,
             )
         )
     return charts
 
 
+def _traced(one: Result, name: str) -> Point:
+    note = f"{one.id}, {name}: one round, which has no interval"
+    return Point(one.technique, one.trace.get(name, 0.0), facets=one.facets, note=note)
+
+
 def energy_charts(results: Sequence[Result]) -> list[Chart]:
     """Joules per image."""
     charts = []
-    known = [one for one in results if one.benchmark.joules_per_image is not None]
-    for members, title, stem in _by_model(known):
-        series = []
-        for one in members:
-            low, high = one.joule_range or (None, None)
-            point = Point(_short(one), one.benchmark.joules_per_image, low, high, one.facets, one.id)
-            series.append(Series(_short(one), one.technique, (point,), "bar"))
+    for members, title, stem in _by_model([one for one in results if one.joules]):
+        points = [
+            Point(
+                short_id(one),
+                one.joules.value,
+                one.joules.low,
+                one.joules.high,
+                one.facets,
+                f"{one.id}, {one.joules.name}",
+            )
+            for one in members
+        ]
         charts.append(
             Chart(
                 name=f"energy_{stem}",
@@ -171,57 +156,16 @@ def energy_charts(results: Sequence[Result]) -> list[Chart]:
                 summary=f"Joules per image of {len(members)} configurations.",
                 x_label="configuration",
                 y_label="J per image",
-                series=tuple(series),
-            )
-        )
-    return charts
-
-
-def roofline_charts(results: Sequence[Result]) -> list[Chart]:
-    """FLOP/s reached over the work of a round, under the measured ceilings; one chart a machine."""
-    charts = []
-    known = [one for one in valid(results) if one.flops and one.session.ceilings]
-    for members in groups(known, lambda one: (one.session.identity,)).values():
-        first = members[0]
-        series = []
-        for technique, ones in groups(members, lambda one: one.technique).items():
-            points = []
-            for one in sorted(ones, key=lambda one: one.flops):
-                low, high = one.interval
-                per_image = one.flops / one.batch
-                rate = per_image / one.seconds_per_image / 1e12
-                note = (
-                    one.id
-                    if one.flops_fraction is None
-                    else f"{one.id}: {100 * one.flops_fraction:.1f} % of its ceiling"
-                )
-                points.append(
-                    Point(one.flops / 1e12, rate, per_image / high / 1e12, per_image / low / 1e12, one.facets, note)
-                )
-            series.append(Series(technique, technique, tuple(points), "markers"))
-        machine = f"{first.session.machine}, torch {first.session.torch}"
-        charts.append(
-            Chart(
-                name=file_name(f"roofline_{machine}".replace(", ", "_").replace(" ", "_")),
-                section="Roofline",
-                title=f"{machine}: under the roof",
-                summary=f"Achieved TFLOP/s of {len(members)} results under {len(first.session.ceilings)} measured ceilings.",
-                x_label="work of a round, TFLOP",
-                y_label="reached, TFLOP/s",
-                series=tuple(series),
-                scale="log",
-                y_log=True,
-                zero=False,
-                levels=tuple((f"measured {name}", rate / 1e12) for name, rate in first.session.ceilings.items()),
+                series=bar_each(zip(members, points)),
             )
         )
     return charts
 
 
 def compile_charts(results: Sequence[Result]) -> list[Chart]:
-    """Seconds spent after n images, eager against compiled, where a session has both."""
+    """Seconds spent after n images, eager against compiled, where a session has both; the first call has no interval."""
     charts = []
-    for members, stem in _by_session(results):
+    for members, title, stem in _by_session(results):
         for compiled in members:
             eager = _eager(members, compiled)
             if eager is None or compiled.first_call[0] is None:
@@ -232,9 +176,9 @@ def compile_charts(results: Sequence[Result]) -> list[Chart]:
             places = [far * step / 8 for step in range(9)]
             charts.append(
                 Chart(
-                    name=file_name(f"compiling_{stem}_{compiled.technique}"),
+                    name=words_name("compiling", stem, compiled.technique),
                     section="Compiling",
-                    title=f"{_title(members)}: {compiled.technique}, {_pays(compiled)}",
+                    title=f"{title}: {compiled.technique}, {_pays(compiled)}",
                     summary=f"Cumulative seconds over images, {eager.technique} against {compiled.technique}.",
                     x_label="images made",
                     y_label=f"{unit(members)} spent, compiling included",

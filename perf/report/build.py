@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perf.report import article, breakdown, growth, history, pictures, summary, tables
+from perf.report import article, breakdown, growth, history, pictures, roofline, summary, tables
 from perf.report.charts import Chart
 from perf.report.palette import Palette
 from perf.report.results import Result, Session, newest, read_session
@@ -67,7 +67,7 @@ def all_charts(results: Sequence[Result], current: Sequence[Result]) -> list[Cha
         *breakdown.ladder_charts(current),
         *breakdown.stage_charts(current),
         *growth.growth_charts(current),
-        *breakdown.roofline_charts(current),
+        *roofline.roofline_charts(current),
         *breakdown.compile_charts(current),
         *breakdown.energy_charts(current),
         *breakdown.kernel_charts(current),

@@ -5,7 +5,7 @@ Intervals are part of a point. A chart names the unit on both axes; bars always 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from perf.report.results import Facets, Result
@@ -87,15 +87,20 @@ SECTIONS = {
     "They also warn that only numbers inside one graph of theirs compare reliably.",
     "Ladder": "One optimisation at a time: what each step takes off the time of an image. Whiskers are the intervals of "
     "the times reached.",
-    "Stages": "Where the time of an image goes. Whiskers are the interval of the whole.",
-    "Growth": "Cost and memory against steps, batch and picture size, with fitted growth from three points on.",
-    "Roofline": "FLOP/s reached against the matrix products that this device was measured to reach. A round counts the "
-    "multiplications of convolutions, matrices and attention; bytes moved are not recorded, so that there is no slope "
-    "of a memory roof.",
-    "Compiling": "Seconds spent after so many images, compiling included: where the lines cross, it has paid.",
-    "Energy": "Joules per image from the GPU's energy counter. Whiskers are the range of the rounds.",
+    "Stages": "Where the time of an image goes, in wall time. The whisker at the end of each piece is that piece's own interval, "
+    "over launches; runs saved before the stages of each round were have none. What the stages leave of the round is called other.",
+    "Growth": "Cost and memory against steps, batch and picture size, with fitted growth from three points on and the 95 % "
+    "interval of its slope. A peak of memory is a maximum, and has no interval.",
+    "Roofline": "FLOP/s reached under what this device was measured to reach in matrix products (flat) and in copies of memory "
+    "(sloped). FLOPs are the multiplications of convolutions, matrices and attention. The bytes are a floor: weights, input "
+    "and output of each network once a call; what really moves is more, so that points belong further left. Whiskers are "
+    "intervals; the roofs are maxima, which have none.",
+    "Compiling": "Seconds spent after so many images, compiling included: where the lines cross, it has paid. Whiskers are the "
+    "intervals of the images; one launch alone compiles with a cold cache, so that its time has none.",
+    "Energy": "Joules per image from the GPU's energy counter. Whiskers are intervals over launches.",
     "Kernels": "Seconds of one traced round by class of kernel (--perf-trace), outside the timed rounds. One round has no "
-    "interval. The fused kernels of compiled code on a CPU are other.",
+    "interval. On a GPU what runs beside another counts fully; the launch gap is when nothing ran. The fused kernels of "
+    "compiled code on a CPU are other.",
     "Comparisons": "By how many percent each configuration takes more time than what it was compared with - another commit "
     "or itself in one interleave, or stored sessions - with 95 % intervals and the bounds of the margin. Below 0 is faster.",
     "History": "Each configuration over stored sessions, with verdicts, and where commit, GPU or versions changed.",
@@ -107,6 +112,16 @@ def measured(result: Result, x: Place, note: str = "") -> Point:
     low, high = result.interval
     words = f"{result.id}, {result.session.name}, {result.interval_name}"
     return Point(x, result.seconds_per_image, low, high, result.facets, f"{words}; {note}" if note else words)
+
+
+def bar_each(points: Iterable[tuple[Result, Point]]) -> tuple[Series, ...]:
+    """A bar for each result, in its own look and over its own name, which is the point's place."""
+    return tuple(Series(str(point.x), one.technique, (point,), "bar") for one, point in points)
+
+
+def short_id(one: Result) -> str:
+    """The id without the model, for a chart that has only one."""
+    return one.id.removeprefix(f"{one.model}-")
 
 
 def unit(results: Sequence[Result]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from perf.report.charts import Chart, Point, Series, groups, unit, valid
 from perf.report.results import Result
-from perf.report.text import file_name
+from perf.report.text import words_name
 from perf.statistics import student_quantile
 
 NATIVE_PIXELS = {"tiny": 64, "sd1": 512, "sd2": 512, "sd2-v": 768}
@@ -57,13 +57,19 @@ def pixels(result: Result) -> int:
 
 # name, words of the x axis, value of a result, whether as a power, and how the fit is said
 AXES = (
-    ("steps", "sampler steps", lambda one: one.steps, False, "{slope:.3g} s a step + {fixed:.3g} s"),
+    (
+        "steps",
+        "sampler steps",
+        lambda one: one.steps,
+        False,
+        "{slope:.3g} [{low:.3g}, {high:.3g}] s a step + {fixed:.3g} s",
+    ),
     (
         "batch",
         "batch, images per round",
         lambda one: one.batch,
         False,
-        "{slope:.3g} s an image + {fixed:.3g} s a round",
+        "{slope:.3g} [{low:.3g}, {high:.3g}] s an image + {fixed:.3g} s a round",
     ),
     ("size", "pixels per image", pixels, True, "as pixels to the {slope:.2f} [{low:.2f}, {high:.2f}]"),
 )
@@ -97,8 +103,7 @@ def _names(axis: str, lines: dict) -> tuple[list[Result], str, str]:
     work = first.model if axis in ("steps", "size") else first.work_name
     held = "" if axis == "batch" else f", batch {first.batch}"
     machine = f"{first.session.machine}, torch {first.torch}"
-    stem = file_name(f"{axis}_{machine}_{work}{held}".replace(", ", "_").replace(" ", "_"))
-    return members, f"{machine}: {work}{held}", stem
+    return members, f"{machine}: {work}{held}", words_name(axis, machine, f"{work}{held}")
 
 
 def _cost(axis: str, words: str, value, power: bool, said: str, lines: dict) -> Chart:

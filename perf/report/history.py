@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from perf.report.charts import Chart, Point, Series, groups, unit
+from perf.report.charts import Chart, Point, Series, bar_each, groups, short_id, unit
 from perf.report.results import Result, newest
-from perf.report.text import file_name
+from perf.report.text import words_name
 
 WATCHED = (
     ("GPU", lambda one: one.session.facts.get("uuid") or one.session.facts.get("name")),
@@ -32,11 +32,10 @@ def history_charts(results: Sequence[Result]) -> list[Chart]:
             Series(technique, technique, tuple(map(_point, ones)))
             for technique, ones in groups(members, lambda one: one.technique).items()
         ]
-        stem = f"history_{first.session.machine}_{first.work_name}_batch_{first.batch}"
         sessions = len({one.session.started for one in members})
         charts.append(
             Chart(
-                name=file_name(stem.replace(", ", "_").replace(" ", "_")),
+                name=words_name("history", first.session.machine, first.work_name, f"batch_{first.batch}"),
                 section="History",
                 title=f"{first.session.machine}: {first.work_name}, batch {first.batch}, {sessions} sessions",
                 summary=f"Seconds per image of {len(series)} configurations over {sessions} sessions, with verdicts.",
@@ -66,31 +65,32 @@ def comparison_charts(results: Sequence[Result]) -> list[Chart]:
 
     for (_, name, against, margin), members in groups(compared, key).items():
         first = members[0]
-        series, one_model = [], len({one.model for one in members}) == 1
-        for one in members:
-            decision = one.benchmark.decision
-            label = one.id.removeprefix(f"{one.model}-") if one_model else one.id
-            ratio = decision.ratio
-            change, low, high = (100 * (bound - 1) for bound in (ratio.estimate, ratio.low, ratio.high))
-            point = Point(label, change, low, high, one.facets, str(decision), verdict=one.verdict)
-            series.append(Series(label, one.technique, (point,), "bar"))
+        label = short_id if len({one.model for one in members}) == 1 else (lambda one: one.id)
+        points = [_change(one, label(one)) for one in members]
         against = against or "its baseline"
-        stem = f"comparison_{first.session.machine}_{name}_against_{against}"
         bounds = ((f"margin {percent:+.1f} %", percent) for percent in (100 * margin, -100 * margin)) if margin else ()
         charts.append(
             Chart(
-                name=file_name(stem.replace(", ", "_").replace(" ", "_")),
+                name=words_name("comparison", first.session.machine, name, f"against_{against}"),
                 section="Comparisons",
                 title=f"{first.session.machine}, {name}: against {against}",
                 summary=f"Change in time of {len(members)} configurations against {against}, with 95 % intervals.",
                 x_label="configuration",
                 y_label="change in time, %",
-                series=tuple(series),
+                series=bar_each(zip(members, points)),
                 zero=False,
                 levels=tuple(bounds),
             )
         )
     return charts
+
+
+def _change(one: Result, label: str) -> Point:
+    """Percent by which it takes more time than what it was compared with."""
+    decision = one.benchmark.decision
+    ratio = decision.ratio
+    change, low, high = (100 * (bound - 1) for bound in (ratio.estimate, ratio.low, ratio.high))
+    return Point(label, change, low, high, one.facets, str(decision), verdict=one.verdict)
 
 
 def _point(one: Result) -> Point:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from perf.report import sections
 from perf.report.charts import Chart
-from perf.report.palette import KERNEL_CLASSES, STAGES, VERDICTS
+from perf.report.palette import VERDICTS
 from perf.report.results import Facets
 from perf.saved_run import BaselineError
 from perf.storage import write_atomically
@@ -94,15 +94,6 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.7g}")
 
 
-def looks(report) -> dict:
-    """How every series is drawn, by its `look`."""
-    plain = {**STAGES, **KERNEL_CLASSES}
-    fixed = {
-        name: {"colour": colour, "dash": "solid", "marker": "circle", "hatch": ""} for name, colour in plain.items()
-    }
-    return {**fixed, **report.palette.as_dict()}
-
-
 def write(report, folder: Path) -> list[Path]:
     """Write index.html, and beside it in runs/ the raw JSON that it has no room for. Raises BaselineError."""
     index = FacetIndex()
@@ -111,7 +102,7 @@ def write(report, folder: Path) -> list[Path]:
     data = {
         "facets": index.as_list(),
         "charts": charts,
-        "looks": looks(report),
+        "looks": report.palette.as_dict(),
         "verdicts": {verdict.value: colour for verdict, (colour, _) in VERDICTS.items()},
     }
     scripts = plotly_script(), (HERE / "page.js").read_text(encoding="utf-8")

@@ -56,6 +56,10 @@ class Look:
     hatch: str = ""
 
 
+ROOFS = {f"roof {number}": Look("#7a7a7a", dash) for number, dash in enumerate(DASHES, 1)}  # of any dtype, in order
+PARTS = {name: Look(colour) for name, colour in {**STAGES, **KERNEL_CLASSES}.items()}
+
+
 class Palette:
     """Looks by technique. Those of FIXED never change; another one's follows from its name, and moves on only where
     that look is taken by a name before it in the alphabet."""
@@ -75,8 +79,11 @@ class Palette:
             colour = MORE[number % len(MORE)]
             self._looks[name] = Look(colour, DASHES[kind], MARKERS[number % len(MARKERS)], HATCHES[kind])
 
-    def __getitem__(self, technique: str) -> Look:
-        return self._looks[technique]
+        self._looks |= {**PARTS, **ROOFS}
+
+    def __getitem__(self, name: str) -> Look:
+        """The look of a technique, or of what all charts have: a stage, a class of kernels, a roof."""
+        return self._looks[name]
 
     def as_dict(self) -> dict[str, dict[str, str]]:
         """Ready for JSON, for the page."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from perf.report.charts import Chart, Point, Series
-from perf.report.palette import KERNEL_CLASSES, STAGES, VERDICTS, Look, Palette
+from perf.report import bars
+from perf.report.charts import Chart, Series
+from perf.report.palette import Palette
 from perf.verdicts import Verdict
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P"}
-MARKERS |= {"x": "X", "star": "*"}
+WIDTH = 7.2  # inches: a phone shows a wider picture too small to be read
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -40,73 +39,63 @@ def draw(chart: Chart, palette: Palette, folder: Path) -> list[Path]:
         paths = [folder / f"{chart.name}.{kind}" for kind in ("png", "svg")]
         FigureCanvasAgg(figure)
         figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+        figure.savefig(paths[1], metadata={"Date": None, "Creator": None, "Title": chart.title})
     return paths
 
 
 def _figure(chart: Chart, palette: Palette) -> Figure:
-    labels = _labels(chart)
-    bars = chart.scale == "category"
+    is_bars = chart.scale == "category"
+    labels = bars.labels_of(chart) if is_bars else []
+    lie = is_bars and bars.lies(labels)
+    beside, more_lines = bars.size_of_labels(labels)
     named = _legend_names(chart)
-    columns = 1 if max(map(len, named), default=0) > 46 else 2 if max(map(len, named), default=0) > 24 else 3
+    longest = max(map(len, named), default=0)
+    columns = 1 if longest > 46 else 2 if longest > 24 else 3
     legend_height = 0.22 * math.ceil(len(named) / columns) + 0.1 if len(named) > 1 else 0.0
-    tilted = bars and (len(labels) > 6 or max(map(len, labels), default=0) * len(labels) > 70)
-    below = 0.036 * max(map(len, labels), default=0) + 0.6 if tilted else 0.85 if chart.scale == "time" else 0.55
-    width = max(7.2, 0.5 * len(labels) + 1.5) if bars else 7.2
-    width = max(width, 0.11 * sum(_bars_at(chart, labels)) + 1.5) if bars else width
-    width = min(width, 16.0)
-    title = _wrapped(chart.title, int(width * 13))
+    below = 0.85 if chart.scale == "time" else 0.55 + (0.0 if lie else more_lines)
+    left = beside + 0.35 if lie else 0.85
+    title = textwrap.fill(chart.title, int((WIDTH - (0.1 if lie else left)) * 13)) or chart.title
     above = 0.2 + 0.19 * len(title.splitlines())
-    height = 3.4 + below + legend_height + above
-    figure = Figure(figsize=(width, height))
+    tall = max(1.2, sum(bars.rooms_of(chart, labels))) if lie else 3.4
+    height = tall + below + legend_height + above
+    figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes(
-        (0.85 / width, (below + legend_height) / height, 1 - 1.1 / width, 3.4 / height)  # in inches, so that all agree
+        (left / WIDTH, (below + legend_height) / height, 1 - (left + 0.25) / WIDTH, tall / height)  # in inches
     )
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.y_label)
-    if bars:
-        _bars(axes, chart, palette, labels, tilted)
+    axes.set_title(title, fontsize=10, x=(0.1 - left) / (WIDTH - left - 0.25) if lie else 0.0, ha="left")
+    axes.set_xlabel(chart.y_label if lie else chart.x_label)
+    axes.set_ylabel("" if lie else chart.y_label)  # what the labels beside lying bars are, they say themselves
+    if is_bars:
+        bars.draw_bars(axes, chart, palette, labels)
     else:
         _lines(axes, chart, palette)
-    for name, level in chart.levels:
-        axes.axhline(level, color="#444444", linewidth=1, linestyle="--")
-        axes.annotate(name, (0.995, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    _levels(axes, chart, lie)
     if chart.y_log:
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
     elif chart.zero:
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0) if lie else axes.set_ylim(bottom=0)
     handles, names = axes.get_legend_handles_labels()
     if len(named) > 1:
-        figure.legend(
-            handles,
-            names,
-            loc="lower left",
-            bbox_to_anchor=(0.6 / width, 0.0),
-            ncols=columns,
-            frameon=False,
-            fontsize=8,
-        )
+        at = {"loc": "lower left", "bbox_to_anchor": (0.1 / WIDTH, 0.0)}
+        figure.legend(handles, names, **at, ncols=columns, frameon=False, fontsize=8)
     return figure
 
 
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width)) or text
+def _levels(axes, chart: Chart, lie: bool) -> None:
+    for name, level in chart.levels:
+        line, place = (axes.axvline, (level, 0.995)) if lie else (axes.axhline, (0.995, level))
+        line(level, color="#444444", linewidth=1, linestyle="--")
+        how = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "top"} if lie else {"va": "bottom"}
+        axes.annotate(name, place, **{"xycoords": ("axes fraction", "data"), **how}, ha="right", fontsize=8)
 
 
 def _legend_names(chart: Chart) -> list[str]:
     if chart.scale == "category" and not chart.stacked and all(_own_place(series) for series in chart.series):
         return []
-    names = [series.name for series in chart.series if not _hidden(chart, series)]
+    names = [series.name for series in chart.series if not bars.hidden(chart, series)]
     names += ["paler"] if chart.scale == "category" and any(series.faint for series in chart.series) else []
     return names + list({point.verdict for series in chart.series for point in series.points} - {None})
-
-
-def _hidden(chart: Chart, series: Series) -> bool:
-    """A published series has the look of the reader's own, and one entry for both is enough."""
-    names = {one.name for one in chart.series}
-    return series.faint and series.look in names
 
 
 def _own_place(series: Series) -> bool:
@@ -114,84 +103,9 @@ def _own_place(series: Series) -> bool:
     return len(series.points) == 1 and series.points[0].x == series.name
 
 
-def _shown(name: str) -> str:
-    """Matplotlib leaves names that begin with _ out of a legend."""
-    return f" {name}" if name.startswith("_") else name
-
-
-def _labels(chart: Chart) -> list[str]:
-    if chart.places:
-        return list(chart.places)
-    return list(dict.fromkeys(str(point.x) for series in chart.series for point in series.points))
-
-
-def _bars_at(chart: Chart, labels: Sequence[str]) -> list[int]:
-    """How many bars stand beside each other at each label."""
-    if chart.stacked:
-        return [1] * len(labels)
-    return [sum(str(point.x) == label for series in chart.series for point in series.points) for label in labels]
-
-
-def _look(series: Series, palette: Palette) -> Look:
-    if series.look in STAGES or series.look in KERNEL_CLASSES:
-        return Look({**KERNEL_CLASSES, **STAGES}[series.look])
-    return palette[series.look]
-
-
-def _bars(axes, chart: Chart, palette: Palette, labels: Sequence[str], tilted: bool) -> None:
-    counts = dict(zip(labels, _bars_at(chart, labels)))
-    slots, done = max(counts.values(), default=1), dict.fromkeys(labels, 0)
-    tops = dict.fromkeys(labels, 0.0)
-    previous = None
-    for series in chart.series:
-        look, name = _look(series, palette), _shown(series.name)
-        for point in series.points:
-            label = str(point.x)
-            place = labels.index(label)
-            width = 0.8 if chart.stacked else 0.84 / slots
-            if not chart.stacked:
-                place += (done[label] - (counts[label] - 1) / 2) * 0.84 / slots
-            done[label] += 1
-            bottom = tops[label] if chart.stacked else point.base
-            height = point.y if chart.stacked else point.y - point.base
-            axes.bar(
-                place,
-                height,
-                width * 0.92,
-                bottom=bottom,
-                color=look.colour,
-                alpha=0.45 if series.faint else 1.0,
-                hatch=(look.hatch * 3 or None) if not series.faint else None,
-                edgecolor="white",
-                linewidth=0.4,
-                label=name if not _hidden(chart, series) else None,
-            )
-            name = None
-            tops[label] += point.y
-            end = tops[label] if chart.stacked else point.y
-            _whisker(axes, place, end, point)
-            if point.base and previous is not None:
-                axes.plot([previous, place], [point.base, point.base], color="#888888", linewidth=0.8)
-            previous = place
-    axes.grid(axis="x", visible=False)
-    angle = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if tilted else {}
-    axes.set_xticks(range(len(labels)), labels, **angle)
-    axes.set_xlim(-0.6, len(labels) - 0.4)
-    if any(series.faint for series in chart.series):
-        axes.plot([], [], " ", label="paler: published, printed without an interval")
-
-
-def _whisker(axes, place: float, value: float, point: Point) -> None:
-    if point.low is None or point.high is None:
-        return
-    # The stages' interval is that of the whole, which their sum may pass a little.
-    reach = [[max(0.0, value - point.low)], [max(0.0, point.high - value)]]
-    axes.errorbar(place, value, yerr=reach, fmt="none", ecolor="#222222", elinewidth=1, capsize=2.5)
-
-
 def _lines(axes, chart: Chart, palette: Palette) -> None:
     for series in chart.series:
-        look = _look(series, palette)
+        look = palette[series.look]
         xs = [_place(chart, point.x) for point in series.points]
         ys = [point.y for point in series.points]
         curve = series.form == "curve"
@@ -217,9 +131,9 @@ def _lines(axes, chart: Chart, palette: Palette) -> None:
             color=look.colour,
             linestyle="none" if series.form == "markers" else DASHES[look.dash],
             linewidth=1.0 if curve else 1.4,
-            marker=None if curve else MARKERS[look.marker],
+            marker=None if curve else bars.MARKERS[look.marker],
             markersize=4.5,
-            label=_shown(series.name),
+            label=bars.shown(series.name),
         )
     _verdicts(axes, chart)
     for number, (place, words) in enumerate(chart.marks):
@@ -248,9 +162,12 @@ def _lines(axes, chart: Chart, palette: Palette) -> None:
 
 
 def _plain_numbers(axis) -> None:
-    """Matplotlib writes powers as TeX, which STYLE turns off."""
-    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    """Matplotlib writes powers as TeX, which STYLE turns off. The fewer the further the axis reaches."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if 0 < low < high else 1.0
+    named = "123456789" if decades < 0.8 else "125" if decades < 2.5 else "1"
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in named else ""))
     axis.set_tick_params(which="minor", labelsize=7)
 
 
@@ -259,18 +176,7 @@ def _verdicts(axes, chart: Chart) -> None:
     for verdict in Verdict:
         points = [point for series in chart.series for point in series.points if point.verdict == verdict.value]
         if points:
-            colour, marker = VERDICTS[verdict]
-            axes.plot(
-                [_place(chart, point.x) for point in points],
-                [point.y for point in points],
-                linestyle="none",
-                marker=MARKERS[marker],
-                markersize=9,
-                markerfacecolor="none",
-                markeredgecolor=colour,
-                markeredgewidth=1.4,
-                label=verdict.value,
-            )
+            axes.plot([_place(chart, point.x) for point in points], [point.y for point in points], **bars.ring(verdict))
 
 
 def _place(chart: Chart, x):

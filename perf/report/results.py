@@ -6,17 +6,21 @@ that a run does not have are None: older and newer runs stand in one report.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from perf.configurations import technique, usual_precision
+from perf.report.spread import Spread, over_launches, value_alone
 from perf.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
-from perf.statistics import MIN_VALUES, Interval, sign_interval
+from perf.statistics import Interval
 
 KNOWN_GPU = re.compile(r"\b(P100|T4|A10G?|V100|A100|A800|H100|H200|B200|GH200|L40S?|L4|A\d{4}|RTX \w+(?: Ti)?)\b")
 STAGES = ("text", "unet", "vae")
+STAGES_ALONE = "no interval: saved before the stages of each round were"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Session:
     torch: str
     facts: Mapping[str, object]
     ceilings: Mapping[str, float]  # measured FLOP/s of matrix products, by dtype
+    copy_bytes_per_second: float | None  # measured, read and written
     commit: str | None
     rounds: int | None
     launches: int | None
@@ -88,9 +93,10 @@ class Result:
     compile: str
     workload: str
     torch: str
-    stages: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, Spread] = field(default_factory=dict)  # wall seconds, and `other` where rounds were saved
     peak_bytes: float | None = None
     flops: float | None = None
+    floor_bytes: float | None = None  # the fewest that a round can move
     flops_fraction: float | None = None
     amortise: tuple[int | None, int | None, int | None] | None = None  # images: estimate, low, high; None for never
     first_call: tuple[float | None, float | None] = (None, None)  # cold and warm
@@ -101,35 +107,32 @@ class Result:
     image_reference: str | None = None
     kernels: tuple[str, ...] = ()
     trace: Mapping[str, float] = field(default_factory=dict)  # seconds of one round, by class of kernel
-    joule_range: tuple[float, float] | None = None  # per image, least and most of the rounds
+    joules: Spread | None = None  # per image
 
     @property
     def id(self) -> str:
         """The configuration's id."""
         return self.benchmark.id
 
+    @functools.cached_property
+    def spread(self) -> Spread:
+        """Seconds per image: the median launch with its interval."""
+        return over_launches(self.benchmark.launches).over(self.batch)
+
     @property
     def seconds_per_image(self) -> float:
         """Median over launches."""
-        return self.benchmark.session_median / self.batch
+        return self.spread.value
 
     @property
     def interval(self) -> tuple[float, float]:
         """Seconds per image: the exact 95 % interval of the median launch, or from under 6 launches their range."""
-        medians = self.benchmark.launch_medians
-        if len(medians) < MIN_VALUES:
-            rounds = [seconds for launch in self.benchmark.launches for seconds in launch]
-            return min(rounds) / self.batch, max(rounds) / self.batch
-        found = sign_interval(medians)
-        return found.low / self.batch, found.high / self.batch
+        return self.spread.low, self.spread.high
 
     @property
     def interval_name(self) -> str:
         """What `interval` is."""
-        count = len(self.benchmark.launch_medians)
-        if count >= MIN_VALUES:
-            return "95 % interval"
-        return f"range of the rounds of {count} launch{'es' if count > 1 else ''}"
+        return self.spread.name
 
     @property
     def verdict(self) -> str | None:
@@ -190,6 +193,7 @@ def session_of(document: object, path: Path) -> tuple[Session, list[Result]]:
         ceilings={key: value for key, value in ceilings.items() if _positive(value)}
         if isinstance(ceilings, dict)
         else {},
+        copy_bytes_per_second=stack["copy_bytes_per_second"] if _positive(stack.get("copy_bytes_per_second")) else None,
         commit=commit,
         rounds=_whole(perf["rounds"].optional_number(1, 1e6)) if perf else None,
         launches=_whole(perf["launches"].optional_number(1, 1e6)) if perf else None,
@@ -228,9 +232,10 @@ def _result(session: Session, benchmark: SavedBenchmark, info) -> Result:
         compile=text("compile", "none"),
         workload=text("workload", "txt2img"),
         torch=(facts["torch"].optional_text() if facts else None) or session.torch,
-        stages=_numbers(info["stages"], STAGES),
+        stages=_stages(session, benchmark, info),
         peak_bytes=benchmark.peak_bytes,
         flops=info["flops"].optional_number(0, 1e30),
+        floor_bytes=info["floor_bytes"].optional_number(0, 1e30),
         flops_fraction=info["flops_fraction"].optional_number(0, 1e6),
         amortise=tuple(_whole(amortise[key].optional_number(0, 1e15)) for key in ("estimate", "low", "high"))
         if amortise
@@ -243,7 +248,7 @@ def _result(session: Session, benchmark: SavedBenchmark, info) -> Result:
         image_reference=image["reference"].optional_text() if image else None,
         kernels=_kernels(info["kernel"]),
         trace=_numbers(info["trace"]["seconds"]) if isinstance(info["trace"].value, dict) else {},
-        joule_range=_joule_range(info["telemetry"], _whole(wanted["batch"].number(1, 1e6))),
+        joules=_joules(benchmark, info["telemetry"], _whole(wanted["batch"].number(1, 1e6))),
     )
 
 
@@ -292,12 +297,41 @@ def _kernels(node) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _joule_range(node, batch: int) -> tuple[float, float] | None:
-    if node.value is None:
-        return None
-    joules = [one["joules"].optional_number(0, 1e12) for one in node.items() if isinstance(one.value, dict)]
-    known = [value / batch for value in joules if value is not None]
-    return (min(known), max(known)) if known else None
+def _stages(session: Session, benchmark: SavedBenchmark, info) -> dict[str, Spread]:
+    """Seconds of a round by stage, over launches where each round's were saved."""
+    alone, rounds = _numbers(info["stages"], STAGES), {}
+    for launch in info["launches"].items():
+        if launch["stage_seconds"].value is None:
+            return _stages_alone(session, benchmark, alone)
+        count, invalid = len(launch["round_seconds"].items()), launch["invalid"].object()
+        for name in launch["stage_seconds"].object():
+            if name not in (*STAGES, "other"):
+                continue
+            seconds = launch["stage_seconds"][name]
+            if len(seconds.items()) != count:
+                seconds.fail(f"has {len(seconds.items())} rounds, not {count}")
+            kept = [one.optional_number(-1e7, 1e7) for at, one in enumerate(seconds.items()) if str(at) not in invalid]
+            rounds.setdefault(name, []).append([one for one in kept if one is not None])
+    return {name: over_launches(launches) for name, launches in rounds.items() if any(launches)}
+
+
+def _stages_alone(session: Session, benchmark: SavedBenchmark, found: dict[str, float]) -> dict[str, Spread]:
+    """Those of a run that has only their medians; under a clock of CPU time what they leave of it says nothing."""
+    if found and session.facts.get("clock") != "cpu":
+        found["other"] = max(0.0, benchmark.session_median - sum(found.values()))
+    return {name: value_alone(value, STAGES_ALONE) for name, value in found.items()}
+
+
+def _joules(benchmark: SavedBenchmark, telemetry, batch: int) -> Spread | None:
+    """Joules of an image, over launches where the telemetry of each round was saved."""
+    saved = benchmark.joules_per_image
+    ones = telemetry.items() if telemetry.value is not None else []
+    left = iter(one["joules"].optional_number(0, 1e12) if isinstance(one.value, dict) else None for one in ones)
+    launches = [list(itertools.islice(left, len(rounds))) for rounds in benchmark.launches]
+    known = [[joules for joules in rounds if joules is not None] for rounds in launches]
+    if saved is None or not any(known):
+        return None if saved is None else value_alone(saved, "no interval: no round's own was saved")
+    return over_launches(known).over(batch)
 
 
 def _whole(number: float | None) -> int | None:

@@ -10,7 +10,7 @@ from perf.report import summary, tables
 from perf.report.charts import SECTIONS
 from perf.report.commands import command
 from perf.report.palette import KERNEL_CLASSES
-from perf.report.results import Session, ranked
+from perf.report.results import Result, Session, ranked
 from perf.report.text import file_name, seconds
 
 FACTS = (
@@ -45,8 +45,14 @@ def body(report, index) -> str:
         parts.append(_charts(report, name, words))
         if name == "GPUs":
             parts.append(_article(report))
+        if name == "Stages":
+            rows = tables.stage_rows(ranked(report.current))
+            parts.append(_parts_table("seconds per image", tables.STAGE_NAMES, rows, "Time by stage", index))
         if name == "Kernels":
-            parts.append(_kernels(report, index))
+            rows = [(one, _traced(one)) for one in ranked(report.current) if one.trace]
+            parts.append(
+                _parts_table("one traced round", tuple(KERNEL_CLASSES), rows, "Time by class of kernel", index)
+            )
     parts += [_pictures(report, index), _commands(report, index), _machines(report)]
     return "\n".join(parts)
 
@@ -153,17 +159,18 @@ def _article(report) -> str:
     return "".join([*parts, "</section>"])
 
 
-def _kernels(report, index) -> str:
-    traced = [one for one in report.current if one.trace]
-    if not traced:
-        return ""
+def _traced(one: Result) -> list[str]:
+    return [seconds(one.trace[name]) if name in one.trace else "" for name in KERNEL_CLASSES]
+
+
+def _parts_table(what: str, columns: Sequence[str], found: Sequence[tuple[Result, list[str]]], name: str, index) -> str:
+    """A row for each result with the time of each of its parts."""
     rows = []
-    for one in ranked(traced):
-        cells = [seconds(one.trace[name]) if name in one.trace else "" for name in KERNEL_CLASSES]
+    for one, cells in found:
         drawn = "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)
-        name = f"{one.id}, {one.session.machine}, torch {one.torch}"
-        rows.append(f'<tr data-facets="{index(one.facets)}"><th scope="row">{escape(name)}</th>{drawn}</tr>')
-    return _table(["one traced round", *KERNEL_CLASSES], rows, "Time by class of kernel")
+        words = f"{one.id}, {one.session.machine}, torch {one.torch}"
+        rows.append(f'<tr data-facets="{index(one.facets)}"><th scope="row">{escape(words)}</th>{drawn}</tr>')
+    return _table([what, *columns], rows, name) if rows else ""
 
 
 def _pictures(report, index) -> str:
@@ -210,6 +217,9 @@ def _machines(report) -> str:
         )
         for name, rate in ones[0].ceilings.items():
             rows += f'<tr><th scope="row">measured {escape(name)}</th><td>{rate / 1e12:.3g} TFLOP/s</td></tr>'
+        if ones[0].copy_bytes_per_second:
+            rate = ones[0].copy_bytes_per_second / 1e9
+            rows += f'<tr><th scope="row">measured copy, read and written</th><td>{rate:.4g} GB/s</td></tr>'
         parts.append(f"<h3>{escape(ones[0].machine)}: {_listed(ones)}</h3>")
         parts.append(f'<div class="scroll" tabindex="0" role="region" aria-label="Machine"><table>{rows}</table></div>')
     return "".join([*parts, "</section>"])

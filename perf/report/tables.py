@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perf.report import text
+from perf.report.palette import STAGES
 from perf.report.published import GPUS, SOURCE, published
 from perf.report.results import Result, ranked
+from perf.report.spread import Spread
 
 USUAL_REFERENCE = {"sd2": "original-xformers", "sd1": "original"}  # the articles' own
 ITERATIONS = 2  # of a published run
+STAGE_NAMES = tuple(STAGES)
 
 
 class UnknownReference(ValueError):
@@ -196,8 +199,8 @@ def result_rows(results: Sequence[Result]) -> list[list[str]]:
                 f"{1 / one.seconds_per_image:.3g}",
                 times,
                 text.size(one.peak_bytes),
-                "" if one.benchmark.joules_per_image is None else f"{one.benchmark.joules_per_image:.1f}",
-                "" if one.flops_fraction is None else f"{100 * one.flops_fraction:.1f} %",
+                text.bounded(one.joules, "{:.1f}") if one.joules else "",
+                _of_peak(one),
                 "" if one.psnr_db is None else f"{one.psnr_db:.1f}",
                 str(verdict or ""),
                 one.session.name,
@@ -206,22 +209,47 @@ def result_rows(results: Sequence[Result]) -> list[list[str]]:
     return rows
 
 
+def _of_peak(one: Result) -> str:
+    """The fraction of the ceiling that was reached, with the interval of the time behind it."""
+    if one.flops_fraction is None:
+        return ""
+    least, most = (100 * one.flops_fraction * one.seconds_per_image / bound for bound in reversed(one.interval))
+    return f"{100 * one.flops_fraction:.1f} [{least:.1f}, {most:.1f}] %"
+
+
 def results_csv(results: Sequence[Result]) -> str:
     """Every result with plain numbers and units in the names."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         "configuration device torch clock seconds_per_image low high interval batch launches peak_bytes joules_per_image "
-        "flops_fraction psnr_db latent_relative_error verdict session synthetic".split()
+        "joules_low joules_high flops_fraction floor_bytes psnr_db latent_relative_error verdict session synthetic".split()
+        + [f"{name}_seconds_per_image{bound}" for name in STAGE_NAMES for bound in ("", "_low", "_high")]
     )
     for one in ranked(results):
         low, high = one.interval
         values = [one.id, one.session.facts.get("name"), one.torch, one.session.facts.get("clock")]
         values += [one.seconds_per_image, low, high, one.interval_name, one.batch, len(one.benchmark.launch_medians)]
-        values += [one.peak_bytes, one.benchmark.joules_per_image, one.flops_fraction, one.psnr_db]
+        values += [one.peak_bytes, *_three(one.joules), one.flops_fraction, one.floor_bytes, one.psnr_db]
         values += [one.latent_relative_error, one.verdict, one.session.name, one.session.synthetic]
+        for name in STAGE_NAMES:
+            values += _three(one.stages[name].over(one.batch) if name in one.stages else None)
         writer.writerow([text.csv_cell(value) for value in values])
     return out.getvalue()
+
+
+def _three(found: Spread | None) -> tuple:
+    return (found.value, found.low, found.high) if found else (None, None, None)
+
+
+def stage_rows(results: Sequence[Result]) -> list[tuple[Result, list[str]]]:
+    """Seconds per image of each of STAGE_NAMES, with its interval, for those results that have stages."""
+    rows = []
+    for one in results:
+        if one.stages:
+            cells = {name: found.over(one.batch) for name, found in one.stages.items()}
+            rows.append((one, [text.spread_seconds(cells[name]) if name in cells else "" for name in STAGE_NAMES]))
+    return rows
 
 
 def published_techniques() -> tuple[str, ...]:

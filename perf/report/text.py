@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from perf.report.spread import Spread
+
 
 def seconds(value: float) -> str:
     """Four digits with the unit that keeps them readable: `412.3 ms`."""
@@ -18,6 +20,19 @@ def span(value: float, low: float, high: float) -> str:
     factor, unit = (1.0, "s") if value >= 1 else (1e-3, "ms")
     digits = max(0, 3 - len(str(int(value / factor)))) if value / factor >= 1 else 3
     return f"{value / factor:.{digits}f} [{low / factor:.{digits}f}, {high / factor:.{digits}f}] {unit}"
+
+
+def bounded(found: Spread, form: str) -> str:
+    """A value with its bounds, where it has any, all in one form."""
+    value, *bounds = (form.format(one) for one in (found.value, found.low, found.high) if one is not None)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value
+
+
+def spread_seconds(found: Spread) -> str:
+    """A time with its interval, or alone where it has none."""
+    if found.low is None or found.high is None:
+        return seconds(max(0.0, found.value))
+    return span(found.value, found.low, found.high)
 
 
 def size(value: float | None) -> str:
@@ -50,3 +65,8 @@ def csv_cell(value: object) -> object:
 def file_name(text: str) -> str:
     """Only what every file system and URL takes as it is."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:120] or "unnamed"
+
+
+def words_name(*parts: str) -> str:
+    """A file name of words: what separates them becomes one _."""
+    return file_name(re.sub(r"[,:]? ", "_", "_".join(part for part in parts if part)))

@@ -1,0 +1,49 @@
+"""The class of a GPU kernel or of an operator, by its name. Pure.
+
+Names of NVIDIA's libraries, of Inductor and of ATen are no contract: what is not known is `other` and not hidden. Kernels of
+cuDNN, cuBLAS and CUTLASS say what they compute; ATen's generic ones say it in their template arguments; Inductor names a
+fused kernel after every operator that went into it, so that there the kind of kernel decides first.
+"""
+
+from __future__ import annotations
+
+import re
+
+COPIES = "to_copy|clone|cat|copy|view|transpose|permute|unsqueeze|expand|slice|constant_pad_nd"
+# The first pattern that a name has decides. The products of a written-out attention are `gemm`.
+CLASSES = (
+    # Inductor: pointwise (poi, foreach), then reductions (red, per), which in these networks are norms and softmax.
+    ("copy", rf"(?:triton_poi|cpp)_fused_(?:_*(?:{COPIES})_*)+\d*$"),
+    ("elementwise", r"triton_(?:poi|for)_fused"),
+    ("attention", r"(?:triton_(?:red|per)|cpp)_fused_\w*softmax"),
+    ("norm", r"(?:triton_(?:red|per)|cpp)_fused_\w*(?:norm(?!al_)|var_mean)"),
+    ("elementwise", r"cpp_fused"),
+    ("attention", r"flash|fmha|attention|attn|sdpa|softmax|efficient_attn"),
+    # Before `copy`, for template arguments of CUTLASS name the copies inside a product.
+    ("conv", r"cutlass::conv|fprop|winograd"),
+    ("gemm", r"cutlass::gemm|gemm_universal|gemmuniversal"),
+    (
+        "copy",
+        r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|convert_?tensor|tensortransform|transpose_?kernel|"
+        r"transpose_read|catarray|indexselect|index_elementwise|gather|"
+        r"aten::(?:cat|clone|contiguous|to|_to_copy|pin_memory|index|index_select|embedding)(?!\w)",
+    ),
+    ("conv", r"conv(?!er)|implicit_gemm|dgrad|[sh]\d*cudnn|im2col|fft2d|computeoffsets|kern_precompute"),
+    (
+        "gemm",
+        r"gemm|gemv|cublas|nvjet|splitk|matmul|mkl_linear|int_mm|scaled_mm|dot_kernel|fused_(?:add)?b?mm_|"
+        r"aten::(?:mm|bmm|addmm|baddbmm|linear|einsum)",
+    ),
+    ("norm", r"norm(?!al_|al\b)|welford|rowwisemoments|fusedparams|aten::(?:var|std)"),
+    (
+        "elementwise",
+        r"elementwise|silu|gelu|sigmoid|upsample|distribution|fill|aten::(?:add|sub|mul|div|exp|sin|cos|pow|sqrt|"
+        r"rsub|neg|clamp|round|zero_|where|lerp|addcmul|normal_|randn?|arange|chunk)",
+    ),
+)
+PATTERNS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in CLASSES)
+
+
+def kernel_class(name: str) -> str:
+    """The class of a kernel or operator by its name, `other` where it is not known."""
+    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), "other")
