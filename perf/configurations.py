@@ -256,6 +256,11 @@ INDUCTOR = [
 SCOPES = [
     {"optimise": "fast" + more} for more in ("", ",compile_blocks", ",cuda_graph_loop", ",compile_step,cuda_graph_loop")
 ]
+# Our own kernels on top of what inductor makes: whether they beat it is what decides if the preset gets them.
+KERNELS = [
+    {"optimise": "fast" + more}
+    for more in ("", ",triton_group_norm", ",triton_geglu", ",triton_group_norm,triton_geglu")
+]
 # From the first code's own loop, each rung with all that the rungs before it have, and the preset at the end.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
 LADDER: list[dict[str, Any]] = [
@@ -287,6 +292,7 @@ SETS: dict[str, list[Configuration]] = {
     "ladder": _variants("sd2", LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
     "scopes": _variants("sd2", SCOPES),
+    "kernels": _variants("sd2", KERNELS, batches=(1, 8)),
     "inductor": _variants("sd2", INDUCTOR),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention at three batch sizes; the published protocol's question, asked of this machine's own model.
@@ -305,6 +311,7 @@ SUMMARIES = {
     "ladder": "one optimisation at a time on SD2",
     "compile_modes": "every mode of torch.compile",
     "scopes": "blocks, the UNet, the step or the whole loop as one",
+    "kernels": "our own kernels on top of the preset, at batch 1 and 8",
     "inductor": "the options of torch.compile's code generator, one at a time",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
