@@ -81,8 +81,15 @@ def fake(monkeypatch):
         yield lambda name, choice: Fake(name, Optimisations(**choice))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", ["tiny", "sd1", "sd2-v"])
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        *(("tiny", choice) for choice in CHOICES),
+        ("sd1", "autocast-original"),
+        ("sd2-v", "autocast-mha"),
+        ("sd2-v", "exact"),
+    ],
+)
 def test_a_step_and_a_picture(fake, name, choice):
     made = fake(name, CHOICES[choice])
     how, config = made.how, made.config
