@@ -21,7 +21,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf import flops
+from perf import flops, layers
 from perf.anchor import matmul_flops_per_second
 from perf.clock import ReplayClock
 from perf.statistics import paired_ratio
@@ -135,7 +135,7 @@ def test_unet_forward(benchmark, alternated, ceiling, case, side):
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
     config, size = CASES[case]
     benchmark.extra_info["flops_fraction"] = (
-        2 * flops.unet(config, size, size) / statistics.median(seconds[side]) / ceiling
+        2 * flops.total(layers.unet(config, size, size)) / statistics.median(seconds[side]) / ceiling
     )
     for peer in ("diffusers", "diffusers-compiled"):
         ratio = paired_ratio(seconds[side], seconds[peer], seed=f"{case}-{side}")

@@ -1,236 +1,315 @@
-"""Our Triton kernels: exact by Triton's interpreter on a CPU, compiled for GPUs that are not here, and on a GPU where there is one.
-
-Under TRITON_INTERPRET=1, which is read as triton is imported, the tests of numbers run on the CPU; without it on CUDA.
-`test_by_the_interpreter` runs this file once more in a process that has it.
-"""
+"""Our own Triton kernels: their numbers, the code made of them for real GPUs without one, and how they are asked for."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from agreement import GPU
-from models import relative_error
+from kernel_cases import (
+    BOUNDS,
+    UNET_SHAPES,
+    VAE_SHAPES,
+    geglu_error,
+    group_norm_bound,
+    group_norm_error,
+)
+from models import SMALLEST, relative_error
 
+from perf.launcher import ROOT
 from sd import Optimisations, StableDiffusion
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
-from sd.kernels import require_kernels
+from sd.kernels import require_kernels, use_kernels
+from sd.unet import UNet
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WHERE = [] if INTERPRETED else GPU
-DEVICE = "cpu" if INTERPRETED else "cuda"
-if not has("triton_op"):
-    pytest.skip("torch.library.triton_op: torch >= 2.6", allow_module_level=True)
-triton = pytest.importorskip("triton", reason="triton comes with torch for NVIDIA GPUs")
-
-# Relative (norm) to float64: fp32 as the whole exact tier has it; half dtypes by the rounding of their output, 2^-9 and 2^-12
-# of a number on average, and the input is theirs already.
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-# (batch, channels, height, width): a group in one program, and split ones, of widths that are no power of two and with a last
-# split that is shorter.
-SMALL = [(2, 32, 8, 8), (3, 1920, 4, 3), (2, 960, 19, 20), (1, 128, 61, 43)]
-LARGE = [(2, 320, 64, 64), (16, 640, 32, 32), (2, 2560, 16, 16), (4, 1280, 8, 8), (2, 320, 96, 96), (1, 128, 512, 512)]
+BOTH = {"triton_group_norm": True, "triton_geglu": True}
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not has("triton_op"), reason="needs triton and torch >= 2.6"
+)
 
 
-def nhwc(*shape, dtype=torch.float32, mean=0.0):
-    return (torch.randn(*shape, device=DEVICE) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
+@needs_triton
+@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_numbers_by_the_interpreter(part):
+    """Against float64, and the whole embedded model against the plain code."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        part,
+        "tests/interpreted_kernels.py",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d\d? passed", done.stdout) and "skipped" not in done.stdout
 
 
-def group_norm_error(shape, dtype, silu=True, bias=True, add=2, mean=0.0) -> float:
-    """The kernel's relative error; add: images that `add` is given for, 0 for none."""
-    from sd.triton_kernels import group_norm
+class TestMachineCode:
+    """Compiled ahead of time for GPUs that need not be there; ptxas comes with triton."""
 
-    channels = shape[1]
-    x = nhwc(*shape, dtype=dtype, mean=mean)
-    weight, shift = (torch.randn(channels, device=DEVICE).to(dtype) for _ in range(2))
-    bias = torch.randn(channels, device=DEVICE).to(dtype) if bias else None
-    add = torch.randn(add and shape[0] if add != 1 else 1, channels, 1, 1, device=DEVICE).to(dtype) if add else None
-    out = group_norm(x, weight, shift, 32, 1e-5, bias, add, silu)
-    assert out.shape == x.shape and out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
-    exact = x.double()
-    for more in (bias, add):
-        exact = exact if more is None else exact + more.double().reshape(-1, channels, 1, 1)
-    exact = F.group_norm(exact, 32, weight.double(), shift.double(), 1e-5)
-    return relative_error(out.double(), F.silu(exact) if silu else exact)
+    POINTERS = ("x", "out", "weight", "bias", "conv_bias", "add")
+    BETWEEN = ("means", "squares", "scales", "shifts")
+    OPTIONS = ("HAS_CONV_BIAS", "HAS_ADD", "SILU")
 
+    @pytest.fixture(autouse=True)
+    def _nothing_from_a_cache(self, monkeypatch, tmp_path):
+        triton = pytest.importorskip("triton", reason="needs triton, which is where torch is for NVIDIA GPUs")
+        if not hasattr(triton, "knobs") or not has("triton_op"):
+            pytest.skip("this triton is too old to be asked for the path of its tools")
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
-@pytest.mark.parametrize("shape", SMALL if INTERPRETED else SMALL + LARGE, ids=str)
-class TestGroupNorm:
-    pytestmark = WHERE
+    def _launches(self):
+        """(kernel, what is constant in it, warps) of every kernel at every shape of SD1 and SD2."""
+        from sd import triton_kernels as kernels
 
-    @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-    def test_all_at_once(self, shape, dtype):
-        assert group_norm_error(shape, dtype) <= BOUNDS[dtype]
+        tile = {"TILE_ROWS": kernels.ROWS, "TILE_COLUMNS": kernels.COLUMNS}
+        gated = {"TILE_ROWS": kernels.GATED_ROWS, "TILE_COLUMNS": kernels.GATED_COLUMNS}
+        launches = [(kernels.channel_statistics, tile, 4), (kernels.scaled, tile, 4), (kernels.gated, gated, 4)]
+        for cells, channels in UNET_SHAPES + VAE_SHAPES:
+            width = channels // 32
+            whole = kernels.whole_group_tile(cells, width)
+            if whole:
+                constants = {"WIDTH": width, "TILE_ROWS": whole[0], "TILE_COLUMNS": whole[1]}
+                launches.append((kernels.whole_group, constants, kernels.warps(whole[0] * whole[1])))
+            else:
+                _, splits = kernels.splits_of(cells, channels)
+                padded = [1 << (number - 1).bit_length() for number in (splits, width)]
+                constants = {"WIDTH": width, "TILE_SPLITS": padded[0], "TILE_COLUMNS": padded[1]}
+                launches.append((kernels.scales_and_shifts, constants, 4))
+        return [one for i, one in enumerate(launches) if one not in launches[:i]]
 
-    def test_the_norm_alone(self, shape):
-        assert group_norm_error(shape, torch.float32, silu=False, bias=False, add=0) <= BOUNDS[torch.float32]
+    def _compiled(self, kernel, constants, warps, dtype, capability):
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
 
-    def test_one_row_for_the_batch(self, shape):
-        assert group_norm_error(shape, torch.float32, add=1) <= BOUNDS[torch.float32]
+        constants = {
+            name: value
+            for name, value in {**dict.fromkeys(self.OPTIONS, True), **constants}.items()
+            if name in kernel.arg_names
+        }
+        types = {"eps": "fp32", **dict.fromkeys(self.POINTERS, f"*{dtype}"), **dict.fromkeys(self.BETWEEN, "*fp32")}
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        aligned = (*self.POINTERS, *self.BETWEEN, "cells", "channels", "inner")  # as a launch finds them
+        attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
+        source = ASTSource(kernel, signature, constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
+    @pytest.mark.parametrize("capability", [80, 90])
+    @pytest.mark.parametrize("dtype", ["fp16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("bf16", "fp32"))])
+    def test_fits_in_registers(self, dtype, capability, tmp_path):
+        """No spills, no stack, hardly any shared memory; rows are read and written 16 bytes at a time."""
+        import triton
 
-class TestNumbers:
-    pytestmark = WHERE
-
-    @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 64, 70, 70)], ids=str)
-    def test_a_mean_far_from_zero(self, shape):
-        """A mean of 1000 deviations: squares that are summed first would leave nothing of the variance."""
-        assert group_norm_error(shape, torch.float32, mean=1000.0) <= 2e-4  # the input's own rounding, times 1000
-        x = torch.randn(shape).double() + 1000
-        rounded = F.group_norm(x.float().double(), 32)
-        assert relative_error(rounded, F.group_norm(x, 32)) > 1e-6
-
-    @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-    @pytest.mark.parametrize("shape", [(2, 64, 2 * 1280), (1, 9, 2 * 100), (3, 77, 2 * 257), (5, 2)], ids=str)
-    def test_geglu(self, shape, dtype):
-        from sd.triton_kernels import geglu
-
-        x = (3 * torch.randn(*shape, device=DEVICE)).to(dtype)
-        value, gate = x.double().chunk(2, dim=-1)
-        out = geglu(x)
-        assert out.dtype == dtype and relative_error(out.double(), value * F.gelu(gate)) <= BOUNDS[dtype]
-
-    def test_other_layouts_are_copied(self):
-        from sd.triton_kernels import geglu, group_norm
-
-        x, ones = torch.randn(2, 64, 9, 5, device=DEVICE), torch.ones(64, device=DEVICE)
-        assert relative_error(group_norm(x, ones, 0 * ones, 32, 1e-5), F.group_norm(x, 32)) <= 1e-5
-        x = torch.randn(6, 40, device=DEVICE).t()
-        assert torch.equal(geglu(x), geglu(x.contiguous()))
-
-    def test_an_image_is_the_same_at_any_place_of_a_batch(self):
-        from sd.triton_kernels import group_norm
-
-        x, ones = nhwc(3, 64, 40, 40), torch.ones(64, device=DEVICE)
-        together = group_norm(x, ones, ones, 32, 1e-5, silu=True)
-        for i in range(3):
-            assert torch.equal(group_norm(x[i : i + 1], ones, ones, 32, 1e-5, silu=True)[0], together[i])
-
-    def test_the_whole_model(self):
-        """A picture with the kernels, without them, and with them again."""
-        plain = Optimisations(attention="sdpa", channels_last=True)
-        chosen = Optimisations(attention="sdpa", channels_last=True, triton_group_norm=True, triton_geglu=True)
-        model = StableDiffusion.tiny(device=DEVICE, optimisations=plain)
-        how = {"steps": 1, "sampler": "ddim", "seed": 3}
-        before = model.txt2img("a red star", **how)
-        model.optimise(chosen)
-        kept = model.txt2img("a red star", **how)
-        again = model.txt2img("a red star", **how)
-        assert relative_error(kept.latents, before.latents) <= 1e-5
-        assert torch.equal(kept.latents, again.latents) and not torch.equal(kept.latents, before.latents)
-        model.optimise(plain)
-        assert torch.equal(model.txt2img("a red star", **how).latents, before.latents)
+        cubin, most = tmp_path / "kernel.cubin", {}
+        launches = self._launches()
+        for kernel, constants, warps in launches:
+            code = self._compiled(kernel, constants, warps, dtype, capability)
+            cubin.write_bytes(code.asm["cubin"])
+            told = subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            use = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout))
+            what = f"{kernel.__name__} {constants} of {dtype} for sm_{capability}: {use}"
+            assert use["STACK"] == use["LOCAL"] == "0", what
+            assert int(use["REG"]) * 32 * warps <= 65536 and code.metadata.shared <= 4096, what
+            most[kernel.__name__] = max(most.get(kernel.__name__, 0), int(use["REG"]))
+            if kernel.__name__ in ("channel_statistics", "scaled", "gated"):
+                assert "ld.global.v4.b32" in code.asm["ptx"], what
+            if kernel.__name__ in ("scaled", "gated"):
+                assert "st.global.v4.b32" in code.asm["ptx"], what
+        print(f"sm_{capability} {dtype}: {len(launches)} compiled; registers {most}")
+        assert {kernel.__name__ for kernel, *_ in launches} == {
+            *("whole_group", "channel_statistics", "scales_and_shifts", "scaled", "gated")
+        }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no interpreter in graphs")
-class TestOnAGPU:
-    pytestmark = GPU
-
-    def test_one_graph_without_a_break(self):
-        fast = Optimisations.fast("cuda")
-        with_kernels = {**fast.changed(), "triton_group_norm": True, "triton_geglu": True}
-        plain = StableDiffusion.tiny(device="cuda").txt2img("a red star", steps=4)
-        model = StableDiffusion.tiny(
-            device="cuda", optimisations=Optimisations(**with_kernels)
-        )  # fullgraph, and a CUDA graph
-        picture = model.txt2img("a red star", steps=4)
-        assert (picture.images.astype(float) - plain.images).std() < 4.5  # 35 dB
-
-    def test_in_a_cuda_graph(self):
-        from sd.graphs import Graphed
-        from sd.triton_kernels import group_norm
-
-        ones = torch.ones(64, device="cuda")
-
-        def call(x):
-            return group_norm(x, ones, ones, 32, 1e-5, silu=True)
-
-        graphed = Graphed(call)
-        for _ in range(3):
-            x = nhwc(2, 64, 40, 40)
-            assert torch.equal(graphed(x), call(x))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is running")
-def test_by_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
-
-
-def launches():
-    """(kernel, its compile-time arguments, warps) as SD 1 and 2 launch them at 512x512, batch 1 with guidance."""
-    from sd import triton_kernels as kernels
-
-    everything = {"HAS_CONV_BIAS": True, "HAS_ADD": True}
-    tile = {"TILE_ROWS": kernels.ROWS, "TILE_COLUMNS": kernels.COLUMNS}
-    for cells, channels in ((64, 1280), (256, 1280), (256, 2560), (1024, 320)):
-        width = channels // 32
-        rows, columns = kernels.whole_group_tile(cells, width) or (0, 0)
-        if rows:
-            yield kernels.whole_group, {
-                "WIDTH": width, "TILE_ROWS": rows, "TILE_COLUMNS": columns, **everything, "SILU": True,
-            }, kernels.warps(rows * columns)  # fmt: skip
-    yield kernels.channel_statistics, tile, 4
-    for cells, channels in ((1024, 640), (4096, 320), (512 * 512, 128)):
-        _, splits = kernels.splits_of(cells, channels)
-        sizes = {"TILE_SPLITS": triton.next_power_of_2(splits), "TILE_COLUMNS": triton.next_power_of_2(channels // 32)}
-        yield kernels.scales_and_shifts, {"WIDTH": channels // 32, **sizes, **everything}, 4
-    yield kernels.scaled, {**tile, "SILU": True}, 4
-    yield kernels.gated, {"TILE_ROWS": kernels.GATED_ROWS, "TILE_COLUMNS": kernels.GATED_COLUMNS}, 4
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_compiles_for_a_gpu_that_is_not_here(capability, dtype, tmp_path):
-    """As machine code for an A100 and an H100 or H200: in registers, none of which has to be kept in memory."""
+@needs_triton
+@pytest.mark.compile
+def test_a_compiled_unet_is_one_graph_that_copies_nothing_for_a_kernel(monkeypatch):
+    """What inductor is given of the UNet: the kernels themselves, each writing nothing but its outputs."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.utils import counters
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this triton comes without cuobjdump")
-    pointers = {**dict.fromkeys(("means", "squares", "scales", "shifts"), "*fp32"), "eps": "fp32"}
-    pointers |= dict.fromkeys(("x", "out", "weight", "bias", "conv_bias", "add"), f"*{dtype}")
-    for kernel, constants, warps in launches():
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-        file = tmp_path / "kernel.cubin"
-        file.write_bytes(made.asm["cubin"])
-        used = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-        assert "STACK:0 " in used and "LOCAL:0 " in used, (kernel.fn.__name__, constants, used)
-        assert made.metadata.shared <= 48 * 1024
+    class Driver:
+        """Asked for which GPU to lower a kernel, to find out what it writes; nothing is launched on this one."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    if not hasattr(driver, "_active"):
+        pytest.skip("this triton cannot be told of a GPU that is not there")
+    monkeypatch.setattr(driver, "_active", Driver())
+    graphs = []
+
+    class Enough(Exception):
+        pass
+
+    def compiler(module, inputs):
+        graphs.append(module.graph)
+        raise Enough
+
+    torch.manual_seed(0)
+    unet = UNet(SMALLEST.unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    use_kernels((unet,), True, True)
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    counters.clear()
+    torch._dynamo.reset()
+    call = torch.compile(unet.denoise, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=compiler))
+    with torch.no_grad(), pytest.raises(Exception, match="Enough"):
+        call(x, torch.full((2,), 501.0), torch.randn(2, 77, 32))
+    torch._dynamo.reset()
+    assert len(graphs) == 1 and not counters["graph_break"]
+    names = [str(node.target) for node in graphs[0].nodes]
+    kernels = [node for node in graphs[0].nodes if str(node.target) == "triton_kernel_wrapper_functional"]
+    norms = sum(2 for _ in unet.res_blocks) + len(unet.transformers) + 1
+    assert len(kernels) == norms + len(unet.transformer_blocks())
+    assert not {"aten.native_group_norm.default", "aten.gelu.default"} & set(names)
+    assert {tuple(node.kwargs["tensors_to_clone"]) for node in kernels} == {("out",)}
+    copies = [node for node in graphs[0].nodes if str(node.target) == "aten.clone.default"]
+    given = [value for kernel in kernels for value in kernel.kwargs["kwargs"].values()]
+    assert not set(copies) & {value for value in given if isinstance(value, torch.fx.Node)}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is allowed, for these tests")
-def test_a_cpu_is_refused_by_name():
-    with pytest.raises(Unavailable, match="triton_geglu: needs an NVIDIA GPU"):
-        StableDiffusion.tiny(optimisations=Optimisations(triton_geglu=True))
+@pytest.mark.parametrize("name", BOTH)
+def test_is_refused_by_name_without_a_gpu(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = StableDiffusion.tiny()
+    with pytest.raises(Unavailable, match=f"{name}: needs an NVIDIA GPU, and the device is cpu"):
+        model.optimise(Optimisations(channels_last=True, **{name: True}))
+    assert not model.optimisations.channels_last
 
 
-def test_an_old_gpu_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(Unavailable, match=r"triton_group_norm: needs compute capability 8\.0"):
-        require_kernels("triton_group_norm", torch.device("cuda"))
+@needs_triton
+@pytest.mark.parametrize("module, match", [("triton", "needs triton"), (None, "compute capability 8.0")])
+def test_is_refused_by_name_on_a_gpu_that_lacks_something(module, match, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    with pytest.raises(Unavailable, match=f"triton_geglu: .*{match}"):
+        require_kernels("triton_geglu", torch.device("cuda"))
+
+
+@pytest.mark.skipif(has("triton_op"), reason="this torch has what is to be missing")
+def test_is_refused_by_name_on_an_old_torch():
+    with pytest.raises(Unavailable, match=r"triton_geglu needs torch\.library\.triton_op"):
+        require_kernels("triton_geglu", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    "fields, match",
     [
-        ({"triton_group_norm": True}, "add channels_last"),
-        ({"triton_geglu": True, "aot": "a.pt2"}, "aot: with triton_group_norm or triton_geglu"),
+        ({"triton_group_norm": True}, "triton_group_norm: .* add channels_last"),
+        ({"triton_geglu": True, "aot": "unet.pt2"}, "not offered"),
     ],
 )
-def test_what_does_not_go_together(fields, words):
-    with pytest.raises(ConfigError, match=words):
+def test_contradictions(fields, match):
+    with pytest.raises(ConfigError, match=match):
         Optimisations(**fields)
+
+
+def test_is_in_no_preset_and_imports_no_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for how in (Optimisations.none(), Optimisations.original(), Optimisations.fast("cpu"), Optimisations.fast("cuda")):
+        assert not how.triton_group_norm and not how.triton_geglu
+    code = "import sys, sd.kernels, sd.pipeline; sys.exit('sd.triton_kernels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_triton
+class TestOnAGPU:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return StableDiffusion.tiny("cuda")
+
+    @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+    def test_group_norm(self, dtype):
+        """Every shape of SD1 and SD2, and every option at one shape of each path."""
+        from sd.triton_kernels import group_norm
+
+        def error(cells, channels, batch, **options):
+            side = int(cells**0.5)
+            return group_norm_error(group_norm, (batch, channels, side, side), 32, dtype, "cuda", **options)
+
+        for cells, channels in UNET_SHAPES + VAE_SHAPES:
+            assert error(cells, channels, batch=2, add=1) <= BOUNDS[dtype], (cells, channels)
+        for cells, channels in ((64, 2560), (4096, 320)):
+            for add, conv_bias, silu in ((None, False, True), (1, True, False), (32, False, False)):
+                options = {"add": add, "conv_bias": conv_bias, "silu": silu}
+                assert error(cells, channels, batch=32, **options) <= BOUNDS[dtype], (cells, channels, options)
+
+    @pytest.mark.parametrize("cells, channels", [(64, 2560), (4096, 320), (262144, 128)])
+    def test_a_large_mean(self, cells, channels):
+        from sd.triton_kernels import group_norm
+
+        side = int(cells**0.5)
+        error = group_norm_error(group_norm, (2, channels, side, side), 32, torch.float32, "cuda", mean=3000.0)
+        assert error <= group_norm_bound(torch.float32, 3000.0)
+
+    @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+    @pytest.mark.parametrize("shape", [(2, 4096, 2560), (16, 1024, 5120), (2, 64, 10240), (3, 7, 600)])
+    def test_geglu(self, shape, dtype):
+        from sd.triton_kernels import geglu
+
+        assert geglu_error(geglu, shape, dtype, "cuda") <= BOUNDS[dtype]
+
+    @pytest.mark.parametrize("how", [{}, {"cuda_graph": "unet"}, {"cuda_graph": "loop"}], ids=["eager", "unet", "loop"])
+    def test_pictures_are_those_of_the_plain_code(self, model, how):
+        """Another seed replays the graph; back at the plain code, its pictures are bit for bit those of before."""
+
+        def pictures():
+            return [model.txt2img("a red star", steps=5, scale=4.0, seed=seed) for seed in (2, 3)]
+
+        plain = Optimisations(channels_last=True)
+        model.optimise(plain)
+        before = pictures()
+        model.optimise(Optimisations(channels_last=True, **BOTH, **how))
+        for ours, theirs in zip(pictures(), before):
+            assert relative_error(ours.latents, theirs.latents) <= 1e-4
+        model.optimise(plain)
+        for again, theirs in zip(pictures(), before):
+            assert torch.equal(again.images, theirs.images)
+
+    @pytest.mark.slow
+    @pytest.mark.compile
+    @pytest.mark.parametrize("scope", ["unet", "blocks", "step"])
+    def test_compiled(self, model, scope):
+        """No break, nothing compiled twice, and the numbers of the plain code."""
+        from torch._dynamo.utils import counters
+
+        model.optimise(Optimisations(attention="original"))
+        expected = model.txt2img("a red star", steps=5, scale=4.0, seed=2).latents
+        torch._dynamo.reset()
+        counters.clear()
+        model.optimise(Optimisations(channels_last=True, compile="default", compile_scope=scope, **BOTH))
+        ours = model.txt2img("a red star", steps=5, scale=4.0, seed=2).latents
+        graphs = counters["stats"]["unique_graphs"]
+        model.txt2img("a green ring", steps=5, scale=4.0, seed=3)
+        assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+        assert relative_error(ours, expected) <= 1e-4
+
+    def test_fast_with_kernels(self):
+        from dataclasses import replace
+
+        plain = StableDiffusion.tiny("cuda", Optimisations(attention="original"))
+        expected = plain.txt2img("a red star", steps=5, scale=4.0, seed=2).latents
+        fast = StableDiffusion.tiny("cuda", replace(Optimisations.fast("cuda"), **BOTH))
+        assert relative_error(fast.txt2img("a red star", steps=5, scale=4.0, seed=2).latents, expected) <= 0.05
