@@ -10,6 +10,7 @@ from perf import flops, layers
 from perf.configurations import Configuration
 from sd.autoencoder import Autoencoder
 from sd.config import preset
+from sd.features import has
 from sd.text_encoder import TextEncoder
 from sd.unet import UNet
 
@@ -23,6 +24,8 @@ def _counted(call) -> int:
 
 def _networks(config):
     """(UNet, autoencoder, text encoder) without numbers, and latents, tokens and context to call them with."""
+    if not has("device_context"):
+        pytest.skip("torch.device as a context: torch >= 2.0")
     side = config.image_size // config.autoencoder.downsampling
     with torch.device("meta"):
         networks = UNet(config.unet), Autoencoder(config.autoencoder), TextEncoder(config.text)
