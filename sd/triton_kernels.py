@@ -10,12 +10,22 @@ by Chan, Golub and LeVeque (1979); group norm with SiLU in NHWC as one kernel af
 
 from __future__ import annotations
 
+import os
 from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+
+    def wrap_triton(kernel):
+        """What is interpreted is launched as it is; torch 2.11 refuses to wrap it."""
+        return kernel
+
+else:
+    from torch.library import wrap_triton
 
 # A group whose padded tile has at most so many numbers is one program's, in registers: one launch in place of three.
 WHOLE_GROUP = 16384
