@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -33,7 +34,14 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def _triton_older_than(*version: int) -> bool:
+    return tuple(map(int, metadata.version("triton").split(".")[:2])) < version
+
+
 @needs_triton
+@pytest.mark.skipif(
+    "_triton_older_than(3, 9)", reason="its interpreter cannot count a loop with a newer numpy (seen in 3.6)"
+)
 @pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_numbers_by_the_interpreter(part):
     """Against float64, and the whole embedded model against the plain code."""
