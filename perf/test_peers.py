@@ -72,18 +72,22 @@ def _calls(unet: UNet, x, t, context) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ceiling():
-    """FLOP/s of one thread in a large matrix product, by the same clock: what no call can be faster than."""
+def one_thread():
+    """What is measured here has one thread of the CPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        return matmul_flops_per_second(torch.device("cpu"), torch.float32, time.thread_time)
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def alternated():
+def ceiling(one_thread):
+    """FLOP/s of one thread in a large matrix product, by the same clock: what no call can be faster than."""
+    return matmul_flops_per_second(torch.device("cpu"), torch.float32, time.thread_time)
+
+
+@pytest.fixture(scope="module")
+def alternated(one_thread):
     """CPU seconds of one UNet call with guidance's batch of 2, by case and side, measured in turns."""
     measured = {}
 
@@ -95,24 +99,19 @@ def alternated():
         unet = UNet(config).eval().requires_grad_(False)
         x, t = torch.randn(2, 4, size, size), torch.tensor([501.0, 501.0])
         context = torch.randn(2, 77, config.context_dim)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with torch.no_grad():
-                calls = _calls(unet, x, t, context)
-                reference = calls["sd"]()
-                for side, call in calls.items():
-                    error = (call() - reference).norm() / reference.norm()
-                    assert error <= 1e-5, f"{side}: not the same numbers ({error:.1e}): nothing to compare"
-                    call()  # warm-up
-                measured[case] = {side: [] for side in SIDES}
-                for i in range(ROUNDS):
-                    for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-                        begin = time.thread_time()
-                        calls[side]()
-                        measured[case][side].append(time.thread_time() - begin)
-        finally:
-            torch.set_num_threads(threads)
+        with torch.no_grad():
+            calls = _calls(unet, x, t, context)
+            reference = calls["sd"]()
+            for side, call in calls.items():
+                error = (call() - reference).norm() / reference.norm()
+                assert error <= 1e-5, f"{side}: not the same numbers ({error:.1e}): nothing to compare"
+                call()  # warm-up
+            measured[case] = {side: [] for side in SIDES}
+            for i in range(ROUNDS):
+                for side in SIDES if i % 2 == 0 else SIDES[::-1]:
+                    begin = time.thread_time()
+                    calls[side]()
+                    measured[case][side].append(time.thread_time() - begin)
         return measured[case]
 
     return measure

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from sd.errors import Unavailable
 
@@ -65,7 +66,7 @@ FEATURES = {
         hasattr(torch, "compiler") and hasattr(torch.compiler, "save_cache_artifacts"),
         "torch >= 2.7",
     ),
-    "triton_op": Feature("torch.library.triton_op", hasattr(torch.library, "triton_op"), "torch >= 2.6"),
+    "triton_op": Feature("operators made of Triton kernels", hasattr(library, "triton_op"), "torch >= 2.6"),
     "aot": Feature(
         "AOTInductor packages",
         _defines("torch._inductor", "aoti_compile_and_package"),

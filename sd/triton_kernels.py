@@ -1,4 +1,4 @@
-"""Triton kernels for images in NHWC, as operators of torch: the one place that imports triton. sd.kernels asks for it.
+"""Triton kernels for images in NHWC, as operators of torch: the one place that uses triton. sd.kernels asks for it.
 
 torch.compile takes the operators into its graph without a break. No kernel adds atomically, the host is never waited for,
 and how an image is cut depends on its size alone: the same input gives the same bits, at any place in any batch, and
@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
+from torch import library
 
 if os.environ.get("TRITON_INTERPRET") == "1":
 
@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return kernel
 
 else:
-    from torch.library import wrap_triton
+    wrap_triton = library.wrap_triton  # by this name, which torch looks for in the operators
 
 # A group whose padded tile has at most so many numbers is one program's, in registers: one launch in place of three.
 WHOLE_GROUP = 16384
@@ -196,7 +196,7 @@ def splits_of(cells: int, channels: int) -> tuple[int, int]:
     return rows, triton.cdiv(cells, rows)
 
 
-@triton_op("sd::group_norm", mutates_args={})
+@library.triton_op("sd::group_norm", mutates_args={})
 def _group_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -242,7 +242,7 @@ def _group_norm(
     return out
 
 
-@triton_op("sd::geglu", mutates_args={})
+@library.triton_op("sd::geglu", mutates_args={})
 def _geglu(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     inner = x.shape[-1] // 2

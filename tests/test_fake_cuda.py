@@ -62,6 +62,15 @@ class Fake:
         tokens = torch.zeros(batch, self.config.text.context_length, dtype=torch.long, device=CUDA)
         return self.text_encoder(tokens), self.text_encoder(tokens)
 
+    def denoiser(self, times: list[float]) -> Denoiser:
+        """Of two prompts, with what the optimisations compute beforehand for these timesteps."""
+        denoise = Denoiser(self.calls.unet_of_run(), *self.contexts(2), 7.5, self.config.parameterization)
+        if self.how.cache_context_kv:
+            denoise.context = self.unet.project_context(denoise.context)
+        if self.how.cache_time_embeddings:
+            denoise.times, denoise.time_table = times, self.unet.time_table(torch.tensor(times).to(CUDA))
+        return denoise
+
     def latents(self, batch: int):
         side = self.config.image_size // self.config.autoencoder.downsampling
         return torch.randn(batch, 4, side, side, device=CUDA)
@@ -94,11 +103,7 @@ def test_a_step_and_a_picture(fake, name, choice):
     made = fake(name, CHOICES[choice])
     how, config = made.how, made.config
     with how.autocast(CUDA):
-        denoise = Denoiser(made.calls.unet_of_run(), *made.contexts(2), 7.5, config.parameterization)
-        if how.cache_context_kv:
-            denoise.context = made.unet.project_context(denoise.context)
-            denoise.times = [501.0]
-            denoise.time_table = made.unet.time_table(torch.tensor(denoise.times).to(CUDA))
+        denoise = made.denoiser([501.0])
         x = made.latents(2).contiguous(memory_format=how.memory_format())
         noise = denoise(x, 501.0, 0.5)
         pixels = made.calls.decode(x)
@@ -114,11 +119,7 @@ def test_no_sampler_reads_from_the_device(fake, sampler, eta, choice):
         pytest.skip("this sampler has no eta")
     made = fake("tiny", CHOICES[choice])
     plan = samplers.sampler(sampler)(SCHEDULE, 10, eta)
-    denoise = Denoiser(made.calls.unet_of_run(), *made.contexts(2), 7.5)
-    if made.how.cache_context_kv:
-        denoise.context = made.unet.project_context(denoise.context)
-        denoise.times = sorted({one.t for one in plan.evaluations})
-        denoise.time_table = made.unet.time_table(torch.tensor(denoise.times).to(CUDA))
+    denoise = made.denoiser(sorted({one.t for one in plan.evaluations}))
     x, steps = made.latents(2), []
     noises = [torch.randn_like(x) for _ in plan.evaluations] if eta else None
     with made.how.autocast(CUDA):

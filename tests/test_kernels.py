@@ -123,6 +123,8 @@ class TestMachineCode:
         """No spills, no stack, hardly any shared memory; rows are read and written 16 bytes at a time."""
         import triton
 
+        from sd import triton_kernels as kernels
+
         cubin, most = tmp_path / "kernel.cubin", {}
         launches = self._launches()
         for kernel, constants, warps in launches:
@@ -137,7 +139,8 @@ class TestMachineCode:
             use = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout))
             what = f"{kernel.__name__} {constants} of {dtype} for sm_{capability}: {use}"
             # The ptxas of triton 3.6 gives scales_and_shifts a frame of 8 bytes on sm_90; a spilled tile would have hundreds.
-            assert int(use["STACK"]) <= 8 and use["LOCAL"] == "0", what
+            frame = 8 if kernel is kernels.scales_and_shifts else 0
+            assert int(use["STACK"]) <= frame and use["LOCAL"] == "0", what
             assert int(use["REG"]) * 32 * warps <= 65536 and code.metadata.shared <= 4096, what
             most[kernel.__name__] = max(most.get(kernel.__name__, 0), int(use["REG"]))
             if kernel.__name__ in ("channel_statistics", "scaled", "gated"):
@@ -220,7 +223,7 @@ def test_is_refused_by_name_on_a_gpu_that_lacks_something(module, match, monkeyp
 
 @pytest.mark.skipif(has("triton_op"), reason="this torch has what is to be missing")
 def test_is_refused_by_name_on_an_old_torch():
-    with pytest.raises(Unavailable, match=r"triton_geglu needs torch\.library\.triton_op"):
+    with pytest.raises(Unavailable, match="triton_geglu needs operators made of Triton kernels"):
         require_kernels("triton_geglu", torch.device("cuda"))
 
 

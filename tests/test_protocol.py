@@ -1,136 +1,17 @@
-"""The order of turns, what is kept of each round, and that going on gives what would have been measured without a break."""
+"""The order of turns, and what is kept of each round."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import json
-import random
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from fake_worker import Fake
+from protocol_bench import THREE, WRONG, A, Asked, B, Bench, C, result, seeds, wrong
 
 from perf import protocol
 from perf.configurations import Configuration
-from perf.launcher import WorkerError, read_answer
-from perf.protocol import Limits, Measurements, Plan, Runner, Slot
-
-A = Configuration(attention="original", steps=2)
-B = Configuration(attention="mha", steps=2)
-C = Configuration(attention="sdpa", steps=2)
-THREE = tuple(map(Slot, (A, B, C)))
-
-
-class Stopped(BaseException):
-    """A kill of the runner, as far as one process can have it."""
-
-
-class Bench:
-    """A machine on which launches cost nothing: the fake worker in this process, deterministic by slot, launch and round.
-
-    bad: {(slot name, launch, seed): how many times in a row the watch says that the round is invalid}. kill_after: events
-    after which the runner is stopped. errors: {(slot name, launch): (operation, kind)}.
-    """
-
-    def __init__(self, plan: Plan, script: dict | None = None, events=(), bad=None, kill_after=None, errors=None):
-        self.plan, self.script = plan, script or {"noise": 0.01}
-        self.events, self.turns, self.asked = list(events), [], []
-        self.bad, self.kill_after, self.errors = dict(bad or {}), kill_after, dict(errors or {})
-        self.tries: dict = {}
-        for event in self.events:  # what the watch has said already
-            if event["event"] == "round" and event["round"] is not None:
-                self._try(event["slot"], event["launch"], event["answer"]["seed"])
-
-    def _try(self, *key) -> int:
-        self.tries[key] = self.tries.get(key, 0) + 1
-        return self.tries[key]
-
-    def run(self, plan: Plan | None = None, first: int = 0) -> Measurements:
-        measurements = Measurements(self.plan, copy.deepcopy(self.events))
-        runner = Runner(
-            plan or self.plan,
-            open_launch=self.open,
-            load=lambda slot: {
-                "configuration": slot.configuration.as_dict(),
-                "device": "cpu",
-                "slowdown": 0.0,
-                "threads": 1,
-            },
-            references=lambda slot, seed: [],
-            watch=self.watch,
-            write=self.write,
-            progress=lambda launch, slot: self.turns.append((launch, slot.name)),
-            limits=Limits(1, 2, 3),
-        )
-        runner.run(measurements, first)
-        return measurements
-
-    def write(self, event: str, content: dict) -> None:
-        if self.kill_after is not None and len(self.events) >= self.kill_after:
-            raise Stopped
-        self.events.append(json.loads(json.dumps({"event": event, **content}, allow_nan=False)))
-
-    @contextlib.contextmanager
-    def open(self, slot: Slot):
-        launch = self.turns[-1][0]
-        yield Asked(self, slot, launch, Fake(self.script, launch))
-
-    @contextlib.contextmanager
-    def watch(self, pid: int):
-        watched = SimpleNamespace(telemetry={"pid": pid}, invalid=None)
-        yield watched
-        key = self.asked[-1]
-        if self._try(*key) <= self.bad.get(key, 0):
-            watched.invalid = "throttled"
-
-
-@dataclass
-class Asked:
-    bench: Bench
-    slot: Slot
-    launch: int
-    fake: Fake
-    pid: int = 77
-
-    def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
-        failing = self.bench.errors.get((self.slot.name, self.launch))
-        if failing and failing[0] == operation:
-            raise WorkerError(failing[1], "so the test says")
-        answer = read_answer(self.fake.handle({"op": operation, **arguments}))
-        if operation == "round":
-            self.bench.asked.append((self.slot.name, self.launch, arguments["seed"]))
-            order = self.bench.plan.slots.index(self.slot)
-            answer.update(
-                seed=arguments["seed"], started_unix_seconds=1000.0 * self.launch + order + arguments["seed"] / 1e6
-            )
-        return answer
-
-
-def seeds(count: int) -> list[int]:
-    return [1 + protocol.ROUND_APART * number for number in range(count)]
-
-
-def result(measurements: Measurements) -> dict:
-    """All that the rest reads."""
-    return {
-        "slots": {
-            name: {
-                "failure": one.failure,
-                "thrown_away": one.thrown_away,
-                "launches": {
-                    number: (launch.load, launch.first_call_seconds, launch.rounds)
-                    for number, launch in sorted(one.launches.items())
-                },
-            }
-            for name, one in measurements.by_name.items()
-        },
-        "counts": measurements.counts(),
-        "drift": measurements.drift(),
-        "invalid": measurements.invalid(),
-    }
+from perf.protocol import Measurements, Plan, Slot
 
 
 def test_turns_are_mirrored_every_other_launch():
@@ -291,19 +172,6 @@ def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
         assert again.turns == []
 
 
-WRONG = {
-    "not_finite": {"finite": False},
-    "constant": {"constant": True},
-    "latents": {"latent_relative_error": 0.5, "psnr_db": 90.0},
-    "picture": {"latent_relative_error": 0.0, "psnr_db": 10.0},
-    "repeated_output": {"sha256": "the same"},
-}
-
-
-def wrong(image: dict, id: str = B.id, **when) -> dict:
-    return {"noise": 0.01, "at": [{"op": "round", "id": id, "do": "change", "image": image, **when}]}
-
-
 @pytest.mark.parametrize("code", WRONG)
 def test_a_wrong_picture_stops_that_slot_only_and_stays_wrong(code):
     plan = Plan(THREE, launches=2, rounds=2)
@@ -352,94 +220,3 @@ def test_only_the_first_round_of_a_launch_is_compared_and_all_requests_have_thei
     bench.open = lambda slot: contextlib.nullcontext(Recording(bench, slot, 0, Fake({})))
     bench.run()
     assert asked == [("load", 1, False), ("round", 2, False), ("round", 3, True), ("round", 3, False)]
-
-
-def _cases():
-    plan = Plan((*THREE[:2], Slot(A, "aa")), launches=3, rounds=2)
-    bad = {(A.id, 0, 1): 2, (B.id, 1, 1001): 9, (f"{A.id}@aa", 2, 1001): 4}
-    return {
-        "plain": (plan, {"noise": 0.01}, {}),
-        "invalid rounds": (plan, {"noise": 0.01}, bad),
-        "a wrong picture": (plan, wrong(WRONG["constant"], seed=1001), {}),
-        "side by side": (dataclasses.replace(plan, side_by_side=True), {"noise": 0.01}, bad),
-        "unavailable": (plan, {"at": [{"op": "load", "id": B.id, "do": "error", "kind": "unavailable"}]}, {}),
-    }
-
-
-@pytest.mark.parametrize("case", _cases())
-def test_going_on_gives_what_no_break_gives(case):
-    """Cut after every event; and 30 times at random moments again and again, until it is whole."""
-    plan, script, bad = _cases()[case]
-    whole = Bench(plan, script, bad=bad)
-    expected = result(whole.run())
-    assert result(Measurements(plan, whole.events)) == expected
-    again = Bench(plan, script, whole.events, bad)
-    again.run()
-    assert again.turns == [] and again.asked == []  # nothing is measured twice
-    for cut in range(len(whole.events) + 1):
-        assert result(Bench(plan, script, whole.events[:cut], bad).run()) == expected, f"cut after {cut} events"
-    for seed in range(30):
-        draw, events, finished = random.Random(seed), [], False
-        while not finished:
-            bench = Bench(plan, script, events, bad, kill_after=len(events) + draw.randrange(3, 12))
-            try:
-                measurements = bench.run()
-                finished = True
-            except Stopped:
-                pass
-            events = bench.events
-        assert result(measurements) == expected, f"seed {seed}"
-
-
-def test_a_doubled_plan_goes_on_with_the_undecided_alone():
-    slots = (Slot(A), Slot(A, "base"), Slot(B), Slot(B, "base"))
-    plan = Plan(slots, launches=3, rounds=1)
-    bench = Bench(plan)
-    bench.run()
-    doubled = plan.doubled([B.id])
-    assert [slot.name for slot in doubled.slots] == [B.id, f"{B.id}@base"]
-    assert (doubled.launches, doubled.rounds) == (6, 1)
-    bench.turns.clear()
-    measurements = bench.run(doubled, first=3)
-    names = [B.id, f"{B.id}@base"]
-    assert bench.turns == [
-        (launch, name) for launch in (3, 4, 5) for name in (names if launch % 2 == 0 else names[::-1])
-    ]
-    assert sorted(measurements.by_name[B.id].launches) == [0, 1, 2, 3, 4, 5]
-    assert sorted(measurements.by_name[A.id].launches) == [0, 1, 2]
-    assert result(Measurements(plan, bench.events)) == result(measurements)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"slot": "another"},
-        {"slot": None},
-        {"launch": -1},
-        {"launch": 4},  # twice the launches, when undecided, and no more
-        {"launch": "0"},
-        {"launch": 1},  # which was not loaded
-    ],
-)
-def test_events_of_another_plan_are_refused(change):
-    plan = Plan(THREE, launches=2, rounds=1)
-    bench = Bench(plan)
-    bench.run()
-    events = [event for event in bench.events if event["launch"] == 0]
-    with pytest.raises(ValueError, match=r"no slot of this plan|never loaded"):
-        Measurements(plan, [*events, {**events[1], **change}])
-
-
-def test_a_plan_agrees_with_itself_alone():
-    plan = Plan(THREE, launches=2, rounds=1)
-    same_name = Configuration(attention="original", steps=2, prompt="Another photo")
-    others = [
-        Plan(THREE[:2], 2, 1),
-        Plan(THREE[::-1], 2, 1),
-        Plan(THREE, 3, 1),
-        Plan(THREE, 2, 2),
-        Plan((*THREE[:2], Slot(C, "aa")), 2, 1),
-        Plan((Slot(same_name), *THREE[1:]), 2, 1),
-    ]
-    assert same_name.id == A.id
-    assert all(other.as_dict() != plan.as_dict() for other in others)
