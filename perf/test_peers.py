@@ -71,7 +71,7 @@ def _calls(unet: UNet, x, t, context) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """What is measured here has one thread of the CPU."""
     threads = torch.get_num_threads()
@@ -81,13 +81,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def ceiling(one_thread):
+def ceiling():
     """FLOP/s of one thread in a large matrix product, by the same clock: what no call can be faster than."""
     return matmul_flops_per_second(torch.device("cpu"), torch.float32, time.thread_time)
 
 
 @pytest.fixture(scope="module")
-def alternated(one_thread):
+def alternated():
     """CPU seconds of one UNet call with guidance's batch of 2, by case and side, measured in turns."""
     measured = {}
 
