@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 HOLDER_BYTES = 16_384  # more is no file of ours
+# A process that was killed while it started another one holds its lock until that one has come to its own program.
+DEAD_HOLDER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,18 @@ class Holder:
     host: str
     started_unix_seconds: float
     command: str
+
+    def is_alive(self) -> bool:
+        """Whether its process is there, as far as can be seen from here."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):  # another user's; no process id
+            pass
+        return True
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started_unix_seconds))
@@ -49,8 +63,8 @@ class DeviceLock:
 
     The lock is flock(2)'s, so that the kernel gives it up however its holder dies; the file only says who that is.
     What a dead holder left in it is cleared, and `notice` then says whose it was (one line to show; else None).
-    Raises DeviceBusy while another session holds the device, in this process too, and PermissionError where the
-    folder or the file is not this user's own.
+    Raises DeviceBusy while another session holds the device, in this process too (one that was killed has a moment to
+    let go of it), and PermissionError where the folder or the file is not this user's own.
 
     Another user's session has its own folder: on a GPU the telemetry sees it as a foreign process.
     """
@@ -65,10 +79,7 @@ class DeviceLock:
     def __enter__(self) -> DeviceLock:
         descriptor = self._open()
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DeviceBusy(self.device_key, _read_holder(descriptor)) from None
+            self._lock(descriptor)
             if os.fstat(descriptor).st_size:
                 left = _read_holder(descriptor) or "a session that did not say who it is"
                 self.notice = f"cleared the lock of {self.device_key} that was left by {left}"
@@ -89,6 +100,18 @@ class DeviceLock:
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
         os.close(self._descriptor)
         self._descriptor = None
+
+    def _lock(self, descriptor: int) -> None:
+        begin = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                holder = _read_holder(descriptor)
+                if holder is None or holder.is_alive() or time.monotonic() - begin > DEAD_HOLDER_SECONDS:
+                    raise DeviceBusy(self.device_key, holder) from None
+            time.sleep(0.01)
 
     def _open(self) -> int:
         """The lock file, in a folder that nobody else can write to; a symbolic link in either place is refused."""

@@ -5,13 +5,17 @@ Token merging is in sd.token_merging; the deep features of DeepCache (arXiv 2312
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
 from sd.errors import Unavailable
 
 QUANTISATIONS = ("none", "int8", "fp8")
-SMALLEST_QUANTISED = 128  # features in and out: below, converting costs more than the product saves
+SMALLEST_QUANTISED = (
+    128  # features in and out: below, converting costs more than the product saves; SD's are 320 to 10240
+)
 
 
 def merge_tokens(unet, ratio: float) -> None:
@@ -54,8 +58,20 @@ def require_quantisation(kind: str, device: torch.device) -> None:
         )
 
 
-def quantise(unet, kind: str) -> None:
-    """Quantise the UNet's large linear layers in place: weights once, activations at every call. It cannot be undone."""
+def require_wide_layers(unet, kind: str) -> None:
+    """Raise Unavailable where quantisation would leave every layer as it is."""
+    if kind != "none" and not any(_is_worth_it(module, name) for name, module in unet.named_modules()):
+        raise Unavailable(
+            f"quantisation {kind}: this model has no linear layer of {SMALLEST_QUANTISED} features or more, below which it "
+            "loses time; leave it out"
+        )
+
+
+def quantise(unet, kind: str, smallest: int = SMALLEST_QUANTISED) -> None:
+    """Quantise the UNet's linear layers in place: weights once, activations at every call. It cannot be undone.
+
+    smallest: features in and out from which a layer is quantised.
+    """
     if kind == unet.quantisation:
         return
     from torchao.quantization import (
@@ -65,13 +81,13 @@ def quantise(unet, kind: str) -> None:
     )
 
     config = Int8DynamicActivationInt8WeightConfig() if kind == "int8" else Float8DynamicActivationFloat8WeightConfig()
-    quantize_(unet, config, filter_fn=_is_worth_it)
+    quantize_(unet, config, filter_fn=functools.partial(_is_worth_it, smallest=smallest))
     unet.quantisation = kind
 
 
-def _is_worth_it(module: nn.Module, name: str) -> bool:
+def _is_worth_it(module: nn.Module, name: str, smallest: int = SMALLEST_QUANTISED) -> bool:
     return (
         isinstance(module, nn.Linear)
-        and min(module.in_features, module.out_features) >= SMALLEST_QUANTISED
+        and min(module.in_features, module.out_features) >= smallest
         and "emb" not in name  # computed for one row a call, or once a run
     )

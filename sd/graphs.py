@@ -49,11 +49,11 @@ class _Recording:
                 held.copy_(new)
                 self.given[i] = (new, new._version)
         self.graph.replay()
-        return self.output.clone()  # the graph writes to the same memory again at its next call
+        return _static(self.output)  # the graph writes to the same memory again at its next call
 
 
 class Graphed:
-    """`function` of tensors on a CUDA device, nested in tuples, that returns one tensor, as CUDA graphs.
+    """`function` of tensors on a CUDA device, nested in tuples, that returns such, as CUDA graphs.
 
     Recorded at the first call with arguments of such shapes; a result is safe to keep. Its kernels must depend on
     nothing but the arguments' contents.

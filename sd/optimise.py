@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from sd.aot import AheadOfTime, check_path
-from sd.approximate import QUANTISATIONS, CachedFeatures, merge_tokens, quantise, require_quantisation
+from sd.approximate import (
+    QUANTISATIONS,
+    CachedFeatures,
+    merge_tokens,
+    quantise,
+    require_quantisation,
+    require_wide_layers,
+)
 from sd.attention import (
     ATTENTION_PRECISIONS,
     DEFAULT_ATTENTION,
@@ -152,8 +159,11 @@ class Optimisations:
                 yield "aot: of a UNet with autocast, feature_caching or quantisation is not offered"
         if self.quantisation != "none" and (self.fused_qkv or self.fused_kv or self.attention == "mha"):
             yield f"quantisation {self.quantisation}: is of separate projections; leave out fused_qkv, fused_kv and mha"
-        if self.feature_caching > 1 and (self._step_is_compiled or self.cuda_graph != "none" or self.original_steps):
-            yield "feature_caching: needs a UNet that is called step by step; compile with scope unet or blocks"
+        if self.feature_caching > 1 and (self._step_is_compiled or self.cuda_graph == "loop" or self.original_steps):
+            yield (
+                "feature_caching: needs a UNet that is called step by step; compile it with scope unet or blocks, graph it "
+                "with cuda_graph unet, and leave out original_steps"
+            )
 
     @property
     def _step_is_compiled(self) -> bool:
@@ -301,6 +311,8 @@ def apply(unet: Any, autoencoder: Any, text_encoder: Any, device: torch.device, 
             "the checkpoint again"
         )
     require_available(optimisations, device)
+    if unet.quantisation == "none":
+        require_wide_layers(unet, optimisations.quantisation)
     compute_dtype = optimisations.compute_dtype(device)
     attention = optimisations.attention_choice()
     check(attention, device, compute_dtype, unet.head_dims())

@@ -44,15 +44,15 @@ class Schedule:
         if 1 <= steps <= len(self):
             timesteps = self._uniform(steps)
             if timesteps[-1] < len(self):
-                return timesteps
+                return list(timesteps)
         possible = [n for n in range(1, len(self) + 1) if self._uniform(n)[-1] < len(self)]
         below = max((n for n in possible if n < steps), default=None)
         above = min((n for n in possible if n > steps), default=None)
         nearest = " or ".join(str(n) for n in (below, above) if n is not None)
         raise ConfigError(f"{steps} steps cannot be spread over {len(self)} timesteps by DDIM or PLMS: use {nearest}")
 
-    def _uniform(self, steps: int) -> list[int]:
-        return [t + 1 for t in range(0, len(self), len(self) // steps)]
+    def _uniform(self, steps: int) -> range:
+        return range(1, len(self) + 1, len(self) // steps)
 
     def even_times(self, points: int) -> list[float]:
         """`points` times from the last timestep down to 0, evenly spaced and so in general fractional."""

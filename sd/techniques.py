@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sd.compile import INDUCTOR_OPTIONS, MODES
+from sd.compile import GRAPH_MODES, INDUCTOR_OPTIONS, MODES
 from sd.errors import ConfigError
 from sd.optimise import PRECISIONS, Optimisations
 
@@ -44,8 +44,9 @@ TECHNIQUES: dict[str, dict[str, object]] = {
 def parse(text: str, device: torch.device | str) -> Optimisations:
     """`fast`, `none`, `original`, names of TECHNIQUES with commas between, or a preset and then such names.
 
-    A scope or an option of the compiler brings mode `default` where none is chosen. Raises ConfigError for unknown
-    names and contradictions; whether it can run here is not decided here (sd.optimise.require_available).
+    A scope or an option of the compiler brings mode `default` where none is chosen, and what of a preset cannot go with
+    the names gives way to them. Raises ConfigError for unknown names and contradictions; whether it can run here is not
+    decided here (sd.optimise.require_available).
     """
     names = text.split(",")
     base = Optimisations()
@@ -68,4 +69,17 @@ def parse(text: str, device: torch.device | str) -> Optimisations:
             fields[field] = value
     if ("compile_scope" in fields or "inductor" in fields) and base.compile == "none":
         fields.setdefault("compile", "default")
-    return replace(base, **fields)
+    return replace(base, **{**_giving_way(fields), **fields})
+
+
+def _giving_way(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a preset that cannot go with these, at what they are without a preset (sd.optimise says why)."""
+    given_up: dict[str, Any] = {}
+    if "quantisation" in fields:
+        given_up.update(fused_qkv=False, fused_kv=False)
+    if "original_steps" in fields:
+        given_up.update(cache_context_kv=False, cache_time_embeddings=False)
+    records_itself = fields.get("compile") in GRAPH_MODES
+    if records_itself or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
+        given_up.update(cuda_graph="none")
+    return given_up

@@ -9,11 +9,17 @@ from models import relative_error, seeded
 from sd import Optimisations, StableDiffusion
 from sd.approximate import CachedFeatures, quantise
 from sd.config import UNetConfig
-from sd.errors import Unavailable
+from sd.errors import ConfigError, Unavailable
 from sd.token_merging import merging
 from sd.unet import UNet
 
 PROMPTS = ["a red star on a white background", "a green ring on a blue background"]
+
+
+@pytest.fixture(autouse=True)
+def _torchao_or_skip(request):
+    if request.node.get_closest_marker("quant"):
+        pytest.importorskip("torchao.quantization", reason="the extra `quant` is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +86,28 @@ def test_features_of_the_same_call_change_nothing():
     assert torch.equal(unet(x, t, context), out)
 
 
+@pytest.mark.quant
+def test_int8_pictures_stay_near(exact):
+    """Every layer quantised, whatever its width."""
+    model = StableDiffusion.tiny()
+    quantise(model.unet, "int8", smallest=1)
+    model.optimise(Optimisations(quantisation="int8"))
+    error = (_pictures(model) - exact).pow(2).mean()
+    assert error > 0, "nothing was approximated"
+    assert 10 * torch.log10(255**2 / error) >= 45  # measured 48.9 dB
+    with pytest.raises(ConfigError, match="already rounded to int8"):
+        model.optimise(Optimisations())
+
+
+@pytest.mark.quant
+def test_int8_of_a_model_too_narrow_for_it_is_refused(model):
+    with pytest.raises(Unavailable, match="quantisation int8: this model has no linear layer of 128 features"):
+        model.optimise(Optimisations(quantisation="int8"))
+    assert model.unet.quantisation == "none"
+
+
+@pytest.mark.quant
 def test_int8():
-    pytest.importorskip("torchao.quantization", reason="the extra `quant` is not installed")
     config = UNetConfig(
         context_dim=128,
         model_channels=128,
@@ -96,9 +122,11 @@ def test_int8():
     with torch.no_grad():
         expected = unet(x, t, context)
         quantise(unet, "int8")
-        error = relative_error(unet(x, t, context), expected)
+        rounded = unet(x, t, context)
+        compiled = torch.compile(unet, fullgraph=True, dynamic=False)(x, t, context)
     assert unet.quantisation == "int8"
-    assert 0 < error < 0.05
+    assert 0 < relative_error(rounded, expected) < 0.05
+    assert relative_error(compiled, rounded) < 0.01  # of an activation, another rounding here and there
 
 
 def test_fp8_is_refused_without_its_gpu(model):

@@ -209,3 +209,15 @@ def test_inductors_options_are_those_of_sd_and_keep_the_mode():
     for one, expected in zip(SETS["inductor"], ((), *((name,) for name in INDUCTOR_OPTIONS))):
         chosen = optimisations(one, "cpu")
         assert (chosen.compile, chosen.inductor) == ("max-autotune-no-cudagraphs", expected), one.id
+
+
+def test_our_own_kernels_are_measured_against_the_preset_alone_and_together(monkeypatch):
+    import torch
+
+    from perf.engines import optimisations
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fast, *others = [optimisations(one, "cuda") for one in SETS["kernels"][:4]]
+    added = [{name for name, value in one.changed().items() if fast.changed().get(name) != value} for one in others]
+    assert added == [{"triton_group_norm"}, {"triton_geglu"}, {"triton_group_norm", "triton_geglu"}]
+    assert [one.batch for one in SETS["kernels"]] == [1] * 4 + [8] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from perf import lock
 from perf.lock import DeviceBusy, DeviceLock, file_name, lock_folder
 
 ROOT = Path(__file__).parent.parent
@@ -68,17 +70,50 @@ def test_a_held_lock_names_its_holder_in_one_line(holder, tmp_path):
 
 
 def test_another_device_is_free(holder, tmp_path):
-    with DeviceLock("GPU-2", tmp_path) as lock:
-        assert lock.notice is None
+    with DeviceLock("GPU-2", tmp_path) as held:
+        assert held.notice is None
 
 
 def test_kill_9_frees_the_device_though_a_child_lives_and_says_whose_it_was(holder, tmp_path):
     holder.kill()
     holder.wait()
-    with DeviceLock("GPU-1", tmp_path) as lock:
-        assert f"cleared the lock of GPU-1 that was left by pid {holder.pid}, since" in lock.notice
-    with DeviceLock("GPU-1", tmp_path) as lock:
-        assert lock.notice is None  # released in order: nothing was left
+    with DeviceLock("GPU-1", tmp_path) as held:
+        assert f"cleared the lock of GPU-1 that was left by pid {holder.pid}, since" in held.notice
+    with DeviceLock("GPU-1", tmp_path) as held:
+        assert held.notice is None  # released in order: nothing was left
+
+
+# Killed between fork and exec, as it can be while it starts a worker: the child has the lock until it has its own program.
+FORKED = """
+import os, sys, time
+from perf.lock import DeviceLock
+with DeviceLock("GPU-1", sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        time.sleep(float(sys.argv[2]))
+        os._exit(0)
+    print(child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.5, 60])
+def test_kill_9_between_fork_and_exec_is_waited_for_but_not_for_long(tmp_path, monkeypatch, seconds):
+    process = start(FORKED, tmp_path, seconds)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        if seconds < lock.DEAD_HOLDER_SECONDS:
+            with DeviceLock("GPU-1", tmp_path) as held:
+                assert f"was left by pid {process.pid}, since" in held.notice
+        else:
+            monkeypatch.setattr(lock, "DEAD_HOLDER_SECONDS", 0.2)
+            with pytest.raises(DeviceBusy, match=f"pid {process.pid}"), DeviceLock("GPU-1", tmp_path):
+                pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def test_of_many_at_once_one_gets_it(tmp_path):
@@ -94,11 +129,11 @@ def test_of_many_at_once_one_gets_it(tmp_path):
 
 
 def test_twice_in_one_process_is_refused_and_the_first_stays(tmp_path):
-    with DeviceLock("cpu", tmp_path) as lock:
+    with DeviceLock("cpu", tmp_path) as held:
         for _ in range(2):
             with pytest.raises(DeviceBusy, match=f"pid {os.getpid()}"), DeviceLock("cpu", tmp_path):
                 pass
-        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+        assert json.loads(held.path.read_text())["pid"] == os.getpid()
     with DeviceLock("cpu", tmp_path):
         pass
 
@@ -106,8 +141,8 @@ def test_twice_in_one_process_is_refused_and_the_first_stays(tmp_path):
 def test_an_exception_releases_it(tmp_path):
     with pytest.raises(ZeroDivisionError), DeviceLock("cpu", tmp_path):
         1 / 0  # noqa: B018
-    with DeviceLock("cpu", tmp_path) as lock:
-        assert lock.notice is None
+    with DeviceLock("cpu", tmp_path) as held:
+        assert held.notice is None
 
 
 def test_a_forked_child_does_not_keep_it(tmp_path):
@@ -144,18 +179,18 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
 def test_a_damaged_file_is_cleared_and_said_so(tmp_path, content):
     (tmp_path / file_name("cpu")).write_bytes(content)
     (tmp_path / file_name("cpu")).chmod(0o600)
-    with DeviceLock("cpu", tmp_path) as lock:
-        assert "left by a session that did not say who it is" in lock.notice
-        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
-        lock.path.write_bytes(content)  # damaged while it is held
+    with DeviceLock("cpu", tmp_path) as held:
+        assert "left by a session that did not say who it is" in held.notice
+        assert json.loads(held.path.read_text())["pid"] == os.getpid()
+        held.path.write_bytes(content)  # damaged while it is held
         with pytest.raises(DeviceBusy, match="a process that did not say who it is"), DeviceLock("cpu", tmp_path):
             pass
 
 
 def test_folder_and_file_are_the_users_alone(tmp_path):
-    with DeviceLock("cpu", tmp_path / "new") as lock:
+    with DeviceLock("cpu", tmp_path / "new") as held:
         assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
-        assert lock.path.stat().st_mode & 0o777 == 0o600
+        assert held.path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_linked_file_is_refused_and_its_target_untouched(tmp_path):
@@ -201,8 +236,8 @@ def test_keys_make_file_names_of_their_own(tmp_path):
     assert len(set(names)) == len(keys)
     assert all("/" not in name and not name.startswith(".") and len(name) < 120 for name in names)
     for key in keys:
-        with DeviceLock(key, tmp_path) as lock:
-            assert lock.path.parent == tmp_path
+        with DeviceLock(key, tmp_path) as held:
+            assert held.path.parent == tmp_path
 
 
 def test_the_default_folder_is_the_same_with_and_without_a_login(monkeypatch):

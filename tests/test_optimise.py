@@ -12,7 +12,7 @@ from sd.attention import DEFAULT_ATTENTION, IMPLEMENTATIONS, Attention, why_not
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.samplers import SAMPLERS
-from sd.techniques import TECHNIQUES
+from sd.techniques import TECHNIQUES, parse
 
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
 EXACT = {
@@ -23,6 +23,12 @@ EXACT = {
     "cache_time_embeddings": {"cache_time_embeddings": True},
     "original_steps": {"original_steps": True},
     "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES},
+}
+# What of `fast` cannot be beside a technique, and so is left out where that is named.
+GIVES_WAY = {
+    **{name: {"fused_qkv"} for name in ("int8", "fp8")},
+    **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step", "autocast")},
+    "original_steps": set(CACHES),
 }
 # Of one UNet call and of a whole picture in fp32 against the original attention: sums in another order, nothing else.
 UNET_BOUND, PICTURE_BOUND = 1e-5, 1e-4
@@ -245,6 +251,14 @@ class TestOnAGPU:
         for ours, theirs in zip(kept, expected):
             assert relative_error(ours, theirs) <= PICTURE_BOUND
 
+    def test_cuda_graphs_with_feature_caching(self, model):
+        """Calls with and without the deep part are recordings of their own."""
+        model.optimise(Optimisations(feature_caching=2))
+        expected = [_picture(model, seed=seed).latents for seed in (2, 3)]
+        model.optimise(Optimisations(feature_caching=2, cuda_graph="unet"))
+        for ours, theirs in zip([_picture(model, seed=seed).latents for seed in (2, 3)], expected):
+            assert relative_error(ours, theirs) <= PICTURE_BOUND
+
     def test_fast(self, model, reference):
         fast = Optimisations.fast("cuda")
         model = StableDiffusion.tiny("cuda", fast)  # its weights are rounded
@@ -301,6 +315,16 @@ def test_fast_follows_the_gpu(monkeypatch, capability, precision):
     assert (fast.token_merging, fast.feature_caching, fast.quantisation) == (0.0, 1, "none")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_every_technique_has_fields(name):
-    assert set(TECHNIQUES[name]) <= set(Optimisations().__dict__)
+def test_every_technique_goes_with_fast(monkeypatch, name, device):
+    """What is asked for by name is there, on either device; of the rest of the preset only what cannot be beside it goes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fast = Optimisations.fast(device)
+    if name == "triton_group_norm" and not fast.channels_last:
+        pytest.skip("`fast` has no channels_last without a compiler")
+    chosen = parse(f"fast,{name}", device)
+    assert {field: getattr(chosen, field) for field in TECHNIQUES[name]} == TECHNIQUES[name]
+    rest = {field: value for field, value in fast.changed().items() if field not in TECHNIQUES[name]}
+    gone = {field for field, value in rest.items() if getattr(chosen, field) != value}
+    assert gone == GIVES_WAY.get(name, set()) & set(rest)

@@ -15,6 +15,8 @@ from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.yaml_config import CONFIGS
 
+ORIGINAL = {"attention": "original", "precision": "autocast", "original_steps": True}
+
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch, tmp_path):
@@ -77,9 +79,10 @@ def test_what_the_options_and_the_environment_choose(argv, environ, expected, ca
         (["--optimise", "channels_last,fused_qkv"], {"channels_last": True, "fused_qkv": True}),
         (["--optimise", "none,fused_kv"], {"fused_kv": True}),
         (["--optimise", "fused_kv", "--attention", "original"], {"fused_kv": True, "attention": "original"}),
-        (["--optimise", "original"], {"attention": "original", "precision": "autocast", "original_steps": True}),
+        (["--optimise", "original"], ORIGINAL),
         (["--optimise", "original", "--precision", "full"], {"attention": "original", "original_steps": True}),
         (["--optimise", "feature_caching"], {"feature_caching": 3}),
+        (["--optimise", "original,channels_last"], {**ORIGINAL, "channels_last": True}),
     ],
 )
 def test_optimise_and_the_options_over_it(argv, changed):

@@ -347,6 +347,7 @@ def test_kill_9_of_the_runner_loses_nothing_that_was_journalled(runner, tmp_path
             if answer is None:
                 kills += 1
                 journalled_at_a_kill.add(len(known))
+        assert "error" not in answer, f"{where}: {answer['message']}"
         assert {key: answer[key] for key in summary_keys(whole)} == {key: whole[key] for key in summary_keys(whole)}, (
             where
         )
