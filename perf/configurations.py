@@ -40,6 +40,8 @@ CHOICES = {
 
 
 PRESETS = ("none", "original", "fast")
+# Of the techniques that `optimise` takes, those that change the picture: they are measured, and never named the fastest.
+APPROXIMATE = ("token_merging", "feature_caching", "int8", "fp8")
 
 
 class UnknownChoice(ValueError):
@@ -113,6 +115,11 @@ class Configuration:
         return preset_of(self.optimise)
 
     @property
+    def approximate(self) -> bool:
+        """Whether its picture is another one by intent."""
+        return is_approximate(self.optimise)
+
+    @property
     def id(self) -> str:
         """Such as `sd2-mha-mem_efficient-compile-b1`: parts at their usual values are left out.
 
@@ -156,6 +163,11 @@ def preset_of(optimise: str) -> str | None:
     """The preset with which what `--optimise` takes begins, if any."""
     first = optimise.split(",")[0]
     return first if first in PRESETS else None
+
+
+def is_approximate(optimise: str) -> bool:
+    """Whether what `--optimise` takes names a technique that changes the picture."""
+    return not set(optimise.split(",")).isdisjoint(APPROXIMATE)
 
 
 def technique(values: Mapping[str, Any]) -> list[str]:
@@ -261,6 +273,8 @@ KERNELS = [
     {"optimise": "fast" + more}
     for more in ("", ",triton_group_norm", ",triton_geglu", ",triton_group_norm,triton_geglu")
 ]
+# What changes the picture, each on top of the preset.
+APPROXIMATIONS = [{"optimise": ",".join(("fast", *more))} for more in ((), *((name,) for name in APPROXIMATE))]
 # From the first code's own loop, each rung with all that the rungs before it have, and the preset at the end.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
 LADDER: list[dict[str, Any]] = [
@@ -294,6 +308,7 @@ SETS: dict[str, list[Configuration]] = {
     "scopes": _variants("sd2", SCOPES),
     "kernels": _variants("sd2", KERNELS, batches=(1, 8)),
     "inductor": _variants("sd2", INDUCTOR),
+    "approximate": _variants("sd2", APPROXIMATIONS),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention at three batch sizes; the published protocol's question, asked of this machine's own model.
     "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
@@ -313,6 +328,7 @@ SUMMARIES = {
     "scopes": "blocks, the UNet, the step or the whole loop as one",
     "kernels": "our own kernels on top of the preset, at batch 1 and 8",
     "inductor": "the options of torch.compile's code generator, one at a time",
+    "approximate": "what changes the picture, one technique at a time on top of the preset",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
     "stages": "text encoder, one UNet call and VAE decoder by themselves",

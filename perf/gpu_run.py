@@ -55,6 +55,7 @@ STEPS = (
     Step("batches", ("perf", "-m", "batches"), "every attention"),
     Step("published-sd1", ("perf", "-m", "published_sd1"), "the companion article"),
     Step("inductor", ("perf", "-m", "inductor"), "which option of the code generator is worth its time"),
+    Step("approximate", ("perf", "-m", "approximate"), "what another picture would buy"),
 )
 
 

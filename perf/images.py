@@ -125,6 +125,12 @@ class Bounds:
 # By what computes. Measured on the embedded model over 20 steps at guidance 7.5: fp32 5e-6 and 83 dB, fp16 0.008 and
 # 52 dB, bf16 0.08 and 24 dB; the bounds leave a factor of 3 to 6, and fp32 what another torch or a compiler may reorder.
 BOUNDS = {"fp32": Bounds(1e-3, 45.0), "fp16": Bounds(0.05, 35.0), "bf16": Bounds(0.25, 16.0)}
+# What fp32 alone moves latents by, ten times over.
+EXACT_ERROR = 1e-4
+# What is approximate by intent. How far its picture goes depends on the prompt more than on the technique: of the embedded
+# model at guidance 7.5 latents were measured up to 1.2 away, where the same techniques at 4.0 keep 40 dB
+# (tests/test_approximate.py has their bounds). Unrelated latents are 1.41 apart: more is a fault.
+APPROXIMATE_BOUNDS = Bounds(1.41, 0.0)
 
 
 def computing_type(precision: str, device: str) -> str:
@@ -134,14 +140,18 @@ def computing_type(precision: str, device: str) -> str:
     return "fp32" if precision == "full" else precision
 
 
-def wrong(examined: dict, precision: str, device: str) -> str | None:
-    """Why the picture is not right, as `code: words`, or None. The bounds are two-sided where sameness is suspicious."""
+def wrong(examined: dict, precision: str, device: str, approximate: bool = False) -> str | None:
+    """Why the picture is not right, as `code: words`, or None. The bounds are two-sided where sameness is suspicious.
+
+    approximate: whether the picture is another one by intent.
+    """
     if not examined["finite"]:
         return "not_finite: the latents hold NaN or infinity; try precision full or bf16"
     if examined["constant"]:
         return "constant: a picture of one colour"
     computing = computing_type(precision, device)
-    error, psnr, bounds = examined["latent_relative_error"], examined["psnr_db"], BOUNDS[computing]
+    error, psnr = examined["latent_relative_error"], examined["psnr_db"]
+    bounds = APPROXIMATE_BOUNDS if approximate else BOUNDS[computing]
     if error is None:
         return None
     if error > bounds.latent_relative_error:
@@ -150,6 +160,8 @@ def wrong(examined: dict, precision: str, device: str) -> str | None:
         return f"picture: {psnr:.1f} dB from the fp32 reference, at least {bounds.psnr_db:g} wanted in {computing}"
     if computing != "fp32" and error == 0:
         return f"suspiciously_equal: {precision} gave the very numbers of fp32, so it did not run in {precision}"
+    if approximate and error < EXACT_ERROR:
+        return f"suspiciously_equal: latents {error:.2g} away from the exact ones, so nothing was approximated"
     return None
 
 

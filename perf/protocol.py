@@ -285,7 +285,7 @@ class Runner:
                     answer = worker.ask("round", self.limits.round, seed=seed, check=check)
                 if attempt == 0:  # a repetition has the latents, and so the picture, of the round that it repeats
                     hashes.append(answer["image"]["sha256"])
-                wrong = images.wrong(answer["image"], precision, device)
+                wrong = images.wrong(answer["image"], precision, device, slot.configuration.approximate)
                 if slot.configuration.workload != "text":  # whose input is the same in every round
                     wrong = wrong or images.repeated(hashes)
                 # What is wrong with a picture is in its own event: a kill cannot come between the two.

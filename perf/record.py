@@ -192,14 +192,16 @@ def _image(session: Session, measured: Measured) -> dict:
     first = next(launch.rounds[0] for _, launch in sorted(measured.launches.items()) if launch.rounds)["image"]
     reason = session.unchecked.get(measured.slot.configuration.id)
     found = {key: first[key] for key in ("sha256", "latent_relative_error", "psnr_db")}
-    reference = measured.slot.configuration.reference().id
-    return {**found, "reference": reference, "verdict": "unchecked" if reason else "right", "reason": reason}
+    configuration = measured.slot.configuration
+    verdict = "unchecked" if reason else "approximate" if configuration.approximate else "right"
+    return {**found, "reference": configuration.reference().id, "verdict": verdict, "reason": reason}
 
 
 def _work(measured: Measured, calls: int, number: str) -> tuple[int, int] | tuple[None, None]:
     """(FLOPs, fewest bytes) of a round that computes with the type `number`."""
     configuration = measured.slot.configuration
-    if configuration.config is not None:  # a YAML file of the user's: the preset's shapes need not be its
+    # A YAML file of the user's need not have the preset's shapes; what is approximate skips some of the work.
+    if configuration.config is not None or configuration.approximate:
         return None, None
     given = configuration, preset(configuration.model), calls
     return flops.of_round(*given), flops.floor_bytes_of_round(*given, ITEM_BYTES[number])

@@ -11,6 +11,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from perf.configurations import (
+    APPROXIMATE,
     CHOICES,
     PUBLISHED_FIVE,
     SETS,
@@ -209,6 +210,15 @@ def test_inductors_options_are_those_of_sd_and_keep_the_mode():
     for one, expected in zip(SETS["inductor"], ((), *((name,) for name in INDUCTOR_OPTIONS))):
         chosen = optimisations(one, "cpu")
         assert (chosen.compile, chosen.inductor) == ("max-autotune-no-cudagraphs", expected), one.id
+
+
+def test_approximate_techniques_are_those_that_change_the_picture():
+    from sd.techniques import TECHNIQUES
+
+    approximate = {"token_merging", "feature_caching", "quantisation"}  # sd.optimise.Optimisations says so
+    assert tuple(name for name, fields in TECHNIQUES.items() if approximate & set(fields)) == APPROXIMATE
+    assert [one.approximate for one in SETS["approximate"]] == [False] + [True] * len(APPROXIMATE)
+    assert not Configuration(optimise="fast,channels_last").approximate
 
 
 def test_our_own_kernels_are_measured_against_the_preset_alone_and_together(monkeypatch):

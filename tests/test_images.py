@@ -177,6 +177,18 @@ def test_bounds_are_wider_for_fewer_bits():
     assert BOUNDS["fp32"].psnr_db > BOUNDS["fp16"].psnr_db > BOUNDS["bf16"].psnr_db
 
 
+@pytest.mark.parametrize("precision", ["full", "fp16", "bf16"])
+def test_what_is_approximate_differs_but_is_still_of_the_same_prompt(precision):
+    def judged(error: float) -> str:
+        said = wrong({**RIGHT, "latent_relative_error": error, "psnr_db": 5.0}, precision, "cpu", approximate=True)
+        return str(said).partition(":")[0]
+
+    assert [judged(error) for error in (0.0, 9e-5, 0.02, 1.2, 1.5)] == [
+        *("suspiciously_equal", "suspiciously_equal", "None", "None", "latents")
+    ]
+    assert wrong({**RIGHT, "constant": True}, precision, "cpu", approximate=True).startswith("constant")
+
+
 def test_without_a_reference_only_what_is_wrong_by_itself_is_found():
     alone = {**RIGHT, "latent_relative_error": None, "psnr_db": None}
     assert wrong(alone, "fp16", "cuda") is None

@@ -185,6 +185,15 @@ def test_a_wrong_picture_stops_that_slot_only_and_stays_wrong(code):
     assert resumed.by_name[B.id].failure == (kind, message)
 
 
+def test_what_is_approximate_may_be_another_picture():
+    one = Configuration(optimise="token_merging")
+    changed = {"latent_relative_error": 0.5, "psnr_db": 10.0}
+    plan = Plan((Slot(one),), launches=1, rounds=2)
+    assert Bench(plan, wrong(changed, one.id)).run().by_name[one.id].failure is None
+    equal = Bench(plan, wrong({"latent_relative_error": 0.0}, one.id)).run()
+    assert equal.by_name[one.id].failure[1].startswith("suspiciously_equal: ")
+
+
 def test_a_wrong_picture_stays_wrong_when_the_runner_is_killed_at_once():
     plan = Plan(THREE[1:2], launches=1, rounds=2)
     whole = Bench(plan, wrong(WRONG["constant"], seed=1))

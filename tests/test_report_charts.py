@@ -219,6 +219,16 @@ def test_wrong_pictures_have_no_time():
     assert summary.fastest(ones[:5]).startswith("fastest here: sd2-mha-mem_efficient-b1")
 
 
+def test_approximate_pictures_have_a_time_that_is_not_the_fastest():
+    made = synthetic_runs.published_run("A100")
+    made["benchmarks"][4]["extra_info"]["configuration"]["optimise"] = "fast,feature_caching"
+    ones = results_of(made)
+    best = min(ones[:5], key=lambda one: one.seconds_per_image)
+    assert best.approximate and "feature_caching" in best.technique
+    assert [row[10] for row in tables.result_rows([best])] == ["52.0 (approximate)"]
+    assert summary.fastest(ones[:5]).startswith("fastest here: sd2-mha-mem_efficient-b1")
+
+
 def test_looks_are_the_same_everywhere_and_no_two_alike():
     names = [f"sdpa-{number}" for number in range(len(MORE) * 3)]
     palette = Palette([*names, *FIXED])

@@ -44,9 +44,9 @@ def answer(seconds: float, launch: int) -> dict:
     }
 
 
-def session(failure: tuple[str, str] | None = None, clock: str = "cpu") -> tuple[Session, dict]:
-    """A session of three configurations, as if they had been measured, and its extra_info by id."""
-    slots = tuple(map(Slot, TIMES))
+def session(failure: tuple[str, str] | None = None, clock: str = "cpu", times=TIMES) -> tuple[Session, dict]:
+    """A session of a few configurations, as if they had been measured, and its extra_info by id."""
+    slots = tuple(map(Slot, times))
     plan, events = Plan(slots, 6, 1), []
     for slot in slots:
         for launch in range(6):
@@ -60,7 +60,7 @@ def session(failure: tuple[str, str] | None = None, clock: str = "cpu") -> tuple
                 "compiles": slot.configuration.compile != "none",
             }
             events.append({"event": "load", "answer": load, **one})
-            made = answer(TIMES[slot.configuration], launch)
+            made = answer(times[slot.configuration], launch)
             events.append({"event": "round", "round": None, "answer": {**made, "wall_seconds": 9.0}, **one})
             more = {"round": 0, "invalid": None, "telemetry": None, "attempt": 0, "wrong": None}
             events.append({"event": "round", "answer": made, **more, **one})
@@ -126,6 +126,16 @@ def test_the_last_line_names_the_fastest():
     made, infos = session()
     last = terminal.lines(made, infos, {}, None, None)[-1]
     assert last == f"fastest here: {FASTEST}, 200 ms an image, 2.06x {SLOWEST} [2.06, 2.06]"
+
+
+def test_what_is_approximate_says_so_and_is_never_the_fastest():
+    merging = Configuration(attention="sdpa", optimise="token_merging", steps=20)
+    made, infos = session(times={**TIMES, merging: 0.1})
+    first, *_ = (line for line in printed(made, infos).splitlines() if "picture" in line)
+    assert first.endswith("peak, picture 84 dB, approximate"), "a part of the floor whose work was not all done"
+    assert infos[merging.id]["image"]["verdict"] == "approximate"
+    assert terminal.lines(made, infos, {}, None, None)[-1].startswith(f"fastest here: {FASTEST}, ")
+    assert "fastest" not in terminal.lines(*session(times={merging: 0.1}), {}, None, None)[-1]
 
 
 # --- the report at the end of a run

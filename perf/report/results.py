@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.configurations import technique, usual_precision
+from perf.configurations import is_approximate, technique, usual_precision
 from perf.report.spread import Spread, over_launches, value_alone
 from perf.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 from perf.statistics import Interval
@@ -104,6 +104,7 @@ class Result:
     speedup_against: str | None = None
     psnr_db: float | None = None
     latent_relative_error: float | None = None
+    approximate: bool = False  # another picture by intent
     image_reference: str | None = None
     kernels: tuple[str, ...] = ()
     trace: Mapping[str, float] = field(default_factory=dict)  # seconds of one round, by class of kernel
@@ -245,11 +246,16 @@ def _result(session: Session, benchmark: SavedBenchmark, info) -> Result:
         speedup_against=against,
         psnr_db=image["psnr_db"].optional_number(-1e3, 1e3) if image else None,
         latent_relative_error=image["latent_relative_error"].optional_number(0, 1e30) if image else None,
+        approximate=is_approximate(_optimise(wanted)),
         image_reference=image["reference"].optional_text() if image else None,
         kernels=_kernels(info["kernel"]),
         trace=_numbers(info["trace"]["seconds"]) if isinstance(info["trace"].value, dict) else {},
         joules=_joules(benchmark, info["telemetry"], _whole(wanted["batch"].number(1, 1e6))),
     )
+
+
+def _optimise(wanted) -> str:
+    return wanted["optimise"].text() if wanted["optimise"].value else ""
 
 
 def _technique(wanted, model: str, attention: str) -> str:
@@ -260,7 +266,7 @@ def _technique(wanted, model: str, attention: str) -> str:
         "engine": wanted["engine"].optional_text() or "sd",
         "attention": attention,
         "sdpa_kernels": [node.text() for node in kernels.items()] if kernels.value is not None else [],
-        "optimise": wanted["optimise"].text() if wanted["optimise"].value else "",
+        "optimise": _optimise(wanted),
         "compile": wanted["compile"].optional_text() or "none",
         "compile_scope": wanted["compile_scope"].optional_text() or "unet",
         "precision": wanted["precision"].optional_text() or usual_precision(model),

@@ -201,7 +201,7 @@ def result_rows(results: Sequence[Result]) -> list[list[str]]:
                 text.size(one.peak_bytes),
                 text.bounded(one.joules, "{:.1f}") if one.joules else "",
                 _of_peak(one),
-                "" if one.psnr_db is None else f"{one.psnr_db:.1f}",
+                "" if one.psnr_db is None else f"{one.psnr_db:.1f}" + (" (approximate)" if one.approximate else ""),
                 str(verdict or ""),
                 one.session.name,
             ]

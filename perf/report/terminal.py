@@ -8,6 +8,7 @@ from rich.text import Text
 
 from perf import record
 from perf.baselines import Judgement
+from perf.configurations import is_approximate
 from perf.report.text import size, span
 from perf.session import Session
 from perf.verdicts import Decision, Verdict
@@ -86,7 +87,8 @@ def cells(session: Session, id: str, info: dict, decision: Decision | None) -> d
     if info["flops_fraction"]:
         found["of floor"] = f"{100 * info['flops_fraction']:.1f} %"
     if info["image"]["psnr_db"] is not None:
-        found["picture"] = f"{info['image']['psnr_db']:.0f} dB"
+        approximate = ", approximate" if info["image"]["verdict"] == "approximate" else ""
+        found["picture"] = f"{info['image']['psnr_db']:.0f} dB{approximate}"
     if decision:
         found["verdict"], found["reason"] = decision.verdict.value, str(decision).removeprefix(decision.verdict.value)
     return found
@@ -206,9 +208,10 @@ def _compiling(id: str, info: dict) -> str:
 
 
 def _fastest(infos: dict[str, dict], session: Session) -> list[str]:
-    if not infos:
+    exact = {id: info for id, info in infos.items() if not is_approximate(info["configuration"]["optimise"])}
+    if not exact:
         return []
-    best = ranked(infos)[0]
+    best = ranked(exact)[0]
     speedup = infos[best]["speedup"]
     words = f"fastest here: {best}, {_time(infos[best]['seconds_per_image'])} an image"
     if speedup:
