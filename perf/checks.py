@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -201,10 +202,10 @@ def _xformers(stack: StackFacts) -> Check:
 
 
 def compiler_check() -> Check:
-    """Inductor's compiler of C++: CXX, or the first of those it would try."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
-            return Check("c++ compiler", OK, shutil.which(name))
+    """The compiler of C++ that inductor starts, as sd.compile asks for it."""
+    found = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+    if found:
+        return Check("c++ compiler", OK, found)
     return Check("c++ compiler", WARNING, "none", "compiled configurations cannot run on the CPU; install g++")
 
 

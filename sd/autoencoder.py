@@ -41,8 +41,11 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
         self.attend = Attention().function()
+        self.kernels = ",".join(Attention().kernels)
 
     def forward(self, x):  # [B, C, H, W]
+        if not self.kernels:  # never; read so that torch.compile guards on it, as in BasicTransformerBlock
+            raise ValueError("no kernel is allowed")
         height, width = x.shape[2:]
         h = self.norm(x)
         # [B, H*W, 1, C]; a list, since torch 2.0 cannot compile a generator that is unpacked
@@ -176,5 +179,5 @@ class Autoencoder(nn.Module):
     def use_attention(self, attention: Attention) -> None:
         """Switch both attention blocks to `attention`; see sd.attention.for_head_dim for what a 512-wide head can take."""
         for block in (self.encoder.mid.attn_1, self.decoder.mid.attn_1):
-            block.attend = attention.function()
+            block.attend, block.kernels = attention.function(), ",".join(attention.kernels)
         self.attention = attention

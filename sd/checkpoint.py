@@ -19,7 +19,7 @@ from sd import layouts
 from sd.autoencoder import Autoencoder
 from sd.config import PRESETS, ModelConfig
 from sd.containers import index, read_tensors
-from sd.diffusers_folder import parameterization, read_folder
+from sd.diffusers_folder import parameterization, read_folder, require_settings
 from sd.errors import CheckpointError
 from sd.features import has
 from sd.text_encoder import TextEncoder
@@ -84,7 +84,8 @@ def read_contents(path, progress: bool | None = None, names=None) -> Loaded:
     """As `read`, with what the file says beside its weights. names: a function that says which tensors are wanted."""
     path = Path(path)
     if path.is_dir():
-        return Loaded(read_folder(path, progress), parameterization=parameterization(path))
+        predicts = parameterization(path)  # refuse before gigabytes are read
+        return Loaded(read_folder(path, progress), parameterization=predicts)
     contents = index(path)
     wanted = [name for name in contents.tensors if names is None or names(name)]
     return Loaded(read_tensors(contents, wanted, progress), contents.global_step, others=contents.others)
@@ -306,6 +307,8 @@ def load(path, config: ModelConfig | None = None, progress: bool | None = None):
             f"{config.name} says {config.parameterization}: pass a config with that parameterization, or none"
         )
     _refuse_contradiction(path, state, config)
+    if Path(path).is_dir():
+        require_settings(Path(path), config)
     released = any(name in state for name in _RELEASED_OPENCLIP)
     try:
         networks, rest = layouts.split_networks(state)

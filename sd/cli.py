@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -164,8 +165,13 @@ def _peak_memory(device: torch.device) -> str:
 
 def guarded(run) -> int:
     """Exit status of `run()`: 0, 2 with one line about what the user can change, 130 when interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):  # a path that the terminal's encoding lacks is no reason to lose the rest
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run()
+    except BrokenPipeError:  # whoever read the output has read enough; the interpreter would write to it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SDError as error:
         message = str(error)
     except KeyboardInterrupt:

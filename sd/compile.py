@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +35,16 @@ GRAPHS_PER_CODE = 128
 
 @dataclass(frozen=True)
 class Compiler:
-    """How functions are compiled. mode: one of MODES but none; inductor: names of INDUCTOR_OPTIONS."""
+    """How functions are compiled. mode: one of MODES but none; inductor: names of INDUCTOR_OPTIONS.
+
+    kernels: of SDPA, those that what is compiled may use, or empty for all. The keys under which PyTorch stores what it
+    compiled do not have them, though the kernel is chosen when it compiles.
+    """
 
     mode: str
     backend: str = "inductor"
     inductor: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     def __post_init__(self):
         unknown = [name for name in self.inductor if name not in INDUCTOR_OPTIONS]
@@ -46,9 +55,11 @@ class Compiler:
         if self.inductor and self.backend != "inductor":
             raise ConfigError(f"inductor options {list(self.inductor)}: compile backend {self.backend} has none")
 
-    def require(self) -> None:
-        """Raise Unavailable for what this torch lacks."""
+    def require(self, device: torch.device) -> None:
+        """Raise Unavailable for what this torch, or for a CPU this machine, lacks."""
         require("compile", f"compile mode {self.mode}")
+        if self.backend == "inductor" and device.type == "cpu":
+            require_cpp_compiler(f"compile mode {self.mode}")
         if self.backend == "inductor" and self.inductor:
             from torch._inductor import config  # brings the compiler with it: seconds, and only some torch have it
         for name in self.inductor:
@@ -57,6 +68,17 @@ class Compiler:
 
     def __call__(self, function):
         """`function` compiled as one graph for each shape that it is called with; a graph break is an error."""
+        compiled = self._compiled(function)
+        if not self.kernels:
+            return compiled
+
+        def stored_apart(*arguments):
+            with stored_under("sdpa " + ",".join(self.kernels)):
+                return compiled(*arguments)
+
+        return stored_apart
+
+    def _compiled(self, function):
         how = {"fullgraph": True, "dynamic": False, "backend": self.backend}
         if has("recompile_limit"):
             how.update(recompile_limit=GRAPHS_PER_CODE)
@@ -79,6 +101,26 @@ class Compiler:
             return tuple(part.clone() for part in out) if isinstance(out, tuple) else out.clone()
 
         return cloned
+
+
+def stored_under(tag: str):
+    """Context in which what is compiled is stored under `tag` too, or, where this torch has no tags, not at all."""
+    if has("cache_key_tag"):
+        return torch.compiler.config.patch(cache_key_tag=tag)
+    from torch._functorch import config
+
+    return config.patch(enable_autograd_cache=False) if hasattr(config, "enable_autograd_cache") else nullcontext()
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that inductor starts for a CPU, or None where it is not there."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+def require_cpp_compiler(asked_by: str) -> None:
+    """Raise Unavailable, naming the option that asked, where inductor would find no C++ compiler."""
+    if cpp_compiler() is None:
+        raise Unavailable(f"{asked_by}: needs a C++ compiler on a CPU; install g++, or name one in CXX")
 
 
 def compile_blocks(unet, compiler: Compiler) -> None:
@@ -142,6 +184,8 @@ class CompiledStep:
 
     def __call__(self, plan: Plan, denoise, x, noises=None, on_step=None):
         """As sd.samplers.run."""
+        if not plan.evaluations:  # img2img of a strength that leaves no step: there is no table to make
+            return plan.initial * x
         key = (plan, denoise.guidance, x.device, x.dtype)
         if key not in self.tables:  # copied to the device at the first run alone
             self.tables[key] = plan_table(plan, denoise.guidance, x.device, x.dtype)

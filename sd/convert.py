@@ -28,6 +28,8 @@ def convert(source, target, to: str, config=None, force: bool = False, progress:
     target = Path(target)
     if to not in LAYOUTS:
         raise ConfigError(f"layout {to!r}: choose one of {', '.join(LAYOUTS)}")
+    if config is not None and to != "diffusers":
+        raise ConfigError(f"--config {config}: is for --to diffusers alone; the weights keep their names and shapes")
     _check_target(target, to, force)
     if str(source) == "tiny":
         from sd.tiny import WEIGHTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from sd import layouts
@@ -25,7 +26,7 @@ def _weights(folder: Path, part: str) -> Contents:
     for candidate in candidates:
         if (folder / name / candidate).is_file():
             return index(folder / name / candidate)
-    if any((folder / name).glob("*.index.json")):
+    if any((folder / name).glob("*.index*.json")):
         raise CheckpointError(
             f"{folder / name}: its weights are split into shards; save the model unsharded and give that"
         )
@@ -79,8 +80,42 @@ def _text_kind(folder: Path) -> str | None:
 
 def parameterization(folder: Path) -> str | None:
     """What the UNet predicts by the folder's scheduler: eps, v, or None where it does not say."""
-    known = {"epsilon": "eps", "v_prediction": "v"}
-    return known.get(str(_config(folder, "scheduler/scheduler_config.json").get("prediction_type")))
+    known = {"epsilon": "eps", "v_prediction": "v", None: None}
+    given = _config(folder, "scheduler/scheduler_config.json").get("prediction_type")
+    if given not in known:
+        raise _cannot(folder, "scheduler/scheduler_config.json", "prediction_type", given, "epsilon or v_prediction")
+    return known[given]
+
+
+def require_settings(folder: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError where the folder's own settings, as far as it gives them, are not those of `config`.
+
+    Weights do not show these, and with others the pictures are wrong without a word.
+    """
+    schedule, scheduler = config.schedule, "scheduler/scheduler_config.json"
+    expected = {
+        (scheduler, "num_train_timesteps"): schedule.timesteps,
+        (scheduler, "beta_start"): schedule.linear_start,
+        (scheduler, "beta_end"): schedule.linear_end,
+        (scheduler, "beta_schedule"): "scaled_linear",
+        (scheduler, "rescale_betas_zero_snr"): False,
+        ("vae/config.json", "scaling_factor"): config.scale_factor,
+    }
+    for (file, key), value in expected.items():
+        given = _config(folder, file).get(key)
+        alike = math.isclose(given, value, rel_tol=1e-6) if _is_number(given) and _is_number(value) else given == value
+        if given is not None and not alike:
+            raise _cannot(folder, file, key, given, value)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cannot(folder: Path, file: str, key: str, given, expected) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / file}: {key} {str(given)[:80]!r} is not offered, only {expected}: take other weights"
+    )
 
 
 # --- writing

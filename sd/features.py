@@ -66,6 +66,11 @@ FEATURES = {
         hasattr(torch, "compiler") and hasattr(torch.compiler, "save_cache_artifacts"),
         "torch >= 2.7",
     ),
+    "cache_key_tag": Feature(
+        "torch.compiler.config.cache_key_tag",
+        hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag"),
+        "torch >= 2.7",
+    ),
     "triton_op": Feature("operators made of Triton kernels", hasattr(library, "triton_op"), "torch >= 2.6"),
     "aot": Feature(
         "AOTInductor packages",

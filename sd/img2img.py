@@ -15,6 +15,7 @@ from sd import cli, options
 from sd.config import ModelConfig, ScheduleConfig
 from sd.errors import ConfigError
 from sd.pipeline import SIZE_MULTIPLE
+from sd.samplers import ddim
 from sd.schedule import Schedule
 
 _DDIM = "img2img starts in the middle of DDIM's steps and knows no other sampler: leave it out"
@@ -71,10 +72,12 @@ def read_picture(path):
                 raise ConfigError(f"--init-img {path}: has fewer than {SIZE_MULTIPLE} pixels a side; enlarge it first")
             if image.size[0] * image.size[1] > LARGEST:
                 raise ConfigError(f"--init-img {path}: has more than {LARGEST} pixels; make it smaller first")
+            if image.mode[0] in "IF":  # convert would cut their numbers off at 255
+                raise ConfigError(f"--init-img {path}: has more than 8 bits a channel ({image.mode}); save it with 8")
             image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     except OSError as error:  # also what Pillow raises for what it cannot identify
         raise ConfigError(f"--init-img {path}: cannot be read as a picture ({error.strerror or error})") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # as decoders raise them
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"--init-img {path}: cannot be read as a picture ({error})") from None
@@ -97,7 +100,8 @@ def _run(args, environ) -> None:
     if args.strength is not None and not 0.0 <= args.strength <= 1.0:
         raise ConfigError(f"--strength {args.strength}: must be in [0, 1]")
     setup = options.setup(args, environ)
-    Schedule(setup.config.schedule if setup.config is not None else ScheduleConfig()).uniform_timesteps(args.steps)
+    # Planned here too, so that an impossible step count or eta is known before gigabytes are read.
+    ddim(Schedule(setup.config.schedule if setup.config is not None else ScheduleConfig()), args.steps, args.ddim_eta)
     image = read_picture(args.init_img)
     batches = options.prompt_batches(args, setup.default_prompt)
     album, model, load_seconds = cli.begin(args, setup)

@@ -234,9 +234,14 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
         self.token_merging = 0.0  # part of the tokens; approximate
+        self.kernels = ",".join(Attention().kernels)
 
     def forward(self, x, context, size):
         """x [B, S, C] of an image of `size` -> [B, S, C]. context: [B, T, C'] or its keys and values (CrossAttention)."""
+        if (
+            not self.kernels
+        ):  # never; read so that torch.compile guards on the choice, which is a context around the call
+            raise ValueError("no kernel is allowed")
         if self.token_merging:
             tokens = self.norm1(x)
             merge, unmerge = merging(tokens, size, self.token_merging)
@@ -248,6 +253,7 @@ class BasicTransformerBlock(nn.Module):
 
     def use_attention(self, attention: Attention) -> None:
         """Switch both attentions to `attention`, over the same weights."""
+        self.kernels = ",".join(attention.kernels)
         for name in ("attn1", "attn2"):
             module = getattr(self, name)
             if attention.implementation == "mha":

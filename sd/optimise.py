@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -30,7 +29,17 @@ from sd.attention import (
     check,
     for_head_dim,
 )
-from sd.compile import BACKENDS, GRAPH_MODES, SCOPES, CompiledStep, Compiler, compile_blocks, restore
+from sd.compile import (
+    BACKENDS,
+    GRAPH_MODES,
+    SCOPES,
+    CompiledStep,
+    Compiler,
+    compile_blocks,
+    cpp_compiler,
+    require_cpp_compiler,
+    restore,
+)
 from sd.compile import MODES as COMPILE_MODES
 from sd.errors import ConfigError, Unavailable
 from sd.features import has, require
@@ -146,7 +155,7 @@ class Optimisations:
             for name in ("cache_context_kv", "cache_time_embeddings"):
                 if getattr(self, name):
                     yield f"{name}: original_steps is to recompute it at every step; choose one of the two"
-            if self._step_is_compiled or self.cuda_graph == "loop":
+            if self._step_is_compiled or self.cuda_graph != "none":
                 yield "original_steps: its host synchronisations cannot be part of a graph; compile the UNet alone"
         if self.triton_group_norm and not self.channels_last:
             yield "triton_group_norm: is for images in NHWC; add channels_last"
@@ -188,7 +197,7 @@ class Optimisations:
         device = torch.device(device)
         caches: dict[str, Any] = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
         if device.type != "cuda":
-            compiles = has("compile") and shutil.which("c++") is not None
+            compiles = has("compile") and cpp_compiler() is not None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             return cls(compile="default" if compiles else "none", channels_last=compiles, **caches)
         mode = "max-autotune-no-cudagraphs" if has("compile") else "none"
@@ -214,8 +223,10 @@ class Optimisations:
             "autoencoder": self.compile_autoencoder,
             "text_encoder": self.compile_text_encoder,
         }
+        attention = self.attention_choice()
+        kernels = attention.kernels if attention.restricted else ()
         return {
-            name: Compiler(mode, self.compile_backend, tuple(self.inductor))
+            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels)
             for name, mode in modes.items()
             if mode != "none"
         }
@@ -256,7 +267,7 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
     if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise Unavailable("precision bf16: this GPU has no bf16; use fp16 or autocast")
     for compiler in optimisations.compilers().values():
-        compiler.require()
+        compiler.require(device)
     if optimisations.compile != "none" and optimisations.compile_scope == "blocks":
         require("recompile_limit", "compile_scope blocks")
     if device.type != "cuda":
@@ -269,6 +280,8 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_path(optimisations.aot)
+        if device.type == "cpu":
+            require_cpp_compiler("aot")
 
 
 @dataclass(frozen=True)

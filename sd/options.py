@@ -244,7 +244,7 @@ def choose_optimisations(args, environ, device: torch.device, native_mha: bool) 
         if device.type != "cuda":
             raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")
         changes["tf32"] = True
-    return replace(base, **changes)
+    return replace(base, **changes) if args.optimise is None else techniques.parse(args.optimise, device, changes)
 
 
 def _names_attention(args, environ, native_mha: bool) -> bool:
@@ -308,16 +308,20 @@ def prompt_batches(args, default: str) -> list[list[str]]:
 
     The last batch may be shorter; the original scripts die of it.
     """
+    for flag, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        if text and not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+            raise ConfigError(f"{flag}: is not UTF-8 text")
     if args.from_file is None:
         return [[args.prompt if args.prompt is not None else default] * args.n_samples]
     if args.prompt is not None:
         raise ConfigError("--prompt and --from-file contradict each other: give one of the two")
     try:
-        lines = Path(args.from_file).read_text(encoding="utf-8").splitlines()
+        text = Path(args.from_file).read_text(encoding="utf-8-sig")  # some editors put a mark of UTF-8 in front
     except OSError as error:
         raise ConfigError(f"--from-file {args.from_file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--from-file {args.from_file}: is not UTF-8 text") from None
+    lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines, which also splits at U+2028
     if not lines:
         raise ConfigError(f"--from-file {args.from_file}: holds no prompt; write one a line")
     prompts = [line for line in lines for _ in range(args.repeat)]

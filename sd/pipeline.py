@@ -299,9 +299,12 @@ class StableDiffusion:
         for i, image in enumerate(images):
             if not good[i] or not image.any():
                 what = "all black" if good[i] else "not a number"
+                advice = "try precision full or bf16, or attention_precision fp32"
+                if self.optimisations.precision == "full":  # no number of a sound model is too large for fp32
+                    advice = "the guidance scale or the weights are at fault: lower the one, or take the other again"
                 raise BadImage(
                     f"picture {i + 1} of {len(images)} is {what} (precision {self.optimisations.precision}, attention "
-                    f"{self.optimisations.attention}): try precision full or bf16, or attention_precision fp32"
+                    f"{self.optimisations.attention}): {advice}"
                 )
         return Result(images, x.contiguous(), clock.seconds(), unet_calls)
 

@@ -110,6 +110,8 @@ def ddim(schedule: Schedule, steps: int, eta: float = 0.0, timesteps=None) -> Pl
         schedule, schedule.uniform_timesteps(steps) if timesteps is None else timesteps
     ):
         spread = eta * math.sqrt((1 - alpha_next**2) / (1 - alpha**2) * (1 - alpha**2 / alpha_next**2))
+        if spread**2 > 1 - alpha_next**2:
+            raise ConfigError(f"eta {eta:g} is too large for {steps} steps: use 0 to 1")
         factor, weight = _ddim_factors(alpha, alpha_next, spread)
         evaluations.append(Evaluation(t, alpha, factor, (weight,), spread=spread))
     return Plan(tuple(evaluations), draws=True)

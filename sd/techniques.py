@@ -41,12 +41,12 @@ TECHNIQUES: dict[str, dict[str, object]] = {
 }
 
 
-def parse(text: str, device: torch.device | str) -> Optimisations:
+def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None = None) -> Optimisations:
     """`fast`, `none`, `original`, names of TECHNIQUES with commas between, or a preset and then such names.
 
-    A scope or an option of the compiler brings mode `default` where none is chosen, and what of a preset cannot go with
-    the names gives way to them. Raises ConfigError for unknown names and contradictions; whether it can run here is not
-    decided here (sd.optimise.require_available).
+    A scope or an option of the compiler brings mode `default` where none is chosen, and what of `fast` cannot go with
+    the names gives way to them. changes: fields over all that, which other options chose. Raises ConfigError for unknown
+    names and contradictions; whether it can run here is not decided here (sd.optimise.require_available).
     """
     names = text.split(",")
     base = Optimisations()
@@ -59,26 +59,31 @@ def parse(text: str, device: torch.device | str) -> Optimisations:
     for name in names:
         if name not in TECHNIQUES:
             raise ConfigError(
-                f"optimise {name!r}: choose a preset ({', '.join(PRESETS)}), or of {', '.join(TECHNIQUES)}"
+                f"optimise {name!r}: choose a preset ({', '.join(PRESETS)}), which comes first, or of {', '.join(TECHNIQUES)}"
             )
         for field, value in TECHNIQUES[name].items():
             if isinstance(value, tuple):
                 value = (*fields.get(field, ()), *value)
-            elif field in fields:
+            elif fields.get(field, value) != value:
                 raise ConfigError(f"optimise {text}: {field} is both {fields[field]} and {value}: give one of them")
             fields[field] = value
-    if ("compile_scope" in fields or "inductor" in fields) and base.compile == "none":
+    options_of_another = "inductor" in fields and {"compile_autoencoder", "compile_text_encoder"} & set(fields)
+    asks = "compile_scope" in fields or ("inductor" in fields and not options_of_another)
+    if asks and base.compile == "none":
         fields.setdefault("compile", "default")
+    fields.update(changes or {})
     return replace(base, **{**_giving_way(fields), **fields})
 
 
 def _giving_way(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a preset that cannot go with these, at what they are without a preset (sd.optimise says why)."""
+    """What of `fast` cannot go with these fields, at what it is without a preset (sd.optimise says why)."""
     given_up: dict[str, Any] = {}
     if "quantisation" in fields:
         given_up.update(fused_qkv=False, fused_kv=False)
+    if fields.get("attention") == "mha":
+        given_up.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:
-        given_up.update(cache_context_kv=False, cache_time_embeddings=False)
+        given_up.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
     records_itself = fields.get("compile") in GRAPH_MODES
     if records_itself or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
         given_up.update(cuda_graph="none")

@@ -123,9 +123,9 @@ def test_the_compiler_is_inductors(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert checks.compiler_check().status == WARNING
-    (tmp_path / "c++").write_text("")
-    (tmp_path / "c++").chmod(0o755)
-    assert checks.compiler_check().fact == str(tmp_path / "c++")
+    (tmp_path / "g++").write_text("")
+    (tmp_path / "g++").chmod(0o755)
+    assert checks.compiler_check().fact == str(tmp_path / "g++")
 
 
 # --- judging the machine

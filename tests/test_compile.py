@@ -6,10 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+from counting import needs_fused_attention
 from models import relative_error, smallest
 from torch.nn import functional as F
 
 from sd import Optimisations
+from sd.attention import SDPA_KERNELS
 from sd.compile import INDUCTOR_OPTIONS, SCOPES, Compiler, plan_table
 from sd.errors import Unavailable
 from sd.features import has
@@ -109,6 +111,46 @@ def test_another_choice_undoes_the_compilation(model, counters):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@needs_fused_attention
+@pytest.mark.parametrize("scope", SCOPES)
+def test_another_choice_of_kernels_compiles_again(model, counters, scope):
+    """The choice is made outside of what is compiled, and no key of PyTorch's has it."""
+    ran = []
+    for kernels in (SDPA_KERNELS, ("math",), ("flash",), ("math",)):
+        _use(model, scope, "aot_eager", sdpa_kernels=kernels, compile_autoencoder="default")
+        _latents(model)
+        ran.append(["flash" in found for found in model.kernels.values()])
+    assert ran == [[True, True], [False, False], [True, True], [False, False]]
+
+
+@needs_fused_attention
+@pytest.mark.slow
+def test_a_stored_choice_of_kernels_is_not_that_of_another(model, counters):
+    """What inductor stored for any kernel is not found where one is forbidden; as by another process, after a reset."""
+    for kernels, flash in ((SDPA_KERNELS, True), (("math",), False), (SDPA_KERNELS, True)):
+        torch._dynamo.reset()
+        _use(model, "unet", "inductor", sdpa_kernels=kernels)
+        _latents(model)
+        assert ("flash" in model.kernels["unet"]) == flash, kernels
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_strength_that_leaves_no_step_gives_the_picture_back(model, scope):
+    image = torch.zeros(3, 64, 64)
+    model.optimise(Optimisations())
+    expected = model.img2img("a red star", image, strength=0.0, steps=4).latents
+    _use(model, scope, "eager")
+    assert torch.equal(model.img2img("a red star", image, strength=0.0, steps=4).latents, expected)
+
+
+def test_no_compiler_of_cpp_is_refused_by_name_and_left_out_of_fast(model, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(Unavailable, match=r"compile mode default: needs a C\+\+ compiler on a CPU; install g\+\+"):
+        model.optimise(Optimisations(compile="default"))
+    assert Optimisations.fast("cpu").compile == "none"
+    model.optimise(Optimisations(compile="default", compile_backend="eager"))
+
+
 def test_decoder_and_text_encoder(model, counters):
     model.optimise(Optimisations())
     expected = model.txt2img("a red star", steps=5)
@@ -173,7 +215,7 @@ def test_inductor_options_exist_here_or_are_refused_by_name(name):
 
     compiler = Compiler("default", inductor=(name,))
     if hasattr(config, INDUCTOR_OPTIONS[name][0]):
-        compiler.require()
+        compiler.require(torch.device("cpu"))
     else:
         with pytest.raises(Unavailable, match=name):
-            compiler.require()
+            compiler.require(torch.device("cpu"))

@@ -180,12 +180,34 @@ def test_damaged_folders(tmp_path, presets):
 
 
 @pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type", "sample"),
+        ("scheduler/scheduler_config.json", "beta_schedule", "linear"),
+        ("scheduler/scheduler_config.json", "beta_end", 0.5),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 500),
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+        ("vae/config.json", "scaling_factor", 0.5),
+    ],
+)
+def test_settings_of_a_folder_that_the_weights_do_not_show_are_refused(tmp_path, presets, file, key, value):
+    folder = tmp_path / "folder"
+    convert(make(tmp_path / "a.safetensors"), folder, "diffusers", "small-openclip")
+    load(folder, PRESETS["small-openclip"])
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(CheckpointError, match=f"{file}: {key} '{value}' is not offered, only "):
+        load(folder, PRESETS["small-openclip"])
+
+
+@pytest.mark.parametrize(
     ("name", "to", "what"),
     [
         ("b.pt", "original", "safetensors or .ckpt"),
         ("b.ckpt", "safetensors", "ends in .safetensors"),
         ("b", "native-mha", "safetensors or .ckpt"),
         ("b.ckpt", "diffusers", "is a folder"),
+        ("b.ckpt", "original --config sd2", "--config sd2: is for --to diffusers alone"),
         ("nowhere/b.ckpt", "original", "does not exist"),
         ("a.ckpt", "original", "--force"),
     ],
@@ -193,7 +215,7 @@ def test_damaged_folders(tmp_path, presets):
 def test_outputs_that_are_refused(tmp_path, capsys, name, to, what):
     source = make(tmp_path / "a.ckpt")
     before = source.read_bytes()
-    assert main([str(source), str(tmp_path / name), "--to", to]) == 2
+    assert main([str(source), str(tmp_path / name), "--to", *to.split()]) == 2
     said = capsys.readouterr().err
     assert what in said and said.count("\n") == 1
     assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]

@@ -122,7 +122,7 @@ def test_picture_is_read_as_the_original_reads_it():
     assert torch.allclose(image, pixels / 127.5 - 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode, colour", [("L", 255), ("RGBA", (255, 255, 255, 0)), ("P", 0), ("I;16", 65535)])
+@pytest.mark.parametrize("mode, colour", [("L", 255), ("RGBA", (255, 255, 255, 0)), ("P", 0)])
 def test_other_modes_become_rgb(mode, colour):
     Image.new(mode, (64, 64), colour).save("other.png")
     image = img2img.read_picture("other.png")
@@ -138,6 +138,8 @@ def test_other_modes_become_rgb(mode, colour):
         ("half.png", "cannot be read as a picture"),
         ("small.png", "fewer than 64 pixels a side"),
         ("large.png", "more than 67108864 pixels"),
+        ("deep.png", "more than 8 bits a channel"),
+        ("float.tiff", "more than 8 bits a channel"),
         (".", "cannot be read as a picture"),
     ],
 )
@@ -146,6 +148,8 @@ def test_bad_pictures_are_named(name, message):
     Path("half.png").write_bytes(Path("init.png").read_bytes()[:-60])
     Image.new("RGB", (640, 63)).save("small.png")
     Image.new("1", (8193, 8192)).save("large.png")
+    Image.new("I;16", (64, 64), 65535).save("deep.png")
+    Image.new("F", (64, 64), 0.5).save("float.tiff")
     with pytest.raises(ConfigError, match=message) as error:
         img2img.read_picture(name)
     assert f"--init-img {name}: " in str(error.value)
@@ -162,6 +166,7 @@ def test_bad_pictures_are_named(name, message):
         (["--strength", "1.5"], "--strength 1.5: must be in [0, 1]"),
         (["--strength", "nan"], "--strength nan: must be in [0, 1]"),
         (["--steps", "3"], "3 steps cannot be spread"),
+        (["--ddim_eta", "5"], "eta 5 is too large"),
         (["--C", "3"], "--C 3 contradicts"),
         (["--init-img", "missing.png"], "--init-img missing.png: cannot be read"),
         (["--config", "sd1"], "--config sd1 needs its checkpoint"),

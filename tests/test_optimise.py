@@ -28,7 +28,7 @@ EXACT = {
 GIVES_WAY = {
     **{name: {"fused_qkv"} for name in ("int8", "fp8")},
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step", "autocast")},
-    "original_steps": set(CACHES),
+    "original_steps": {*CACHES, "cuda_graph"},
 }
 # Of one UNet call and of a whole picture in fp32 against the original attention: sums in another order, nothing else.
 UNET_BOUND, PICTURE_BOUND = 1e-5, 1e-4
@@ -272,6 +272,7 @@ class TestOnAGPU:
         ({"attention": "mha", "cache_context_kv": True}, "nn.MultiheadAttention"),
         ({"original_steps": True, "cache_time_embeddings": True}, "original_steps"),
         ({"original_steps": True, "compile": "default", "compile_scope": "step"}, "original_steps"),
+        ({"original_steps": True, "cuda_graph": "unet"}, "original_steps"),
         ({"cuda_graph": "unet", "compile": "reduce-overhead"}, "by itself"),
         ({"cuda_graph": "unet", "precision": "autocast"}, "autocast"),
         ({"cuda_graph": "unet", "compile": "default", "compile_scope": "step"}, "cuda_graph loop"),
@@ -328,3 +329,13 @@ def test_every_technique_goes_with_fast(monkeypatch, name, device):
     rest = {field: value for field, value in fast.changed().items() if field not in TECHNIQUES[name]}
     gone = {field for field, value in rest.items() if getattr(chosen, field) != value}
     assert gone == GIVES_WAY.get(name, set()) & set(rest)
+
+
+def test_an_option_beside_fast_is_as_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("autocast", "reduce-overhead"):
+        assert parse("fast", "cuda", TECHNIQUES[name]) == parse(f"fast,{name}", "cuda")
+    chosen = parse("fast", "cuda", {"attention": "mha"})
+    assert (chosen.attention, chosen.fused_qkv, chosen.cache_context_kv) == ("mha", False, False)
+    with pytest.raises(ConfigError, match="autocast frees"):  # named as well, and so not given up
+        parse("cuda_graph_unet", "cuda", {"precision": "autocast"})

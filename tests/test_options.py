@@ -83,6 +83,7 @@ def test_what_the_options_and_the_environment_choose(argv, environ, expected, ca
         (["--optimise", "original", "--precision", "full"], {"attention": "original", "original_steps": True}),
         (["--optimise", "feature_caching"], {"feature_caching": 3}),
         (["--optimise", "original,channels_last"], {**ORIGINAL, "channels_last": True}),
+        (["--optimise", "fused_qkv,fused_qkv"], {"fused_qkv": True}),
     ],
 )
 def test_optimise_and_the_options_over_it(argv, changed):
@@ -105,6 +106,13 @@ def test_compiler_options_bring_a_mode():
 
 
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
+def test_a_compiler_option_of_another_network_leaves_the_unet():
+    arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", "compile_autoencoder,shape_padding"])
+    chosen = options.setup(arguments, {}).optimisations
+    assert (chosen.compile, chosen.compile_autoencoder, chosen.inductor) == ("none", "default", ("shape_padding",))
+
+
+@pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
 @pytest.mark.parametrize("name", INDUCTOR_OPTIONS)
 def test_a_compiler_option_is_there_or_refused_by_name(name):
     from torch._inductor import config
@@ -121,7 +129,7 @@ def test_a_compiler_option_is_there_or_refused_by_name(name):
     "text, error, match",
     [
         ("fastest", ConfigError, "choose a preset"),
-        ("channels_last,fast", ConfigError, "choose a preset"),
+        ("channels_last,fast", ConfigError, "choose a preset .*, which comes first"),
         ("bf16,fp16", ConfigError, "precision is both"),
         ("cuda_graph_loop", Unavailable, "cuda_graph: needs an NVIDIA GPU"),
         ("tf32", Unavailable, "tf32: needs an NVIDIA GPU"),

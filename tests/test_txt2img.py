@@ -140,13 +140,13 @@ def test_fixed_code_keeps_the_first_picture_and_repeats_no_noise():
 
 
 def test_prompts_from_a_file(calls):
-    Path("prompts.txt").write_text("one\nzwei ü\n", encoding="utf-8")
+    Path("prompts.txt").write_bytes("\ufeffone\r\nzwei\u2028ü\n".encode())  # as a Windows editor writes it
     argv = ["--from-file", "prompts.txt", "--repeat", "2", "--n_samples", "3", "--n_iter", "2", "--fixed_code"]
     assert run(*argv) == 0
-    assert [call["prompts"] for call in calls] == [["one", "one", "zwei ü"], ["zwei ü"]] * 2
+    assert [call["prompts"] for call in calls] == [["one", "one", "zwei\u2028ü"], ["zwei\u2028ü"]] * 2
     assert [len(call["latents"]) for call in calls] == [3, 1] * 2
     texts = [Image.open(path).text for path in sorted(Path("outputs/txt2img-samples/samples").iterdir())]
-    assert [text["prompt"] for text in texts] == ["one", "one", "zwei ü", "zwei ü"] * 2
+    assert [text["prompt"] for text in texts] == ["one", "one", "zwei\u2028ü", "zwei\u2028ü"] * 2
     assert [int(text["seed"]) for text in texts] == list(range(42, 50))
 
 

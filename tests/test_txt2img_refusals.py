@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ from sd.yaml_config import CONFIGS
         (["--plms", "--sampler", "ddim"], {}, "--plms and --sampler ddim contradict"),
         (["--plms", "--ddim_eta", "1"], {}, "plms: eta must be 0"),
         (["--ddim_eta", "nan"], {}, "--ddim_eta nan"),
-        (["--ddim_eta", "9"], {}, "--ddim_eta 9.0 is too large"),
+        (["--ddim_eta", "9"], {}, "eta 9 is too large for 2 steps: use 0 to 1"),
         (["--scale", "inf"], {}, "--scale inf"),
         (["--steps", "3"], {}, "3 steps cannot be spread"),
         (["--dpm", "--steps", "1"], {}, "at least 2 steps"),
@@ -45,6 +48,8 @@ from sd.yaml_config import CONFIGS
         (["--from-file", "missing.txt"], {}, "--from-file missing.txt: cannot be read"),
         (["--from-file", "empty.txt"], {}, "--from-file empty.txt: holds no prompt"),
         (["--from-file", "latin.txt"], {}, "--from-file latin.txt: is not UTF-8"),
+        (["--prompt", "caf\udce9"], {}, "--prompt: is not UTF-8 text"),
+        (["--negative-prompt", "caf\udce9"], {}, "--negative-prompt: is not UTF-8 text"),
         (["--from-file", "empty.txt", "--prompt", "x"], {}, "--prompt and --from-file contradict"),
         (["--outdir", "empty.txt"], {}, "--outdir: empty.txt"),
         (["--time_file", "missing/t.txt"], {}, "--time_file missing/t.txt: cannot be written"),
@@ -115,8 +120,21 @@ def test_bad_picture_is_an_error_and_not_saved(monkeypatch, capsys):
     assert run() == 2
     err = capsys.readouterr().err
     assert "error: picture 1 of 1 is not a number" in err
-    assert "try precision full" in err
+    assert "the guidance scale or the weights are at fault" in err
+    assert run("--precision", "bf16") == 2
+    assert "try precision full or bf16" in capsys.readouterr().err
     assert not list(Path().rglob("*.png"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_has_had_enough_gets_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "sd.txt2img", "--steps", "1", "--device", "cpu"]
+    environ = {**os.environ, "PYTHONPATH": str(Path(options.__file__).parent.parent)}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environ, check=False)
+    os.close(write)
+    assert done.returncode == 141 and "Error" not in done.stderr
 
 
 @pytest.mark.parametrize(
