@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import statistics
@@ -108,7 +109,12 @@ def candidates(
             history.append(run)
     # The clock first: a moved or merged storage keeps its order. The number settles what was started in one second.
     history.sort(key=lambda run: (run.started_unix_seconds or 0.0, run.path.name))
-    return Choice(tuple(history), tuple(refused))
+    # A copy, or a session that was saved again by --perf-resume, is no second session: the spread would shrink to nothing.
+    for one, other in itertools.pairwise(history):
+        if one.started_unix_seconds is not None and one.started_unix_seconds == other.started_unix_seconds:
+            refused.append((one.path, f"the same session as {other.path.name}"))
+    again = {path for path, _ in refused}
+    return Choice(tuple(run for run in history if run.path not in again), tuple(refused))
 
 
 def _numbered_files(folder: Path) -> list[Path]:

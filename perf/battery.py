@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from perf.configurations import Configuration, usual
+from perf.configurations import Configuration, UnknownChoice, usual
 from perf.launcher import WorkerError
 from perf.launches import Launches, compile_cache
 from perf.lock import DeviceBusy, DeviceLock
@@ -48,11 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
             f"error: at least {MIN_VALUES} launches, without which there is no interval, and 1 session", file=sys.stderr
         )
         return ExitCode.REFUSED
+    if arguments.rounds < 1 or not 0 < arguments.slowdown < 1:
+        print("error: at least 1 round, and a slowdown between 0 and 1", file=sys.stderr)
+        return ExitCode.REFUSED
+    try:
+        configuration = replace(usual(arguments.model), attention=arguments.attention, steps=arguments.steps)
+    except UnknownChoice as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.REFUSED
     gpu = open_visible_device()
     device = "cpu" if isinstance(gpu, NoTelemetry) else "cuda"
     clock = "wall" if device == "cuda" else "cpu"
     facts = stack(device, gpu)
-    configuration = replace(usual(arguments.model), attention=arguments.attention, steps=arguments.steps)
     protocol = {name: getattr(arguments, name) for name in ("launches", "rounds", "slowdown")}
     header = {"schema": 1, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
     settings = Settings(

@@ -97,14 +97,15 @@ def run(arguments: argparse.Namespace) -> int:
         if left <= 0:
             break
         print(f"{step.name} ({step.worth}): at most {left:.0f} s", flush=True)
-        started = time.monotonic()
-        code = _run(step, out, arguments, resume=known["status"] == "cut off", limit=left)
-        known.update(
-            status="cut off" if code == INTERRUPTED else "done",
-            exit_code=code,
-            seconds=known["seconds"] + time.monotonic() - started,
-        )
-        write_atomically(out / "state.json", state)
+        started, resume = time.monotonic(), known["status"] == "cut off"
+        known.update(status="cut off", exit_code=INTERRUPTED)  # until its end, whatever ends this process before that
+        try:
+            code = _run(step, out, arguments, resume, limit=left)
+            if code is not None:  # what pytest could not begin, by its options, is begun anew
+                known.update(status="new" if code == ExitCode.REFUSED else "done", exit_code=code)
+        finally:
+            known["seconds"] += time.monotonic() - started
+            write_atomically(out / "state.json", state)
     return _report(state, arguments)
 
 
@@ -120,7 +121,8 @@ def _state(out: Path) -> dict[str, dict]:
         raise SystemExit(f"{path}: cannot be read; delete it to begin again, the saved runs stay") from None
 
 
-def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, limit: float) -> int:
+def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, limit: float) -> int | None:
+    """pytest's exit status, or None where the limit cut it off."""
     command, said = [sys.executable, "-m", "pytest", *step.arguments], out / f"{step.name}.log"
     if step.measures:
         command += [f"--benchmark-storage=file://{out / step.name}", f"--benchmark-save={step.name}"]
@@ -138,13 +140,21 @@ def _run(step: Step, out: Path, arguments: argparse.Namespace, resume: bool, lim
         try:
             return process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # as Ctrl-C: pytest saves what it has
-        try:
-            process.wait(timeout=GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        return INTERRUPTED
+            _end(process)
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+        return None
+
+
+def _end(process: subprocess.Popen) -> None:
+    """As Ctrl-C does: pytest saves what it has."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _passed(log: Path) -> Path:
@@ -172,5 +182,7 @@ def _report(state: dict[str, dict], arguments: argparse.Namespace) -> int:
         print(
             f"left: {', '.join(left)}; {max(0.0, arguments.budget - spent):.0f} s of the budget; the same command goes on"
         )
-    failed = [name for name, one in state.items() if one["status"] == "done" and one["exit_code"] not in (0, 5)]
+    failed = [
+        name for name, one in state.items() if one["status"] != "cut off" and one["exit_code"] not in (None, 0, 5)
+    ]
     return ExitCode.FAILED if failed else ExitCode.OK

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from perf.baselines import NUMBERED
 from perf.saved_run import BaselineError, SavedRun, content_of, document_in, load, parse, shown
-from perf.storage import save_numbered, saved_runs_in, storage_name
+from perf.storage import of_another_kind, save_numbered, saved_runs_in, storage_name
 from perf.verdicts import ExitCode
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 content = content_of(path)
                 document = document_in(content, path)
-                if path not in args.runs and _of_another_kind(path, document):
+                if path not in args.runs and of_another_kind(path, document):
                     passed_over += 1
                     continue
                 saved = parse(document, path)
@@ -71,11 +71,6 @@ def run(args: argparse.Namespace) -> int:
 def _named(paths: list[Path]) -> list[Path]:
     """The files that were named, and those in the folders that were; each once."""
     return list(dict.fromkeys(one for path in paths for one in (saved_runs_in(path) if path.is_dir() else [path])))
-
-
-def _of_another_kind(path: Path, document: object) -> bool:
-    """Whole JSON in which nothing was measured, found in a folder: a compile cache's, or the state of `gpu-run`."""
-    return not NUMBERED.fullmatch(path.name) and not (isinstance(document, dict) and "benchmarks" in document)
 
 
 def _save(folder: Path, saved: SavedRun, content: bytes) -> Path:

@@ -121,7 +121,7 @@ def _value(field: str, text: str):
         return int(text)
     if field == "size":
         found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-        if not found:
+        if not found or not all(map(int, filter(None, found.groups()))):
             raise ValueError(f"{text!r}: give pixels such as 512, or HEIGHTxWIDTH such as 512x768")
         return int(found[1]), int(found[2] or found[1])
     if field in ("checkpoint", "config"):

@@ -52,6 +52,8 @@ class State:
         self.problems: list[str] = []  # why the run is not the whole suite
         self.failed: set[str] = set()  # tests that failed for another reason than being slower
         self.slower: set[str] = set()
+        self.regressed: set[str] = set()  # configurations that --benchmark-compare-fail found slower
+        self.reported: set[str] = set()  # configurations whose test has run
         self.keep: list = []  # what must live as long as the run
 
     @property
@@ -64,6 +66,9 @@ class State:
             problems.append(f"{len(self.session.unchecked)} without a reference picture")
         if self.session and self.session.settings.slowdown:
             problems.append("slowed down on purpose")
+        unreported = set(self.infos) - self.reported
+        if unreported:  # -x, or --maxfail
+            problems.append(f"{len(unreported)} measured, but not reported")
         return ", ".join(problems) or None
 
 
@@ -243,11 +248,14 @@ def measured(request, benchmark, record_property, configuration, perf_session):
             benchmark_glue.leave_unused(benchmark)
             reason = f"{kind}: {message}" if kind else perf_session.why_no_rounds(configuration.id)
             pytest.fail(f"INVALID {configuration.id}: {reason}", pytrace=False)
+        state.reported.add(configuration.id)
         benchmark.group = group
         benchmark.extra_info.update(state.infos[configuration.id])
         clock.load(rounds)
         benchmark.pedantic(clock.advance, rounds=len(rounds))
-        regressions = benchmark_glue.regressions(request.config, benchmark, configuration.id)
+        regressions = benchmark_glue.regressions(request.config, benchmark, configuration.id, state.choice.history)
+        if regressions:
+            state.regressed.add(configuration.id)
         decision = state.decisions.get(configuration.id)
         if decision is not None:
             record_property("verdict", str(decision))
@@ -299,10 +307,10 @@ def pytest_benchmark_update_json(config, output_json):
             benchmark["params"] = {**benchmark["params"], "configuration": str(benchmark["params"]["configuration"])}
     if state is not None and state.session is not None:
         # Against itself (--perf-aa) nothing regresses: that is this machine's noise, which the margin is made of.
-        compared = {} if state.session.settings.aa else dict(state.session.decisions)
-        compared.update(state.judgement.decisions if state.judgement else {})
-        regressed = [id for id, decision in compared.items() if decision.verdict is Verdict.SLOWER]
-        output_json["perf"] = record.perf_block(state.session, state.partial, regressed)
+        compared = [] if state.session.settings.aa else [*state.session.decisions.items()]
+        compared += state.judgement.decisions.items() if state.judgement else []
+        regressed = state.regressed | {id for id, decision in compared if decision.verdict is Verdict.SLOWER}
+        output_json["perf"] = record.perf_block(state.session, state.partial, sorted(regressed))
 
 
 @pytest.hookimpl(trylast=True)

@@ -142,6 +142,13 @@ class Measured:
         return [one for _, launch in sorted(self.launches.items()) for one in launch.valid()]
 
 
+def paired_medians(one: Measured, other: Measured) -> tuple[list[float], list[float]]:
+    """Median seconds of the launches, by number, in which both have a valid round."""
+    medians = [(one.median(n), other.median(n)) for n in sorted(one.launches) if n in other.launches]
+    both = [(a, b) for a, b in medians if a is not None and b is not None]
+    return [a for a, _ in both], [b for _, b in both]
+
+
 class Measurements:
     """What is known of every slot of a plan, from events."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from perf import flops, weights
 from perf.configurations import usual_precision
 from perf.images import computing_type
-from perf.protocol import Launch, Measured
+from perf.protocol import Launch, Measured, paired_medians
 from perf.saved_run import SavedRun, parse
 from perf.session import Session
 from perf.statistics import MIN_VALUES, break_even, paired_ratio, self_comparison, sign_interval
@@ -141,8 +141,9 @@ def amortisation(session: Session, id: str) -> dict | None:
     cold = compiled.launches[min(compiled.launches)].first_call_seconds
     if configuration.compile == "none" or eager is None or eager.failure or cold is None:
         return None
-    per_image = [[seconds / configuration.batch for seconds in launch_medians(one)] for one in (eager, compiled)]
-    if len(per_image[0]) != len(per_image[1]) or len(per_image[0]) < MIN_VALUES:
+    pairs = paired_medians(eager, compiled)
+    per_image = [[seconds / configuration.batch for seconds in medians] for medians in pairs]
+    if len(per_image[0]) < MIN_VALUES:
         return None
     spent = max(0.0, cold - statistics.median(one["wall_seconds"] for one in compiled.rounds()))
     return break_even(spent, *per_image, seed=id).as_dict()
@@ -165,8 +166,8 @@ def speedup(session: Session, id: str) -> dict | None:
     other = session.measurements.by_name.get(plain.id)
     if other is None or other is measured or other.failure:
         return None
-    ours, theirs = launch_medians(measured), launch_medians(other)
-    if len(ours) != len(theirs) or len(ours) < MIN_VALUES:
+    ours, theirs = paired_medians(measured, other)
+    if len(ours) < MIN_VALUES:
         return None
     return {"against": plain.id, **paired_ratio(theirs, ours, seed=f"{id} {plain.id}").as_dict()}
 

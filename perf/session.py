@@ -19,7 +19,7 @@ from perf.lock import DeviceLock
 from perf.machine_stack import CEILINGS, stack
 from perf.nvml import NoTelemetry, open_device, open_visible_device
 from perf.progress import SessionProgress
-from perf.protocol import Measurements, Plan, Runner, Slot
+from perf.protocol import Measurements, Plan, Runner, Slot, paired_medians
 from perf.references import References, unchecked
 from perf.settings import SessionError, Settings
 from perf.verdicts import Decision, Verdict, decide_paired
@@ -51,7 +51,7 @@ class Session:
 
 def run(settings: Settings, configurations: list[Configuration], say) -> Session:
     """Measure. say(words) prints a line that stays. Raises SessionError, DeviceBusy or JournalError."""
-    started = time.time()
+    begin = time.time()
     gpu = open_visible_device() if settings.device == "cuda" else None
     facts = stack(settings.device, gpu)
     with contextlib.ExitStack() as keep:
@@ -68,7 +68,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
             if isinstance(gpu, NoTelemetry):
                 say(f"perf: no telemetry: {gpu.reason}")
         watch = Watch(gpu) if gpu is not None else no_watch
-        book, measurements = _open_journal(settings, plan, facts, say)
+        book, measurements, started = _open_journal(settings, plan, facts, begin, say)
         with book, SessionProgress() as progress:
             progress.plan(plan.turns())
             references = References(settings, launches, facts)
@@ -99,7 +99,7 @@ def run(settings: Settings, configurations: list[Configuration], say) -> Session
         measurements,
         facts,
         started,
-        time.time() - started,
+        time.time() - begin,
         unchecked(references, measurements),
         decisions,
         interrupted,
@@ -144,10 +144,8 @@ def judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Dec
         if invalid:
             decisions[id] = Decision(Verdict.INVALID, invalid, against=against)
             continue
-        both = [n for n in sorted(head.launches) if n in base.launches and head.median(n) and base.median(n)]
         decisions[id] = decide_paired(
-            [head.median(n) for n in both],
-            [base.median(n) for n in both],
+            *paired_medians(head, base),
             settings.margin,
             seed=f"{id} {against}",
             against=against,
@@ -158,7 +156,8 @@ def judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Dec
 # --- the journal
 
 
-def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
+def _open_journal(settings: Settings, plan: Plan, facts: dict, now: float, say):
+    """(journal, what is known, Unix seconds of the session's start): gone on with, it is the same session."""
     folder = settings.folder / "journal"
     wanted = {
         **plan.as_dict(),
@@ -171,11 +170,11 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
         "stack": {key: facts[key] for key in ("name", "uuid", "driver", "torch")},
     }
     if not settings.resume:
-        now = time.time_ns()  # in UTC: the newest is the last by name, also when the clocks go back in autumn
-        path = folder / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now // 10**9))}-{now % 10**9:09d}.jsonl"
-        book = journal.Journal(path, wanted)
+        ns = time.time_ns()  # in UTC: the newest is the last by name, also when the clocks go back in autumn
+        path = folder / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(ns // 10**9))}-{ns % 10**9:09d}.jsonl"
+        book = journal.Journal(path, {**wanted, "started_unix_seconds": now})
         journal.prune(folder)
-        return book, Measurements(plan)
+        return book, Measurements(plan), now
     path = journal.newest(folder)
     if path is None:
         raise SessionError(f"--perf-resume: there is no journal in {folder}; start without it")
@@ -198,7 +197,9 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, say):
     except (KeyError, TypeError, ValueError) as error:
         raise SessionError(f"{path}: cannot be gone on from ({error}); start again without --perf-resume") from None
     say(f"perf: going on from {path}: {measurements.counts()[1]} rounds are there")
-    return journal.Journal(path, after=recorded), measurements
+    started = recorded.plan.get("started_unix_seconds")
+    started = started if isinstance(started, float) and 0 < started <= now else now
+    return journal.Journal(path, after=recorded), measurements, started
 
 
 def _differing(before: dict, now: dict) -> tuple[dict, dict]:

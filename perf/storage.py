@@ -81,6 +81,11 @@ def saved_runs_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.json") if not path.name.endswith(".trace.json"))
 
 
+def of_another_kind(path: Path, document: object) -> bool:
+    """Whole JSON in which nothing was measured, found in a folder: a compile cache's, or the state of `gpu-run`."""
+    return not NUMBERED.fullmatch(path.name) and not (isinstance(document, dict) and "benchmarks" in document)
+
+
 def save_numbered(
     folder: str | os.PathLike[str], label: str, content: str | Mapping[str, object], wanted: int | None = None
 ) -> Path:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import pytest
 
 from perf import clock
+from perf.benchmark_glue import OVERHEAD
 from perf.launcher import Interpreter, ProcessLaunch
 
 SHORT_ROUND_SECONDS = 0.1
-pytestmark = pytest.mark.benchmark(group="the harness's own overhead")
+pytestmark = pytest.mark.benchmark(group=OVERHEAD)
 
 
 def _state(benchmark) -> None:

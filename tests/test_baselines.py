@@ -98,6 +98,17 @@ def test_age_is_that_of_the_session_not_of_the_number(tmp_path):
     assert chosen(tmp_path).newest.name == "0001_nightly"
 
 
+def test_the_same_session_twice_counts_once(tmp_path):
+    for number, day in enumerate((1, 1, 2, 2, 2), 1):
+        store(tmp_path, document(day), number)
+    choice = chosen(tmp_path)
+    assert [run.name for run in choice.history] == ["0002_nightly", "0005_nightly"]
+    assert {reason for _, reason in choice.refused} == {
+        *("the same session as 0002_nightly.json", "the same session as 0004_nightly.json"),
+        "the same session as 0005_nightly.json",
+    }
+
+
 def test_no_storage_and_a_storage_that_is_a_file(tmp_path):
     assert chosen(tmp_path / "absent") == Choice()
     assert chosen(tmp_path / "absent").newest is None

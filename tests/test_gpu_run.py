@@ -51,8 +51,29 @@ def test_a_step_that_is_done_is_not_run_again(tmp_path, steps, capsys):
 def test_a_failed_step_is_said_and_the_next_one_runs(tmp_path, steps, capsys):
     steps(replace(QUICK, name="wrong", arguments=("--no-such-option",)), QUICK)
     assert _run(tmp_path) == 1
-    assert "wrong          done     exit 4" in capsys.readouterr().out
+    assert "wrong          new      exit 4" in capsys.readouterr().out
     assert "no-such-option" in (tmp_path / "wrong.log").read_text()
+
+
+def test_tests_that_cannot_be_collected_are_a_failure_and_not_an_interruption(tmp_path, steps, capsys):
+    """Both are pytest's exit 2."""
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import no_such_module\n")
+    steps(replace(QUICK, arguments=(str(broken),)))
+    assert _run(tmp_path) == 1
+    assert "correctness    done     exit 2" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_step_to_be_gone_on_with(tmp_path, steps, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    steps(QUICK)
+    monkeypatch.setattr(gpu_run, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())["correctness"]
+    assert state["status"] == "cut off" and state["seconds"] > 0
 
 
 def test_a_step_that_is_too_long_is_cut_off_and_gone_on_with(tmp_path, steps, capsys):

@@ -283,48 +283,6 @@ def test_benchmarks_without_a_configuration_are_not_missing(inner):
     inner.silent("though the baseline has it")
 
 
-# --- compare-fail
-
-
-def test_compare_fail_as_documented(inner):
-    """A plain threshold needs no history; what crosses it is a failed test with words, and no traceback."""
-    inner.store(1)
-    inner.machine.offset, inner.machine.slow[SDPA] = 1.0, 1.2
-    result = inner.run("--benchmark-compare", "--benchmark-compare-fail=median:5%", "--junitxml=junit.xml")
-    assert result.ret == ExitCode.SLOWER, inner.output
-    result.assert_outcomes(failed=1)
-    inner.says(f"{SDPA}: Field 'median' has failed PercentageRegressionCheck: ", "Performance has regressed:")
-    inner.silent("Traceback", "INTERNALERROR")
-    assert ElementTree.parse(inner.path / "junit.xml").getroot().find("testsuite").get("failures") == "1"
-    assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:30%").ret == 0
-
-
-def test_compare_fail_of_a_benchmark_that_is_not_ours(inner):
-    (inner.path / "suite" / "test_plain.py").write_text(
-        "from perf.clock import ReplayClock\nimport pytest\nclock = ReplayClock()\n"
-        "@pytest.mark.benchmark(timer=clock)\n"
-        "def test_plain(benchmark, seconds=(0.1, 0.1)):\n"
-        "    clock.load(seconds)\n    benchmark.pedantic(clock.advance, rounds=2)\n"
-    )
-    assert inner.run("--benchmark-save=a").ret == 0
-    test = inner.path / "suite" / "test_plain.py"
-    test.write_text(test.read_text().replace("(0.1, 0.1)", "(0.2, 0.2) "))
-    result = inner.run("--benchmark-compare", "--benchmark-compare-fail=median:5%")
-    assert result.ret == ExitCode.SLOWER, inner.output
-    inner.says("test_plain", "Performance has regressed:")
-    inner.silent("Traceback", "INTERNALERROR")
-
-
-def test_compare_fail_given_twice_and_in_half_percents_is_as_in_pytest_benchmark(inner):
-    inner.store(1)
-    inner.machine.offset, inner.machine.slow[SDPA] = 1.0, 1.2
-    last_wins = ("--benchmark-compare-fail=median:5%", "--benchmark-compare-fail=median:50%")
-    assert inner.run("--benchmark-compare", *last_wins).ret == 0, inner.output
-    assert inner.run("--benchmark-compare", *last_wins[::-1]).ret == ExitCode.SLOWER
-    assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:2.5%").ret == ExitCode.REFUSED
-    inner.says("Could not parse value: 'median:2.5%'")
-
-
 # --- saving
 
 

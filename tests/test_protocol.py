@@ -194,6 +194,17 @@ def test_what_is_approximate_may_be_another_picture():
     assert equal.by_name[one.id].failure[1].startswith("suspiciously_equal: ")
 
 
+def test_launches_are_paired_by_number():
+    """Where each side lacks another launch, what is left is still of the same moments."""
+    plan = Plan((Slot(A), Slot(B)), launches=3, rounds=1)
+    measurements = Bench(plan).run()
+    one, other = (measurements.by_name[name] for name in (A.id, B.id))
+    assert [len(medians) for medians in protocol.paired_medians(one, other)] == [3, 3]
+    one.launches[0].rounds[0]["invalid"] = "shared"
+    del other.launches[2]
+    assert protocol.paired_medians(one, other) == ([one.median(1)], [other.median(1)])
+
+
 def test_a_wrong_picture_stays_wrong_when_the_runner_is_killed_at_once():
     plan = Plan(THREE[1:2], launches=1, rounds=2)
     whole = Bench(plan, wrong(WRONG["constant"], seed=1))

@@ -176,6 +176,15 @@ def test_command_measures_the_same_configuration(everything):
     assert "--compile default" in line and "--batch 4" in line and line.endswith("--perf-rounds 2 --perf-clock wall")
 
 
+def test_command_of_a_preset_and_of_a_members_own_work():
+    made = synthetic_runs.published_run("A100")
+    for one, changes in zip(made["benchmarks"], ({"optimise": "fast,int8"}, {"engine": "diffusers"})):
+        one["extra_info"]["configuration"].update(changes)
+    preset, peer = map(commands.command, results_of(made)[:2])
+    assert " --optimise fast,int8 " in preset
+    assert " -m peers -k sd2-" in peer and " --model sd2 --batch 1 " in peer and "--attention" not in peer
+
+
 def test_command_quotes_what_a_file_says():
     made = synthetic_runs.published_run("T4")
     made["commit_info"]["id"] = "$(touch x); `y`"

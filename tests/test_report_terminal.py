@@ -147,7 +147,7 @@ def test_report_after_a_run(tmp_path):
     said: list[str] = []
     storage = tmp_path / "stored"
     nights = synthetic_runs.nightly_runs(3)
-    synthetic_runs.write(storage, nights, "nightly")
+    synthetic_runs.write(storage / "Linux-CPython-3.11-64bit", nights, "nightly")  # as pytest-benchmark does
     (storage / "0009_bad.json").write_text("{")
     after_run.write(nights[2], tmp_path / "out", storage, None, said.append)
     assert said[-1] == f"perf: report of 3 session(s): {tmp_path / 'out' / 'index.html'}", (

@@ -69,8 +69,11 @@ def test_a_maintainers_comment_names_commit_set_batch_and_labels(runner):
 
 
 def test_a_short_comment_measures_the_published_five_at_batch_1(runner):
-    assert runner.on_event("comment_short", "issue_comment").returncode == 0
+    done = runner.on_event("comment_short", "issue_comment")
+    assert done.returncode == 0
     assert (runner.outputs["sets"], runner.outputs["batch"]) == ("published", "1")
+    assert runner.outputs["timeout_minutes"] == "145"  # 5 configurations x 10 launches x 30 s: PAIRED_TIMES
+    assert "GPU budget: about 50 minutes" in done.stdout
 
 
 REFUSED = {

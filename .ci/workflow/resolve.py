@@ -26,6 +26,7 @@ SCHEDULES = {"23 1 * * 1-6": ("published",), "23 1 * * 0": FULL}  # as perf.yml 
 ON_PUSH = (("published",), (1,))
 LAUNCHES, LAUNCH_SECONDS = 10, 30.0  # until a session has been stored: a launch loads and warms up for about so long
 SPARE_MINUTES, TIMES = 20, 2  # for installing; and how much longer than measured a job may take
+PAIRED_TIMES = 5  # two commits beside each other, both once more where that is undecided, and a quarter to spare
 MAINTAINERS = ("OWNER", "MEMBER", "COLLABORATOR")
 MAY_WRITE = ("admin", "maintain", "write")
 
@@ -134,8 +135,11 @@ def unknown_labels(asked: Request, labels: tuple[str, ...], sha: str, baselines:
     return tuple(label for label in labels if not all(known(label, name) for name in asked.sets))
 
 
-def minutes(asked: Request, labels: tuple[str, ...], baselines: Path) -> int:
-    """How long a job may take: twice what the newest stored session took, or twice the estimate where there is none."""
+def minutes(asked: Request, labels: tuple[str, ...], baselines: Path, paired: bool) -> int:
+    """How long a job may take: twice what the newest stored session took, or the estimate of one where there is none.
+
+    paired: whether another commit is measured beside this one.
+    """
     most = 0.0
     for label in labels:
         spent = 0.0
@@ -143,15 +147,15 @@ def minutes(asked: Request, labels: tuple[str, ...], baselines: Path) -> int:
             measured = _newest_seconds(baselines / label / series(name, asked.batches))
             spent += estimate(asked, name) if measured is None else measured
         most = max(most, spent)
-    print(f"GPU budget: about {math.ceil(most / 60)} minutes on each of {', '.join(labels)}")
-    return math.ceil(TIMES * most / 60) + SPARE_MINUTES
+    print(f"GPU budget: about {math.ceil((2 if paired else 1) * most / 60)} minutes on each of {', '.join(labels)}")
+    return math.ceil((PAIRED_TIMES if paired else TIMES) * most / 60) + SPARE_MINUTES
 
 
 def estimate(asked: Request, name: str) -> float:
-    """Seconds that a set takes: a pull request's is measured beside what it is compared with."""
+    """Seconds that a set takes by itself."""
     own = {one.batch for one in SETS[name]}
     configurations = len(SETS[name]) * len(asked.batches or own) // len(own)
-    return configurations * LAUNCHES * LAUNCH_SECONDS * (2 if asked.sha else 1)
+    return configurations * LAUNCHES * LAUNCH_SECONDS
 
 
 def _newest_seconds(folder: Path) -> float | None:
@@ -189,7 +193,7 @@ def run() -> int:
     output("against", "origin/main" if not main_itself else "")
     output("promote", "true" if main_itself and labels else "false")
     output("pull_request", str(asked.pull_request or ""))
-    output("timeout_minutes", str(minutes(asked, labels, baselines) if labels else SPARE_MINUTES))
+    output("timeout_minutes", str(minutes(asked, labels, baselines, not main_itself) if labels else SPARE_MINUTES))
     return 0
 
 

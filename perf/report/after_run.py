@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perf.saved_run import BaselineError
-from perf.storage import write_atomically
+from perf.storage import saved_runs_in, write_atomically
 
 
 def write(
@@ -30,7 +30,7 @@ def write(
             return
         from perf.report import build
 
-        stored = [path for path in sorted(storage.glob("*.json")) if path.resolve() != run.resolve()] if storage else []
+        stored = [path for path in saved_runs_in(storage) if path.resolve() != run.resolve()] if storage else []
         started = document.get("perf", {}).get("started_unix_seconds")
         report = build.gather(
             [run, *_others(stored, started)], pictures_folder=traces / "pictures" if traces else None, say=say

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
 
+from perf.baselines import NUMBERED
 from perf.report import build, summary
 from perf.report.tables import UnknownReference
-from perf.saved_run import BaselineError
-from perf.storage import saved_runs_in, write_atomically
+from perf.saved_run import BaselineError, content_of, document_in
+from perf.storage import of_another_kind, saved_runs_in, write_atomically
 from perf.verdicts import ExitCode
 
 NEEDED = ("matplotlib", "plotly")
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if args.output is not None and missing:
         return _refuse(f'report: {" and ".join(missing)} not installed: pip install "sd-perf[report]"')
-    paths = [one for path in args.runs for one in (saved_runs_in(path) if path.is_dir() else [path])]
+    paths = [one for path in args.runs for one in (_found_in(path) if path.is_dir() else [path])]
     try:
         report = build.gather(paths, args.reference, args.pictures, say=_say)
         for line in report.refused:
@@ -49,6 +51,17 @@ def run(args: argparse.Namespace) -> int:
     except (BaselineError, UnknownReference) as error:
         return _refuse(str(error))
     return ExitCode.FAILED if report.refused else ExitCode.OK
+
+
+def _found_in(folder: Path) -> list[Path]:
+    """The saved runs under a folder, and what is damaged, to be named; not whole JSON of another kind."""
+    found = []
+    for path in saved_runs_in(folder):
+        with contextlib.suppress(BaselineError):
+            if not NUMBERED.fullmatch(path.name) and of_another_kind(path, document_in(content_of(path), path)):
+                continue
+        found.append(path)
+    return found
 
 
 def _refuse(words: str) -> int:

@@ -14,6 +14,7 @@ OPTIONS = {
     "compile": "--compile",
     "compile_scope": "--compile-scope",
     "precision": "--precision",
+    "optimise": "--optimise",
     "batch": "--batch",
     "steps": "--steps",
     "sampler": "--sampler",
@@ -21,6 +22,8 @@ OPTIONS = {
     "config": "--config",
     "device": "--device",
 }
+# The rest is what tells the members of a set apart.
+OF_THE_WORK = ("model", "batch", "steps", "sampler", "checkpoint", "config", "device")
 
 
 def measuring(session: Session) -> list[str]:
@@ -45,16 +48,18 @@ def command(result: Result) -> str:
     words = ["pytest", "perf"]
     if wanted.get("engine", "sd") != "sd" or result.workload != "txt2img":
         words += ["-m", "peers" if result.workload == "txt2img" else "stages", "-k", result.id]
+        options = {field: OPTIONS[field] for field in OF_THE_WORK}
     else:
-        for field, option in OPTIONS.items():
-            value = wanted.get(field)
-            if value in (None, [], (), ""):
-                continue
-            words += [option, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
-        if any(result.size):
-            words += ["--size", f"{result.size[0]}x{result.size[1]}"]
-        if wanted.get("interpreter"):
-            words += ["--perf-python", f"{wanted['interpreter']}=PATH"]
+        options = OPTIONS
+    for field, option in options.items():
+        value = wanted.get(field)
+        if value in (None, [], (), ""):
+            continue
+        words += [option, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+    if any(result.size):
+        words += ["--size", f"{result.size[0]}x{result.size[1]}"]
+    if wanted.get("interpreter"):
+        words += ["--perf-python", f"{wanted['interpreter']}=PATH"]
     words += measuring(result.session)
     line = " ".join(map(shlex.quote, words))
     commit = result.session.commit
