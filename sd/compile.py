@@ -106,7 +106,9 @@ class Compiler:
 def stored_under(tag: str):
     """Context in which what is compiled is stored under `tag` too, or, where this torch has no tags, not at all."""
     if has("cache_key_tag"):
-        return torch.compiler.config.patch(cache_key_tag=tag)
+        return torch.compiler.config.patch(
+            cache_key_tag=f"{torch.compiler.config.cache_key_tag} {tag}"
+        )  # the user's too
     from torch._functorch import config
 
     return config.patch(enable_autograd_cache=False) if hasattr(config, "enable_autograd_cache") else nullcontext()

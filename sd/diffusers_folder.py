@@ -80,11 +80,11 @@ def _text_kind(folder: Path) -> str | None:
 
 def parameterization(folder: Path) -> str | None:
     """What the UNet predicts by the folder's scheduler: eps, v, or None where it does not say."""
-    known = {"epsilon": "eps", "v_prediction": "v", None: None}
-    given = _config(folder, "scheduler/scheduler_config.json").get("prediction_type")
-    if given not in known:
-        raise _cannot(folder, "scheduler/scheduler_config.json", "prediction_type", given, "epsilon or v_prediction")
-    return known[given]
+    file, known = "scheduler/scheduler_config.json", {"epsilon": "eps", "v_prediction": "v"}
+    given = _config(folder, file).get("prediction_type")
+    if given is not None and str(given) not in known:
+        raise _cannot(folder, file, "prediction_type", given, " and ".join(known))
+    return known.get(str(given))
 
 
 def require_settings(folder: Path, config: ModelConfig) -> None:
