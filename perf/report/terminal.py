@@ -172,7 +172,7 @@ def lines(
         launches = (len(one.launches) for one in measurements.by_name.values())
         wrong = 25 if max(launches) > session.plan.launches else 40  # the undecided ones were looked at twice
         found.append(
-            f"{len(decisions)} comparison(s){expected}; under no change about 1 in {wrong} of them is wrong each way"
+            f"{len(decisions)} comparison(s){expected}; under no change at most 1 in {wrong} of them is wrong each way"
         )
     if judgement:
         found += [f"{name}: {', '.join(ids)}" for name, ids in _absent(judgement) if ids]
