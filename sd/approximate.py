@@ -13,9 +13,8 @@ from torch import nn
 from sd.errors import Unavailable
 
 QUANTISATIONS = ("none", "int8", "fp8")
-SMALLEST_QUANTISED = (
-    128  # features in and out: below, converting costs more than the product saves; SD's are 320 to 10240
-)
+# Features in and out: below, converting costs more than the product saves. SD's layers have 320 to 10240.
+SMALLEST_QUANTISED = 128
 
 
 def merge_tokens(unet, ratio: float) -> None:

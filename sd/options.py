@@ -309,8 +309,10 @@ def prompt_batches(args, default: str) -> list[list[str]]:
     The last batch may be shorter; the original scripts die of it.
     """
     for flag, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
-        if text and not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
-            raise ConfigError(f"{flag}: is not UTF-8 text")
+        try:
+            (text or "").encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"{flag}: is not UTF-8 text") from None
     if args.from_file is None:
         return [[args.prompt if args.prompt is not None else default] * args.n_samples]
     if args.prompt is not None:

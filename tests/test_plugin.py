@@ -86,10 +86,8 @@ def test_interrupted(inner):
     assert inner.machine.rounds - before < 12, "measured again what was there"
     assert inner.run("--benchmark-compare", what=TWO).ret == 0
     inner.says("against 0002_rest")
-    assert inner.run("--benchmark-save=again", "--perf-resume", what=TWO).ret == 0, (
-        inner.output
-    )  # of the one just before
-    assert inner.run("--benchmark-save=again", "--perf-resume", what=TWO).ret == 0, inner.output
+    for _ in range(2):  # of the one just before
+        assert inner.run("--benchmark-save=again", "--perf-resume", what=TWO).ret == 0, inner.output
     started = [json.loads(path.read_text())["perf"]["started_unix_seconds"] for path in inner.saved()]
     assert started[0] == started[1] < started[2] == started[3], "gone on with, it is the same session"
 
