@@ -7,22 +7,27 @@ import importlib
 import os
 import sys
 
-from perf.verdicts import ExitCode
+from perf.analysis.verdicts import ExitCode
 
 # name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
 COMMANDS = {
-    "doctor": ("perf.doctor", "add_arguments", "run", "is this machine fit to measure?"),
-    "battery": ("perf.battery", "add_arguments", "run", "does the gate work here? A/A and an injected slowdown"),
-    "gpu-run": ("perf.gpu_run", "add_arguments", "run", "spend a short time on a borrowed GPU well"),
-    "compare": ("perf.compare", "add_arguments", "run", "judge one saved run against another"),
-    "show": ("perf.compare", "add_show_arguments", "run_show", "print a saved run"),
-    "merge": ("perf.merge", "add_arguments", "run", "join the saved runs of many machines in one folder"),
-    "report": ("perf.report.command", "add_arguments", "run", "plots, tables and one page from saved runs"),
+    "doctor": ("perf.commands.doctor", "add_arguments", "run", "is this machine fit to measure?"),
+    "battery": (
+        "perf.commands.selftest",
+        "add_arguments",
+        "run",
+        "does the gate work here? A/A and an injected slowdown",
+    ),
+    "gpu-run": ("perf.commands.gpu_run", "add_arguments", "run", "spend a short time on a borrowed GPU well"),
+    "compare": ("perf.commands.compare", "add_arguments", "run", "judge one saved run against another"),
+    "show": ("perf.commands.compare", "add_show_arguments", "run_show", "print a saved run"),
+    "merge": ("perf.commands.merge", "add_arguments", "run", "join the saved runs of many machines in one folder"),
+    "report": ("perf.commands.report", "add_arguments", "run", "plots, tables and one page from saved runs"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's own usage errors exit with 2; ours is the one of perf.verdicts.ExitCode."""
+    """argparse's own usage errors exit with 2; ours is the one of perf.analysis.verdicts.ExitCode."""
 
     def error(self, message: str):
         self.print_usage(sys.stderr)
@@ -30,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None) -> int:
-    """Run a command; returns its exit status (perf.verdicts.ExitCode)."""
+    """Run a command; returns its exit status (perf.analysis.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
     # By name: what reads saved runs has nothing else to do with the model.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import pytest
 
-from perf import clock
-from perf.benchmark_glue import OVERHEAD
-from perf.launcher import Interpreter, ProcessLaunch
+from perf.launch.process import Interpreter, ProcessLaunch
+from perf.plugin.benchmark_bridge import OVERHEAD
+from perf.worker import clock
 
 SHORT_ROUND_SECONDS = 0.1
 pytestmark = pytest.mark.benchmark(group=OVERHEAD)

@@ -21,16 +21,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf import flops, layers
-from perf.anchor import matmul_flops_per_second
-from perf.clock import ReplayClock
-from perf.statistics import paired_ratio
-from sd import diffusers_folder, layouts, optimise
-from sd.autoencoder import Autoencoder
-from sd.config import TextConfig, UNetConfig, preset
+from perf.analysis import flops
+from perf.analysis.statistics import paired_ratio
+from perf.plugin.benchmark_bridge import ReplayClock
+from perf.worker.reference_workload import matmul_flops_per_second
+from sd.checkpoint import diffusers_folder, layouts
+from sd.config.presets import TextConfig, UNetConfig, preset
 from sd.features import has
-from sd.text_encoder import TextEncoder
-from sd.unet import UNet
+from sd.models.autoencoder import Autoencoder
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.optimise.apply import apply
+from sd.optimise.optimisations import Optimisations
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 ROUNDS = 30
@@ -56,10 +58,10 @@ def _calls(unet: UNet, x, t, context) -> dict:
     compiled = copy.deepcopy(peer).to(memory_format=torch.channels_last)
     compiled.fuse_qkv_projections()
     compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
-    how = optimise.Optimisations.fast("cpu")
+    how = Optimisations.fast("cpu")
     fast = copy.deepcopy(unet)
     others = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)  # not measured
-    call = optimise.apply(fast, *others, torch.device("cpu"), how).unet
+    call = apply(fast, *others, torch.device("cpu"), how).unet
     nhwc = x.contiguous(memory_format=how.memory_format())
     # What `fast` computes once per prompt and once per run.
     row, contexts = fast.time_table(t[:1]), fast.project_context(context)
@@ -134,7 +136,7 @@ def test_unet_forward(benchmark, alternated, ceiling, case, side):
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
     config, size = CASES[case]
     benchmark.extra_info["flops_fraction"] = (
-        2 * flops.total(layers.unet(config, size, size)) / statistics.median(seconds[side]) / ceiling
+        2 * flops.total(flops.unet(config, size, size)) / statistics.median(seconds[side]) / ceiling
     )
     for peer in ("diffusers", "diffusers-compiled"):
         ratio = paired_ratio(seconds[side], seconds[peer], seed=f"{case}-{side}")

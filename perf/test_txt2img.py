@@ -1,14 +1,14 @@
 """Full txt2img runs, prompt in and pixels in host memory out, and the stages by themselves.
 
-All selected configurations are measured in turns before the first test reports: see perf.plugin.
+All selected configurations are measured in turns before the first test reports: see perf.plugin.hooks.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from perf.clock import ReplayClock
-from perf.configurations import Configuration
+from perf.configurations.configuration import Configuration
+from perf.plugin.benchmark_bridge import ReplayClock
 
 clock = ReplayClock()
 

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sd.optimise import Optimisations
+    from sd.optimise.optimisations import Optimisations
     from sd.pipeline import Result, StableDiffusion
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 
 __all__ = ["Optimisations", "Result", "StableDiffusion"]
 
-_HOMES = {"Optimisations": "sd.optimise", "Result": "sd.pipeline", "StableDiffusion": "sd.pipeline"}
+_HOMES = {"Optimisations": "sd.optimise.optimisations", "Result": "sd.pipeline", "StableDiffusion": "sd.pipeline"}
 
 
 def __getattr__(name: str) -> object:

@@ -8,9 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sd import checkpoint, layouts
-from sd.containers import write_ckpt, write_safetensors
-from sd.diffusers_folder import write_folder
+from sd.checkpoint import layouts
+from sd.checkpoint.diffusers_folder import write_folder
+from sd.checkpoint.file_formats import write_ckpt, write_safetensors
+from sd.checkpoint.load import load, read_contents, refuse_other_models
 from sd.errors import ConfigError, SDError, printable
 
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
@@ -77,9 +78,9 @@ def _replace(made: Path, target: Path, scratch: Path) -> None:
 
 
 def _to_file(source, made: Path, to: str, progress) -> list[str]:
-    contents = checkpoint.read_contents(source, progress)
+    contents = read_contents(source, progress)
     state = contents.state
-    checkpoint.refuse_other_models(source, state)
+    refuse_other_models(source, state)
     native = layouts.is_native_mha(state)
     if native and to != "native-mha":
         state = layouts.native_to_original(state)
@@ -99,7 +100,7 @@ def _to_folder(source, made: Path, config, progress) -> list[str]:
     from sd.pipeline import resolve_config  # brings the samplers and all; the other layouts need none of it
 
     names = _names(source)
-    config, networks = checkpoint.load(source, resolve_config(config), progress)
+    config, networks = load(source, resolve_config(config), progress)
     kept = layouts.join_networks(networks, config.text.kind)
     write_folder(made, networks, config)
     if any(".mha." in name for name in names):
@@ -109,7 +110,7 @@ def _to_folder(source, made: Path, config, progress) -> list[str]:
 
 
 def _names(source) -> list[str]:
-    from sd.containers import index
+    from sd.checkpoint.file_formats import index
 
     if Path(source).is_dir():
         return []

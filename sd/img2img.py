@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from sd import cli, options
-from sd.config import ModelConfig, ScheduleConfig
+from sd.cli import arguments as options
+from sd.cli import run as cli
+from sd.config.presets import ModelConfig, ScheduleConfig
 from sd.errors import ConfigError
 from sd.pipeline import SIZE_MULTIPLE
-from sd.samplers import ddim
-from sd.schedule import Schedule
+from sd.sampling.samplers import ddim
+from sd.sampling.schedule import Schedule
 
 _DDIM = "img2img starts in the middle of DDIM's steps and knows no other sampler: leave it out"
 REFUSED = {

@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 
-from sd import checkpoint, optimise, original
-from sd.autoencoder import Autoencoder
-from sd.config import ModelConfig, preset
-from sd.denoiser import Denoiser
+from sd.checkpoint.load import factories, load, materialise
+from sd.config.presets import ModelConfig, preset
 from sd.errors import BadImage, ConfigError
 from sd.features import has
-from sd.noise import noise_source
-from sd.optimise import Optimisations
-from sd.samplers import Plan, ddim
-from sd.samplers import sampler as sampler_named
-from sd.schedule import Schedule
-from sd.text_encoder import TextEncoder
+from sd.models.autoencoder import Autoencoder
+from sd.models.text_encoder import TextEncoder
+from sd.models.tokenizer import tokenize
+from sd.models.unet import UNet
+from sd.optimise.apply import apply
+from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
+from sd.sampling import original_loop as original
+from sd.sampling.denoiser import Denoiser
+from sd.sampling.noise import noise_source
+from sd.sampling.samplers import Plan, ddim
+from sd.sampling.samplers import sampler as sampler_named
+from sd.sampling.schedule import Schedule
 from sd.tiny import WEIGHTS
-from sd.tokenizer import tokenize
-from sd.unet import UNet
 
 SIZE_MULTIPLE = 64  # pixels: heights and widths are multiples of it, as in the original
 
@@ -81,11 +83,11 @@ class StableDiffusion:
         config: a preset's name, a YAML file in the original layout, or None to tell SD1 from SD2 by the weights; whether
         SD2 weights predict eps or v is not in them, so name `sd2-v` for those. Raises CheckpointError or ConfigError.
         """
-        found, states = checkpoint.load(Path(path), resolve_config(config), progress=progress)
-        dtype = optimise.WEIGHT_DTYPES[optimisations.precision]
+        found, states = load(Path(path), resolve_config(config), progress=progress)
+        dtype = WEIGHT_DTYPES[optimisations.precision]
         networks: dict[str, Any] = {
-            name: checkpoint.materialise(factory, states.pop(name), torch.device(device), dtype)
-            for name, factory in checkpoint.factories(found).items()
+            name: materialise(factory, states.pop(name), torch.device(device), dtype)
+            for name, factory in factories(found).items()
         }
         return cls(found, device=device, optimisations=optimisations, **networks)
 
@@ -116,7 +118,7 @@ class StableDiffusion:
 
     def optimise(self, optimisations: Optimisations) -> None:
         """Run from now on as `optimisations` says, over the same weights. Raises Unavailable when that cannot run here."""
-        self._calls = optimise.apply(self.unet, self.autoencoder, self.text_encoder, self.device, optimisations)
+        self._calls = apply(self.unet, self.autoencoder, self.text_encoder, self.device, optimisations)
         self.optimisations = optimisations
 
     @property
@@ -175,7 +177,7 @@ class StableDiffusion:
         sampler: `ddim`, `plms`, `dpm_solver` or `euler`. scale: guidance, 1 for none. latents [B, 4, H/8, W/8] is
         x_T, drawn from `seed` when None. height, width: pixels, multiples of 64, None for the model's own. rng:
         `per-image` (image i depends on seed + i alone), `original` (the original scripts' draws), or a source of
-        sd.noise that goes on from an earlier call. progress(step, steps) is called after every step.
+        sd.sampling.noise that goes on from an earlier call. progress(step, steps) is called after every step.
 
         Raises ConfigError for impossible options and BadImage for NaN or all-black pictures.
         """
@@ -314,7 +316,7 @@ def resolve_config(config: ModelConfig | str | Path | None) -> ModelConfig | Non
     if config is None or isinstance(config, ModelConfig):
         return config
     if str(config).endswith((".yaml", ".yml")):
-        from sd.yaml_config import read_yaml
+        from sd.config.yaml_reader import read_yaml
 
         return read_yaml(Path(config))
     return preset(str(config))

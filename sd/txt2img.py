@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 
-from sd import cli, options
-from sd.config import ModelConfig, ScheduleConfig
+from sd.cli import arguments as options
+from sd.cli import run as cli
+from sd.config.presets import ModelConfig, ScheduleConfig
 from sd.errors import ConfigError
 from sd.pipeline import SIZE_MULTIPLE
-from sd.samplers import SAMPLERS
-from sd.samplers import sampler as sampler_named
-from sd.schedule import Schedule
+from sd.sampling.samplers import SAMPLERS
+from sd.sampling.samplers import sampler as sampler_named
+from sd.sampling.schedule import Schedule
 
 REFUSED = {
     "--torchscript": "is not offered here: use --compile",

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from agreement import SEED
-
-# The scripts of the workflows, which import each other by name. Behind everything else: their names are short.
-sys.path.append(str(Path(__file__).parent.parent / ".ci" / "workflow"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from perf.analysis.verdicts import Verdict
 from perf.report.charts import Chart, Point, Series
 from perf.report.palette import VERDICTS, Look, Palette
-from perf.verdicts import Verdict
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P"}
 MARKERS |= {"x": "X", "star": "*"}

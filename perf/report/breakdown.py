@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from perf.configurations import SETS
+from perf.configurations.sets import SETS
 from perf.report.charts import Chart, Point, Series, bar_each, groups, short_id, unit, valid
 from perf.report.palette import KERNEL_CLASSES, STAGES
 from perf.report.results import Result

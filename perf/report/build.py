@@ -10,8 +10,8 @@ from perf.report import article, breakdown, growth, history, pictures, roofline,
 from perf.report.charts import Chart
 from perf.report.palette import Palette
 from perf.report.results import Result, Session, newest, read_session
-from perf.saved_run import BaselineError
-from perf.storage import write_atomically
+from perf.runs.saved_run import BaselineError
+from perf.runs.storage import write_atomically
 
 
 @dataclass(frozen=True)

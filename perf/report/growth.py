@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perf.analysis.statistics import student_quantile
 from perf.report.charts import Chart, Point, Series, groups, unit, valid
 from perf.report.results import Result
 from perf.report.text import words_name
-from perf.statistics import student_quantile
 
 NATIVE_PIXELS = {"tiny": 64, "sd1": 512, "sd2": 512, "sd2-v": 768}
 

@@ -18,8 +18,8 @@ from perf.report import sections
 from perf.report.charts import Chart
 from perf.report.palette import VERDICTS
 from perf.report.results import Facets
-from perf.saved_run import BaselineError
-from perf.storage import write_atomically
+from perf.runs.saved_run import BaselineError
+from perf.runs.storage import write_atomically
 
 LARGEST_BYTES = 6_000_000
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from perf.verdicts import Verdict
+from perf.analysis.verdicts import Verdict
 
 FIXED = {
     "original": "#7a7a7a",

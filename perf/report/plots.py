@@ -12,10 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from perf.analysis.verdicts import Verdict
 from perf.report import bars
 from perf.report.charts import Chart, Series
 from perf.report.palette import Palette
-from perf.verdicts import Verdict
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 WIDTH = 7.2  # inches: a phone shows a wider picture too small to be read

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "published"
+FOLDER = Path(__file__).resolve().parents[1] / "published"
 SOURCE = {
     "sd2": 'PyTorch blog, "Accelerated Generative Diffusion Models with PyTorch 2" (2023)',
     "sd1": 'PyTorch blog, "Performance experiments with Stable Diffusion"',

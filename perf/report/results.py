@@ -1,6 +1,6 @@
 """What a report shows of saved runs: validated values, read defensively, one `Result` a configuration of a session.
 
-Needs neither torch nor pytest. perf.saved_run reads what a verdict rests on; this reads the rest by the same rules. Keys
+Needs neither torch nor pytest. perf.runs.saved_run reads what a verdict rests on; this reads the rest by the same rules. Keys
 that a run does not have are None: older and newer runs stand in one report.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.configurations import is_approximate, technique, usual_precision
+from perf.analysis.statistics import Interval
+from perf.configurations.configuration import is_approximate, technique, usual_precision
 from perf.report.spread import Spread, over_launches, value_alone
-from perf.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
-from perf.statistics import Interval
+from perf.runs.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 
 KNOWN_GPU = re.compile(r"\b(P100|T4|A10G?|V100|A100|A800|H100|H200|B200|GH200|L40S?|L4|A\d{4}|RTX \w+(?: Ti)?)\b")
 STAGES = ("text", "unet", "vae")
@@ -173,7 +173,7 @@ def short_device(name: str) -> str:
 
 
 def read_session(path: Path) -> tuple[Session, list[Result]]:
-    """A saved run as a report shows it. Raises BaselineError (perf.saved_run)."""
+    """A saved run as a report shows it. Raises BaselineError (perf.runs.saved_run)."""
     return session_of(load(path), path)
 
 

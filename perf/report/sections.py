@@ -8,8 +8,8 @@ from html import escape
 
 from perf.report import summary, tables
 from perf.report.charts import SECTIONS
-from perf.report.commands import command
 from perf.report.palette import KERNEL_CLASSES
+from perf.report.reproduce import command
 from perf.report.results import Result, Session, ranked
 from perf.report.text import file_name, seconds
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perf.statistics import MIN_VALUES, sign_interval
+from perf.analysis.statistics import MIN_VALUES, sign_interval
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from perf.analysis.verdicts import Verdict
 from perf.report import tables
 from perf.report.results import Result, Session, ranked
 from perf.report.text import markdown, markdown_table, span
-from perf.verdicts import Verdict
 
 WORST_FIRST = (Verdict.INVALID, Verdict.SLOWER, Verdict.INCONCLUSIVE, Verdict.FASTER, Verdict.SAME)
 

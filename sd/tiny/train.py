@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sd.autoencoder import Autoencoder
-from sd.config import preset
+from sd.config.presets import preset
+from sd.models.autoencoder import Autoencoder
+from sd.models.text_encoder import TextEncoder
+from sd.models.tokenizer import tokenize
+from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
-from sd.schedule import Schedule
-from sd.text_encoder import TextEncoder
+from sd.sampling.schedule import Schedule
 from sd.tiny import WEIGHTS
-from sd.tiny.pictures import COLOURS, HELD_OUT, SHAPES, SIZE, TEMPLATES, TRAINED, Subject, draw, recognise
-from sd.tokenizer import tokenize
-from sd.unet import UNet
+from sd.tiny.shapes import COLOURS, HELD_OUT, SHAPES, SIZE, TEMPLATES, TRAINED, Subject, draw, recognise
 
 CONFIG = preset("tiny")
 KL_WEIGHT = 3e-4

@@ -1,0 +1,189 @@
+"""What a round has to compute and to move: FLOPs, and the fewest bytes, by the same arithmetic for every implementation.
+
+Norms, activations and the sampler, which cost bytes rather than FLOPs, are left out of the FLOPs as FlopCounterMode leaves
+them out. The bytes are a floor: each network's weights once a call, whatever the batch, and its input and output once. What
+runs between its layers moves more, and techniques that keep something from call to call (`cache_context_kv`) read a few
+per cent less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from perf.configurations.configuration import Configuration
+from sd.config.presets import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+
+TOKEN_BYTES = 8  # int64
+
+
+def total(network: Iterable[Layer]) -> int:
+    """FLOPs of all layers of a network (perf.analysis.layers), for one sample."""
+    return sum(layer.flops for layer in network)
+
+
+def weights(network: Iterable[Layer]) -> int:
+    """Number of weights of all layers of a network."""
+    return sum(layer.weights for layer in network)
+
+
+def of_round(configuration: Configuration, model: ModelConfig, unet_calls: int) -> int:
+    """FLOPs of one round of a configuration on a model, with guidance's batch of two wherever there is a UNet."""
+    height, width = _latent_size(configuration, model)
+    guided = _guided(configuration)
+    tokens = model.text.context_length
+    parts = {
+        "text": guided * total(text_encoder(model.text)),
+        "unet": guided * unet_calls * total(unet(model.unet, height, width, tokens)),
+        "vae": total(decoder(model.autoencoder, height, width)),
+    }
+    return configuration.batch * _of_workload(configuration, parts)
+
+
+def floor_bytes_of_round(configuration: Configuration, model: ModelConfig, unet_calls: int, item_bytes: int) -> int:
+    """Bytes that a round cannot do without, with numbers of `item_bytes` bytes; see above what they are."""
+    height, width = _latent_size(configuration, model)
+    cells, pixels = height * width, height * width * model.autoencoder.downsampling**2
+    guided, batch = _guided(configuration) * configuration.batch, configuration.batch
+    context = model.text.context_length * model.text.width
+    latents = (model.unet.in_channels + model.unet.out_channels) * cells
+    text = weights(text_encoder(model.text)) + guided * context
+    denoiser = weights(unet(model.unet, height, width)) + guided * (latents + context)
+    image = model.autoencoder.embed_dim * cells + model.autoencoder.image_channels * pixels
+    vae = weights(decoder(model.autoencoder, height, width)) + batch * image
+    parts = {
+        "text": item_bytes * text + TOKEN_BYTES * guided * model.text.context_length,
+        "unet": unet_calls * item_bytes * denoiser,
+        "vae": item_bytes * vae,
+    }
+    return _of_workload(configuration, parts)
+
+
+def _latent_size(configuration: Configuration, model: ModelConfig) -> tuple[int, int]:
+    factor = model.autoencoder.downsampling
+    return (configuration.height or model.image_size) // factor, (configuration.width or model.image_size) // factor
+
+
+def _guided(configuration: Configuration) -> int:
+    """UNet samples and prompts of an image."""
+    return 2 if configuration.workload != "txt2img" or configuration.scale != 1.0 else 1
+
+
+def _of_workload(configuration: Configuration, parts: dict[str, int]) -> int:
+    return sum(parts.values()) if configuration.workload == "txt2img" else parts[configuration.workload]
+
+
+class Layer(NamedTuple):
+    """FLOPs for one sample (2 for each multiply-add), and the number of weights that are read for it, biases included."""
+
+    flops: int
+    weights: int
+
+
+def _conv(inner: int, outer: int, cells: int, side: int = 3) -> Layer:
+    return Layer(2 * side * side * inner * outer * cells, side * side * inner * outer + outer)
+
+
+def _linear(inner: int, outer: int, rows: int, bias: bool = True) -> Layer:
+    return Layer(2 * inner * outer * rows, inner * outer + bias * outer)
+
+
+def _norm(channels: int) -> Layer:
+    """Norms and activations cost bytes rather than FLOPs, as FlopCounterMode has it."""
+    return Layer(0, 2 * channels)
+
+
+def _attend(width: int, queries: int, keys: int) -> Layer:
+    """A query's products with each key and each value. Causal attention counts as full, as kernels are usually rated."""
+    return Layer(4 * width * queries * keys, 0)
+
+
+def unet(config: UNetConfig, height: int, width: int, tokens: int = 77) -> Iterator[Layer]:
+    """One UNet call with latents of height x width."""
+    embedding, cells = 4 * config.model_channels, height * width
+    yield _linear(config.model_channels, embedding, 1)
+    yield _linear(embedding, embedding, 1)
+
+    def res_block(inner: int, outer: int) -> Iterator[Layer]:
+        yield from (_norm(inner), _conv(inner, outer, cells), _linear(embedding, outer, 1))
+        yield from (_norm(outer), _conv(outer, outer, cells))
+        if inner != outer:
+            yield _conv(inner, outer, cells, side=1)
+
+    def transformer(channels: int) -> Iterator[Layer]:
+        yield from (_norm(channels), _linear(channels, channels, cells))
+        for _ in range(config.transformer_depth):
+            for source, rows in ((channels, cells), (config.context_dim, tokens)):
+                yield from (_norm(channels), _linear(channels, channels, cells, bias=False))
+                yield from 2 * (_linear(source, channels, rows, bias=False),)
+                yield from (_attend(channels, cells, rows), _linear(channels, channels, cells))
+            # GEGLU: to twice four times the width, and back from four times.
+            yield from (_norm(channels), _linear(channels, 8 * channels, cells), _linear(4 * channels, channels, cells))
+        yield _linear(channels, channels, cells)
+
+    channels = config.model_channels
+    yield _conv(config.in_channels, channels, cells)
+    skips, factor = [channels], 1
+    last = len(config.channel_mult) - 1
+    for level, multiplier in enumerate(config.channel_mult):
+        for _ in range(config.num_res_blocks):
+            yield from res_block(channels, multiplier * config.model_channels)
+            channels = multiplier * config.model_channels
+            yield from transformer(channels) if factor in config.attention_resolutions else ()
+            skips.append(channels)
+        if level != last:
+            cells, factor = cells // 4, factor * 2
+            yield _conv(channels, channels, cells)
+            skips.append(channels)
+    yield from res_block(channels, channels)
+    yield from transformer(channels)
+    yield from res_block(channels, channels)
+    for level in range(last, -1, -1):
+        for i in range(config.num_res_blocks + 1):
+            outer = config.channel_mult[level] * config.model_channels
+            yield from res_block(channels + skips.pop(), outer)
+            channels = outer
+            yield from transformer(channels) if factor in config.attention_resolutions else ()
+            if level and i == config.num_res_blocks:
+                cells, factor = cells * 4, factor // 2
+                yield _conv(channels, channels, cells)
+    yield from (_norm(channels), _conv(channels, config.out_channels, cells))
+
+
+def decoder(config: AutoencoderConfig, height: int, width: int) -> Iterator[Layer]:
+    """Decoding latents of height x width."""
+    cells = height * width
+
+    def res_block(inner: int, outer: int) -> Iterator[Layer]:
+        yield from (_norm(inner), _conv(inner, outer, cells), _norm(outer), _conv(outer, outer, cells))
+        if inner != outer:
+            yield _conv(inner, outer, cells, side=1)
+
+    channels = config.channels * config.channel_mult[-1]
+    yield _conv(config.embed_dim, config.latent_channels, cells, side=1)
+    yield _conv(config.latent_channels, channels, cells)
+    yield from res_block(channels, channels)
+    yield _norm(channels)
+    yield from 4 * (_conv(channels, channels, cells, side=1),)
+    yield _attend(channels, cells, cells)
+    yield from res_block(channels, channels)
+    for level in range(len(config.channel_mult) - 1, -1, -1):
+        for _ in range(config.num_res_blocks + 1):
+            outer = config.channel_mult[level] * config.channels
+            yield from res_block(channels, outer)
+            channels = outer
+        if level:
+            cells *= 4
+            yield _conv(channels, channels, cells)
+    yield from (_norm(channels), _conv(channels, config.image_channels, cells))
+
+
+def text_encoder(config: TextConfig) -> Iterator[Layer]:
+    """Encoding one prompt. Of the table of tokens only the rows of a prompt count, and those of positions."""
+    tokens, width = config.context_length, config.width
+    yield Layer(0, 2 * tokens * width)
+    for _ in range(config.layers):
+        yield from (_norm(width), _linear(width, 3 * width, tokens), _attend(width, tokens, tokens))
+        yield from (_linear(width, width, tokens), _norm(width))
+        yield from (_linear(width, 4 * width, tokens), _linear(4 * width, width, tokens))
+    yield _norm(width)

@@ -1,0 +1,38 @@
+"""Which weights a configuration runs, and which code: by their hashes. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from perf.configurations.configuration import Configuration
+from sd.tiny import WEIGHTS
+
+
+def identity(configuration: Configuration) -> dict:
+    """{"kind": "tiny", "random" or "file", "sha256"}. Raises OSError for a file that cannot be read."""
+    if configuration.checkpoint is not None:
+        return {"kind": "file", "sha256": sha256(Path(configuration.checkpoint))}
+    if configuration.model == "tiny":
+        return {"kind": "tiny", "sha256": sha256(WEIGHTS)}
+    return {"kind": "random", "sha256": None}
+
+
+def source_sha256(folder: Path) -> str:
+    """The hash of all Python files below a folder, by name and content: what code it is."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@functools.cache
+def sha256(path: Path) -> str:
+    """The hash of a file, or of all files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

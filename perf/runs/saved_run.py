@@ -1,0 +1,383 @@
+"""A saved run: an untrusted file in, validated values out (docs/saved-run.md). Needs neither torch nor pytest."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from perf.analysis.statistics import Interval
+from perf.analysis.verdicts import REASONS, Decision, Verdict
+
+SCHEMA = 1
+MAX_BYTES = 200_000_000
+SECONDS = (1e-12, 1e7)  # no clock resolves the first, and the second is four months
+# What has to be alike for seconds to be comparable. Of one GPU model, single ones differ by 8 % on average (arXiv
+# 2208.11035), hence the UUID. Of Python, `identity` keeps the minor version.
+IDENTITY = (
+    *("device", "name", "uuid", "driver", "torch", "cuda", "cudnn", "triton", "xformers", "python"),
+    *("power_limit_watts", "sm_clock_max_mhz", "memory_clock_max_mhz", "clock", "threads", "isolated"),
+)
+
+
+class BaselineError(ValueError):
+    """A saved run that cannot be read, trusted or written: one line that names the file and the way out."""
+
+
+@dataclass(frozen=True)
+class SavedBenchmark:
+    """One configuration of a saved run; seconds per round, invalid rounds already left out.
+
+    A benchmark that did not run by our protocol (no `schema` of its own) has its full test name as id, one launch, and
+    neither configuration nor anchor.
+    """
+
+    id: str
+    variant: str | None
+    configuration: Mapping[str, object] | None
+    launches: tuple[tuple[float, ...], ...]
+    anchored_launch_medians: tuple[float, ...] | None  # each round over the anchor's seconds beside it
+    image_failure: str | None = None
+    seconds_per_image: float | None = None
+    first_call_seconds: float | None = None
+    peak_bytes: float | None = None
+    joules_per_image: float | None = None
+    decision: Decision | None = None
+
+    @property
+    def launch_medians(self) -> tuple[float, ...]:
+        """Median seconds of each launch that has valid rounds."""
+        return tuple(statistics.median(rounds) for rounds in self.launches if rounds)
+
+    @property
+    def session_median(self) -> float:
+        """Median seconds over launches: the launch is the unit, not the round."""
+        return statistics.median(self.launch_medians)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One session. `plain` marks a file of pytest-benchmark alone: its rounds can be looked at, but it is no baseline."""
+
+    path: Path
+    plain: bool
+    machine: Mapping[str, object]  # the keys of IDENTITY
+    benchmarks: tuple[SavedBenchmark, ...]
+    invalid_rounds: int = 0
+    total_rounds: int = 0
+    started_unix_seconds: float | None = None
+    partial: str | None = None
+    invalid: str | None = None
+    regressed: tuple[str, ...] = ()
+    anchor_name: str | None = None
+    anchor_drift: float | None = None
+    aa_ratios: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Such as `0007_nightly`."""
+        return shown(Path(self.path.stem))
+
+    @property
+    def by_id(self) -> dict[str, SavedBenchmark]:
+        """The benchmarks of the working tree: without the other side of a comparison made inside the session."""
+        return {benchmark.id: benchmark for benchmark in self.benchmarks if benchmark.variant is None}
+
+    @property
+    def why_no_candidate(self) -> str | None:
+        """Why this run may not become the baseline of its own accord; None where it may."""
+        if self.plain:
+            return "a plain pytest-benchmark file"
+        if self.partial or self.invalid:
+            return f"partial: {self.partial}" if self.partial else f"invalid: {self.invalid}"
+        return f"regressed: {', '.join(self.regressed)}" if self.regressed else None
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A place in a parsed document that knows its name, so that every refusal says where and in which file."""
+
+    path: Path
+    place: str
+    value: object
+
+    def fail(self, what: str) -> NoReturn:
+        raise BaselineError(f"{shown(self.path)}: {self.place} {what}; measure it again, or delete the file")
+
+    def __getitem__(self, key: str) -> _Node:
+        return _Node(self.path, f"{self.place}.{key}", self.object().get(key))
+
+    def object(self) -> dict[str, object]:
+        if not isinstance(self.value, dict):
+            self.fail("is missing" if self.value is None else "is not an object")
+        return self.value
+
+    def items(self) -> list[_Node]:
+        if not isinstance(self.value, list):
+            self.fail("is missing" if self.value is None else "is not a list")
+        return [_Node(self.path, f"{self.place}[{index}]", value) for index, value in enumerate(self.value)]
+
+    def text(self) -> str:
+        # Printable, since it is going to stand in a terminal: no escape sequences, line ends or lone surrogates.
+        if not isinstance(self.value, str) or not self.value.isprintable() or not 0 < len(self.value) <= 1000:
+            self.fail("is not a printable text")
+        return self.value
+
+    def number(self, low: float, high: float) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not low <= self.value <= high:
+            self.fail(f"is not a number from {low:g} to {high:g}")
+        return float(self.value)
+
+    def flag(self) -> bool:
+        if not isinstance(self.value, bool):
+            self.fail("is neither true nor false")
+        return self.value
+
+    def seconds(self) -> float:
+        return self.number(*SECONDS)
+
+    def optional_text(self) -> str | None:
+        return None if self.value is None else self.text()
+
+    def optional_number(self, low: float = 0.0, high: float = 1e18) -> float | None:
+        return None if self.value is None else self.number(low, high)
+
+
+def shown(path: Path) -> str:
+    """A path for a message of one line: what cannot be printed is escaped."""
+    return str(path).encode("unicode_escape").decode("ascii")
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def read(path: str | os.PathLike[str]) -> SavedRun:
+    """The saved run in a file. Raises BaselineError for whatever is not one: absent, damaged, too large, another schema."""
+    return parse(load(path), Path(path))
+
+
+def load(path: str | os.PathLike[str]) -> object:
+    """The JSON document in a file, not looked into yet. Raises BaselineError where there is none."""
+    return document_in(content_of(path), Path(path))
+
+
+def content_of(path: str | os.PathLike[str]) -> bytes:
+    """What is in the file of a saved run, unread as yet. Raises BaselineError where there is none."""
+    path = Path(path)
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would be waited for without end
+                raise BaselineError(f"{shown(path)}: is not a file; name a saved run")
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, BaselineError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BaselineError(f"{shown(path)}: cannot be read: {reason}; check the path and its rights") from None
+    if len(content) > MAX_BYTES:
+        raise BaselineError(
+            f"{shown(path)}: is larger than {MAX_BYTES // 10**6} MB; no saved run is, name another file"
+        )
+    if not content.strip():
+        raise BaselineError(f"{shown(path)}: is empty, its writer was interrupted; delete it")
+    return content
+
+
+def document_in(content: bytes, path: Path) -> object:
+    """The JSON document in the content of a file; `path` names it. Raises BaselineError where it is none."""
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BaselineError(f"{shown(path)}: is not JSON: {reason}; measure it again, or delete the file") from None
+
+
+def root_of(document: object, path: Path) -> _Node:
+    """The place at which to read further keys of a document by the rules of this module."""
+    return _Node(path, "the run", document)
+
+
+def parse(document: object, path: Path) -> SavedRun:
+    """The saved run in a parsed JSON document; `path` names it. Raises BaselineError where it breaks docs/saved-run.md."""
+    root = root_of(document, path)
+    machine_info, benchmarks = root["machine_info"], root["benchmarks"].items()
+    machine_info.object()
+    if root["perf"].value is None:
+        plain = tuple(_plain_benchmark(node) for node in benchmarks)
+        return _without_duplicates(root, SavedRun(path, True, _plain_machine(machine_info), plain))
+    perf = root["perf"]
+    _require_schema(perf)
+    stack = machine_info["stack"]
+    if perf["clock"].value not in ("wall", "cpu"):
+        perf["clock"].fail("is neither wall nor cpu")
+    session: dict[str, object] = {
+        "clock": perf["clock"].value,
+        "threads": perf["threads"].optional_number(1, 1e6),
+        "isolated": perf["isolated"].flag(),
+    }
+    anchored = perf["anchor"].value is not None
+    ratios = perf["aa"]["ratios"].items() if perf["aa"].value is not None else []
+    total = perf["total_rounds"].number(0, 1e9)
+    run = SavedRun(
+        path=path,
+        plain=False,
+        machine=identity({**{key: _scalar(stack[key]) for key in stack.object()}, **session}),
+        benchmarks=tuple(
+            _benchmark(node) if node["extra_info"].object().get("schema") is not None else _plain_benchmark(node)
+            for node in benchmarks
+        ),
+        invalid_rounds=int(perf["invalid_rounds"].number(0, total)),
+        total_rounds=int(total),
+        started_unix_seconds=perf["started_unix_seconds"].number(0, 1e11),
+        partial=perf["partial"].optional_text(),
+        invalid=perf["invalid"].optional_text(),
+        regressed=tuple(node.text() for node in perf["regressed"].items()),
+        anchor_name=perf["anchor"]["name"].text() if anchored else None,
+        anchor_drift=perf["anchor"]["drift"].optional_number(0, 1e9) if anchored else None,
+        aa_ratios=tuple(node.number(1e-6, 1e6) for node in ratios),
+    )
+    return _without_duplicates(root, run)
+
+
+def _without_duplicates(root: _Node, run: SavedRun) -> SavedRun:
+    seen = set()
+    for benchmark in run.benchmarks:
+        key = (benchmark.id, benchmark.variant)
+        if key in seen:
+            root["benchmarks"].fail(f"has {benchmark.id!r} twice")
+        seen.add(key)
+    return run
+
+
+def _require_schema(node: _Node) -> None:
+    schema = node["schema"].value
+    if schema != SCHEMA or isinstance(schema, bool):
+        found = repr(schema)[:40]
+        raise BaselineError(
+            f"{shown(node.path)}: {node.place} has schema {found}, this version reads {SCHEMA}; use the other"
+        )
+
+
+def _scalar(node: _Node) -> object:
+    if isinstance(node.value, str):
+        return node.text()
+    if isinstance(node.value, (bool, int, float)):
+        return node.value if isinstance(node.value, bool) else node.number(-1e18, 1e18)
+    return None  # the measured ceilings are an object, and say nothing about which machine it is
+
+
+def identity(facts: Mapping[str, object]) -> dict[str, object]:
+    """The facts that make seconds comparable, by the keys of IDENTITY; Python without its patch level."""
+    known = {key: facts.get(key) for key in IDENTITY}
+    if isinstance(known["python"], str):
+        known["python"] = ".".join(known["python"].split(".")[:2])
+    return known
+
+
+def _plain_machine(info: _Node) -> dict[str, object]:
+    facts = {key: _scalar(info[key]) for key in ("torch", "cuda", "threads")}
+    gpu = _scalar(info["gpu"])
+    cpu = _scalar(info["cpu"]["brand_raw"]) if isinstance(info["cpu"].value, dict) else None
+    return identity({**facts, "name": gpu or cpu, "python": _scalar(info["python_version"])})
+
+
+def _data(node: _Node) -> tuple[float, ...]:
+    data = node["stats"]["data"]
+    if data.value is None:
+        fix = "save with raw rounds (--benchmark-save-data)"
+        raise BaselineError(f"{shown(node.path)}: {node.place} has no rounds, only summary statistics; {fix}")
+    rounds = tuple(value.seconds() for value in data.items())
+    return rounds or data.fail("is empty")
+
+
+def _plain_benchmark(node: _Node) -> SavedBenchmark:
+    return SavedBenchmark(node["fullname"].text(), None, None, (_data(node),), None)
+
+
+def _benchmark(node: _Node) -> SavedBenchmark:
+    info = node["extra_info"]
+    _require_schema(info)
+    node["fullname"].text()  # by which pytest-benchmark's own table finds it
+    if info["variant"].value not in (None, "base", "aa"):
+        info["variant"].fail("is neither null, base nor aa")
+    launches, anchored = _launches(info)
+    valid = [seconds for rounds in launches for seconds in rounds]
+    data = _data(node)
+    if len(data) != len(valid) or not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(data, valid)):
+        node.fail("has other rounds in stats.data than in its launches")
+    peaks = info["peak_bytes"]
+    peak_bytes = None if peaks.value is None else [peaks[key].optional_number() for key in ("allocated", "rss")]
+    cold = None if info["first_call_seconds"].value is None else info["first_call_seconds"]["cold"].optional_number()
+    return SavedBenchmark(
+        id=info["configuration"]["id"].text(),
+        variant=info["variant"].optional_text(),
+        configuration=info["configuration"].object(),
+        launches=launches,
+        anchored_launch_medians=anchored,
+        image_failure=_image_failure(info["image"]),
+        seconds_per_image=info["seconds_per_image"].optional_number(),
+        first_call_seconds=cold,
+        peak_bytes=next((peak for peak in peak_bytes or () if peak is not None), None),
+        joules_per_image=info["joules_per_image"].optional_number(),
+        decision=_decision(info["verdict"]),
+    )
+
+
+def _launches(info: _Node) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...] | None]:
+    """The valid rounds of each launch, and the medians of each launch in anchors."""
+    nodes = info["launches"].items()
+    anchors = info["anchor"].items() if info["anchor"].value else None
+    if anchors is not None and len(anchors) != len(nodes):
+        info["anchor"].fail(f"has {len(anchors)} launches, not {len(nodes)}")
+    launches, anchored = [], []
+    for launch, node in enumerate(nodes):
+        seconds = [value.seconds() for value in node["round_seconds"].items()]
+        invalid = node["invalid"].object()
+        if not invalid.keys() <= {str(index) for index in range(len(seconds))}:
+            node["invalid"].fail("names rounds that there are not")
+        kept = [index for index in range(len(seconds)) if str(index) not in invalid]
+        launches.append(tuple(seconds[index] for index in kept))
+        if anchors is not None:
+            beside = [value.seconds() for value in anchors[launch].items()]
+            if len(beside) != len(seconds):
+                anchors[launch].fail(f"has {len(beside)} rounds, not {len(seconds)}")
+            if kept:
+                anchored.append(statistics.median(seconds[index] / beside[index] for index in kept))
+    return tuple(launches), None if anchors is None else tuple(anchored)
+
+
+def _image_failure(image: _Node) -> str | None:
+    if image.value is None or image["verdict"].value != Verdict.INVALID.value:
+        return None
+    return image["reason"].optional_text() or "no reason given"
+
+
+def _decision(node: _Node) -> Decision | None:
+    if node.value is None:
+        return None
+    verdict, reason = node["verdict"].value, node["reason"].text()
+    if verdict not in [known.value for known in Verdict] or reason.partition(" ")[0] not in REASONS:
+        node.fail("has an unknown verdict or reason")
+    return Decision(
+        Verdict(verdict),
+        reason,
+        _interval(node["ratio"]),
+        node["margin"].optional_number(),
+        node["against"].optional_text(),
+    )
+
+
+def _interval(node: _Node) -> Interval | None:
+    if node.value is None:
+        return None
+    estimate, low, high = node["estimate"].number(0, 1e30), node["low"], node["high"]
+    if low.value is None and high.value is None:
+        return Interval.point(estimate)
+    return Interval(estimate, low.number(0, estimate), high.number(estimate, 1e30))

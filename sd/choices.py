@@ -1,0 +1,30 @@
+"""Names that the options of `sd` take. Imports no torch, so that `perf` can offer and validate them before it measures."""
+
+from __future__ import annotations
+
+MODELS = ("tiny", "sd1", "sd2", "sd2-v")  # sd.config.presets.PRESETS
+ATTENTION = ("original", "xformers", "mha", "sdpa")  # sd.attention.functions.FUNCTIONS
+ATTENTION_WITH_KERNELS = ("mha", "sdpa")  # those whose SDPA kernels can be chosen
+SDPA_KERNELS = ("math", "mem_efficient", "flash", "cudnn")  # torch.nn.attention.SDPBackend
+ATTENTION_PRECISIONS = ("fp32", "input")  # dtype of QK^T in `original`
+PRECISIONS = ("full", "autocast", "fp16", "bf16")
+SAMPLERS = ("ddim", "plms", "dpm_solver", "euler")
+RNGS = ("per-image", "original")
+
+COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_SCOPES = ("unet", "blocks", "step")
+COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")  # the last two generate no code: to locate a fault
+INDUCTOR_OPTIONS = (  # sd.optimise.compile.INDUCTOR_OPTIONS has the setting behind each
+    "conv_1x1_as_mm",
+    "coordinate_descent_tuning",
+    "coordinate_descent_check_all_directions",
+    "no_epilogue_fusion",
+    "shape_padding",
+    "freezing",
+)
+CUDA_GRAPHS = ("none", "unet", "loop")
+
+PRESETS = ("none", "original", "fast")  # of --optimise
+QUANTISATIONS = ("none", "int8", "fp8")
+# Techniques of --optimise that change the image: measured, and never called the fastest.
+APPROXIMATE = ("token_merging", "feature_caching", "int8", "fp8")

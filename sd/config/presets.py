@@ -1,0 +1,145 @@
+"""Model presets: frozen descriptions of the networks. YAML files in the original layout are read by sd.config.yaml_reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the denoising network (compare `unet_config` of the original YAML files)."""
+
+    context_dim: int
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors that have attention
+    num_heads: int | None = None  # either a number of heads ...
+    num_head_channels: int | None = None  # ... or their width
+    transformer_depth: int = 1
+    use_linear_in_transformer: bool = False
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.num_heads is None) == (self.num_head_channels is None):
+            raise ConfigError("unet: give num_heads or num_head_channels, one of the two")
+
+    def heads(self, channels: int) -> int:
+        """Number of attention heads at a block of `channels` channels."""
+        divisor = self.num_heads or self.num_head_channels or 1  # one of the two is given
+        if channels % divisor:
+            split = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.num_head_channels} channels"
+            raise ConfigError(f"unet: {channels} channels cannot be split into {split}")
+        return self.num_heads or channels // divisor
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of the KL autoencoder (compare `first_stage_config.params.ddconfig`)."""
+
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    image_channels: int = 3
+    latent_channels: int = 4
+    embed_dim: int = 4
+    norm_groups: int = 32
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell along one axis."""
+        return 1 << (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the text tower. `layers` counts the blocks that run: SD2 leaves out the last of its 24."""
+
+    kind: str  # "openclip" (SD2) or "clip" (SD1): which key layout, activation and padding
+    width: int
+    layers: int
+    vocab_size: int = 49408
+    context_length: int = 77
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("openclip", "clip"):
+            raise ConfigError(f"text encoder kind {self.kind!r}: choose openclip or clip")
+
+    @property
+    def heads(self) -> int:
+        """Attention heads: width / 64 in every released model, one below that width."""
+        return max(1, self.width // 64)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process: betas linear in sqrt space."""
+
+    linear_start: float = 0.00085
+    linear_end: float = 0.0120
+    timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that a checkpoint does not say about itself."""
+
+    name: str
+    unet: UNetConfig
+    text: TextConfig
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parameterization: str = "eps"  # what the UNet predicts: "eps" or "v"
+    scale_factor: float = 0.18215  # latents are encoder outputs times this
+    image_size: int = 512  # native height and width in pixels
+    native_mha: bool = False  # the YAML asked for nn.MultiheadAttention
+
+    def __post_init__(self) -> None:
+        if self.parameterization not in ("eps", "v"):
+            raise ConfigError(f"parameterization {self.parameterization!r}: choose eps or v")
+        if self.unet.context_dim != self.text.width:
+            raise ConfigError(
+                f"{self.name}: the UNet's context_dim {self.unet.context_dim} is not the text encoder's width {self.text.width}"
+            )
+
+
+_SD1_UNET = UNetConfig(context_dim=768, num_heads=8)
+_SD2_UNET = UNetConfig(context_dim=1024, num_head_channels=64, use_linear_in_transformer=True)
+_OPENCLIP_H = TextConfig("openclip", width=1024, layers=23)
+
+PRESETS = {
+    "sd1": ModelConfig("sd1", _SD1_UNET, TextConfig("clip", width=768, layers=12)),
+    "sd2": ModelConfig("sd2", _SD2_UNET, _OPENCLIP_H),
+    "sd2-v": ModelConfig("sd2-v", _SD2_UNET, _OPENCLIP_H, parameterization="v", image_size=768),
+    # The embedded model: SD2's architecture at a hundredth of its width, trained by sd.tiny.train.
+    "tiny": ModelConfig(
+        "tiny",
+        UNetConfig(
+            context_dim=32,
+            model_channels=40,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(2, 1),
+            num_head_channels=8,
+            use_linear_in_transformer=True,
+            norm_groups=8,
+        ),
+        TextConfig("openclip", width=32, layers=2),
+        AutoencoderConfig(channels=16, channel_mult=(1, 2, 2, 3), num_res_blocks=1, norm_groups=8),
+        parameterization="v",
+        image_size=64,
+        scale_factor=1.0,  # folded into the autoencoder's own last and first convolutions
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset `name`, or a ConfigError that lists those there are."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}, or give a YAML file") from None

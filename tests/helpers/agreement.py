@@ -1,0 +1,103 @@
+"""The same model under another attention, precision or device: what it gives, for tests on the CPU and on a GPU alike."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+
+import pytest
+import torch
+
+from sd import Optimisations, StableDiffusion
+from sd.attention.functions import CHOICES
+from sd.attention.observation import ObservedCall
+from sd.choices import ATTENTION_WITH_KERNELS
+from sd.features import has
+
+SEED = int(os.environ.get("SD_PERF_SEED") or random.SystemRandom().getrandbits(32))
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+# name: (precision, whether matrix products and convolutions in fp32 may use TF32, which only a GPU has)
+SETTINGS = {
+    "full": ("full", False),
+    "full-tf32": ("full", True),
+    "autocast": ("autocast", False),
+    "fp16": ("fp16", False),
+    "bf16": ("bf16", False),
+}
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """Allow or forbid TF32 in matrix products and, where PyTorch allows it by default, in convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def optimisations(name: str, precision: str = "full") -> Optimisations:
+    """The attention called `name` in sd.attention.functions.CHOICES, in that precision."""
+    choice = CHOICES[name]
+    return Optimisations(choice.implementation, choice.kernels, precision=precision)
+
+
+def unet_output(model: StableDiffusion, seed: int, size: int, batch: int = 2):
+    """The UNet on random input: (float32 [B, 4, size, size] on the CPU, names of the attention kernels that ran)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 4, size, size, generator=generator)
+    context = torch.randn(batch, 77, model.config.unet.context_dim, generator=generator)
+    timesteps = torch.linspace(1, 981, batch)
+    unet = ObservedCall(model.unet, observe_call=1)
+    with torch.no_grad(), model.optimisations.autocast(model.device):
+        out = unet(*(tensor.to(model.device) for tensor in (x, timesteps, context)))
+    return out.float().cpu(), unet.kernels
+
+
+def unet_bound(setting: str, device: str) -> float:
+    """Largest relative error that a UNet may have against `original` in fp32, full size or small.
+
+    SD2's UNet with random weights at 32x32, on a CPU: 9e-7 in fp32, 1.6e-3 in fp16, 1.3e-2 in bf16 under autocast, which
+    is 1.6 of their epsilons; the bounds are 8. TF32 rounds the factors of products to the 11 bits of fp16.
+    """
+    if setting == "full" or (setting == "full-tf32" and device == "cpu"):
+        return 1e-5
+    bf16 = setting == "bf16" or (setting == "autocast" and device == "cpu")
+    return 8 * torch.finfo(torch.bfloat16 if bf16 else torch.float16).eps
+
+
+def only_the_allowed_ran(name: str, kernels: tuple[str, ...]) -> bool:
+    """Whether the kernels that were seen are those that the attention called `name` allows.
+
+    `native_mha` is nn.MultiheadAttention's fused self-attention, which runs an allowed kernel, or on a CPU its own `math`.
+    """
+    choice = CHOICES[name]
+    if choice.implementation == "original":
+        return kernels == ("softmax",)
+    if choice.implementation not in ("xformers", *ATTENTION_WITH_KERNELS):
+        return True  # of one that was added, this table does not know what to expect
+    if choice.restricted:
+        return bool(kernels) and set(kernels) <= {*choice.kernels, "native_mha"}
+    if choice.implementation == "mha" and not has("sdpa"):
+        return set(kernels) <= {"softmax", "native_mha"}  # before SDPA its slow path is a plain softmax
+    return bool(kernels) and "softmax" not in kernels
+
+
+def picture(model: StableDiffusion):
+    """Two pictures of one prompt, int32 [2, 64, 64, 3].
+
+    Of 8 steps: after 4, bf16 with `original` itself was seen to move them to 23 dB, after 8 never below 40 dB.
+    """
+    return model.txt2img(
+        "a red star on a white background", steps=8, sampler="ddim", scale=4.0, seed=2, batch=2
+    ).images.int()
+
+
+def psnr(ours, theirs, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    return (20 * torch.log10(peak / (ours.double() - theirs.double()).pow(2).mean().sqrt())).item()

@@ -1,0 +1,102 @@
+"""Small random models in the layouts of the released files, for the tests of reading and converting."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+
+import torch
+
+from sd.checkpoint import layouts
+from sd.checkpoint.load import expected_shapes
+from sd.config.presets import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+
+UNET = {
+    "context_dim": 64,
+    "model_channels": 32,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (2, 1),
+    "norm_groups": 8,
+}
+AUTOENCODER = AutoencoderConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8)
+
+
+def small(kind: str = "openclip", layers: int = 2, **unet) -> ModelConfig:
+    """A model of SD2's kind (openclip) or SD1's (clip), in two levels."""
+    heads = {"num_head_channels": 8, "use_linear_in_transformer": True} if kind == "openclip" else {"num_heads": 4}
+    return ModelConfig(
+        f"small-{kind}",
+        UNetConfig(**{**UNET, **heads, **unet}),
+        TextConfig(kind, width=unet.get("context_dim", 64), layers=layers, vocab_size=50),
+        AUTOENCODER,
+    )
+
+
+def random_networks(config: ModelConfig, dtype=torch.float32, seed: int = 0) -> dict:
+    """{unet, autoencoder, text_encoder}: random weights under the names of the modules."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        network: {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        for network, shapes in expected_shapes(config).items()
+    }
+
+
+def original(config: ModelConfig, dtype=torch.float32, released: bool = True) -> dict:
+    """The same in the original layout; as a released file, with all that comes beside the weights that are used."""
+    state = layouts.join_networks(random_networks(config, dtype), config.text.kind)
+    if not released:
+        return state
+    generator = torch.Generator().manual_seed(1)
+    if config.text.kind == "openclip":
+        last = f"{layouts.OPENCLIP}transformer.resblocks."
+        first = layouts.with_prefix(state, f"{last}0.")
+        state.update({f"{last}{config.text.layers}.{name}": tensor * 2 for name, tensor in first.items()})
+        state[f"{layouts.OPENCLIP}text_projection"] = torch.randn(config.text.width, 8, generator=generator).to(dtype)
+        state[f"{layouts.OPENCLIP}logit_scale"] = torch.tensor(4.6)
+        state[f"{layouts.OPENCLIP}attn_mask"] = torch.zeros(77, 77)
+    else:
+        state[f"{layouts.CLIP}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    for name in (
+        "betas",
+        "alphas_cumprod",
+        "posterior_mean_coef2",
+        "sqrt_recipm1_alphas_cumprod",
+        "lvlb_weights",
+        "logvar",
+    ):
+        state[name] = torch.rand(1000, generator=generator)
+    state["model_ema.decay"] = torch.tensor(0.9999)
+    state["model_ema.num_updates"] = torch.tensor(7)
+    state["model_ema.diffusion_modelinput_blocks00weight"] = torch.rand(3, 3, generator=generator)
+    state["first_stage_model.loss.logvar"] = torch.zeros(())
+    return state
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether two state dicts have the same names, dtypes, shapes and bits."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+def write_pickle(path, data: bytes) -> None:
+    """A torch zip file around the pickle `data`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+
+
+class Calls:
+    """An object whose pickle calls `function(*args)` when an ordinary unpickler reads it."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def torch_file_calling(path, function, *args, protocol: int = 2, **how) -> None:
+    """A torch zip file whose state dict calls `function(*args)`."""
+    write_pickle(path, pickle.dumps({"state_dict": {"x": Calls(function, *args, **how)}}, protocol=protocol))

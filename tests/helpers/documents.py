@@ -1,0 +1,130 @@
+"""The documents as tests read them: fenced blocks with what a comment before them says, links, anchors, and a copy to run in."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELLS = ("bash", "sh", "console")
+# Why a block may be left out; what comes behind it is free.
+REASONS = ("needs a GPU", "needs a checkpoint", "needs a network", "needs a cluster", "takes minutes")
+COMMENTS = {
+    "not run": re.compile(rf"not run: (?P<reason>{'|'.join(REASONS)})\b.*"),
+    "run with": re.compile(r"run with (?P<arguments>-.*?): .+"),
+    "may exit": re.compile(r"may exit (?P<status>\d+): .+"),
+    "extra": re.compile(r"needs the extra (?P<extra>report)"),
+    "put into": re.compile(r"put into (?P<file>\S+) before `(?P<before>.+)`"),
+}
+EXTRAS = {"report": ("matplotlib", "plotly")}
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+COPIED = ("sd", "perf", "tests", "docs", "constraints", "conftest.py", "pyproject.toml", "README.md")
+PROGRAMS = {
+    "pytest": "pytest",
+    "txt2img": "sd.txt2img",
+    "img2img": "sd.img2img",
+    "sd-convert": "sd.convert",
+    "sd-perf": "perf",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. rule: a key of COMMENTS, `run` without a comment, None for a comment that means nothing."""
+
+    document: Path
+    line: int
+    language: str
+    text: str
+    rule: str | None
+    values: dict[str, str]
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages."""
+        return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+    def commands(self) -> list[str]:
+        """Lines of a shell's block that are commands; of a console those behind the $."""
+        lines = self.text.splitlines()
+        if self.language == "console":
+            lines = [line[2:] for line in lines if line.startswith("$ ")]
+        return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+    def script(self) -> str:
+        """What bash runs: it ends at the first command that fails, but for a status that is allowed."""
+        commands = self.commands()
+        if self.rule == "run with":
+            commands = [f"{command} {self.values['arguments']}" for command in commands]
+        if self.rule == "may exit":
+            commands = [f"{command} || [ $? -eq {self.values['status']} ]" for command in commands]
+        return "\n".join(["set -euo pipefail", *commands])
+
+
+def blocks(document: Path) -> list[Block]:
+    """The fenced blocks of a document, in order."""
+    text, found = document.read_text(encoding="utf-8"), []
+    for match in BLOCK.finditer(text):
+        rule, values = ("run", {}) if match["comment"] is None else (None, {})
+        for name, pattern in COMMENTS.items():
+            meant = pattern.fullmatch(match["comment"] or "")
+            if meant:
+                rule, values = name, meant.groupdict()
+        line = text.count("\n", 0, match.start("text"))
+        found.append(Block(document, line, match["language"], match["text"], rule, values))
+    return found
+
+
+def without_code(text: str) -> str:
+    """A document without its blocks and its `code`, in which nothing is a link."""
+    return re.sub(r"`[^`\n]*`", "", BLOCK.sub("", text))
+
+
+def links(document: Path) -> list[str]:
+    """The targets of all links and pictures."""
+    return re.findall(r"\]\(([^()\s]+)\)", without_code(document.read_text(encoding="utf-8")))
+
+
+def anchors(document: Path) -> set[str]:
+    """What can stand behind a # in a link, as GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """What the commands of the documents need, with an environment in which they find this Python."""
+    folder.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name)
+        else:
+            shutil.copy2(ROOT / name, folder / name)
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, module in {"python": "", **PROGRAMS}.items():
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {f"-m {module}" if module else ""} "$@"\n')
+        program.chmod(0o755)
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """In which the environment of the copy is active, and nothing is written outside of it."""
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    left_out = ("PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE", "USE_XFORMERS", "ATTN_PRECISION", "PYTEST_CURRENT_TEST")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return {
+        **kept,
+        "PATH": os.pathsep.join([str(folder / ".venv" / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": str(folder),
+        "TMPDIR": str(temporary),
+        "COLUMNS": "150",
+    }

@@ -1,0 +1,254 @@
+"""Inner `pytest` runs with the real perf.plugin.hooks and pytest-benchmark, on a synthetic machine that answers at once.
+
+`Machine` stands where `perf.session.run` starts processes: it answers the worker's protocol with seeded log-normal durations.
+`Inner` is a folder with one measured test in it, run by pytester in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import shutil
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rich._emoji_codes  # noqa: F401
+
+import perf.session.record  # noqa: F401 (what an inner run imports first, pytester takes out of sys.modules again after it)
+from perf.configurations.configuration import from_dict
+from perf.launch.process import ROOT
+from perf.machine.nvml import NoTelemetry
+from perf.machine.stack import torch_version
+from perf.worker.wire import WorkerError
+
+SEED = 20_240
+CONFTEST = 'pytest_plugins = ["perf.plugin"]\n'
+MEASURED = (ROOT / "perf" / "test_txt2img.py").read_text(encoding="utf-8")
+ONE = ("--attention=sdpa", "--steps=2")  # one configuration: tiny-sdpa-plms2-b1
+TWO = ("--attention=original", "--attention=sdpa", "--steps=2")
+SDPA, ORIGINAL = "tiny-sdpa-plms2-b1", "tiny-original-plms2-b1"
+
+
+class Machine:
+    """What a session starts as a process. Its fields are what a test makes of it.
+
+    slow: factor by configuration id, of the working tree alone; base_slow: of another commit's. offset: of the machine,
+    the anchor's too. noise: standard deviation of a round's log seconds. drift: what the anchor's gain by the session's
+    end. compile_seconds: of a first call with a cold cache. wrong: ids whose pictures are. refused: {id: (kind, message)} of
+    loads. interrupt_after: rounds until Ctrl-C.
+    """
+
+    def __init__(self, seed: int = SEED):
+        self.draw = random.Random(seed)
+        self.slow: dict[str, float] = {}
+        self.base_slow = 1.0
+        self.offset, self.noise, self.drift = 1.0, 0.0005, 0.0
+        self.compile_seconds, self.compiled = 2.0, set()
+        self.wrong: set[str] = set()
+        self.refused: dict[str, tuple[str, str]] = {}
+        self.interrupt_after: int | None = None
+        self.rounds = 0  # timed and warm-up rounds so far
+        self.opened: list = []  # the interpreter of every process
+
+    def __call__(self, interpreter) -> _Launch:
+        self.opened.append(interpreter)
+        return _Launch(self, interpreter)
+
+
+class _Launch:
+    """One synthetic process."""
+
+    pid = 0
+
+    def __init__(self, machine: Machine, interpreter):
+        self.machine, self.base = machine, interpreter.source != ROOT
+        self.configuration = None
+        self.factor = 1.0  # of this process alone
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
+        """The answer that perf.worker.server would give."""
+        return getattr(self, "_" + operation)(**arguments)
+
+    def _probe(self, device, clock, threads, optimise):
+        return {"uuid": None, "matmul_flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e10}
+
+    def _load(self, configuration, device, clock, threads, slowdown=0.0):
+        self.configuration, self.slowdown = from_dict(configuration), slowdown
+        refusal = self.machine.refused.get(self.configuration.id + ("@base" if self.base else ""))
+        if refusal:
+            raise WorkerError(*refusal)
+        facts = {"device": device, "torch": torch_version("__version__"), "threads": threads}
+        return {
+            "import_seconds": 1.0,
+            "load_seconds": 0.5,
+            "anchor": "synthetic-anchor-1",
+            "precision": self.configuration.precision,
+            "compiles": self.configuration.compile != "none",
+            "sd": "sd",
+            "facts": facts,
+            "pid": 1,
+        }
+
+    def _round(self, seed, check=None):
+        machine, configuration = self.machine, self.configuration
+        machine.rounds += 1
+        if machine.interrupt_after is not None and machine.rounds > machine.interrupt_after:
+            raise KeyboardInterrupt
+        factor = machine.base_slow if self.base else machine.slow.get(configuration.id, 1.0) * (1 + self.slowdown)
+        seconds = 0.2 * machine.offset * self.factor * factor * machine.draw.lognormvariate(0, machine.noise)
+        anchor = 0.01 * machine.offset * (1 + machine.drift * (machine.rounds > 8))
+        wrong = configuration.id in machine.wrong
+        cold = configuration.compile != "none" and configuration.id not in machine.compiled
+        machine.compiled.add(configuration.id)
+        return {
+            "started_unix_seconds": time.time(),
+            "seconds": seconds,
+            "wall_seconds": seconds + machine.compile_seconds * cold,
+            "device_seconds": None,
+            "anchor_seconds": anchor,
+            "stages": {"text": 0.1 * seconds, "unet": 0.7 * seconds, "vae": 0.2 * seconds},
+            "unet_calls": configuration.steps + 1,
+            "peak_bytes": {"allocated": None, "reserved": None, "rss": 300 << 20},
+            "image": {
+                "sha256": f"{seed:064x}",
+                "finite": True,
+                "constant": False,
+                "latent_relative_error": 0.5 if wrong and check else 1e-6,
+                "psnr_db": 20.0 if wrong and check else 80.0,
+            },
+            "kernels": {"unet": ["math"]},
+            "compile": {"graphs": int(configuration.compile != "none"), "graph_breaks": 0, "recompiles": 0},
+        }
+
+    def _write_reference(self, path):
+        Path(path).touch()
+        return {"path": path}
+
+
+class Inner:
+    """A folder with a conftest, an ini file and one measured test, `suite/test_measured.py`."""
+
+    def __init__(self, pytester, machine: Machine):
+        self.pytester, self.machine, self.path = pytester, machine, pytester.path
+        pytester.makeini(
+            "[pytest]\naddopts = --strict-markers -p no:cacheprovider -p no:hypothesispytest -p no:anyio -p no:cov\n"
+        )
+        pytester.makeconftest(CONFTEST)
+        (self.path / "suite").mkdir()
+        (self.path / "suite" / "test_measured.py").write_text(MEASURED, encoding="utf-8")
+
+    def run(self, *arguments, launches: int = 2, rounds: int = 2, what=ONE, plugins=()):
+        """Run pytest in this process with these arguments; `what` is measured."""
+        result = self.pytester.runpytest_inprocess(
+            *arguments, *what, f"--perf-launches={launches}", f"--perf-rounds={rounds}", plugins=plugins
+        )
+        self.output = result.stdout.str() + result.stderr.str() + f"\n(seed {SEED})"
+        return result
+
+    def says(self, *words: str) -> None:
+        """Assert that each of the words is in one line of the last output."""
+        lines = self.output.splitlines()
+        for wanted in words:
+            assert any(wanted in line for line in lines), f"nobody says {wanted!r}:\n{self.output}"
+
+    def silent(self, *words: str) -> None:
+        """Assert that none of the words is in the last output."""
+        assert not [unwanted for unwanted in words if unwanted in self.output], self.output
+
+    @property
+    def storage(self) -> Path:
+        """The folder of this machine's saved runs."""
+        (folder,) = (self.path / ".benchmarks").iterdir()
+        return folder
+
+    def saved(self, folder: Path | None = None) -> list[Path]:
+        """The saved runs, the oldest first."""
+        found = (folder or self.path).rglob("[0-9]*_*.json")
+        return sorted(found, key=lambda path: path.name)
+
+    def last(self) -> dict:
+        """The newest saved run."""
+        return json.loads(self.saved()[-1].read_text(encoding="utf-8"))
+
+    def store(self, sessions: int, offset: float = 0.03, **how) -> list[Path]:
+        """Save that many sessions of an unchanged tree: one measured, the others like it on better and worse days."""
+        how = {"what": ONE, "launches": 6, **how}
+        first = self.run("--benchmark-save=nightly", **how)
+        assert first.ret == 0, self.output
+        path, draw = self.saved()[-1], random.Random(SEED)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for number in range(1, sessions + 1):
+            made = another_day(document, number, draw.lognormvariate(0, offset), draw)
+            (path.parent / f"{number:04d}_nightly.json").write_text(json.dumps(made), encoding="utf-8")
+        self.machine.offset = draw.lognormvariate(0, offset)
+        return self.saved()
+
+
+def another_day(document: dict, number: int, offset: float, draw: random.Random) -> dict:
+    """The same session some days on: `offset` is the machine's, which the anchor has too; the code's own noise is 0.2 %."""
+    made = copy.deepcopy(document)
+    made["perf"]["started_unix_seconds"] += float(number) - 1000.0
+    for benchmark in made["benchmarks"]:
+        info, own = benchmark["extra_info"], offset * draw.lognormvariate(0, 0.002)
+        for launch in info["launches"]:
+            launch["round_seconds"] = [seconds * own for seconds in launch["round_seconds"]]
+        info["anchor"] = [[seconds * offset for seconds in launch] for launch in info["anchor"]]
+        data = [seconds for launch in info["launches"] for seconds in launch["round_seconds"]]
+        benchmark["stats"].update(data=data, median=statistics.median(data), min=min(data), max=max(data))
+    return made
+
+
+@pytest.fixture(name="machine")
+def machine_fixture() -> Machine:
+    """A quiet machine."""
+    return Machine()
+
+
+@pytest.fixture(name="inner")
+def inner_fixture(pytester, machine, monkeypatch, tmp_path) -> Inner:
+    """A folder to run pytest in, on the synthetic machine: a CPU, whatever this one has."""
+    frequencies = iter(range(1_000_000))  # the momentary one, which pytest-benchmark takes for another machine
+    monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
+    monkeypatch.setattr("perf.plugin.hooks.open_visible_device", lambda: NoTelemetry("a test"))
+    monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
+    monkeypatch.setattr(
+        "pytest_benchmark.plugin.get_cpu_info",  # the real one takes a second
+        lambda: {"brand_raw": "Synthetic CPU", "hz_actual": next(frequencies), "hz_actual_friendly": "1 GHz"},
+    )
+    for name in ("PYTEST_ADDOPTS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return Inner(pytester, machine)
+
+
+def fill_disk_for(monkeypatch, ending: str) -> None:
+    """From now on no file whose name ends so comes into being: the disk is full when it is to be renamed into place."""
+    replace = shutil.os.replace
+
+    def refuse(source, target, **options):
+        if str(target).endswith(ending):
+            raise OSError(28, "No space left on device", str(target))
+        return replace(source, target, **options)
+
+    monkeypatch.setattr("os.replace", refuse)
+
+
+def watched_by(monkeypatch, invalid, telemetry: dict | None = None) -> None:
+    """Every timed round is watched: invalid(n) is why the one tried as number n does not count, or None."""
+    tries = iter(range(1_000_000))
+
+    @contextlib.contextmanager
+    def watch(pid):
+        yield SimpleNamespace(telemetry=telemetry, invalid=invalid(next(tries)))
+
+    monkeypatch.setattr("perf.session.run.no_watch", watch)

@@ -1,0 +1,85 @@
+"""Small configurations of every kind that was released, and models of them with seeded weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sd import Optimisations, StableDiffusion
+from sd.config.presets import PRESETS, AutoencoderConfig, UNetConfig
+
+# Every head-count and projection variant at sizes that take milliseconds.
+UNETS = {
+    "sd1": UNetConfig(
+        context_dim=24,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 1),
+        num_heads=4,
+    ),
+    "sd1-full-topology": UNetConfig(context_dim=24, model_channels=32, channel_mult=(1, 1, 2, 2), num_heads=8),
+    "sd2": UNetConfig(
+        context_dim=32,
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=2,
+        attention_resolutions=(2, 1),
+        num_head_channels=16,
+        use_linear_in_transformer=True,
+    ),
+    "sd2-groups-of-8": UNetConfig(
+        context_dim=32,
+        model_channels=24,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 1),
+        num_head_channels=8,
+        use_linear_in_transformer=True,
+        norm_groups=8,
+    ),
+}
+AUTOENCODERS = {
+    "released-topology": AutoencoderConfig(channels=64, channel_mult=(1, 2, 4, 4)),
+    "tiny-topology": AutoencoderConfig(channels=16, channel_mult=(1, 2, 2, 3), num_res_blocks=1, norm_groups=8),
+}
+
+
+# The least that has every kind of block, for torch.compile, whose time goes with the number of kernels.
+SMALLEST = replace(
+    PRESETS["tiny"],
+    name="smallest",
+    unet=UNetConfig(
+        context_dim=32,
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=8,
+        use_linear_in_transformer=True,
+        norm_groups=8,
+    ),
+    autoencoder=AutoencoderConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=8),
+)
+
+
+def smallest(optimisations: Optimisations = Optimisations()) -> StableDiffusion:
+    """A model of SMALLEST with seeded random weights; its pictures are noise."""
+    return StableDiffusion.random(SMALLEST, optimisations=optimisations)
+
+
+def seeded(factory, config, seed: int = 0) -> nn.Module:
+    """The network of `config` in eval mode; norms and biases are random too, so that none of them can be forgotten."""
+    torch.manual_seed(seed)
+    module = factory(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return module
+
+
+def relative_error(ours, theirs) -> float:
+    """Norm of the difference over the norm."""
+    return ((ours - theirs).norm() / theirs.norm()).item()

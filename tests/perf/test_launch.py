@@ -1,0 +1,293 @@
+"""Whatever a worker process does, its launch comes back as an answer or as one WorkerError with one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from perf.launch import process as launcher
+from perf.launch.process import Interpreter, ProcessLaunch
+from perf.worker.wire import LONGEST_MESSAGE, WorkerError, read_answer
+
+FAKE = Path(__file__).parents[1] / "helpers" / "fake_worker.py"
+PROBE = {"device": "cpu", "threads": None}
+
+
+def command(**script) -> list[str]:
+    return [sys.executable, "-I", "-S", str(FAKE), json.dumps(script)]
+
+
+def at(operation: str = "probe", **mishap) -> list[str]:
+    return command(at=[{"op": operation, **mishap}])
+
+
+def failure(command: list[str], timeout_seconds: float = 20.0) -> WorkerError:
+    """The error that a start and one request end with; one clear line, whatever it is."""
+    with pytest.raises(WorkerError) as caught, ProcessLaunch(Interpreter(), command) as worker:
+        worker.ask("probe", timeout_seconds, **PROBE)
+    assert_clear(caught.value)
+    return caught.value
+
+
+def assert_clear(error: WorkerError) -> None:
+    message = str(error)
+    assert message and message.isprintable() and len(message) <= LONGEST_MESSAGE, repr(message)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    """No zombie, no living child and no open descriptor, whichever way a launch went."""
+
+    def left() -> tuple[set[str], list[str]]:
+        children = [
+            one.name
+            for one in Path("/proc").iterdir()
+            if one.name.isdigit() and (fields := stat_of(one.name)) and fields[1] == str(os.getpid())
+        ]
+        return {f"{fd}:{link}" for fd, link in descriptors()}, children
+
+    before, children = left()
+    yield
+    after, more = left()
+    assert after - before == set()
+    assert set(more) - set(children) == set()
+
+
+def descriptors():
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that listed them
+            yield fd, os.readlink(f"/proc/self/fd/{fd}")
+
+
+def stat_of(pid: str) -> list[str] | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def test_answers_come_in_order_and_the_worker_ends_with_the_context():
+    with ProcessLaunch(Interpreter(), command()) as worker:
+        for threads in range(20):
+            assert worker.ask("probe", 20.0, device="cpu", threads=threads)["threads"] == threads
+        pid = worker.pid
+    assert stat_of(str(pid)) is None
+    worker.close()  # again: nothing happens
+
+
+def test_an_error_is_an_answer_and_the_worker_goes_on():
+    with ProcessLaunch(
+        Interpreter(), at(nth=0, do="error", kind="unavailable", message="no\n such \x1b[31mthing")
+    ) as worker:
+        with pytest.raises(WorkerError, match=r"^no such thing$") as caught:
+            worker.ask("probe", 20.0, **PROBE)
+        assert caught.value.kind == "unavailable"
+        assert worker.ask("probe", 20.0, **PROBE)["torch"] == "fake"
+
+
+@pytest.mark.parametrize("operation", ["start", "probe"])
+@pytest.mark.parametrize(
+    "mishap, kind, said",
+    [
+        (
+            {"do": "signal", "number": 9},
+            "died",
+            "was ended by SIGKILL (if you did not do it, the system ran out of memory)",
+        ),
+        ({"do": "signal", "number": 11, "words": "\n"}, "died", "was ended by SIGSEGV"),
+        ({"do": "signal", "number": 40}, "died", "was ended by signal 40"),
+        ({"do": "exit", "status": 3}, "died", "ended with status 3"),
+        ({"do": "exit", "status": 0}, "died", "ended with status 0"),
+        (
+            {"do": "exit", "words": "Traceback\n  File\nRuntimeError: boom\n\n"},
+            "died",
+            "with status 3: RuntimeError: boom",
+        ),
+        ({"do": "exit", "words": "9 %\r" * 500 + "\x1b[31mError: red\x1b[0m\x07\n"}, "died", "status 3: Error: red"),
+        ({"do": "exit", "words": "x" * 100_000 + "\nlast"}, "died", "status 3: last"),
+        ({"do": "exit", "words": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "died", "status 3: "),
+        ({"do": "close", "then": 0.2}, "died", "ended with status 5: the last words"),
+        ({"do": "partial"}, "died", "was ended by SIGKILL"),
+        ({"do": "print", "text": "loading ...\n"}, "rubbish", "printed what is no answer: 'loading ...\\n'"),
+        ({"do": "print", "text": "\x00\xff\n"}, "rubbish", "printed what is no answer: '\\x00"),
+        ({"do": "print", "text": "\n"}, "rubbish", "printed what is no answer: '\\n'"),
+        ({"do": "print", "text": "[" * 9999 + "\n"}, "rubbish", "printed what is no answer: '[["),
+        ({"do": "print", "text": "9" * 9999 + "\n"}, "rubbish", "printed what is no answer: '99"),
+        ({"do": "print", "text": "spam ", "times": 1 << 20}, "rubbish", "printed what is no answer: 'spam spam"),
+        ({"do": "print", "text": '{"ok": {"seconds": NaN}}\n'}, "rubbish", "printed what is no answer"),
+        ({"do": "print", "text": '{"ok": 1}\n'}, "rubbish", "printed what is no answer"),
+        ({"do": "print", "text": '{"error": "x"}\n'}, "rubbish", "printed what is no answer"),
+        (
+            {"do": "print", "text": '{"error": {"kind": "new", "message": "x"}}\n'},
+            "rubbish",
+            "printed what is no answer",
+        ),
+    ],
+)
+def test_every_end_is_one_line(operation, mishap, kind, said):
+    error = failure(at(operation, **mishap))
+    assert (error.kind, said in str(error)) == (kind, True), str(error)
+
+
+def test_a_worker_that_hangs_is_ended_in_time():
+    begin = time.monotonic()
+    error = failure(at(do="hang"), timeout_seconds=0.3)
+    assert error.kind == "hung"
+    assert time.monotonic() - begin < 10
+
+
+def test_one_that_does_not_start_in_time_is_ended(monkeypatch):
+    monkeypatch.setattr(launcher, "START_SECONDS", 0.3)
+    assert failure(at("start", do="hang")).kind == "hung"
+
+
+def test_half_a_line_and_no_more_is_a_hang():
+    code = """import os, time; os.write(1, b'{"ok": {"protocol": 1}}\\n{"ok": '); time.sleep(600)"""
+    assert failure([sys.executable, "-I", "-S", "-c", code], timeout_seconds=0.3).kind == "hung"
+
+
+def test_half_a_line_and_an_answer_on_it_is_rubbish():
+    assert failure(at(do="print", text='{"ok": ')).kind == "rubbish"
+
+
+def test_one_that_closes_its_pipe_and_lives_on_is_ended(monkeypatch):
+    monkeypatch.setattr(launcher, "EXIT_SECONDS", 0.2)
+    error = failure(at(do="close"))
+    assert error.kind == "died"
+    assert "closed its pipe without ending" in str(error) and "SIGKILL" not in str(error)
+
+
+def test_what_is_said_unasked_is_not_taken_for_an_answer():
+    twice = '{"ok": {"torch": "another"}}\n'
+    with ProcessLaunch(Interpreter(), at(nth=0, do="print", text=twice)) as worker:
+        worker.ask("probe", 20.0, **PROBE)  # cannot be told from the right one, which now is one too many
+        deadline = time.monotonic() + 20
+        while worker._lines.empty() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        with pytest.raises(WorkerError, match="no answer") as caught:
+            worker.ask("probe", 20.0, **PROBE)
+    assert caught.value.kind == "rubbish"
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 2, "1", "x" * 5000])
+def test_another_protocol_is_refused(protocol):
+    error = failure(command(protocol=protocol))
+    assert error.kind == "rubbish"
+    assert "the worker speaks protocol" in str(error) and str(error).endswith("not 1") and len(str(error)) < 150
+
+
+@pytest.mark.parametrize("python", ["no-such-python", "/dev/null", str(FAKE.parent)])
+def test_what_cannot_be_started_is_named(python):
+    with pytest.raises(WorkerError) as caught:
+        ProcessLaunch(Interpreter(python))
+    assert_clear(caught.value)
+    assert caught.value.kind == "died"
+    assert str(caught.value).startswith(f"{python} cannot be started: ")
+
+
+def test_no_room_for_the_last_words_is_one_line(monkeypatch):
+    def full():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(launcher.tempfile, "TemporaryFile", full)
+    with pytest.raises(WorkerError, match="cannot be started: No usable temporary directory"):
+        ProcessLaunch(Interpreter(), command())
+
+
+def test_an_interpreter_that_is_not_python_says_what_it_said():
+    error = failure(["/bin/sh", "-c", "echo not python >&2; exit 2"])
+    assert str(error) == "the worker ended with status 2: not python"
+
+
+@pytest.mark.parametrize("how", ["context", "death"])
+def test_children_end_with_the_worker(how, monkeypatch):
+    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)
+    mishaps = [{"op": "probe", "nth": 0, "do": "child"}, {"op": "probe", "nth": 1, "do": "signal", "number": 9}]
+    with ProcessLaunch(Interpreter(), command(at=mishaps)) as worker:
+        child = worker.ask("probe", 20.0, **PROBE)["child"]
+        assert stat_of(str(child)) is not None
+        if how == "death":  # noticed though the child holds the pipe open
+            with pytest.raises(WorkerError, match="was ended by SIGKILL"):
+                worker.ask("probe", 20.0, **PROBE)
+    deadline = time.monotonic() + 10
+    while (fields := stat_of(str(child))) and fields[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not fields or fields[0] == "Z"  # ended; a zombie until whoever inherited it looks
+
+
+def test_a_worker_killed_between_requests_is_one_line():
+    with ProcessLaunch(Interpreter(), command()) as worker:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(WorkerError, match="was ended by SIGKILL"):
+            worker.ask("probe", 20.0, **PROBE)
+
+
+def test_a_request_that_meets_a_closed_pipe_is_one_line(monkeypatch):
+    with ProcessLaunch(Interpreter(), command()) as worker:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        worker._reader.join(20)
+        assert worker._lines.get() is None  # as if it had died a moment later: the write is what notices
+        with pytest.raises(WorkerError, match="was ended by SIGKILL"):
+            worker.ask("probe", 20.0, **PROBE)
+
+
+def test_killed_from_outside_at_random_moments():
+    """30 workers, in the middle of a request, of an answer, or between them."""
+    kills = 0
+    for seed in range(30):
+        draw = random.Random(seed)
+        answered = threading.Event()
+        delay = draw.choice([0.0, 0.005, 0.03, 0.06]) * draw.random()
+        try:
+            with ProcessLaunch(Interpreter(), command(sleep=0.001)) as worker:
+                killer = threading.Timer(delay, os.kill, (worker.pid, signal.SIGKILL))
+                killer.start()
+                try:
+                    for _ in range(100_000):
+                        worker.ask("round", 20.0, seed=1)
+                        answered.set()
+                finally:
+                    killer.join()
+        except WorkerError as error:
+            kills += 1
+            assert error.kind == "died", f"seed {seed}: {error}"
+            assert "was ended by SIGKILL" in str(error), f"seed {seed}: {error}"
+            assert_clear(error)
+    assert kills == 30
+
+
+def test_an_interrupt_leaves_no_process():
+    def interrupted():
+        with ProcessLaunch(Interpreter(), at(do="hang")) as worker:
+            pids.append(worker.pid)
+            raise KeyboardInterrupt
+
+    pids = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert stat_of(str(pids[0])) is None
+
+
+def test_the_environment_has_this_harness_behind_the_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    variables = Interpreter(source=tmp_path, environment=(("A", "1"),)).variables()
+    assert variables["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), str(launcher.ROOT), "mine"]
+    assert variables["A"] == "1"
+    assert Interpreter().variables()["PYTHONPATH"].split(os.pathsep) == [str(launcher.ROOT), "mine"]
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, {"ok": []}, {"error": {}}, {"error": {"kind": [], "message": ""}}])
+def test_what_is_no_answer(answer):
+    with pytest.raises(ValueError, match="no answer"):
+        read_answer(answer)

@@ -1,0 +1,78 @@
+"""Machine facts, from planted /proc and /sys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from perf.machine.facts import cpu_facts
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_cpu_facts(tmp_path):
+    plant(
+        tmp_path,
+        {
+            "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9654\n\nprocessor\t: 1\nmodel name\t: other\n",
+            "proc/loadavg": "1.50 0.35 0.21 1/87 5639\n",
+            "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 400 kB\nSwapTotal: 50 kB\nSwapFree: 20 kB\n",
+            "proc/stat": "cpu  10 0 20 60 5 0 0 5 3 0\ncpu0 1 1 1 1\n",
+            "proc/self/cgroup": "0::/docker/abc\n",
+            "sys/fs/cgroup/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/docker/cpu.max": "150000 100000\n",
+            "sys/fs/cgroup/docker/abc/cpu.max": "400000 100000\n",
+            "sys/fs/cgroup/docker/memory.max": f"{300 * 1024}\n",
+            "sys/fs/cgroup/docker/memory.current": f"{200 * 1024}\n",
+            "sys/fs/cgroup/docker/memory.stat": f"anon 5\ninactive_file {50 * 1024}\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor": "performance\n",
+            "sys/devices/system/clocksource/clocksource0/current_clocksource": "tsc\n",
+        },
+    )
+    facts = cpu_facts(tmp_path)
+    assert facts.name == "AMD EPYC 9654" and facts.load_average_1_minute == 1.5 and facts.clocksource == "tsc"
+    assert facts.governors == ("performance", "powersave")
+    assert facts.cgroup_cpus == 1.5  # the tightest of the groups above
+    assert facts.memory_bytes == 1000 * 1024 and facts.swap_used_bytes == 30 * 1024
+    assert facts.memory_available_bytes == 150 * 1024  # what the group leaves, file cache counted as free
+    assert (facts.jiffies, facts.steal_jiffies) == (100, 5)
+    assert facts.cores >= 1
+
+
+def test_cgroup_version_1_and_a_path_that_only_the_host_has(tmp_path):
+    plant(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/kubepods/x\n1:cpu,cpuacct:/kubepods/x\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1",
+            "proc/meminfo": "MemAvailable: 400 kB\n",
+        },
+    )
+    facts = cpu_facts(tmp_path)
+    assert facts.cgroup_cpus == 0.5
+    assert facts.memory_available_bytes == 400 * 1024
+
+
+@pytest.mark.parametrize("content", [None, "", "rubbish\n", "\x00\xff:"])
+def test_unreadable_machine_facts_are_none(tmp_path, content):
+    names = ["cpuinfo", "loadavg", "meminfo", "stat", "self/cgroup"]
+    plant(tmp_path, {} if content is None else {f"proc/{name}": content for name in names})
+    facts = replace(cpu_facts(tmp_path), name=None, cores=None)  # the interpreter has another source for these
+    assert facts == type(facts)()
+
+
+def test_no_cgroup_limit_is_none(tmp_path):
+    plant(tmp_path, {"proc/self/cgroup": "0::/\n1:cpu:/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"})
+    plant(tmp_path / "sys/fs/cgroup/cpu", {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"})
+    assert cpu_facts(tmp_path).cgroup_cpus is None

@@ -1,0 +1,330 @@
+"""`--benchmark-compare` end to end: every way in which pytest-benchmark alone loses a baseline in silence, and the verdicts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from inner_session import ONE, ORIGINAL, SDPA, TWO, fill_disk_for, inner_fixture, machine_fixture  # noqa: F401
+
+from perf.analysis.verdicts import ExitCode
+from perf.launch.process import Interpreter
+from perf.runs import saved_run
+
+STORED = 8
+
+
+def verdict(document: dict, id: str = SDPA) -> dict:
+    """The verdict on a configuration in a saved run."""
+    (found,) = (
+        one["extra_info"]["verdict"] for one in document["benchmarks"] if one["extra_info"]["configuration"]["id"] == id
+    )
+    return found
+
+
+# --- no baseline, or none that can be trusted
+
+
+@pytest.mark.parametrize("arguments", [(), ("-W", "error"), ("-q",)], ids=lambda given: "".join(given) or "plain")
+def test_no_baseline_is_said_and_measuring_goes_on(inner, arguments):
+    assert inner.run("--benchmark-compare", *arguments).ret == 0, inner.output
+    inner.says("perf: there is no baseline in", "save one with --benchmark-autosave", "fastest here: " + SDPA)
+
+
+@pytest.mark.parametrize("arguments", [("--benchmark-compare-fail=median:5%",), ("--perf-strict",)])
+def test_no_baseline_for_a_gate_is_an_error_before_anything_is_measured(inner, arguments):
+    assert inner.run("--benchmark-compare", *arguments).ret == ExitCode.REFUSED
+    inner.says("there is no baseline in", "save one with --benchmark-autosave")
+    assert inner.machine.rounds == 0
+
+
+@pytest.mark.parametrize("option", ["--benchmark-compare-fail=median:5%", "--perf-strict"])
+def test_a_gate_without_a_comparison_is_an_error(inner, option):
+    assert inner.run(option).ret == ExitCode.REFUSED
+    inner.says("needs --benchmark-compare: what should it be compared with?")
+    assert inner.machine.rounds == 0
+
+
+def _spoil(change):
+    def spoil(text: str) -> str:
+        document = json.loads(text)
+        change(document)
+        return json.dumps(document)
+
+    return spoil
+
+
+DAMAGE = {
+    "truncated": (lambda text: text[: len(text) // 2], "is not JSON"),
+    "empty": (lambda text: "", "is empty"),
+    "nan": (lambda text: text.replace('"median": 0.', '"median": NaN, "x": 0.', 1), "NaN is no number of JSON"),
+    "no machine_info": (_spoil(lambda document: document.pop("machine_info")), "machine_info is missing"),
+    "no rounds": (_spoil(lambda document: document["benchmarks"][0]["stats"].pop("data")), "has no rounds"),
+    "newer schema": (_spoil(lambda document: document["perf"].update(schema=2)), "this version reads 1"),
+    "other bytes": (lambda text: "\x00\x01" * 99, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_baseline_is_refused_by_name(inner, kind):
+    damage, reason = DAMAGE[kind]
+    assert inner.run("--benchmark-save=good").ret == 0
+    (path,) = inner.saved()
+    path.write_text(damage(path.read_text()))
+    assert inner.run("--benchmark-compare").ret == 0, inner.output
+    inner.says("there is no baseline in", f"{path.name}: ", reason)
+    inner.silent("INTERNALERROR", "(too_few_sessions)")
+    assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:5%").ret == ExitCode.REFUSED
+    assert inner.run("--benchmark-compare=0001").ret == ExitCode.REFUSED
+    inner.says(reason)
+
+
+def test_damaged_newest_falls_back_to_the_older_one_by_its_name(inner):
+    inner.store(2)
+    newest = inner.saved()[-1]
+    newest.write_text("")
+    assert inner.run("--benchmark-compare").ret == 0
+    inner.says(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (too_few_sessions)")
+
+
+@pytest.mark.parametrize("compare", ["suite", "suite/test_measured.py", "suite/test_measured.py::test_txt2img"])
+def test_compare_that_took_the_path(inner, compare):
+    assert inner.run("--benchmark-compare", compare).ret == ExitCode.REFUSED
+    inner.says(f"took '{compare}' for the name of a saved run", f"pytest {compare} --benchmark-compare")
+    assert inner.machine.rounds == 0
+
+
+@pytest.mark.parametrize("name", ["0042", "/no/such/run.json", "a**b", "[", "nothing*"])
+def test_named_run_that_is_not_there(inner, name):
+    assert inner.run(f"--benchmark-compare={name}").ret == ExitCode.REFUSED, inner.output
+    inner.says(f"--benchmark-compare={name}: no saved run in")
+    inner.silent("INTERNALERROR")
+
+
+def test_storage_that_cannot_be_listed(inner):
+    (inner.path / "file").write_text("")
+    assert inner.run("--benchmark-compare", "--benchmark-storage=file://file").ret == ExitCode.REFUSED
+    inner.says("cannot be listed")
+    assert inner.run("--benchmark-storage=file://file").ret == ExitCode.FAILED
+    inner.says("the journal cannot be written")
+
+
+# --- another machine, another place, another name
+
+
+def _elsewhere(path) -> None:
+    document = json.loads(path.read_text())
+    document["machine_info"]["stack"]["torch"] = "1.12.1"
+    path.write_text(json.dumps(document))
+
+
+def test_foreign_baseline(inner):
+    """By itself it is passed over and listed; named it is refused, and with --perf-foreign its verdicts say nothing."""
+    (path,) = inner.store(1)
+    _elsewhere(path)
+    assert inner.run("--benchmark-compare").ret == 0
+    inner.says("there is no baseline in", "0001_nightly.json: foreign: torch 1.12.1, here")
+    assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:5%").ret == ExitCode.REFUSED
+    assert inner.run("--benchmark-compare=0001").ret == ExitCode.REFUSED
+    inner.says("was measured elsewhere: torch 1.12.1, here", "--perf-foreign compares all the same")
+    inner.machine.slow[SDPA] = 2.0
+    assert inner.run("--benchmark-compare=0001", "--perf-foreign").ret == 0, inner.output
+    inner.says(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (foreign_machine)")
+
+
+def test_other_clock_or_threads_are_foreign(inner):
+    inner.store(1)
+    assert inner.run("--benchmark-compare", "--perf-clock=wall").ret == 0
+    inner.says("foreign: clock cpu, here wall; threads 1, here unknown")
+
+
+@pytest.mark.parametrize("scheme", ["file://", ""])
+def test_storage_outside_of_the_working_directory(inner, tmp_path_factory, scheme):
+    """Where pytest-benchmark alone ends by a traceback; a path without `file://` is a folder as well."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    storage = f"--benchmark-storage={scheme}{folder}"
+    assert inner.run("--benchmark-save=a", storage).ret == 0
+    assert len(inner.saved(folder)) == 1 and not inner.saved()
+    assert sorted(path.name for path in folder.iterdir() if path.name in ("journal", "references")) == [
+        "journal",
+        "references",
+    ]
+    assert inner.run("--benchmark-compare", storage).ret == 0, inner.output
+    inner.says(f"{SDPA}: INCONCLUSIVE", "against 0001_a (too_few_sessions)")
+    inner.silent("machine_info is different", "INTERNALERROR")
+
+
+def test_renamed_test_is_compared_by_its_configuration(inner):
+    inner.store(STORED)
+    test = inner.path / "suite" / "test_measured.py"
+    test.with_name("test_renamed.py").write_text(test.read_text().replace("test_txt2img", "test_other"))
+    test.unlink()
+    assert inner.run("--benchmark-compare", launches=6).ret == 0
+    inner.says(f"{SDPA}: SAME", "test_other", "(0008_nightly)", "(NOW)")
+    inner.machine.slow[SDPA] = 1.5
+    result = inner.run("--benchmark-compare=0001", "--benchmark-compare-fail=median:20%", launches=2)
+    assert result.ret == ExitCode.SLOWER, inner.output
+
+
+def test_run_from_the_folder_of_the_tests(inner, monkeypatch):
+    inner.store(STORED)
+    monkeypatch.chdir(inner.path / "suite")
+    inner.machine.slow[SDPA] = 1.05
+    assert inner.run(".", "--benchmark-compare", launches=6).ret == ExitCode.SLOWER, inner.output
+    inner.says(f"{SDPA}: SLOWER", "against 0008_nightly (beyond_margin)")
+    assert not (inner.path / "suite" / ".benchmarks").exists()
+
+
+# --- verdicts
+
+
+def test_unchanged_is_the_same(inner):
+    inner.store(STORED)
+    assert inner.run("--benchmark-compare", "--benchmark-save=now", launches=6).ret == 0, inner.output
+    inner.says(f"{SDPA}: SAME", "against 0008_nightly (within_margin)", "1 comparison(s), margin 1.0 %")
+    assert verdict(inner.last())["verdict"] == "SAME"
+    assert inner.last()["perf"]["regressed"] == []
+
+
+def test_slowdown_of_5_percent_is_found_in_the_same_words_everywhere(inner):
+    inner.store(STORED, what=TWO)
+    inner.machine.slow[SDPA] = 1.05
+    result = inner.run("--benchmark-compare", "--benchmark-save=now", "--junitxml=junit.xml", launches=6, what=TWO)
+    assert result.ret == ExitCode.SLOWER, inner.output
+    result.assert_outcomes(passed=1, failed=1)
+    found = verdict(inner.last())
+    assert (found["verdict"], found["reason"], found["against"]) == ("SLOWER", "beyond_margin", "0008_nightly")
+    assert found["ratio"]["estimate"] == pytest.approx(1.05, abs=0.01), inner.output
+    assert verdict(inner.last(), ORIGINAL)["verdict"] == "SAME"
+    words = str(next(one for one in saved_run.read(inner.saved()[-1]).benchmarks if one.id == SDPA).decision)
+    inner.says(f"{SDPA}: {words}")
+    suite = ElementTree.parse(inner.path / "junit.xml").getroot().find("testsuite")
+    assert (suite.get("failures"), suite.get("errors")) == ("1", "0")
+    case = next(one for one in suite.iter("testcase") if SDPA in one.get("name"))
+    assert [one.get("value") for one in case.iter("property")] == [words]
+    assert case.find("failure").get("message") == f"Failed: {SDPA}: {words}"
+
+
+def test_no_ratchet(inner):
+    """A regressed run is saved and marked, and the next run is compared with what was there before it."""
+    inner.store(STORED)
+    inner.machine.slow[SDPA] = 1.05
+    for _ in range(2):
+        result = inner.run("--benchmark-compare", "--benchmark-save=slow", launches=6)
+        assert result.ret == ExitCode.SLOWER, inner.output
+        inner.says("against 0008_nightly (beyond_margin)")
+        assert inner.last()["perf"]["regressed"] == [SDPA]
+    assert len(inner.saved()) == STORED + 2
+    inner.run("--benchmark-compare=0009")
+    inner.says(f"perf: the baseline 0009_slow.json is regressed: {SDPA}")
+
+
+def test_few_sessions_warn_only(inner):
+    inner.store(5)
+    inner.machine.slow[SDPA] = 1.5
+    assert inner.run("--benchmark-compare", launches=6).ret == 0
+    inner.says(f"{SDPA}: INCONCLUSIVE +", "(too_few_sessions)")
+
+
+def test_strict_exits_21_when_inconclusive(inner):
+    inner.store(2)
+    assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == ExitCode.INCONCLUSIVE
+    inner.says("(too_few_sessions)")
+
+
+def test_strict_exits_0_when_it_is_known(inner):
+    inner.store(STORED)
+    assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == 0, inner.output
+
+
+def test_anchor_drift_makes_the_session_invalid(inner):
+    inner.store(STORED)
+    inner.machine.drift, inner.machine.rounds = 0.05, 0
+    result = inner.run("--benchmark-compare", "--benchmark-save=now", launches=6)
+    assert result.ret == ExitCode.FAILED
+    inner.says("INVALID session: anchor_drift ", f"{SDPA}: INVALID (anchor_drift")
+    assert verdict(inner.last())["verdict"] == "INVALID"
+    assert inner.last()["perf"]["invalid"].startswith("anchor_drift ")
+    inner.machine.drift = 0.0
+    assert inner.run("--benchmark-compare", launches=6).ret == 0
+    inner.says("against 0008_nightly")
+
+
+def test_what_is_missing_and_what_is_new_is_listed(inner):
+    inner.store(1)
+    assert inner.run("--benchmark-compare", what=("--attention=mha", "--steps=2")).ret == 0
+    inner.says(f"not measured, though the baseline has it: {SDPA}", "new, without a baseline: tiny-mha-plms2-b1")
+
+
+def test_what_is_missing_fails_a_strict_run(inner):
+    """It may be missing because it cannot run any more; a run that -k narrowed misses the rest on purpose."""
+    both = ("--attention=mha", *ONE)
+    inner.store(STORED, what=both)
+    inner.machine.refused = {"tiny-mha-plms2-b1": ("unavailable", "not here")}
+    assert inner.run("--benchmark-compare", "--perf-strict", what=both, launches=6).ret == ExitCode.FAILED
+    inner.says("not measured, though the baseline has it: tiny-mha-plms2-b1")
+    assert inner.run("--benchmark-compare", what=both, launches=6).ret == 0
+    inner.machine.refused = {}
+    assert inner.run("--benchmark-compare", "--perf-strict", "-k", "sdpa", what=both, launches=6).ret == 0, inner.output
+
+
+def test_benchmarks_without_a_configuration_are_not_missing(inner):
+    """Beside the configurations `pytest perf` has benchmarks of the harness, which no session measures."""
+    inner.store(STORED)
+    for path in inner.saved():
+        document = json.loads(path.read_text())
+        document["benchmarks"].append({**document["benchmarks"][0], "name": "test_clock", "fullname": "test_clock"})
+        document["benchmarks"][-1]["extra_info"] = {}
+        path.write_text(json.dumps(document))
+    assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == 0, inner.output
+    inner.silent("though the baseline has it")
+
+
+# --- saving
+
+
+def test_full_disk_when_the_run_is_saved(inner, monkeypatch):
+    fill_disk_for(monkeypatch, ".json")
+    assert inner.run("--benchmark-save=a").ret == ExitCode.FAILED
+    inner.says("the run was not saved: ", "No space left on device")
+    inner.silent("Traceback", "INTERNALERROR")
+    assert not inner.saved()
+    (journal,) = inner.storage.glob("journal/*.jsonl")
+    assert json.loads(journal.read_text().splitlines()[-1])["event"] == "end"
+    monkeypatch.undo()
+
+
+def test_full_disk_comes_before_slower(inner, monkeypatch):
+    inner.store(STORED)
+    inner.machine.slow[SDPA] = 1.05
+    fill_disk_for(monkeypatch, "_now.json")
+    result = inner.run("--benchmark-compare", "--benchmark-save=now", launches=6)
+    assert result.ret == ExitCode.FAILED
+    inner.says(f"{SDPA}: SLOWER", "the run was not saved: ")
+
+
+def test_benchmark_json_that_cannot_be_written_does_not_lose_the_save(inner):
+    (inner.path / "file").write_text("")
+    assert inner.run("--benchmark-save=a", "--benchmark-json=file/out.json").ret == ExitCode.FAILED
+    inner.says("file/out.json was not written: ")
+    inner.silent("Traceback", "INTERNALERROR")
+    assert len(inner.saved()) == 1
+
+
+def test_benchmark_json_is_the_saved_run(inner):
+    assert inner.run("--benchmark-save=a", "--benchmark-json=out.json").ret == 0
+    written = json.loads((inner.path / "out.json").read_text())
+    assert (written["benchmarks"], written["perf"]) == (inner.last()["benchmarks"], inner.last()["perf"])
+    assert saved_run.read(inner.path / "out.json").by_id.keys() == {SDPA}
+
+
+def test_saved_runs_are_read_by_pytest_benchmark_itself(inner):
+    inner.store(2)
+    command = [sys.executable, "-m", "pytest_benchmark", "--storage", f"file://{inner.storage}", "compare", "--csv"]
+    environment = Interpreter().variables()  # it loads the conftest there, and with it perf.plugin.hooks
+    done = subprocess.run(command, capture_output=True, text=True, cwd=inner.path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"test_txt2img[{SDPA}] (0001_nightly)" in done.stdout and "(0002_nightly)" in done.stdout

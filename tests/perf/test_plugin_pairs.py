@@ -1,0 +1,112 @@
+"""Two labels in one session, end to end: --perf-aa, this machine's own noise, and --perf-against, the pull-request gate."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from inner_session import SDPA, SEED, TWO, Machine, inner_fixture, machine_fixture  # noqa: F401
+
+from perf.analysis.verdicts import ExitCode
+from perf.launch.process import Interpreter
+from perf.runs import saved_run
+
+
+def test_aa_saves_the_noise_and_the_next_comparison_uses_it(inner):
+    inner.machine.noise = 0.1
+    inner.run("--perf-aa", launches=6, what=TWO)
+    document = inner.last()
+    assert inner.saved()[-1].name.endswith("_aa.json")
+    ratios = document["perf"]["aa"]["ratios"]
+    assert len(ratios) == 2 and document["perf"]["regressed"] == []
+    noise = max(abs(ratio - 1) for ratio in ratios)
+    assert document["perf"]["aa"]["p95"] == pytest.approx(noise) and noise > 0.01, f"seed {SEED}"
+    paired = document["benchmarks"][0]["extra_info"]["paired"]
+    assert paired["variant"] == "aa" and len(paired["launches"]) == 6
+    inner.run("--benchmark-compare", launches=6, what=TWO)
+    inner.says(f"comparison(s), margin {100 * noise:.1f} %")
+    inner.run("--perf-aa", launches=6, what=TWO)
+    inner.says(f"comparison(s), margin {100 * noise:.1f} %")
+
+
+def test_aa_of_a_quiet_machine_is_the_same(inner):
+    assert inner.run("--perf-aa", launches=6).ret == 0, inner.output
+    inner.says(f"{SDPA}: SAME", "against itself (within_margin)")
+
+
+def test_aa_that_cries_wolf_is_noise_and_no_regression(inner, monkeypatch):
+    """Its ratios make the margin, so that the run must stay a candidate."""
+    ask, calls = Machine.__call__, iter(range(1000))
+
+    def second_label_is_faster(machine, interpreter):
+        launch = ask(machine, interpreter)
+        launch.factor = 1.0 if next(calls) % 4 in (2, 1) else 0.9
+        return launch
+
+    monkeypatch.setattr(Machine, "__call__", second_label_is_faster)
+    result = inner.run("--perf-aa", launches=6)
+    assert result.ret == ExitCode.SLOWER, inner.output
+    assert inner.last()["perf"]["regressed"] == []
+    assert saved_run.read(inner.saved()[-1]).why_no_candidate is None
+
+
+@pytest.fixture
+def other_commit(monkeypatch, inner):
+    """A commit `v1` of another folder, without git."""
+
+    class Folder:
+        def cleanup(self):
+            self.gone = True
+
+    folder = Folder()
+    found = ("0123456789ab", Interpreter(sys.executable, inner.path), folder)
+    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root: found)
+    return folder
+
+
+def test_against_a_faster_commit(inner, other_commit):
+    inner.machine.base_slow = 1 / 1.05
+    result = inner.run("--perf-against=v1", "--benchmark-save=a", launches=6)
+    assert result.ret == ExitCode.SLOWER, inner.output
+    inner.says(f"{SDPA}: SLOWER +5.", "against 0123456789ab (beyond_margin)")
+    assert other_commit.gone
+    perf = inner.last()["perf"]
+    assert (perf["against"], perf["regressed"]) == ("0123456789ab", [SDPA])
+    paired = inner.last()["benchmarks"][0]["extra_info"]["paired"]
+    assert (paired["variant"], paired["name"]) == ("base", "0123456789ab")
+
+
+def test_against_the_same_commit(inner, other_commit):
+    assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
+    inner.says(f"{SDPA}: SAME")
+
+
+def test_against_doubles_what_is_undecided(inner, other_commit):
+    inner.machine.base_slow, inner.machine.noise = 1 / 1.015, 0.06
+    inner.run("--perf-against=v1", launches=6)
+    inner.says("perf: undecided after 6 launches, doubling them")
+
+
+def test_against_a_commit_that_cannot_be_measured_is_a_failure(inner, other_commit):
+    """The gate was asked and has no answer."""
+    inner.machine.refused = {f"{SDPA}@base": ("usage", "attention 'sdpa': choose from original, mha")}
+    assert inner.run("--perf-against=v1", launches=6).ret == ExitCode.FAILED
+    inner.says(f"INVALID {SDPA}@base: usage: attention 'sdpa': choose from")
+
+
+def test_against_uses_the_stored_noise(inner, other_commit):
+    inner.store(1)
+    path = inner.saved()[-1]
+    document = json.loads(path.read_text())
+    document["perf"]["aa"] = {"comparisons": 1, "p95": 0.04, "ratios": [1.04]}
+    path.write_text(json.dumps(document))
+    inner.machine.base_slow = 1 / 1.03
+    assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
+    inner.says("margin 4.0 %")
+
+
+def test_injected_slowdown_makes_no_baseline(inner):
+    assert inner.run("--perf-inject-slowdown=0.05", "--benchmark-save=a").ret == 0
+    assert inner.last()["perf"]["partial"] == "slowed down on purpose"
+    assert inner.last()["perf"]["injected_slowdown"] == 0.05

@@ -1,0 +1,104 @@
+"""Going on gives what would have been measured without a break, and only with the plan that it was begun with."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+from protocol_bench import THREE, WRONG, A, B, Bench, C, Stopped, result, wrong
+
+from perf.configurations.configuration import Configuration
+from perf.session.measurements import Measurements
+from perf.session.plan import Plan, Slot
+
+
+def _cases():
+    plan = Plan((*THREE[:2], Slot(A, "aa")), launches=3, rounds=2)
+    bad = {(A.id, 0, 1): 2, (B.id, 1, 1001): 9, (f"{A.id}@aa", 2, 1001): 4}
+    return {
+        "plain": (plan, {"noise": 0.01}, {}),
+        "invalid rounds": (plan, {"noise": 0.01}, bad),
+        "a wrong picture": (plan, wrong(WRONG["constant"], seed=1001), {}),
+        "side by side": (dataclasses.replace(plan, side_by_side=True), {"noise": 0.01}, bad),
+        "unavailable": (plan, {"at": [{"op": "load", "id": B.id, "do": "error", "kind": "unavailable"}]}, {}),
+    }
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_going_on_gives_what_no_break_gives(case):
+    """Cut after every event; and 30 times at random moments again and again, until it is whole."""
+    plan, script, bad = _cases()[case]
+    whole = Bench(plan, script, bad=bad)
+    expected = result(whole.run())
+    assert result(Measurements(plan, whole.events)) == expected
+    again = Bench(plan, script, whole.events, bad)
+    again.run()
+    assert again.turns == [] and again.asked == []  # nothing is measured twice
+    for cut in range(len(whole.events) + 1):
+        assert result(Bench(plan, script, whole.events[:cut], bad).run()) == expected, f"cut after {cut} events"
+    for seed in range(30):
+        draw, events, finished = random.Random(seed), [], False
+        while not finished:
+            bench = Bench(plan, script, events, bad, kill_after=len(events) + draw.randrange(3, 12))
+            try:
+                measurements = bench.run()
+                finished = True
+            except Stopped:
+                pass
+            events = bench.events
+        assert result(measurements) == expected, f"seed {seed}"
+
+
+def test_a_doubled_plan_goes_on_with_the_undecided_alone():
+    slots = (Slot(A), Slot(A, "base"), Slot(B), Slot(B, "base"))
+    plan = Plan(slots, launches=3, rounds=1)
+    bench = Bench(plan)
+    bench.run()
+    doubled = plan.doubled([B.id])
+    assert [slot.name for slot in doubled.slots] == [B.id, f"{B.id}@base"]
+    assert (doubled.launches, doubled.rounds) == (6, 1)
+    bench.turns.clear()
+    measurements = bench.run(doubled, first=3)
+    names = [B.id, f"{B.id}@base"]
+    assert bench.turns == [
+        (launch, name) for launch in (3, 4, 5) for name in (names if launch % 2 == 0 else names[::-1])
+    ]
+    assert sorted(measurements.by_name[B.id].launches) == [0, 1, 2, 3, 4, 5]
+    assert sorted(measurements.by_name[A.id].launches) == [0, 1, 2]
+    assert result(Measurements(plan, bench.events)) == result(measurements)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slot": "another"},
+        {"slot": None},
+        {"launch": -1},
+        {"launch": 4},  # twice the launches, when undecided, and no more
+        {"launch": "0"},
+        {"launch": 1},  # which was not loaded
+    ],
+)
+def test_events_of_another_plan_are_refused(change):
+    plan = Plan(THREE, launches=2, rounds=1)
+    bench = Bench(plan)
+    bench.run()
+    events = [event for event in bench.events if event["launch"] == 0]
+    with pytest.raises(ValueError, match=r"no slot of this plan|never loaded"):
+        Measurements(plan, [*events, {**events[1], **change}])
+
+
+def test_a_plan_agrees_with_itself_alone():
+    plan = Plan(THREE, launches=2, rounds=1)
+    same_name = Configuration(attention="original", steps=2, prompt="Another photo")
+    others = [
+        Plan(THREE[:2], 2, 1),
+        Plan(THREE[::-1], 2, 1),
+        Plan(THREE, 3, 1),
+        Plan(THREE, 2, 2),
+        Plan((*THREE[:2], Slot(C, "aa")), 2, 1),
+        Plan((Slot(same_name), *THREE[1:]), 2, 1),
+    ]
+    assert same_name.id == A.id
+    assert all(other.as_dict() != plan.as_dict() for other in others)

@@ -1,0 +1,240 @@
+"""The order of turns, and what is kept of each round."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+from fake_worker import Fake
+from protocol_bench import THREE, WRONG, A, Asked, B, Bench, C, result, seeds, wrong
+
+from perf.configurations.configuration import Configuration
+from perf.session.measurements import PASSING, RETRIES, Measurements, paired_medians
+from perf.session.plan import ROUND_APART, WARM_UP, Plan, Slot
+
+
+def test_turns_are_mirrored_every_other_launch():
+    bench = Bench(Plan(THREE, launches=3, rounds=2))
+    measurements = bench.run()
+    a, b, c = (slot.name for slot in THREE)
+    assert bench.turns == [(0, a), (0, b), (0, c), (1, c), (1, b), (1, a), (2, a), (2, b), (2, c)]
+    assert [len(measurements.by_name[name].rounds()) for name in (a, b, c)] == [6, 6, 6]
+    assert measurements.counts() == (0, 18)
+
+
+def test_side_by_side_the_variants_of_a_configuration_take_turns_round_by_round():
+    slots = (Slot(A), Slot(A, "aa"), Slot(B), Slot(B, "aa"))
+    bench = Bench(Plan(slots, launches=2, rounds=3, side_by_side=True))
+    alive = []
+    opened = bench.open
+
+    @contextlib.contextmanager
+    def counting(slot):
+        alive.append(slot.name)
+        with opened(slot) as worker:
+            yield worker
+        alive.remove(slot.name)
+
+    bench.open = counting
+    asked = []
+    bench.watch = lambda pid: contextlib.nullcontext(SimpleNamespace(telemetry=None, invalid=None))
+    bench.write = lambda event, content, keep=bench.write: (
+        asked.append((sorted(alive), content)),
+        keep(event, content),
+    )
+    measurements = bench.run()
+    a, aa, b, bb = (slot.name for slot in slots)
+    assert bench.turns == [(0, a), (0, aa), (0, b), (0, bb), (1, bb), (1, b), (1, aa), (1, a)]
+    timed = [name for name, launch, seed in bench.asked if launch == 0 and seed < ROUND_APART * WARM_UP]
+    assert timed == [aa, a, a, aa, aa, a, bb, b, b, bb, bb, b]
+    seeds_of_a = [seed for name, launch, seed in bench.asked if (name, launch) == (a, 0)]
+    assert seeds_of_a[1:] == seeds(3)
+    assert all(set(names) <= {a, aa} or set(names) <= {b, bb} for names, _ in asked)
+    assert alive == []
+    assert [len(measurements.by_name[slot.name].rounds()) for slot in slots] == [6] * 4
+
+
+@pytest.mark.parametrize("operation", ["load", "round"])
+def test_side_by_side_a_failure_leaves_the_other_one(operation):
+    slots = (Slot(A), Slot(A, "base"))
+    bench = Bench(
+        Plan(slots, launches=2, rounds=3, side_by_side=True), errors={(f"{A.id}@base", 0): (operation, "died")}
+    )
+    measurements = bench.run()
+    assert measurements.by_name[f"{A.id}@base"].failure == ("died", "so the test says")
+    assert len(measurements.by_name[A.id].rounds()) == 6
+    assert len(Bench(bench.plan, events=bench.events).run().by_name[f"{A.id}@base"].rounds()) == 6
+
+
+def test_a_launch_is_a_load_a_warm_up_and_rounds_with_latents_of_their_own():
+    bench = Bench(Plan(THREE[:1], launches=2, rounds=3))
+    measured = bench.run().by_name[A.id]
+    warm_up = 1 + ROUND_APART * WARM_UP
+    assert [seed for _, launch, seed in bench.asked if launch == 1] == [warm_up, *seeds(3)]
+    assert [event["event"] for event in bench.events] == 2 * ["load", "round", "round", "round", "round"]
+    assert [event["round"] for event in bench.events[1:5]] == [None, 0, 1, 2]
+    first = bench.events[1]["answer"]["wall_seconds"]
+    assert measured.launches[0].first_call_seconds == first
+    assert first not in [one["seconds"] for one in measured.launches[0].rounds]
+
+
+@pytest.mark.parametrize("times", range(RETRIES + 2))
+def test_an_invalid_round_is_repeated_and_then_kept_as_invalid(times):
+    plan = Plan(THREE[:1], launches=1, rounds=3)
+    bench = Bench(plan, bad={(A.id, 0, seeds(3)[1]): times})
+    measurements = bench.run()
+    launch = measurements.by_name[A.id].launches[0]
+    stayed = times > RETRIES
+    assert [seed for _, _, seed in bench.asked].count(seeds(3)[1]) == min(times, RETRIES) + 1
+    assert [one["round"] for one in launch.rounds] == [0, 1, 2]
+    assert [one["invalid"] for one in launch.rounds] == [None, "throttled" if stayed else None, None]
+    assert len(launch.valid()) == 3 - stayed
+    assert measurements.counts() == (min(times, RETRIES + 1), min(times, RETRIES + 1) + 3 - stayed)
+
+
+def test_more_than_a_fifth_invalid_is_an_invalid_session():
+    plan = Plan(THREE[:1], launches=1, rounds=8)
+    of_ten = Bench(plan, bad=dict.fromkeys([(A.id, 0, seed) for seed in seeds(2)], 1)).run()
+    assert (of_ten.counts(), of_ten.invalid()) == ((2, 10), None)
+    of_eleven = Bench(plan, bad=dict.fromkeys([(A.id, 0, seed) for seed in seeds(3)], 1)).run()
+    assert of_eleven.counts() == (3, 11)
+    assert of_eleven.invalid() == "invalid_rounds 27 %, 20 % allowed"
+    nothing = Bench(Plan(THREE[:1], launches=1, rounds=1), bad={(A.id, 0, 1): 99}).run()
+    assert nothing.by_name[A.id].median(0) is None
+    assert nothing.invalid() == "invalid_rounds 100 %, 20 % allowed"
+
+
+def drifting(factors, rounds: int = 1, slots=THREE, anchors=None) -> Measurements:
+    """A session in which launch n has its anchor multiplied by factors[n]."""
+    plan = Plan(slots, launches=len(factors), rounds=rounds)
+    bench = Bench(plan)
+    bench.run()
+    for event in bench.events:
+        if event["event"] == "round":
+            own = (anchors or {}).get(event["slot"], 0.001)
+            event["answer"]["anchor_seconds"] = own * factors[event["launch"]]
+    return Measurements(plan, bench.events)
+
+
+@pytest.mark.parametrize(
+    "factors, drift",
+    [
+        ([1, 1, 1], 0.0),
+        ([1, 1, 1.029], 0.029),
+        ([1.031, 1, 1], 0.031),
+        ([1, 0.96, 1], 0.04),
+        ([1, 1, 0.9], 0.1),
+        ([1] * 8 + [1.5], 0.0),  # a moment is no drift: medians
+    ],
+)
+def test_an_anchor_that_moved_makes_the_session_invalid(factors, drift):
+    measurements = drifting(factors)
+    assert measurements.drift() == pytest.approx(drift, abs=1e-9)
+    said = measurements.invalid()
+    assert (said is not None) == (drift > 0.03)
+    assert drifting([1, 2], slots=THREE[:1]).drift() is None  # too few rounds
+    assert said is None or said == f"anchor_drift {100 * drift:.1f} %, 3 % allowed"
+
+
+def test_another_interpreter_with_another_anchor_is_no_drift():
+    """Which part of the session each has is chance, and all of it in a doubled plan's second half."""
+    old = Configuration(attention="original", steps=2, interpreter="torch112")
+    for slots in ((A, old), (A, B, old), (old, A, B)):
+        for rounds in (1, 2, 3, 5):
+            measured = drifting([1] * 6, rounds, tuple(map(Slot, slots)), {old.id: 0.0015})
+            assert measured.drift() == pytest.approx(0, abs=1e-12), (slots, rounds)
+    moved = drifting([1, 1, 1.05], 3, (Slot(A), Slot(old)), {old.id: 0.0015})
+    assert moved.drift() == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "kind", ["died", "hung", "rubbish", "failed", "out_of_memory", "unavailable", "usage", "bad_image"]
+)
+@pytest.mark.parametrize("operation", ["load", "round"])
+def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
+    plan = Plan(THREE, launches=3, rounds=2)
+    bench = Bench(plan, errors={(B.id, 1): (operation, kind)})
+    measurements = bench.run()
+    assert measurements.by_name[B.id].failure == (kind, "so the test says")
+    assert [len(measurements.by_name[one.id].rounds()) for one in (A, B, C)] == [6, 2, 6]
+    assert (2, B.id) not in bench.turns
+    again = Bench(plan, events=bench.events)
+    resumed = again.run()
+    if kind in PASSING:  # may not happen again
+        assert resumed.by_name[B.id].failure is None
+        assert len(resumed.by_name[B.id].rounds()) == 6
+        assert again.turns == [(1, B.id), (2, B.id)]
+    else:
+        assert resumed.by_name[B.id].failure == (kind, "so the test says")
+        assert again.turns == []
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_a_wrong_picture_stops_that_slot_only_and_stays_wrong(code):
+    plan = Plan(THREE, launches=2, rounds=2)
+    bench = Bench(plan, wrong(WRONG[code]))
+    measurements = bench.run()
+    kind, message = measurements.by_name[B.id].failure
+    assert kind == "wrong_picture" and message.startswith(f"{code}: ")
+    assert [len(measurements.by_name[one.id].rounds()) for one in (A, C)] == [4, 4]
+    assert bench.turns.count((1, B.id)) == 0
+    resumed = Bench(plan, events=bench.events).run()  # even by a worker that would be right now
+    assert resumed.by_name[B.id].failure == (kind, message)
+
+
+def test_what_is_approximate_may_be_another_picture():
+    one = Configuration(optimise="token_merging")
+    changed = {"latent_relative_error": 0.5, "psnr_db": 10.0}
+    plan = Plan((Slot(one),), launches=1, rounds=2)
+    assert Bench(plan, wrong(changed, one.id)).run().by_name[one.id].failure is None
+    equal = Bench(plan, wrong({"latent_relative_error": 0.0}, one.id)).run()
+    assert equal.by_name[one.id].failure[1].startswith("suspiciously_equal: ")
+
+
+def test_launches_are_paired_by_number():
+    """Where each side lacks another launch, what is left is still of the same moments."""
+    plan = Plan((Slot(A), Slot(B)), launches=3, rounds=1)
+    measurements = Bench(plan).run()
+    one, other = (measurements.by_name[name] for name in (A.id, B.id))
+    assert [len(medians) for medians in paired_medians(one, other)] == [3, 3]
+    one.launches[0].rounds[0]["invalid"] = "shared"
+    del other.launches[2]
+    assert paired_medians(one, other) == ([one.median(1)], [other.median(1)])
+
+
+def test_a_wrong_picture_stays_wrong_when_the_runner_is_killed_at_once():
+    plan = Plan(THREE[1:2], launches=1, rounds=2)
+    whole = Bench(plan, wrong(WRONG["constant"], seed=1))
+    expected = result(whole.run())
+    assert expected["slots"][B.id]["failure"][0] == "wrong_picture"
+    assert [event["event"] for event in whole.events] == ["load", "round", "round"]  # nothing comes after the picture
+    for cut in range(len(whole.events) + 1):
+        assert result(Bench(plan, whole.script, whole.events[:cut]).run()) == expected, cut
+
+
+def test_a_cached_output_is_noticed_in_any_round_but_not_in_a_repetition():
+    plan = Plan(THREE[1:2], launches=1, rounds=3)
+    repeated = {"sha256": "7" * 64}
+    script = wrong(repeated, nth=1)
+    assert Bench(plan, script).run().by_name[B.id].failure is None
+    script["at"].append({**script["at"][0], "nth": 3})
+    assert Bench(plan, script).run().by_name[B.id].failure[1].startswith("repeated_output: ")
+    assert Bench(plan, bad={(B.id, 0, seeds(2)[1]): 2}).run().by_name[B.id].failure is None
+    text = Configuration(workload="text")  # whose input is the same in every round
+    plan = Plan((Slot(text),), launches=1, rounds=3)
+    assert Bench(plan, wrong(repeated, text.id)).run().by_name[text.id].failure is None
+
+
+def test_only_the_first_round_of_a_launch_is_compared_and_all_requests_have_their_limit():
+    asked = []
+
+    class Recording(Asked):
+        def ask(self, operation, timeout_seconds, **arguments):
+            asked.append((operation, timeout_seconds, "check" in arguments and arguments["check"] is not None))
+            return super().ask(operation, timeout_seconds, **arguments)
+
+    bench = Bench(Plan(THREE[:1], launches=1, rounds=2))
+    bench.open = lambda slot: contextlib.nullcontext(Recording(bench, slot, 0, Fake({})))
+    bench.run()
+    assert asked == [("load", 1, False), ("round", 2, False), ("round", 3, True), ("round", 3, False)]

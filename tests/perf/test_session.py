@@ -1,0 +1,393 @@
+"""Whole sessions, with a worker that measures nothing: what is kept, refused, gone on with and survived."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_worker import SessionRunner
+
+from perf.analysis.verdicts import Verdict
+from perf.configurations.configuration import Configuration
+from perf.launch.process import ROOT, Interpreter
+from perf.session import journal
+from perf.session.lock import DeviceBusy, DeviceLock
+from perf.session.measurements import RETRIES
+from perf.session.plan import Slot
+from perf.session.run import judge_pairs, run
+from perf.session.runner import Limits
+from perf.session.settings import SessionError, Settings
+from perf.session.workers import Launches
+
+FAKE = Path(__file__).parents[1] / "helpers" / "fake_worker.py"
+A = Configuration(attention="original", steps=2)
+B = Configuration(attention="mha", steps=2)
+KILLS = 50
+LIMITS = Limits(load=20, first_round=20, round=20)
+
+
+def command_of(script: dict) -> list[str]:
+    return [sys.executable, "-I", "-S", str(FAKE), json.dumps(script)]
+
+
+def summary(session) -> dict:
+    """What was measured, but for the times of day."""
+    by_name = session.measurements.by_name
+    return {
+        "seconds": {
+            name: {str(n): [one["seconds"] for one in launch.rounds] for n, launch in sorted(measured.launches.items())}
+            for name, measured in by_name.items()
+        },
+        "failures": {name: measured.failure for name, measured in by_name.items()},
+        "unchecked": session.unchecked,
+        "interrupted": session.interrupted,
+        "invalid": session.measurements.invalid(),
+    }
+
+
+def test_what_one_configuration_compiled_does_not_warm_another(tmp_path):
+    """They have kernels in common; whoever keeps a cache wants one for all."""
+
+    def caches(settings: Settings) -> list[str]:
+        launches = Launches(settings, str(tmp_path))
+        found = [dict(launches.interpreter(Slot(one)).environment) for one in (A, B, A)]
+        assert all(Path(one["TRITON_CACHE_DIR"]).parent == Path(one["TORCHINDUCTOR_CACHE_DIR"]) for one in found)
+        return [one["TORCHINDUCTOR_CACHE_DIR"] for one in found]
+
+    first, other, again = caches(Settings("cpu", tmp_path))
+    assert first == again != other and Path(first).parent == Path(other).parent == tmp_path
+    assert set(caches(Settings("cpu", tmp_path, compile_cache=tmp_path))) == {str(tmp_path)}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Makes every worker a fake one with the given script; locks and caches are this test's own."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def become(**script):
+        monkeypatch.setattr(Interpreter, "command", lambda self: command_of({"head": str(ROOT), **script}))
+
+    become()
+    return become
+
+
+def settings(folder: Path, **changes) -> Settings:
+    return replace(Settings("cpu", folder, launches=2, rounds=2, limits=LIMITS), **changes)
+
+
+def measure(folder: Path, configurations=(A, B), **changes):
+    """(session, what was said)"""
+    said: list[str] = []
+    session = run(settings(folder, **changes), list(configurations), said.append)
+    assert all(line.isprintable() for line in said)
+    return session, said
+
+
+def events(folder: Path) -> list[dict]:
+    return list(journal.read(journal.newest(folder / "journal")).events)
+
+
+def test_a_whole_session(fake, tmp_path):
+    session, _ = measure(tmp_path)
+    found = summary(session)
+    assert found["failures"] == {A.id: None, B.id: None}
+    assert found["seconds"] == {one.id: {"0": [0.01, 0.01], "1": [0.01, 0.01]} for one in (A, B)}
+    assert (session.unchecked, session.decisions, session.interrupted) == ({}, {}, False)
+    assert session.stack["matmul_flops_per_second"] == {"float32": 1e9}
+    assert session.stack["copy_bytes_per_second"] == 1e8
+    assert [event["slot"] for event in events(tmp_path) if event["event"] == "load"] == [A.id, B.id, B.id, A.id]
+    assert events(tmp_path)[-1] == {"event": "end"}
+    assert session.measurements.by_name[B.id].launches[1].rounds[0]["image"]["latent_relative_error"] == 1e-6
+    assert not list(tmp_path.glob("sd-perf-compile-*"))
+
+
+def test_references_are_made_once_and_shared(fake, tmp_path, capsys):
+    assert "making 1 reference picture(s) with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
+    made = list((tmp_path / "references").iterdir())
+    assert [path.suffix for path in made] == [".npz"]
+    assert "reference" not in _stderr_of(capsys, tmp_path)
+    assert "making 2 reference picture(s)" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
+    assert len(list((tmp_path / "references").iterdir())) == 3
+
+
+def _stderr_of(capsys, folder: Path, configurations=(A, B)) -> str:
+    measure(folder, configurations, launches=1, rounds=1)
+    return capsys.readouterr().err
+
+
+def test_without_a_reference_the_session_says_so(fake, tmp_path):
+    fake(at=[{"op": "write_reference", "do": "error", "kind": "failed", "message": "no room"}])
+    session, _ = measure(tmp_path)
+    assert session.unchecked == {A.id: "no room", B.id: "no room"}
+    assert summary(session)["failures"] == {A.id: None, B.id: None}
+    fake()
+    session, _ = measure(tmp_path, resume=True)  # what was measured without it stays unchecked
+    assert set(session.unchecked) == {A.id, B.id}
+    assert "before its reference picture" in session.unchecked[B.id]
+    missing = replace(A, checkpoint=str(tmp_path / "none.ckpt"))
+    session, _ = measure(tmp_path, [missing], launches=1)
+    assert session.unchecked == {missing.id: f"{tmp_path / 'none.ckpt'}: No such file or directory"}
+
+
+def test_a_wrong_reference_is_none(fake, tmp_path):
+    fake(at=[{"op": "round", "id": A.id, "nth": 0, "do": "change", "image": {"constant": True}}])
+    session, _ = measure(tmp_path)
+    assert session.unchecked[B.id] == "the reference itself is wrong: constant: a picture of one colour"
+    assert list((tmp_path / "references").iterdir()) == []
+
+
+def test_nothing_can_be_measured_without_a_probe(fake, tmp_path):
+    fake(at=[{"op": "probe", "do": "exit", "words": "ImportError: no torch\n"}])
+    with pytest.raises(
+        SessionError, match=r"^nothing can be measured: the worker ended with status 3: ImportError: no torch$"
+    ):
+        measure(tmp_path)
+
+
+def test_the_probe_is_asked_for_the_techniques_of_ours(fake, tmp_path):
+    """What no configuration can have is refused before anything is measured (tests/perf/test_worker.py has the answer)."""
+    fake(at=[{"op": "probe", "do": "error", "kind": "usage", "message": "optimise 'fsat': choose a preset"}])
+    with pytest.raises(SessionError, match=r"^nothing can be measured: optimise 'fsat': choose a preset$"):
+        measure(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["unavailable", "out_of_memory"])
+def test_one_that_cannot_run_leaves_the_others(fake, tmp_path, kind):
+    fake(at=[{"op": "load", "id": B.id, "do": "error", "kind": kind, "message": "not here"}])
+    found = summary(measure(tmp_path)[0])
+    assert found["failures"] == {A.id: None, B.id: (kind, "not here")}
+    assert found["seconds"] == {A.id: {"0": [0.01, 0.01], "1": [0.01, 0.01]}, B.id: {}}
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 6, 10])
+def test_an_interrupt_keeps_what_was_measured_and_is_gone_on_with(fake, tmp_path, monkeypatch, after):
+    fake(noise=0.01)
+    whole = summary(measure(tmp_path / "whole")[0])
+    write, count = journal.Journal.write, iter(range(1000))
+
+    def interrupted(self, event, content):
+        write(self, event, content)
+        if event != "plan" and next(count) == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "write", interrupted)
+        session, _ = measure(tmp_path)
+    assert session.interrupted
+    assert len(events(tmp_path)) == after + 1
+    session, said = measure(tmp_path, resume=True)
+    assert summary(session) == whole
+    assert any(line.startswith("perf: going on from ") for line in said)
+
+
+def test_a_configuration_without_rounds_says_why(fake, tmp_path, monkeypatch):
+    def stop(self, event, content):
+        raise KeyboardInterrupt
+
+    write = journal.Journal.write
+    monkeypatch.setattr(journal.Journal, "write", lambda *a: (stop if a[1] == "load" else write)(*a))
+    session, _ = measure(tmp_path)
+    assert session.why_no_rounds(A.id) == "interrupted before its first round"
+
+
+def test_resume_is_refused_with_other_options_and_by_name(fake, tmp_path):
+    with pytest.raises(SessionError, match="there is no journal in"):
+        measure(tmp_path, resume=True)
+    measure(tmp_path)
+    other = {
+        "slots": ([A], {}),
+        "launches": ([A, B], {"launches": 3}),
+        "rounds": ([A, B], {"rounds": 1}),
+        "clock": ([A, B], {"clock": "cpu"}),
+        "threads": ([A, B], {"threads": 1}),
+        "slowdown": ([A, B], {"slowdown": 0.05}),
+        "configurations": ([A, replace(B, prompt="Another photo")], {}),
+    }
+    for key, (configurations, changes) in other.items():
+        with pytest.raises(SessionError, match=f"was started with other {key}: .* give the same options") as refused:
+            measure(tmp_path, configurations, resume=True, **changes)
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+    assert "{'prompt': 'A photo'}, now {'prompt': 'Another photo'}" in str(refused.value)
+    assert summary(measure(tmp_path, resume=True)[0])["seconds"][B.id]["1"] == [0.01, 0.01]
+
+
+def test_a_journal_with_foreign_events_is_refused(fake, tmp_path):
+    measure(tmp_path)
+    path = journal.newest(tmp_path / "journal")
+    with journal.Journal(path, after=journal.read(path)) as book:
+        book.write("round", {"slot": "another", "launch": 0})
+    with pytest.raises(SessionError, match=r"cannot be gone on from .* start again without --perf-resume"):
+        measure(tmp_path, resume=True)
+
+
+def test_a_damaged_journal_is_gone_on_from_and_that_is_said(fake, tmp_path):
+    fake(noise=0.01)
+    whole = summary(measure(tmp_path)[0])
+    path = journal.newest(tmp_path / "journal")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + b"\0" * 500)
+    session, said = measure(tmp_path, resume=True)
+    assert any("is damaged; it and what follows is measured again" in line for line in said)
+    assert summary(session) == whole
+    assert journal.read(path).damage is None
+
+
+def test_a_full_disk_is_one_line_and_gone_on_from(fake, tmp_path, monkeypatch):
+    fake(noise=0.01)
+    whole = summary(measure(tmp_path / "whole")[0])
+    count = iter(range(1000))
+
+    def full(descriptor):
+        if next(count) == 7:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "fsync", full)
+        with pytest.raises(journal.JournalError, match=r"No space left on device; free some space and go on with"):
+            measure(tmp_path)
+    assert len(events(tmp_path)) == 7
+    assert summary(measure(tmp_path, resume=True)[0]) == whole
+
+
+def test_a_device_that_another_process_measures_is_refused(fake, tmp_path, runner):
+    with DeviceLock("cpu") as _, pytest.raises(DeviceBusy, match=rf"cpu is being measured by pid {os.getpid()}"):
+        measure(tmp_path)
+    with DeviceLock("cpu"):
+        answer = runner.end(runner.start(tmp_path, {}))
+    assert answer["error"] == "DeviceBusy"
+    assert f"cpu is being measured by pid {os.getpid()}, since" in answer["message"]
+    assert "error" not in runner.end(runner.start(tmp_path, {}))
+
+
+def test_aa_is_the_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
+    fake(noise=0.001, counter=str(tmp_path / "count"))
+    session, _ = measure(tmp_path, [A], aa=True, launches=6)
+    assert session.decisions[A.id].verdict is Verdict.SAME
+    assert session.decisions[A.id].against == "itself"
+    session, _ = measure(tmp_path, [A], aa=True, launches=6, slowdown=0.05)
+    assert session.decisions[A.id].verdict is Verdict.SLOWER
+    assert session.decisions[A.id].ratio.estimate == pytest.approx(1.05, abs=0.005)
+
+
+def test_another_commit_is_measured_beside_and_once_more_as_much_where_undecided(fake, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    fake(noise=0.04, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
+    against = ("0123456789ab", Interpreter(source=other))
+    session, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1)
+    for name in (A.id, f"{A.id}@base"):
+        assert sorted(session.measurements.by_name[name].launches) == list(range(12))
+    assert session.measurements.by_name[A.id].launches[0].load["sd"] == str(ROOT)
+    assert session.measurements.by_name[f"{A.id}@base"].launches[0].load["sd"] == str(other)
+    assert f"undecided after 6 launches, doubling them: {A.id}" in capsys.readouterr().err
+    resumed, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1, resume=True)
+    assert summary(resumed) == summary(session)
+    assert resumed.decisions == session.decisions
+    fake(noise=0.001, base=1 / 1.06, counter=str(tmp_path / "count"))
+    session, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1)
+    assert session.decisions[A.id].verdict is Verdict.SLOWER
+    assert session.decisions[A.id].against == "0123456789ab"
+    assert sorted(session.measurements.by_name[A.id].launches) == list(range(6))
+    with pytest.raises(SessionError, match="was started with other against"):
+        measure(tmp_path, [A], against=("another", against[1]), launches=6, rounds=1, resume=True)
+
+
+def test_an_invalid_session_has_no_verdict(fake, tmp_path):
+    fake(noise=0.001, counter=str(tmp_path / "count"))
+    session, _ = measure(tmp_path, [A], aa=True, launches=6, rounds=1)
+    for measured in session.measurements.by_name.values():
+        measured.thrown_away = RETRIES
+    decision = judge_pairs(session.settings, session.measurements)[A.id]
+    assert (decision.verdict, decision.code) == (Verdict.INVALID, "invalid_rounds")
+
+
+# --- kills
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with SessionRunner([str(ROOT), str(FAKE.parent)]) as started:
+        yield started
+
+
+SCRIPT = {"noise": 0.02, "sleep": 0.002}
+
+
+def test_kill_9_of_the_runner_loses_nothing_that_was_journalled(runner, tmp_path):
+    """Sessions that are killed at random moments, resumed, killed again, until they come to their end."""
+    (tmp_path / "whole").mkdir()
+    begin = time.monotonic()
+    whole = runner.end(runner.start(tmp_path / "whole", SCRIPT))
+    usual = time.monotonic() - begin
+    assert whole["failures"] == {A.id: None, B.id: None}
+    draw, kills, sessions, journalled_at_a_kill = random.Random(20), 0, 0, set()
+    while kills < KILLS:
+        folder, known, resume, answer = tmp_path / str(sessions), [], False, None
+        folder.mkdir()
+        sessions += 1
+        while answer is None:
+            started = runner.start(folder, SCRIPT, resume)
+            killed_at = draw.uniform(0, usual)
+            time.sleep(killed_at)
+            with contextlib.suppress(ProcessLookupError):  # it has come to its end
+                os.kill(started[0], signal.SIGKILL)
+            answer = runner.end(started)
+            where = f"seed 20, session {sessions}, kill {kills} after {killed_at:.4f} s"
+            path = journal.newest(folder / "journal")
+            resume = path is not None and path.stat().st_size > 0  # else it was killed before it had begun
+            found = events(folder) if resume else []
+            assert found[: len(known)] == known, where
+            known = found
+            if answer is None:
+                kills += 1
+                journalled_at_a_kill.add(len(known))
+        assert "error" not in answer, f"{where}: {answer['message']}"
+        assert {key: answer[key] for key in summary_keys(whole)} == {key: whole[key] for key in summary_keys(whole)}, (
+            where
+        )
+        assert all(line.isprintable() for line in answer["said"]), where
+    assert len(journalled_at_a_kill) > 5, "the kills came all at the same moment"
+
+
+def summary_keys(answer: dict) -> list[str]:
+    return [key for key in answer if key != "said"]
+
+
+def test_a_resumed_session_says_whose_lock_it_cleared(runner, tmp_path):
+    started = runner.start(tmp_path, {"sleep": 0.2})
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "journal").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started[0], signal.SIGKILL)
+    assert runner.end(started) is None
+    answer = runner.end(runner.start(tmp_path, {}, resume=journal.newest(tmp_path / "journal") is not None))
+    assert f"cleared the lock of cpu that was left by pid {started[0]}, since" in answer["said"][0]
+
+
+def test_ctrl_c_at_random_moments_keeps_what_was_measured(runner, tmp_path):
+    draw, kept = random.Random(3), 0
+    for number in range(6):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        started = runner.start(folder, {"noise": 0.02, "sleep": 0.03})
+        time.sleep(draw.uniform(0.1, 0.7))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(started[0], signal.SIGINT)
+        answer = runner.end(started)
+        if "error" in answer:  # before anything was measured: pytest's own affair
+            assert answer["error"] == "KeyboardInterrupt", f"seed 3, number {number}: {answer}"
+        elif answer["interrupted"]:
+            kept += 1
+            there = [event for event in events(folder) if event["event"] == "round" and event["round"] is not None]
+            in_memory = sum(len(one) for slot in answer["seconds"].values() for one in slot.values())
+            assert in_memory <= len(there) <= in_memory + 1, f"seed 3, number {number}"
+            assert answer["failures"] == {A.id: None, B.id: None}, f"seed 3, number {number}"
+    assert kept

@@ -1,0 +1,313 @@
+"""A worker: the real one with the embedded model, what it says of errors, and killed at random moments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_session import FAKE, SCRIPT, fake, measure, summary  # noqa: F401 (fake is a fixture)
+
+from perf.configurations.configuration import Configuration
+from perf.launch.in_process import InProcessLaunch
+from perf.launch.process import ROOT, Interpreter, ProcessLaunch
+from perf.session.settings import SessionError
+from perf.worker.server import Worker, error_kind
+from perf.worker.wire import KINDS, WorkerError
+
+KILLS = 25
+TINY = Configuration(attention="original", steps=2, height=64, width=64)
+
+
+def ok(answer: dict) -> dict:
+    assert "ok" in answer, answer
+    return answer["ok"]
+
+
+def loading(configuration: Configuration | dict = TINY, **changes) -> dict:
+    fields = configuration if isinstance(configuration, dict) else configuration.as_dict()
+    given = {"configuration": fields, "device": "cpu", "clock": "cpu", "threads": 1}
+    return {"op": "load", **given, **changes}
+
+
+def error(worker: Worker, **request) -> tuple[str, str]:
+    """(kind, message) of an answer that is an error, on one line."""
+    answer = worker.handle(request)
+    assert set(answer) == {"error"} and set(answer["error"]) == {"kind", "message"}
+    kind, message = answer["error"]["kind"], answer["error"]["message"]
+    assert kind in KINDS and message and message.isprintable()
+    return kind, message
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_as_before():
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Worker:
+    loaded = Worker()
+    answer = ok(loaded.handle(loading()))
+    assert (answer["pid"], answer["facts"]["device"]) == (os.getpid(), "cpu")
+    assert Path(answer["sd"]) == ROOT / "sd"
+    return loaded
+
+
+def test_a_round_is_timed_examined_and_compared(worker, tmp_path):
+    first = ok(worker.handle({"op": "round", "seed": 1}))
+    assert first["seconds"] > 0 and first["wall_seconds"] > 0 and first["anchor_seconds"] > 0
+    assert (
+        set(first["stages"]) == {"text", "unet", "vae"}
+        and sum(first["stages"].values()) <= 1.01 * first["wall_seconds"]
+    )
+    assert first["device_seconds"] is None and first["peak_bytes"]["allocated"] is None
+    assert first["peak_bytes"]["rss"] > 1 << 20
+    assert first["unet_calls"] >= TINY.steps
+    assert first["compile"] == {"graphs": 0, "graph_breaks": 0, "recompiles": 0}
+    assert first["image"]["finite"] and not first["image"]["constant"]
+    assert first["image"]["latent_relative_error"] is None
+    reference = str(tmp_path / "reference.npz")
+    assert ok(worker.handle({"op": "write_reference", "path": reference})) == {"path": reference}
+    again = ok(worker.handle({"op": "round", "seed": 1, "check": [reference]}))["image"]
+    assert again["sha256"] == first["image"]["sha256"]
+    assert again["latent_relative_error"] == 0 and again["psnr_db"] == 100
+    other = ok(worker.handle({"op": "round", "seed": 1001, "check": [reference]}))["image"]
+    assert other["sha256"] != first["image"]["sha256"]
+    assert other["latent_relative_error"] > 0.1 and other["psnr_db"] < 45
+    json.dumps(first, allow_nan=False)
+
+
+def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():
+    seconds = {}
+    for slowdown in (0.0, 1.0):
+        slowed = Worker()
+        ok(slowed.handle(loading(slowdown=slowdown)))
+        rounds = [ok(slowed.handle({"op": "round", "seed": seed})) for seed in (1, 2, 3)]
+        seconds[slowdown] = min(one["seconds"] for one in rounds[1:])
+    assert seconds[1.0] > 1.5 * seconds[0.0], seconds
+
+
+def test_what_cannot_be_asked():
+    fresh = Worker()
+    assert error(fresh, op="dance") == ("usage", "a worker knows no 'dance'")
+    assert error(fresh, op="handle")[0] == "usage"
+    assert error(fresh, op=["round"])[0] == "usage"
+    assert error(fresh)[0] == "failed"
+    assert error(fresh, op="round")[1].startswith("TypeError: ")
+    assert error(fresh, op="round", seed=1)[0] == "failed"  # nothing is loaded
+    assert error(fresh, op="write_reference", path="/nowhere/x")[0] == "failed"
+    assert "error" in fresh.handle([1]) and "error" in fresh.handle(None)
+    unknown = {**TINY.as_dict(), "colour": "red"}
+    assert error(fresh, **loading(configuration=unknown)) == ("usage", "a configuration has no field colour")
+    assert error(fresh, **loading(configuration={**TINY.as_dict(), "attention": "flashy"}))[0] == "usage"
+
+
+def test_what_cannot_run_here_is_unavailable_and_says_why():
+    kind, message = error(Worker(), **loading(Configuration(attention="mha", sdpa_kernels=("cudnn",), steps=1)))
+    assert kind == "unavailable" and "mha with kernels cudnn cannot run here" in message
+    import torch
+
+    if not torch.cuda.is_available():
+        kind, message = error(Worker(), **loading(device="cuda"))
+        assert kind == "unavailable" and "no CUDA device" in message
+        assert error(Worker(), op="probe", device="cuda", clock="wall", threads=None)[0] == "unavailable"
+
+
+def test_techniques_that_are_none_are_refused_by_the_probe():
+    probe = {"op": "probe", "device": "cpu", "clock": "cpu", "threads": 1}
+    kind, message = error(Worker(), **probe, optimise=["fsat"])
+    assert kind == "usage" and "optimise 'fsat': choose a preset" in message
+    assert "ok" in Worker().handle({**probe, "optimise": ["fast", "channels_last,fused_qkv"]})
+
+
+def test_a_file_that_is_no_checkpoint_is_described(tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"not a checkpoint")
+    kind, message = error(Worker(), **loading(Configuration(checkpoint=str(path))))
+    assert kind in ("usage", "failed") and "model.ckpt" in message
+
+
+class Stub:
+    """An engine whose rounds end with an error."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def round(self, seed: int):
+        raise self.error
+
+
+@pytest.mark.parametrize("batch, advice", [(4, "try batch 2"), (1, "try a smaller picture, or precision fp16")])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried\nto"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_says_what_to_try_and_lets_go_of_the_model(raised, batch, advice):
+    full = Worker()
+    full.engine, full.configuration = Stub(raised), Configuration(batch=batch)
+    kind, message = error(full, op="round", seed=1)
+    assert kind == "out_of_memory"
+    assert message.startswith("out of memory at a peak of ") and message.endswith(f" GiB: {advice}")
+    assert full.engine is None and full.output is None
+
+
+def test_kinds_of_error():
+    from sd.errors import BadImage, SDError, Unavailable
+
+    assert error_kind(Unavailable("x")) == "unavailable"
+    assert error_kind(BadImage("x")) == "bad_image"
+    assert error_kind(SDError("x")) == "usage"
+    assert error_kind(ZeroDivisionError("x")) == "failed"
+    broken = Worker()
+    broken.engine = Stub(ZeroDivisionError("a\nb" + "c" * 5000))
+    kind, message = error(broken, op="round", seed=1)
+    assert (kind, message[:22], len(message) < 2100) == ("failed", "ZeroDivisionError: a b", True)
+    broken.engine = Stub(ValueError())
+    assert error(broken, op="round", seed=1) == ("failed", "ValueError: ValueError")
+
+
+def test_in_process_the_answers_are_the_same():
+    with InProcessLaunch() as launch:
+        assert launch.ask("ping", 1.0) == {}
+        with pytest.raises(WorkerError, match="knows no 'dance'") as caught:
+            launch.ask("dance", 1.0)
+        assert caught.value.kind == "usage"
+
+
+# --- as a process. Its `ping` does what a library might.
+PING = """
+import os, subprocess, sys, perf.worker.server
+def ping(self, what):
+    {}
+    return {{"did": what}}
+perf.worker.server.Worker.ping = ping
+perf.worker.server.main()
+"""
+
+
+def real(body: str) -> list[str]:
+    return [sys.executable, "-c", PING.format(body)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "print('loading ...')",
+        "print('loading ...', flush=True)",
+        "sys.stdout.buffer.write(b'\\xff' * 100000)",
+        "os.write(1, b'{}\\n')",
+        "subprocess.run(['echo', '{}'])",
+        "subprocess.run(['cat'], timeout=20)",  # which reads its input to the end
+    ],
+)
+def test_what_a_library_prints_or_reads_is_not_on_the_pipe(body):
+    with ProcessLaunch(Interpreter(), real(body)) as worker:
+        for number in range(3):
+            assert worker.ask("ping", 20.0, what=number) == {"did": number}
+
+
+def test_a_question_is_an_error_and_takes_no_request_for_its_answer():
+    with ProcessLaunch(Interpreter(), real("input('Run remote code? [y/N] ')")) as worker:
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="EOFError") as caught:
+                worker.ask("ping", 20.0, what=1)
+            assert caught.value.kind == "failed"
+
+
+def test_what_ends_a_worker_is_its_last_word():
+    last_words = pytest.raises(WorkerError, match=r"^the worker ended with status 1: no more$")
+    with ProcessLaunch(Interpreter(), real("sys.exit('no more')")) as worker, last_words:
+        worker.ask("ping", 20.0, what=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker ends after its round")
+def test_a_worker_ends_with_a_launcher_that_is_killed():
+    """In the middle of whatever it does: its input, which this process has too, stays open."""
+    code = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'perf.worker.server']); time.sleep(600)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as between:
+        pid = json.loads(between.stdout.readline())["ok"]["pid"]
+        between.kill()
+        between.wait()
+        deadline = time.monotonic() + 20
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workers() -> list[int]:
+    """The fake workers of this process."""
+    found = []
+    for one in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[1]
+            command = Path(f"/proc/{one}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == str(os.getpid()) and os.fsencode(FAKE) in command:
+            found.append(int(one))
+    return found
+
+
+def test_kill_9_of_workers_at_random_moments_is_one_line_each(fake, tmp_path):  # noqa: F811
+    fake(**SCRIPT)
+    begin = time.monotonic()
+    whole = summary(measure(tmp_path / "whole")[0])
+    usual = time.monotonic() - begin
+    kills, number = 0, 0
+    while kills < KILLS:
+        number += 1
+        folder, done, killed = tmp_path / str(number), threading.Event(), []
+
+        def kill(draw=random.Random(number), done=done, killed=killed):
+            while not done.wait(draw.uniform(0.1, 0.7) * usual):
+                for pid in workers()[:1]:
+                    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            session, _ = measure(folder)
+        except SessionError as error:  # the very first worker
+            assert str(error).startswith("nothing can be measured: the worker was ended by SIGKILL"), f"seed {number}"
+            session = None
+        finally:
+            done.set()
+            killer.join()
+        kills += len(killed)
+        if session is None:
+            continue
+        lines = [failure[1] for failure in summary(session)["failures"].values() if failure]
+        lines += session.unchecked.values()
+        assert all(line.startswith("the worker was ended by SIGKILL") for line in lines), f"seed {number}: {lines}"
+        assert all(line.isprintable() for line in lines)
+        resumed = summary(measure(folder, resume=True)[0])
+        assert resumed["failures"] == whole["failures"], f"seed {number}"
+        assert resumed["seconds"] == whole["seconds"], f"seed {number}"

@@ -1,0 +1,56 @@
+"""Any shape and memory layout that a caller may give to an attention function, against the original in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import DEVICES
+
+pytest.importorskip("hypothesis")  # a borrowed GPU may not have it, and must not miss the other tests for it
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import FUNCTIONS, not_usable
+
+from sd.attention.accuracy import DTYPES, bound, function_error
+from sd.attention.functions import CHOICES
+
+# How the networks, and callers, lay out [B, S, H, D]: from sizes to a view of a larger tensor of random numbers.
+LAYOUTS = {
+    "contiguous": lambda normal, b, s, h, d: normal(b, s, h, d),
+    "heads first": lambda normal, b, s, h, d: normal(b, h, s, d).transpose(1, 2),
+    "tokens first": lambda normal, b, s, h, d: normal(s, b, h, d).transpose(0, 1),
+    "channels first, as in the VAE": lambda normal, b, s, h, d: normal(b, h, d, s).permute(0, 3, 1, 2),
+    "part of a packed projection": lambda normal, b, s, h, d: normal(b, s, 3, h, d)[:, :, 1],
+    "every other token": lambda normal, b, s, h, d: normal(b, 2 * s, h, d)[:, ::2],
+    "one for the whole batch": lambda normal, b, s, h, d: normal(1, s, h, d).expand(b, s, h, d),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=40)
+@given(
+    data=st.data(),
+    batch=st.integers(1, 9),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 90),
+    heads=st.integers(1, 5),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_and_layout(device, name, data, batch, queries, keys, heads, layouts, seed):
+    kinds = [(dtype, head_dim) for dtype in DTYPES for head_dim in range(8, 97, 8)]
+    usable = [kind for kind in kinds if not not_usable(name, device, *kind)]
+    if not usable:
+        pytest.skip(not_usable(name, device, *kinds[0]))
+    dtype, head_dim = data.draw(st.sampled_from(usable))
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    q, k, v = (
+        LAYOUTS[layout](normal, batch, tokens, heads, head_dim)
+        for layout, tokens in zip(layouts, (queries, keys, keys))
+    )
+    assert function_error(CHOICES[name], q, k, v) <= bound(CHOICES[name], dtype)

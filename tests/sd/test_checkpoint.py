@@ -1,0 +1,406 @@
+"""Reading files and holding them against a config: what released files hold loads, everything else is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import original, random_networks, same, small
+from safetensors.torch import save_file
+
+from sd.checkpoint import layouts
+from sd.checkpoint import load as checkpoint
+from sd.checkpoint.file_formats import write_ckpt, write_safetensors
+from sd.checkpoint.load import expected_shapes, factories, load, materialise, read
+from sd.config.presets import PRESETS
+from sd.errors import CheckpointError
+
+KINDS = ("openclip", "clip")
+
+
+def write(path: Path, state) -> Path:
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, {"format": "pt"})
+    elif path.suffix == ".pt":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    elif path.suffix == ".bin":
+        torch.save(state, path)
+    else:
+        write_ckpt(path, state, 470000)
+    return path
+
+
+def refused(call, *args) -> str:
+    with pytest.raises(CheckpointError) as error:
+        call(*args)
+    message = str(error.value)
+    assert str(args[0]) in message and "\n" not in message and len(message) < 2500
+    return message
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.pt", "a.bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_released_file_gives_the_weights_of_the_networks(tmp_path, kind, name):
+    config = small(kind)
+    path = write(tmp_path / name, original(config))
+    assert same(read(path), original(config))
+    found, networks = load(path, config)
+    assert found == config
+    for network, state in random_networks(config).items():
+        assert same(networks[network], state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_half_precision_stays_as_it_is(tmp_path, name, dtype):
+    config = small()
+    _, networks = load(write(tmp_path / name, original(config, dtype)), config)
+    assert same(networks["unet"], random_networks(config, dtype)["unet"])
+
+
+def test_the_content_decides_and_not_the_extension(tmp_path):
+    state = original(small())
+    write(tmp_path / "a.ckpt", state).rename(tmp_path / "b.safetensors")
+    assert same(read(tmp_path / "b.safetensors"), state)
+
+
+def test_views_transposes_and_empty_tensors(tmp_path):
+    base = torch.randn(6, 4)
+    state = {"a": base[2:4], "b": base.t(), "c": base[:, 1], "d": torch.empty(0, 3), "e": torch.tensor(5.0), "f": base}
+    torch.save(state, tmp_path / "a.pt")
+    assert same(read(tmp_path / "a.pt"), state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_model_prefix_may_be_absent(tmp_path, kind):
+    config = small(kind)
+    state = {name.replace("text_model.", ""): tensor for name, tensor in original(config).items()}
+    _, networks = load(write(tmp_path / "a.safetensors", state), config)
+    assert same(networks["text_encoder"], random_networks(config)["text_encoder"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "released", "layers"), [("openclip", True, 2), ("openclip", False, 2), ("clip", True, 2)]
+)
+def test_the_number_of_text_layers_is_read_from_the_file(tmp_path, kind, released, layers):
+    config = small(kind)
+    path = write(tmp_path / "a.safetensors", original(config, released=released))
+    found, _ = load(path, replace(config, text=replace(config.text, layers=0)))
+    assert found.text.layers == layers
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "tiny"])
+def test_released_models_are_detected(monkeypatch, name):
+    # All names and shapes of the released files, in weights that share one number.
+    number, config = torch.zeros((), dtype=torch.float16), PRESETS[name]
+    networks = {
+        network: {key: number.expand(shape) for key, shape in shapes.items()}
+        for network, shapes in expected_shapes(config).items()
+    }
+    state = layouts.join_networks(networks, config.text.kind)
+    monkeypatch.setattr(checkpoint, "read_contents", lambda *_: checkpoint.Loaded(dict(state)))
+    assert load("a.ckpt")[0] == config
+    other = {"sd1": "sd2", "sd2": "sd1", "tiny": "sd1"}[name]
+    message = refused(load, "a.ckpt", PRESETS[other])
+    assert f"config {other}" in message and (name == "tiny" or f"config='{name}'" in message)
+
+
+def test_eps_or_v_comes_from_the_config(tmp_path):
+    config = replace(small(), parameterization="v")
+    assert load(write(tmp_path / "a.safetensors", original(config)), config)[0].parameterization == "v"
+
+
+def test_materialise_takes_the_tensors_over(tmp_path):
+    config = small()
+    _, networks = load(write(tmp_path / "a.ckpt", original(config)), config)
+    for network, make in factories(config).items():
+        pointers = {name: tensor.data_ptr() for name, tensor in networks[network].items()}
+        module = materialise(make, networks[network], "cpu", torch.float32)
+        assert not networks[network] and not module.training
+        assert {name: weight.data_ptr() for name, weight in module.named_parameters()} == pointers
+        assert same(dict(module.state_dict()), random_networks(config)[network])
+        assert not any(weight.requires_grad for weight in module.parameters())
+    assert torch.empty(1).device.type == "cpu"
+    state = random_networks(config)["unet"]
+    half = materialise(factories(config)["unet"], state, "cpu", torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+
+
+# --- refusals
+
+
+def test_missing_and_wrong_shaped_weights_are_listed(tmp_path):
+    config, path = small(), tmp_path / "a.safetensors"
+    state = original(config)
+    gone = [name for name in state if ".ff.net." in name]
+    for name in gone:
+        del state[name]
+    state["first_stage_model.quant_conv.weight"] = torch.zeros(8, 8, 3, 3)
+    message = refused(load, write(path, state), config)
+    assert f"{len(gone)} missing" in message and gone[0] in message and f"and {len(gone) - 10} more" in message
+    assert "first_stage_model.quant_conv.weight (8, 8, 3, 3) instead of (8, 8, 1, 1)" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("openclip", "cond_stage_model.model.transformer.resblocks.1.mlp.c_fc.bias"),
+        ("clip", "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"),
+        ("clip", "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.bias"),
+        ("clip", "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.v_proj.weight"),
+    ],
+)
+def test_a_missing_text_weight_is_named_as_in_the_file(tmp_path, kind, name):
+    config = small(kind)
+    state = original(config)
+    del state[name]
+    assert name.partition("transformer.")[2] in refused(load, write(tmp_path / "a.safetensors", state), config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "something",
+        "model.diffusion_model.extra.weight",
+        "first_stage_model.encoder.extra",
+        "cond_stage_model.model.transformer.resblocks.7.ln_1.weight",
+    ],
+)
+def test_unknown_weights_are_refused(tmp_path, name):
+    config = small()
+    state = original(config)
+    state[name] = torch.zeros(3)
+    message = refused(load, write(tmp_path / "a.safetensors", state), config)
+    assert f"1 unknown: {name}" in message
+
+
+def test_integer_weights_are_refused(tmp_path):
+    config = small()
+    state = original(config)
+    name = "model.diffusion_model.out.2.bias"
+    state[name] = state[name].to(torch.int8)
+    assert "not floating point" in refused(load, write(tmp_path / "a.safetensors", state), config)
+
+
+@pytest.mark.parametrize("one", KINDS)
+def test_the_kind_of_model_must_be_that_of_the_config(tmp_path, one):
+    other = "clip" if one == "openclip" else "openclip"
+    message = refused(load, write(tmp_path / "a.safetensors", original(small(one))), small(other))
+    assert f"{one} text encoder" in message and f"{other} text encoder" in message
+
+
+def test_no_preset_for_a_custom_size(tmp_path):
+    assert "give the config" in refused(load, write(tmp_path / "a.safetensors", original(small())))
+
+
+@pytest.mark.parametrize(
+    ("channels", "what"), [(9, "inpainting"), (5, "depth"), (7, "upscaler"), (8, "pix2pix"), (6, "another")]
+)
+def test_other_inputs_are_refused_by_name(tmp_path, channels, what):
+    config = small()
+    path = write(tmp_path / "a.safetensors", original(replace(config, unet=replace(config.unet, in_channels=channels))))
+    assert what in refused(load, path, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("conditioner.embedders.0.transformer.weight", "XL"),
+        ("model.diffusion_model.joint_blocks.0.weight", "Diffusion 3"),
+        ("model.diffusion_model.label_emb.0.0.weight", "class embeddings"),
+        ("double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("lora_unet_down_blocks_0.lora_down.weight", "LoRA"),
+        ("control_model.input_blocks.0.0.weight", "ControlNet"),
+        ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+        ("encoder.conv_in.weight", "autoencoder"),
+        ("text_model.final_layer_norm.weight", "text encoder"),
+        ("nothing.known", "no Stable Diffusion UNet"),
+    ],
+)
+def test_other_models_are_refused_by_name(tmp_path, name, what):
+    path = write(tmp_path / "a.safetensors", {name: torch.zeros(2, 2)})
+    assert what in refused(load, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>Sign in</html>" * 20, "web page"),
+        (b"\n\n<html></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        (b"GGUF\x03\x00\x00\x00" * 8, "GGUF"),
+        (b"\x80\x04\x95\x00\x00", "no torch file"),
+        (bytes(range(256)) * 8, "neither"),
+        (b"abc", "neither"),
+        (b"PK\x03\x04", "download"),
+        (struct.pack("<Q", 10**6) + b"{}", "download"),
+        (struct.pack("<Q", 2) + b"{}", "no tensors"),
+        (struct.pack("<Q", 2) + b"{]", "download"),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, what):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    assert what in refused(read, path)
+
+
+def test_missing_files_and_folders(tmp_path):
+    assert "no such file" in refused(read, tmp_path / "a.ckpt")
+    assert "no diffusers folder" in refused(read, tmp_path)
+
+
+def test_other_zip_files(tmp_path):
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "zip file" in refused(read, path)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    assert "TorchScript" in refused(read, path)
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "b.ckpt")
+    with zipfile.ZipFile(tmp_path / "b.ckpt") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    assert "compression" in refused(read, path)
+    torch.save([torch.zeros(3)], path)
+    assert "no state dict" in refused(read, path)
+    torch.save({"epoch": 3}, path)
+    assert "no tensors" in refused(read, path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]},
+        {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]},
+        {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]},
+        {"shape": [4]},
+        [1],
+    ],
+)
+def test_damaged_safetensors_headers(tmp_path, entry):
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    refused(read, path)
+
+
+def test_overlapping_tensors_do_not_multiply_memory(tmp_path):
+    header = json.dumps(
+        {f"x{i}": {"dtype": "U8", "shape": [900 + i], "data_offsets": [0, 900 + i]} for i in range(90)}
+    ).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(1000))
+    assert "damaged" in refused(read, path)
+
+
+def one_file(path: Path) -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    state = {f"model.{i}.weight": torch.randn(4, 4 + i, generator=generator) for i in range(12)}
+    return write(path, state).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.pt"])
+def test_truncated_anywhere(tmp_path, name):
+    data, path = one_file(tmp_path / name), tmp_path / f"cut-{name}"
+    for length in sorted({*range(0, len(data), max(1, len(data) // 150)), len(data) - 1, len(data) - 40}):
+        path.write_bytes(data[:length])
+        refused(read, path)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.pt"])
+def test_mutated_files_load_or_are_refused(tmp_path, name):
+    data, path, random_numbers = one_file(tmp_path / name), tmp_path / f"mutated-{name}", random.Random(0)
+    outcomes = set()
+    for _ in range(300):
+        mutated = bytearray(data)
+        for _ in range(random_numbers.choice([1, 1, 2, 8])):
+            position = random_numbers.randrange(len(mutated))
+            action = random_numbers.random()
+            if action < 0.6:
+                mutated[position] = random_numbers.randrange(256)
+            elif action < 0.8:
+                del mutated[position : position + random_numbers.randrange(1, 30)]
+            else:
+                mutated[position:position] = random_numbers.randbytes(random_numbers.randrange(1, 30))
+        path.write_bytes(mutated)
+        try:
+            read(path)
+            outcomes.add("loaded")
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
+
+
+# --- memory
+
+_MEASURE = """
+import pathlib, re, sys
+sys.path[:0] = sys.argv[2:4]
+import torch
+from checkpoints import small
+from sd.checkpoint.load import factories, load, materialise
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+
+config = small(model_channels=160)
+for make in factories(small()).values():
+    make()
+before = peak()
+config, networks = load(sys.argv[1], config)
+modules = [materialise(make, networks[name], "cpu", torch.float32) for name, make in factories(config).items()]
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of a process is read from /proc")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_peak_memory_is_the_size_of_the_file(tmp_path, name):
+    config = small(model_channels=160)
+    path = write(tmp_path / name, original(config, released=False))
+    size = path.stat().st_size
+    assert size > 100e6
+    folders = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parents[2])]
+    out = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path), *folders], check=True, capture_output=True, text=True
+    )
+    path.unlink()
+    assert int(out.stdout) < 1.2 * size + 20e6
+
+
+def test_a_second_set_of_weights_is_not_read(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(contents, names, progress):
+        seen.extend(names)
+        return real(contents, names, progress)
+
+    real = checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "read_tensors", spy)
+    config = small()
+    load(write(tmp_path / "a.ckpt", original(config)), config)
+    assert seen and not any(name.startswith("model_ema") for name in seen)
+
+
+def test_progress_goes_to_stderr_when_asked(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(1000)}, str(path))
+    read(path)
+    assert capsys.readouterr().err == ""
+    read(path, progress=True)
+    assert "a.safetensors" in capsys.readouterr().err

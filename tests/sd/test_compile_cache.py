@@ -1,0 +1,126 @@
+"""The compile cache: a second process does not compile again, and what cannot be used is refused by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import relative_error, smallest
+
+from sd import Optimisations, StableDiffusion, txt2img
+from sd.errors import ConfigError, Unavailable
+from sd.features import has
+from sd.optimise.compile_cache import FILE, open_compile_cache
+
+TINY = ["--device", "cpu", "--steps", "1"]
+
+# CPU seconds of the first picture, the C++ compiler's included: what else runs on the machine does not move them.
+FIRST_PICTURE = """
+import os, sys
+from pathlib import Path
+from models import smallest
+from sd import Optimisations
+from sd.optimise.compile_cache import open_compile_cache, save_compile_cache
+
+directory = Path(sys.argv[1])
+open_compile_cache(directory)
+model = smallest(Optimisations(compile="default", compile_autoencoder="default", compile_text_encoder="default"))
+start = sum(os.times()[:4])
+model.txt2img("a red circle", steps=1)
+print("SECONDS", sum(os.times()[:4]) - start)
+save_compile_cache(directory)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.skipif(not has("compile_cache"), reason="torch >= 2.7")
+def test_a_second_process_reaches_its_first_picture_five_times_sooner(tmp_path):
+    tests = Path(__file__).parents[1]
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"},
+        "PYTHONPATH": os.pathsep.join([str(tests / "helpers"), str(tests.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or the compiler runs in processes whose time is not ours to read
+    }
+
+    def first_picture() -> float:
+        command = [sys.executable, "-c", FIRST_PICTURE, str(tmp_path / "cache")]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return float(run.stdout.split("SECONDS")[1])
+
+    cold, warm = first_picture(), first_picture()
+    assert cold >= 5 * warm, f"{cold:.1f} s cold, {warm:.1f} s warm"
+    assert (tmp_path / "cache" / FILE).stat().st_size > 10_000
+
+
+@pytest.mark.skipif(has("compile_cache"), reason="this torch has the cache")
+def test_an_older_torch_refuses_by_name(tmp_path):
+    with pytest.raises(Unavailable, match="compile-cache needs"):
+        open_compile_cache(tmp_path)
+
+
+@pytest.mark.skipif(not has("compile_cache"), reason="torch >= 2.7")
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            monkeypatch.setenv(name, "")  # restored afterwards, whatever the test sets
+
+    def test_a_file_that_is_no_cache(self, tmp_path):
+        (tmp_path / FILE).write_bytes(b"not a cache")
+        with pytest.raises(ConfigError, match="is no cache of this torch"):
+            open_compile_cache(tmp_path)
+
+    def test_a_directory_that_is_none(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="cannot be used"):
+            open_compile_cache(tmp_path / "file")
+
+    def test_nothing_to_keep(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert txt2img.main([*TINY, "--compile-cache", "cache"]) == 2
+        assert "nothing is compiled" in capsys.readouterr().err
+        assert not Path("cache").exists()
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(not has("aot"), reason="torch >= 2.6")
+class TestAheadOfTime:
+    def _model(self, path, fused_qkv=True) -> StableDiffusion:
+        caches = {"cache_context_kv": True, "cache_time_embeddings": True}
+        return smallest(Optimisations(aot=str(path), channels_last=True, fused_qkv=fused_qkv, **caches))
+
+    @pytest.mark.slow
+    def test_the_file_serves_another_model_object_and_refuses_others(self, tmp_path):
+        path = tmp_path / "unet.pt2"
+        expected = smallest().txt2img("a red circle", steps=5, scale=4.0).latents
+        for _ in range(2):  # made, then loaded
+            latents = self._model(path).txt2img("a red circle", steps=5, scale=4.0).latents
+            assert relative_error(latents, expected) <= 2e-5
+        assert path.is_file() and [file.name for file in tmp_path.iterdir()] == ["unet.pt2"]
+
+        model = self._model(path)
+        model.txt2img("a red circle", steps=2)
+        with pytest.raises(ConfigError, match="other batches and sizes"):
+            model.txt2img("a red circle", steps=2, batch=2)
+        with pytest.raises(ConfigError, match="other choice"):
+            self._model(path, fused_qkv=False).txt2img("a red circle", steps=2)
+        other = self._model(path)
+        other.unet.out[2].weight.mul_(2)
+        with pytest.raises(ConfigError, match="other weights"):
+            other.txt2img("a red circle", steps=2)
+
+    def test_a_file_that_is_none(self, tmp_path):
+        (tmp_path / "unet.pt2").write_bytes(b"no package")
+        with pytest.raises(ConfigError, match="cannot be loaded"):
+            self._model(tmp_path / "unet.pt2").txt2img("a red circle", steps=2)
+
+    @pytest.mark.parametrize("name, match", [("unet.bin", "must end in .pt2"), ("absent/unet.pt2", "no folder")])
+    def test_a_path_that_cannot_be(self, tmp_path, name, match):
+        with pytest.raises(ConfigError, match=match):
+            self._model(tmp_path / name)

@@ -1,0 +1,143 @@
+"""The networks and sampling loops on CUDA tensors without memory: devices, dtypes and shapes are right, and nothing is read back.
+
+PyTorch's fake tensors go through an op's rules and compute nothing, so that no GPU is needed. Tensors of two devices in one
+op are an error there as on a GPU, and so is what would wait for the device: a fake tensor has no number to give.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sd import Optimisations
+from sd.config.presets import preset
+from sd.models.autoencoder import Autoencoder
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.optimise import apply as optimise
+from sd.optimise.apply import apply
+from sd.optimise.optimisations import WEIGHT_DTYPES
+from sd.sampling import samplers
+from sd.sampling.denoiser import Denoiser
+from sd.sampling.schedule import Schedule
+
+fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor", reason="this torch has no fake tensors")
+CUDA = torch.device("cuda")
+SCHEDULE = Schedule()  # of numbers, which fake tensors have not
+CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
+CHOICES = {
+    "autocast-original": {"precision": "autocast", "attention": "original"},
+    "autocast-mha": {"precision": "autocast", "attention": "mha"},
+    "autocast-sdpa": {"precision": "autocast", "attention": "sdpa"},
+    "fp16": {"precision": "fp16", "attention": "sdpa", "channels_last": True},
+    "exact": {"precision": "bf16", "attention": "sdpa", "channels_last": True, "fused_qkv": True, **CACHES},
+}
+
+
+def _works() -> bool:
+    """Whether fake CUDA tensors can be had without a GPU here, which changed from torch to torch."""
+    try:
+        with fake_tensor.FakeTensorMode():
+            a = torch.ones(2, 2, device=CUDA)
+            return torch.nn.functional.scaled_dot_product_attention(a[None], a[None], a[None]).device.type == "cuda"
+    except (RuntimeError, AssertionError, AttributeError):
+        return False
+
+
+pytestmark = pytest.mark.skipif(not _works(), reason="no fake CUDA tensors without a GPU in this torch")
+
+
+class Fake:
+    """The three networks of a model on a GPU that is not there, as `apply` leaves them."""
+
+    def __init__(self, name: str, how: Optimisations):
+        self.how, self.config = how, preset(name)
+        torch.set_default_dtype(WEIGHT_DTYPES[how.precision])
+        try:
+            with CUDA:
+                self.unet, self.autoencoder = UNet(self.config.unet), Autoencoder(self.config.autoencoder)
+                self.text_encoder = TextEncoder(self.config.text)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self.calls = apply(self.unet, self.autoencoder, self.text_encoder, CUDA, how)
+
+    def contexts(self, batch: int):
+        """As prompts and negative prompts have them."""
+        tokens = torch.zeros(batch, self.config.text.context_length, dtype=torch.long, device=CUDA)
+        return self.text_encoder(tokens), self.text_encoder(tokens)
+
+    def denoiser(self, times: list[float]) -> Denoiser:
+        """Of two prompts, with what the optimisations compute beforehand for these timesteps."""
+        denoise = Denoiser(self.calls.unet_of_run(), *self.contexts(2), 7.5, self.config.parameterization)
+        if self.how.cache_context_kv:
+            denoise.context = self.unet.project_context(denoise.context)
+        if self.how.cache_time_embeddings:
+            denoise.times, denoise.time_table = times, self.unet.time_table(torch.tensor(times).to(CUDA))
+        return denoise
+
+    def latents(self, batch: int):
+        side = self.config.image_size // self.config.autoencoder.downsampling
+        return torch.randn(batch, 4, side, side, device=CUDA)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Makes a Fake, in fake tensors, without a gradient."""
+    # Asked of the GPU that is not there, or of a call on it.
+    monkeypatch.setattr(optimise, "require_available", lambda *_: None)
+    monkeypatch.setattr(optimise, "check", lambda *_: None)
+    monkeypatch.setattr(optimise, "for_head_dim", lambda attention, *_: attention)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    # The weights are made where and what they shall be; fake ones cannot be moved in place.
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    with fake_tensor.FakeTensorMode(), torch.no_grad():
+        yield lambda name, choice: Fake(name, Optimisations(**choice))
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        *(("tiny", choice) for choice in CHOICES),
+        ("sd1", "autocast-original"),
+        ("sd2-v", "autocast-mha"),
+        ("sd2-v", "exact"),
+    ],
+)
+def test_a_step_and_a_picture(fake, name, choice):
+    made = fake(name, CHOICES[choice])
+    how, config = made.how, made.config
+    with how.autocast(CUDA):
+        denoise = made.denoiser([501.0])
+        x = made.latents(2).contiguous(memory_format=how.memory_format())
+        noise = denoise(x, 501.0, 0.5)
+        pixels = made.calls.decode(x)
+    assert (noise.shape, noise.dtype, noise.device.type) == (x.shape, torch.float32, "cuda")
+    assert pixels.shape == (2, 3, config.image_size, config.image_size) and pixels.device.type == "cuda"
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver", "euler"])
+@pytest.mark.parametrize("choice", ["autocast-sdpa", "exact"])
+def test_no_sampler_reads_from_the_device(fake, sampler, eta, choice):
+    if eta and sampler != "ddim":
+        pytest.skip("this sampler has no eta")
+    made = fake("tiny", CHOICES[choice])
+    plan = samplers.sampler(sampler)(SCHEDULE, 10, eta)
+    denoise = made.denoiser(sorted({one.t for one in plan.evaluations}))
+    x, steps = made.latents(2), []
+    noises = [torch.randn_like(x) for _ in plan.evaluations] if eta else None
+    with made.how.autocast(CUDA):
+        out = samplers.run(plan, denoise, x, noises, lambda step, _: steps.append(step))
+    assert (out.shape, out.device.type, steps[-1]) == (x.shape, "cuda", 10)
+
+
+def test_reading_from_the_device_is_an_error(fake):
+    """Else the tests above could not fail."""
+    with pytest.raises(RuntimeError, match="_local_scalar_dense"):
+        fake("tiny", CHOICES["autocast-sdpa"]).latents(1).sum().item()
+
+
+def test_a_tensor_on_the_cpu_is_an_error(fake):
+    made = fake("tiny", CHOICES["autocast-sdpa"])
+    with pytest.raises(RuntimeError, match="device"):
+        made.unet(torch.randn(2, 4, 8, 8), torch.full((2,), 1.0), torch.randn(2, 77, 32, device=CUDA))

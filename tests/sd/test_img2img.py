@@ -1,0 +1,193 @@
+"""The command img2img: how it reads a picture, what its options do, and how it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sd import img2img
+from sd.config.presets import PRESETS
+from sd.errors import ConfigError
+from sd.pipeline import Result, StableDiffusion
+from sd.sampling.noise import OriginalNoise
+
+CAPTION = "a green square on a white background"
+OUT = Path("outputs/img2img-samples")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch, tmp_path):
+    monkeypatch.delenv("USE_XFORMERS", raising=False)
+    monkeypatch.delenv("ATTN_PRECISION", raising=False)
+    monkeypatch.chdir(tmp_path)
+    gradient = torch.linspace(20, 230, 130).to(torch.uint8)[None, :, None].repeat(70, 1, 3)
+    Image.frombytes("RGB", (130, 70), bytes(gradient.flatten().tolist())).save("init.png")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every call of StableDiffusion.img2img, which then draws nothing."""
+    seen = []
+
+    def record(self, prompts, image, **arguments):
+        seen.append({"prompts": prompts, "image": image, **arguments})
+        images = torch.full((len(prompts), *image.shape[1:], 3), 99, dtype=torch.uint8)
+        return Result(images, torch.zeros(len(prompts), 4, 8, 8), {"encode": 1.0, "unet": 2.0}, 1)
+
+    monkeypatch.setattr(StableDiffusion, "img2img", record)
+    return seen
+
+
+def run(*argv) -> int:
+    return img2img.main(["--device", "cpu", "--steps", "4", "--init-img", "init.png", *argv])
+
+
+def picture(path) -> torch.Tensor:
+    image = Image.open(path)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
+
+
+def test_draws_over_a_picture(capsys):
+    assert run("--prompt", CAPTION, "--n_samples", "2", "--seed", "3") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no --ckpt: this is the embedded tiny model")
+    assert "encode" in out
+    paths = sorted((OUT / "samples").iterdir())
+    assert [path.name for path in paths] == ["00000.png", "00001.png"]
+    assert (OUT / "grid-0000.png").exists()
+    model, image = StableDiffusion.tiny(), img2img.read_picture("init.png")
+    expected = model.img2img(CAPTION, image, strength=0.8, steps=4, scale=4.0, seed=3, batch=2).images
+    for path, wanted in zip(paths, expected):
+        assert (picture(path).int() - wanted.int()).abs().max() <= 1
+    texts = Image.open(paths[1]).text
+    assert {key: texts[key] for key in ("init_img", "strength", "seed", "size", "sampler", "scale", "config")} == {
+        "init_img": "init.png",
+        "strength": "0.8",
+        "seed": "4",
+        "size": "128x64",
+        "sampler": "ddim",
+        "scale": "4.0",
+        "config": "tiny",
+    }
+
+
+def test_original_rng_and_warm_up():
+    assert run("--rng", "original", "--seed", "3", "--n_iter", "2", "--skip_first", "--time_file", "t.txt") == 0
+    model, noise, image = StableDiffusion.tiny(), OriginalNoise(3, "cpu"), img2img.read_picture("init.png")
+    assert float(Path("t.txt").read_text()) > 0
+    for path in sorted((OUT / "samples").iterdir()):
+        prompt = Image.open(path).text["prompt"]
+        wanted = model.img2img(prompt, image, strength=0.8, steps=4, scale=4.0, rng=noise).images[0]
+        assert (picture(path).int() - wanted.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {"strength": 0.8, "steps": 4, "scale": 4.0, "eta": 0.0, "negative_prompt": ""}),
+        (["--strength", "0.3"], {"strength": 0.3}),
+        (["--strength", "1"], {"strength": 1.0}),
+        (["--ddim_steps", "8"], {"steps": 8}),
+        (["--scale", "2", "--ddim_eta", "1"], {"scale": 2.0, "eta": 1.0}),
+        (["--negative-prompt", "red", "--C", "4", "--f", "8"], {"negative_prompt": "red"}),
+        (["--prompt", "x", "--n_samples", "2"], {"prompts": ["x", "x"]}),
+        (["--sampler", "ddim"], {}),
+    ],
+)
+def test_options_reach_the_model(calls, argv, expected):
+    assert run(*argv) == 0
+    assert {key: calls[0][key] for key in expected} == expected
+
+
+def test_prompts_from_a_file(calls):
+    Path("prompts.txt").write_text("one\ntwo\nthree\n")
+    assert run("--from-file", "prompts.txt", "--n_samples", "2") == 0
+    assert [call["prompts"] for call in calls] == [["one", "two"], ["three"]]
+
+
+def test_defaults_are_those_of_the_models_script():
+    defaults = {name: img2img._defaults(config) for name, config in PRESETS.items()}
+    assert defaults == {"sd1": (0.75, 5.0), "sd2": (0.8, 9.0), "sd2-v": (0.8, 9.0), "tiny": (0.8, 4.0)}
+
+
+def test_picture_is_read_as_the_original_reads_it():
+    image = img2img.read_picture("init.png")
+    assert image.shape == (3, 64, 128)
+    assert image.dtype == torch.float32
+    expected = Image.open("init.png").resize((128, 64), Image.Resampling.LANCZOS)
+    pixels = torch.tensor(list(expected.tobytes())).reshape(64, 128, 3).permute(2, 0, 1)
+    assert torch.allclose(image, pixels / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode, colour", [("L", 255), ("RGBA", (255, 255, 255, 0)), ("P", 0)])
+def test_other_modes_become_rgb(mode, colour):
+    Image.new(mode, (64, 64), colour).save("other.png")
+    image = img2img.read_picture("other.png")
+    assert image.shape == (3, 64, 64)
+    assert image.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing.png", "cannot be read as a picture"),
+        ("text.png", "cannot be read as a picture"),
+        ("half.png", "cannot be read as a picture"),
+        ("small.png", "fewer than 64 pixels a side"),
+        ("large.png", "more than 67108864 pixels"),
+        ("deep.png", "more than 8 bits a channel"),
+        ("float.tiff", "more than 8 bits a channel"),
+        (".", "cannot be read as a picture"),
+    ],
+)
+def test_bad_pictures_are_named(name, message):
+    Path("text.png").write_text("no picture")
+    Path("half.png").write_bytes(Path("init.png").read_bytes()[:-60])
+    Image.new("RGB", (640, 63)).save("small.png")
+    Image.new("1", (8193, 8192)).save("large.png")
+    Image.new("I;16", (64, 64), 65535).save("deep.png")
+    Image.new("F", (64, 64), 0.5).save("float.tiff")
+    with pytest.raises(ConfigError, match=message) as error:
+        img2img.read_picture(name)
+    assert f"--init-img {name}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--plms"], "--plms: img2img starts in the middle of DDIM's steps"),
+        (["--dpm"], "--dpm: img2img starts"),
+        (["--dpm_solver"], "--dpm_solver: img2img starts"),
+        (["--fixed_code"], "--fixed_code: img2img starts from the picture"),
+        (["--torchscript"], "--torchscript: is not offered here: use --compile"),
+        (["--strength", "1.5"], "--strength 1.5: must be in [0, 1]"),
+        (["--strength", "nan"], "--strength nan: must be in [0, 1]"),
+        (["--steps", "3"], "3 steps cannot be spread"),
+        (["--ddim_eta", "5"], "eta 5 is too large"),
+        (["--C", "3"], "--C 3 contradicts"),
+        (["--init-img", "missing.png"], "--init-img missing.png: cannot be read"),
+        (["--config", "sd1"], "--config sd1 needs its checkpoint"),
+    ],
+)
+def test_refusals_say_why_in_one_line_and_write_nothing(capsys, argv, message):
+    assert run(*argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not OUT.exists()
+
+
+@pytest.mark.parametrize("argv", [["--sampler", "plms"], ["--H", "64"]])
+def test_options_it_does_not_have_are_usage_errors(argv):
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+
+
+def test_it_needs_a_picture():
+    with pytest.raises(SystemExit):
+        img2img.main([])

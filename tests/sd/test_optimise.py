@@ -1,0 +1,343 @@
+"""Each technique alone: its error against the fp32 original, what it saves by exact count, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from counting import Counting, needs_counting
+from models import relative_error
+
+from sd import Optimisations, StableDiffusion
+from sd.attention.availability import why_not
+from sd.attention.functions import DEFAULT_ATTENTION, Attention
+from sd.choices import ATTENTION
+from sd.errors import ConfigError, Unavailable
+from sd.features import has
+from sd.optimise.presets import TECHNIQUES, parse
+from sd.sampling.samplers import SAMPLERS
+
+CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
+EXACT = {
+    "channels_last": {"channels_last": True},
+    "fused_qkv": {"fused_qkv": True},
+    "fused_kv": {"fused_kv": True},
+    "cache_context_kv": {"cache_context_kv": True},
+    "cache_time_embeddings": {"cache_time_embeddings": True},
+    "original_steps": {"original_steps": True},
+    "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES},
+}
+# What of `fast` cannot be beside a technique, and so is left out where that is named.
+GIVES_WAY = {
+    **{name: {"fused_qkv"} for name in ("int8", "fp8")},
+    **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step", "autocast")},
+    "original_steps": {*CACHES, "cuda_graph"},
+}
+# Of one UNet call and of a whole picture in fp32 against the original attention: sums in another order, nothing else.
+UNET_BOUND, PICTURE_BOUND = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion.tiny(optimisations=Optimisations(attention="original"))
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """The fp32 original's UNet output and latents."""
+    model.optimise(Optimisations(attention="original"))
+    return _call(model), _picture(model).latents
+
+
+@torch.no_grad()
+def _call(model, counting=None):
+    """A UNet call as the sampling loop makes it, with guidance's batch of 2."""
+    how, generator = model.optimisations, torch.Generator().manual_seed(0)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 77, 32)))
+    timesteps = torch.full((2,), 501.0)
+    x = x.contiguous(memory_format=how.memory_format())
+    if how.cache_context_kv:
+        context = model.unet.project_context(context)
+    if how.cache_time_embeddings:
+        timesteps = model.unet.time_table(timesteps[:1])
+    if counting is None:
+        return model.unet(x, timesteps, context)
+    with counting:
+        return model.unet(x, timesteps, context)
+
+
+def _picture(model, **options):
+    return model.txt2img(
+        "a red star on a white background",
+        **{"steps": 5, "sampler": "plms", "scale": 4.0, "seed": 2, **options},
+    )
+
+
+def _count(model, **fields) -> Counting:
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION, **fields))
+    counting = Counting()
+    _call(model, counting)
+    return counting
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in ("mha", "xformers")])
+@pytest.mark.parametrize("name", EXACT)
+def test_equals_the_original_and_comes_back_bit_for_bit(model, reference, name, attention):
+    reason = why_not(Attention(attention), head_dim=8)
+    if reason:
+        pytest.skip(reason)
+    plain = Optimisations(attention=attention)
+    model.optimise(plain)
+    before, weights = _picture(model), {key: value.clone() for key, value in model.unet.state_dict().items()}
+
+    model.optimise(Optimisations(attention=attention, **EXACT[name]))
+    assert relative_error(_call(model), reference[0]) <= UNET_BOUND
+    assert relative_error(_picture(model).latents, reference[1]) <= PICTURE_BOUND
+
+    model.optimise(plain)
+    after = _picture(model)
+    assert torch.equal(after.latents, before.latents) and torch.equal(after.images, before.images)
+    state = model.unet.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+def test_fused_weights_are_shared_and_stay_out_of_checkpoints(model):
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION, fused_qkv=True, fused_kv=True))
+    block = model.unet.transformer_blocks()[0]
+    assert block.attn1.to_q.weight.data_ptr() == block.attn1.fused.data_ptr()
+    assert block.attn2.to_k.weight.data_ptr() == block.attn2.fused.data_ptr()
+    assert not [key for key in model.unet.state_dict() if "fused" in key]
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    assert block.attn1.fused is None
+
+
+@needs_counting
+def test_channels_last_of_the_decoder_copies_no_layout(model):
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION, channels_last=True))
+    latents = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Counting() as counting:
+        model.autoencoder.decode(latents)
+    convolutions = [arguments for op, arguments, _ in counting.calls if op == "convolution"]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, *_ in convolutions)
+
+
+@needs_counting
+def test_autocast_casts_each_weight_once(model):
+    """It keeps a cast weight only where a gradient could be asked for: without that, every call casts them all again."""
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION, precision="autocast"))
+    weights = {tuple(weight.shape) for weight in model.unet.parameters() if weight.dim() > 1}
+    with model.optimisations.autocast(model.device):
+        _call(model)
+        counting = Counting()
+        _call(model, counting)
+    cast = [tuple(arguments[0].shape) for op, arguments, _ in counting.calls if op == "_to_copy"]
+    assert cast, "autocast casts activations"
+    assert not weights.intersection(cast)
+
+
+class TestSamplingLoop:
+    """No wait for the device, nothing sent to it, and few ops of the sampler's own, at every step of every sampler."""
+
+    STEPS = 5
+
+    def _loop(self, model, monkeypatch, sampler, steps=STEPS, eta=0.0, **fields):
+        """Count the loop of a whole txt2img, its UNet calls included."""
+        model.optimise(Optimisations(attention=DEFAULT_ATTENTION, **fields))
+        calls, counting = model._calls, Counting()
+
+        def counted(*arguments):
+            with counting:
+                return calls.sample(*arguments)
+
+        monkeypatch.setattr(model, "_calls", _with_sample(calls, counted))
+        _picture(model, steps=steps, sampler=sampler, eta=eta)
+        return counting
+
+    @needs_counting
+    @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
+    @pytest.mark.parametrize("fields", [{}, EXACT["all"]], ids=["plain", "fast"])
+    def test_never_waits_or_sends(self, model, monkeypatch, sampler, eta, fields):
+        counting = self._loop(model, monkeypatch, sampler, eta=eta, **fields)
+        assert counting.synchronisations == 0
+        if fields:
+            assert counting.made == 0
+            assert counting.ops["_to_copy"] == counting.ops["copy_"] == 0
+
+    @needs_counting
+    # Of guidance (cat, sub, mul, add), v to noise (3), timesteps (full) and the update itself.
+    @pytest.mark.parametrize("sampler, most", [("ddim", 11), ("euler", 10), ("dpm_solver", 14), ("plms", 15)])
+    def test_ops_per_step(self, model, monkeypatch, sampler, most):
+        with_unet = [self._loop(model, monkeypatch, sampler, steps=steps, **EXACT["all"]) for steps in (5, 10)]
+        unet = _count(model, **EXACT["all"])
+        own = (with_unet[1].total - with_unet[0].total) / 5 - unet.total
+        assert own <= most
+
+    @needs_counting
+    @pytest.mark.parametrize("sampler", ["ddim", "plms"])
+    def test_original_steps_wait_three_times_a_step(self, model, monkeypatch, sampler):
+        from sd.sampling import original_loop as original
+
+        counting, run = Counting(), original.run
+
+        def counted(*arguments, **options):
+            with counting:
+                return run(*arguments, **options)
+
+        monkeypatch.setattr(original, "run", counted)
+        model.optimise(Optimisations(attention="original", original_steps=True))
+        _picture(model, steps=self.STEPS, sampler=sampler)
+        updates = self.STEPS + (sampler == "plms")  # its first step is made twice
+        assert counting.synchronisations == 3 * updates
+        assert counting.ops["arange"] == updates  # the frequencies, once a UNet call
+
+    @pytest.mark.parametrize("sampler", ["dpm_solver", "euler"])
+    def test_original_steps_are_of_two_samplers(self, model, sampler):
+        model.optimise(Optimisations(original_steps=True))
+        with pytest.raises(ConfigError, match="ddim, plms"):
+            _picture(model, sampler=sampler)
+
+    @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("plms", 0.0)])
+    def test_original_steps_are_those_of_the_plans(self, model, sampler, eta):
+        options = {"steps": self.STEPS, "sampler": sampler, "eta": eta, "rng": "original"}
+        model.optimise(Optimisations())
+        ours = _picture(model, **options).latents
+        model.optimise(Optimisations(original_steps=True))
+        assert relative_error(_picture(model, **options).latents, ours) <= PICTURE_BOUND
+
+
+def _with_sample(calls, sample):
+    from dataclasses import replace
+
+    return replace(calls, sample=sample)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnAGPU:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return StableDiffusion.tiny("cuda")
+
+    @pytest.fixture(scope="class")
+    def reference(self, model):
+        model.optimise(Optimisations(attention="original"))
+        return _picture(model).latents
+
+    @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
+    @pytest.mark.parametrize("fields", [{}, EXACT["all"], {"cuda_graph": "unet"}], ids=["plain", "fast", "graph"])
+    def test_never_waits(self, model, monkeypatch, sampler, eta, fields):
+        """PyTorch itself raises at the first synchronisation of the loop."""
+        model.optimise(Optimisations(precision="fp16", **fields))
+        _picture(model, sampler=sampler, eta=eta)
+        calls = model._calls
+
+        def watched(*arguments):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return calls.sample(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(model, "_calls", _with_sample(calls, watched))
+        _picture(model, sampler=sampler, eta=eta)
+
+    @pytest.mark.parametrize("cuda_graph", ["unet", "loop"])
+    @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
+    def test_cuda_graphs(self, model, reference, cuda_graph, sampler, eta):
+        """The same pictures as without; another prompt and another seed replay it; kept results stay what they were."""
+        options = {"sampler": sampler, "eta": eta}
+        model.optimise(Optimisations(**EXACT["all"]))
+        expected = [_picture(model, seed=seed, **options).latents for seed in (2, 3)]
+        model.optimise(Optimisations(cuda_graph=cuda_graph, **EXACT["all"]))
+        kept = [_picture(model, seed=seed, **options).latents for seed in (2, 3)]
+        for ours, theirs in zip(kept, expected):
+            assert relative_error(ours, theirs) <= PICTURE_BOUND
+
+    def test_cuda_graphs_with_feature_caching(self, model):
+        """Calls with and without the deep part are recordings of their own."""
+        model.optimise(Optimisations(feature_caching=2))
+        expected = [_picture(model, seed=seed).latents for seed in (2, 3)]
+        model.optimise(Optimisations(feature_caching=2, cuda_graph="unet"))
+        for ours, theirs in zip([_picture(model, seed=seed).latents for seed in (2, 3)], expected):
+            assert relative_error(ours, theirs) <= PICTURE_BOUND
+
+    def test_fast(self, model, reference):
+        fast = Optimisations.fast("cuda")
+        model = StableDiffusion.tiny("cuda", fast)  # its weights are rounded
+        assert relative_error(_picture(model).latents, reference) <= 0.05
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"attention": "mha", "fused_qkv": True}, "nn.MultiheadAttention"),
+        ({"attention": "mha", "cache_context_kv": True}, "nn.MultiheadAttention"),
+        ({"original_steps": True, "cache_time_embeddings": True}, "original_steps"),
+        ({"original_steps": True, "compile": "default", "compile_scope": "step"}, "original_steps"),
+        ({"original_steps": True, "cuda_graph": "unet"}, "original_steps"),
+        ({"cuda_graph": "unet", "compile": "reduce-overhead"}, "by itself"),
+        ({"cuda_graph": "unet", "precision": "autocast"}, "autocast"),
+        ({"cuda_graph": "unet", "compile": "default", "compile_scope": "step"}, "cuda_graph loop"),
+        ({"inductor": ("conv_1x1_as_mm",)}, "nothing is compiled"),
+        ({"inductor": ("fast_math",), "compile": "default"}, "choose from"),
+        ({"feature_caching": 2, "cuda_graph": "loop"}, "feature_caching"),
+        ({"feature_caching": 0}, "at least 1"),
+        ({"token_merging": 0.9}, "must be in"),
+        ({"quantisation": "int8", "fused_qkv": True}, "separate projections"),
+        ({"compile_scope": "model"}, "choose one of unet, blocks, step"),
+        ({"cuda_graph": "vae"}, "choose one of none, unet, loop"),
+    ],
+)
+def test_contradictions_are_refused_by_name(fields, match):
+    with pytest.raises(ConfigError, match=match):
+        Optimisations(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"tf32": True}, {"cuda_graph": "unet"}])
+def test_what_needs_a_gpu_is_refused_before_anything_is_changed(model, fields):
+    model.optimise(Optimisations(channels_last=True))
+    with pytest.raises(Unavailable, match="NVIDIA GPU"):
+        model.optimise(Optimisations(**fields))
+    assert model.optimisations.channels_last
+    assert model.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_presets():
+    assert Optimisations.none() == Optimisations()
+    fast = Optimisations.fast("cpu")
+    assert (fast.precision, fast.cuda_graph, fast.tf32, fast.original_steps) == ("full", "none", False, False)
+    assert fast.compile == "none" or has("compile")
+    assert (fast.token_merging, fast.feature_caching, fast.quantisation) == (0.0, 1, "none")
+
+
+@pytest.mark.parametrize("capability, precision", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_fast_follows_the_gpu(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    fast = Optimisations.fast("cuda")
+    assert fast.precision == precision
+    assert (fast.token_merging, fast.feature_caching, fast.quantisation) == (0.0, 1, "none")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_every_technique_goes_with_fast(monkeypatch, name, device):
+    """What is asked for by name is there, on either device; of the rest of the preset only what cannot be beside it goes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fast = Optimisations.fast(device)
+    if name == "triton_group_norm" and not fast.channels_last:
+        pytest.skip("`fast` has no channels_last without a compiler")
+    chosen = parse(f"fast,{name}", device)
+    assert {field: getattr(chosen, field) for field in TECHNIQUES[name]} == TECHNIQUES[name]
+    rest = {field: value for field, value in fast.changed().items() if field not in TECHNIQUES[name]}
+    gone = {field for field, value in rest.items() if getattr(chosen, field) != value}
+    assert gone == GIVES_WAY.get(name, set()) & set(rest)
+
+
+def test_an_option_beside_fast_is_as_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("autocast", "reduce-overhead"):
+        assert parse("fast", "cuda", TECHNIQUES[name]) == parse(f"fast,{name}", "cuda")
+    chosen = parse("fast", "cuda", {"attention": "mha"})
+    assert (chosen.attention, chosen.fused_qkv, chosen.cache_context_kv) == ("mha", False, False)
+    with pytest.raises(ConfigError, match="autocast frees"):  # named as well, and so not given up
+        parse("cuda_graph_unet", "cuda", {"precision": "autocast"})

@@ -1,0 +1,52 @@
+"""One checkpoint, the same latents and seed: the same picture on torch 1.12 and on this torch, by running both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from agreement import SEED
+from draw import CASES, draw
+
+ROOT = Path(__file__).parents[2]
+
+
+def python_of_torch112() -> Path:
+    """SD_PERF_TORCH112_PYTHON, which must then exist, or the interpreter that `tox run -e torch112` left behind."""
+    if torch.__version__.startswith("1.12."):
+        pytest.skip("this is torch 1.12 itself")
+    named = os.environ.get("SD_PERF_TORCH112_PYTHON")
+    python = Path(named) if named else ROOT / ".tox/torch112/bin/python"
+    if not python.exists():
+        assert not named, f"SD_PERF_TORCH112_PYTHON={named} does not exist"
+        pytest.skip("no torch 1.12 beside this one: run `tox run -e torch112 --notest` or set SD_PERF_TORCH112_PYTHON")
+    return python
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Pictures of torch 1.12 and of this torch, from the same latents, new ones every run."""
+    python, folder = python_of_torch112(), tmp_path_factory.mktemp("torch112")
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).numpy()
+    np.save(folder / "latents.npy", latents)
+    command = [str(python), "-W", "ignore", str(ROOT / "tests" / "helpers" / "draw.py"), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith("1.12.")
+    with np.load(folder / "pictures.npz") as theirs:
+        return dict(theirs), draw(latents)
+
+
+@pytest.mark.parametrize("name", [*CASES, "seed"])
+def test_the_same_picture(seed, both, name):
+    theirs, ours = (pictures[name].astype(int) for pictures in both)
+    difference = np.abs(theirs - ours)
+    print(f"{name}: at most {difference.max()}/255 at {np.count_nonzero(difference)} of {difference.size} values")
+    assert ours.shape == theirs.shape == (2, 64, 64, 3)
+    assert ours.std() > 5  # a picture, not one colour
+    assert difference.max() <= 2

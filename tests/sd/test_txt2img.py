@@ -1,0 +1,224 @@
+"""The command txt2img: what its options do, and what it writes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from txt2img_runs import CAPTION, calls_fixture, checkpoints_fixture, clean_fixture, close, run, samples  # noqa: F401
+
+from sd import txt2img
+from sd.attention.functions import DEFAULT_ATTENTION
+from sd.config.presets import PRESETS
+from sd.config.yaml_reader import CONFIGS
+from sd.pipeline import StableDiffusion
+from sd.sampling.noise import OriginalNoise
+
+# --- what it writes
+
+
+def test_with_no_options_the_tiny_model_draws_one_picture(capsys):
+    assert run() == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "tiny model" in lines[0]
+    assert "--ckpt" in lines[0]
+    assert str(Path("outputs/txt2img-samples/samples/00000.png")) in lines
+    assert str(Path("outputs/txt2img-samples/grid-0000.png")) in lines
+    assert re.search(r"seconds: load [\d.]+, text [\d.]+, unet [\d.]+, vae [\d.]+, saving [\d.]+", out)
+    assert re.search(r"attention kernels that ran: unet \w+; autoencoder \w+", out)
+    assert re.search(r"peak memory: [\d.]+ GiB", out)
+    assert "iteration 1/1: 100%" in err
+    assert "2/2" in err
+    (one,) = samples()
+    assert one.shape == (64, 64, 3)
+    assert sorted(p.name for p in Path("outputs/txt2img-samples").iterdir()) == ["grid-0000.png", "samples"]
+
+
+def test_settings_are_in_the_png():
+    assert (
+        run("--prompt", "ein Kreis, 円", "--negative-prompt", "blue", "--seed", "7", "--n_samples", "2", "--plms") == 0
+    )
+    texts = Image.open("outputs/txt2img-samples/samples/00001.png").text
+    kernels = texts.pop("kernels")
+    assert re.fullmatch(r"unet \S+; autoencoder \S+", kernels)
+    assert texts == {
+        "prompt": "ein Kreis, 円",
+        "negative_prompt": "blue",
+        "seed": "8",
+        "steps": "2",
+        "sampler": "plms",
+        "eta": "0.0",
+        "scale": "4.0",
+        "size": "64x64",
+        "rng": "per-image",
+        "config": "tiny",
+        "checkpoint": "tiny (embedded)",
+        "attention": DEFAULT_ATTENTION if DEFAULT_ATTENTION != "original" else "original in fp32",
+        "precision": "full",
+        "compile": "none",
+        "optimisations": "none",
+        "device": "cpu",
+        "torch": torch.__version__,
+    }
+    assert Image.open("outputs/txt2img-samples/grid-0000.png").text["sampler"] == "plms"
+
+
+def test_numbering_goes_on_after_the_highest_and_overwrites_nothing(calls):
+    folder = Path("out/samples")
+    folder.mkdir(parents=True)
+    (folder / "00007.png").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    Path("out/grid-0011.png").write_text("mine")
+    for _ in range(2):
+        assert run("--outdir", "out") == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["00007.png", "00008.png", "00009.png", "notes.txt"]
+    assert sorted(path.name for path in Path("out").glob("grid*")) == [f"grid-00{n}.png" for n in (11, 12, 13)]
+    assert (folder / "00007.png").read_text() == Path("out/grid-0011.png").read_text() == "mine"
+
+
+def test_what_is_skipped_is_not_written(calls, capsys):
+    assert run("--skip_save", "--outdir", "a") == 0
+    assert [path.name for path in Path("a").iterdir()] == ["grid-0000.png"]
+    assert run("--skip_grid", "--outdir", "b") == 0
+    assert [path.name for path in Path("b").iterdir()] == ["samples"]
+    assert run("--skip_grid", "--skip_save", "--outdir", "c") == 0
+    assert not Path("c").exists()
+    assert "1 pictures in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, size", [([], (2, 2)), (["--n_rows", "3"], (3, 2)), (["--n_rows", "1"], (1, 4))])
+def test_grid_holds_all_iterations(calls, argv, size):
+    assert run("--n_samples", "2", "--n_iter", "2", *argv) == 0
+    columns, rows = size
+    assert Image.open("outputs/txt2img-samples/grid-0000.png").size == (columns * 66 + 2, rows * 66 + 2)
+
+
+# --- noise and iterations
+
+
+def test_picture_k_has_seed_plus_k_at_any_batch_size():
+    assert run("--prompt", CAPTION, "--seed", "5", "--n_samples", "2", "--n_iter", "2", "--outdir", "a") == 0
+    assert run("--prompt", CAPTION, "--seed", "8", "--outdir", "b") == 0
+    pictures = samples("a")
+    assert close(pictures[3], samples("b")[0])
+    assert not close(pictures[0], pictures[1])
+    assert not close(pictures[0], pictures[2])
+
+
+def test_original_rng_draws_on_from_iteration_to_iteration():
+    argv = ["--prompt", CAPTION, "--rng", "original", "--seed", "5", "--n_samples", "2", "--n_iter", "2"]
+    assert run(*argv, "--outdir", "a") == 0
+    model, noise = StableDiffusion.tiny(), OriginalNoise(5, "cpu")
+    for n in range(2):
+        expected = model.txt2img([CAPTION] * 2, steps=2, sampler="ddim", scale=4.0, rng=noise).images
+        assert close(torch.stack(samples("a")[2 * n : 2 * n + 2]), expected)
+    assert run(*argv, "--skip_first", "--outdir", "b") == 0  # the warm-up's draws are its own
+    assert all(torch.equal(one, other) for one, other in zip(samples("a"), samples("b")))
+
+
+@pytest.mark.parametrize("rng", ["per-image", "original"])
+def test_fixed_code_starts_every_iteration_alike(rng):
+    argv = ["--rng", rng, "--fixed_code", "--n_iter", "2"]
+    assert run(*argv, "--outdir", "a") == 0
+    first, second = samples("a")
+    assert close(first, second)
+    assert run(*argv, "--ddim_eta", "1", "--outdir", "b") == 0  # the later noise still differs
+    first, second = samples("b")
+    assert not close(first, second)
+
+
+def test_fixed_code_keeps_the_first_picture_and_repeats_no_noise():
+    argv = ["--ddim_eta", "1", "--n_samples", "2"]
+    assert run(*argv, "--outdir", "a") == 0
+    assert run(*argv, "--fixed_code", "--outdir", "b") == 0
+    assert all(close(one, other) for one, other in zip(samples("a"), samples("b")))
+
+
+def test_prompts_from_a_file(calls):
+    Path("prompts.txt").write_bytes("\ufeffone\r\nzwei\u2028ü\n".encode())  # as a Windows editor writes it
+    argv = ["--from-file", "prompts.txt", "--repeat", "2", "--n_samples", "3", "--n_iter", "2", "--fixed_code"]
+    assert run(*argv) == 0
+    assert [call["prompts"] for call in calls] == [["one", "one", "zwei\u2028ü"], ["zwei\u2028ü"]] * 2
+    assert [len(call["latents"]) for call in calls] == [3, 1] * 2
+    texts = [Image.open(path).text for path in sorted(Path("outputs/txt2img-samples/samples").iterdir())]
+    assert [text["prompt"] for text in texts] == ["one", "one", "zwei\u2028ü", "zwei\u2028ü"] * 2
+    assert [int(text["seed"]) for text in texts] == list(range(42, 50))
+
+
+def test_time_file_gets_a_line_a_run(calls):
+    Path("t.txt").write_text("12.5\n")
+    assert run("--time_file", "t.txt", "--n_iter", "2") == 0
+    assert run("--time_file", "t.txt", "--skip_first") == 0
+    assert len(calls) == 4
+    lines = Path("t.txt").read_text().splitlines()
+    assert lines[0] == "12.5"
+    assert len(lines) == 3
+    assert all(0 < float(line) < 60 for line in lines)
+    assert len(samples()) == 3  # the warm-up is not saved
+
+
+def test_time_covers_iterations_and_saving_but_no_warm_up(calls, monkeypatch, capsys):
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("sd.cli.run.time.perf_counter", lambda: float(next(ticks)))
+    assert run("--time_file", "t.txt", "--skip_first") == 0
+    assert run("--time_file", "t.txt") == 0
+    with_warm_up, without = Path("t.txt").read_text().split()
+    assert with_warm_up == without  # as many ticks
+    assert "warm-up 1.000" in capsys.readouterr().out
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {"steps": 2, "sampler": "ddim", "scale": 4.0, "eta": 0.0, "height": None, "width": None, "latents": None}),
+        (["--steps", "5"], {"steps": 5}),
+        (["--ddim_steps", "5"], {"steps": 5}),
+        (["--plms"], {"sampler": "plms"}),
+        (["--dpm"], {"sampler": "dpm_solver"}),
+        (["--dpm_solver"], {"sampler": "dpm_solver"}),
+        (["--sampler", "euler"], {"sampler": "euler"}),
+        (["--plms", "--sampler", "plms"], {"sampler": "plms"}),
+        (["--ddim_eta", "0.5"], {"eta": 0.5}),
+        (["--scale", "1"], {"scale": 1.0}),
+        (["--H", "128", "--W", "64"], {"height": 128, "width": 64}),
+        (["--C", "4", "--f", "8"], {}),
+        (["--negative-prompt", "red"], {"negative_prompt": "red"}),
+        (["--prompt", "x", "--n_samples", "2"], {"prompts": ["x", "x"]}),
+    ],
+)
+def test_options_reach_the_model(calls, argv, expected):
+    assert run(*argv) == 0
+    assert {key: calls[0][key] for key in expected} == expected
+
+
+def test_default_scale_is_that_of_the_models_script():
+    scales = {name: txt2img.default_scale(config) for name, config in PRESETS.items()}
+    assert scales == {"sd1": 7.5, "sd2": 9.0, "sd2-v": 9.0, "tiny": 4.0}
+    assert txt2img.default_scale(replace(PRESETS["sd1"], name="mine")) == 7.5
+
+
+def test_config_without_checkpoint_may_be_tiny(calls, capsys):
+    for config in ("tiny", str(CONFIGS / "tiny.yaml")):
+        assert run("--config", config) == 0
+        assert capsys.readouterr().out.startswith("no --ckpt")
+
+
+def test_packaged_yaml_stands_in_for_the_published_path(checkpoints, capsys):
+    argv = ["--config", "configs/stable-diffusion/tiny.yaml", "--ckpt", str(checkpoints / "model.ckpt")]
+    assert run(*argv) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "no file configs/stable-diffusion/tiny.yaml: using the tiny.yaml that comes with this package"
+    assert any("checkpoint model.ckpt" in line for line in rest)
+
+
+def test_without_config_the_weights_tell(checkpoints, capsys):
+    assert run("--ckpt", str(checkpoints / "model.ckpt")) == 0
+    assert "model.ckpt is tiny" in capsys.readouterr().out

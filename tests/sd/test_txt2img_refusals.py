@@ -1,0 +1,181 @@
+"""The command txt2img: how it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from txt2img_runs import clean_fixture, run  # noqa: F401
+
+from sd.cli import arguments as options
+from sd.config.yaml_reader import CONFIGS
+from sd.errors import BadImage
+from sd.pipeline import StableDiffusion
+
+
+@pytest.mark.parametrize(
+    "argv, environ, message",
+    [
+        (["--torchscript"], {}, "--torchscript is not offered here: use --compile"),
+        (["--ipex"], {}, "--ipex is not offered here"),
+        (["--laion400m"], {}, "--laion400m is another model"),
+        (["--plms", "--dpm"], {}, "--plms and --dpm contradict"),
+        (["--plms", "--sampler", "ddim"], {}, "--plms and --sampler ddim contradict"),
+        (["--plms", "--ddim_eta", "1"], {}, "plms: eta must be 0"),
+        (["--ddim_eta", "nan"], {}, "--ddim_eta nan"),
+        (["--ddim_eta", "9"], {}, "eta 9 is too large for 2 steps: use 0 to 1"),
+        (["--scale", "inf"], {}, "--scale inf"),
+        (["--steps", "3"], {}, "3 steps cannot be spread"),
+        (["--dpm", "--steps", "1"], {}, "at least 2 steps"),
+        (["--H", "100"], {}, "--H 100: must be a multiple of 64, such as 128"),
+        (["--W", "65"], {}, "--W 65: must be a multiple of 64, such as 64"),
+        (["--C", "3"], {}, "--C 3 contradicts the model tiny, which has 4"),
+        (["--f", "16"], {}, "--f 16 contradicts the model tiny, which has 8"),
+        (["--bf16", "--precision", "full"], {}, "--bf16 contradicts --precision full"),
+        (["--device", "tpu9"], {}, "--device tpu9: choose cpu"),
+        (["--device", "meta"], {}, "--device meta: choose cpu"),
+        (["--device", "cuda:99"], {}, "--device cuda:99: there are"),
+        (["--enable_tf32"], {}, "--enable_tf32: tf32 is a mode of NVIDIA GPUs"),
+        (["--config", "sd2"], {}, "--config sd2 needs its checkpoint"),
+        (["--config", "configs/stable-diffusion/v2-inference.yaml"], {}, "needs its checkpoint"),
+        (["--config", "sd9"], {}, "no preset 'sd9'"),
+        (["--config", "missing.yaml"], {}, "missing.yaml: cannot be read"),
+        (["--ckpt", "missing.ckpt"], {}, "missing.ckpt"),
+        (["--from-file", "missing.txt"], {}, "--from-file missing.txt: cannot be read"),
+        (["--from-file", "empty.txt"], {}, "--from-file empty.txt: holds no prompt"),
+        (["--from-file", "latin.txt"], {}, "--from-file latin.txt: is not UTF-8"),
+        (["--prompt", "caf\udce9"], {}, "--prompt: is not UTF-8 text"),
+        (["--negative-prompt", "caf\udce9"], {}, "--negative-prompt: is not UTF-8 text"),
+        (["--from-file", "empty.txt", "--prompt", "x"], {}, "--prompt and --from-file contradict"),
+        (["--outdir", "empty.txt"], {}, "--outdir: empty.txt"),
+        (["--time_file", "missing/t.txt"], {}, "--time_file missing/t.txt: cannot be written"),
+        (["--attention", "original", "--disable_math"], {}, "--disable_math: attention original has no SDPA kernels"),
+        (["--disable_flash"], {"USE_XFORMERS": "True"}, "--disable_flash: attention xformers has no SDPA kernels"),
+        (["--sdpa-kernels", "math"], {"USE_XFORMERS": "False"}, "--sdpa-kernels math: attention original"),
+        (["--attention", "mha", "--disable_math", "--sdpa-kernels", "flash"], {}, "contradict each other"),
+        (["--attention", "mha", "--disable_math", "--disable_flash", "--disable_mem_efficient"], {}, "leave no kernel"),
+        (["--attention", "sdpa", "--sdpa-kernels", "fast"], {}, "SDPA kernels ['fast']"),
+        (
+            ["--attention", "sdpa", "--attention-precision", "input"],
+            {},
+            "--attention-precision: attention sdpa has none",
+        ),
+        (["--config", "native.yaml"], {"USE_XFORMERS": "True"}, "USE_XFORMERS=True contradicts the config's"),
+        ([], {"USE_XFORMERS": "maybe"}, "USE_XFORMERS=maybe in the environment"),
+        ([], {"ATTN_PRECISION": "fp64"}, "ATTN_PRECISION=fp64 in the environment"),
+    ],
+)
+def test_refusals_say_why_in_one_line_and_write_nothing(monkeypatch, capsys, argv, environ, message):
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    text = (CONFIGS / "tiny.yaml").read_text().replace("use_checkpoint: False", "use_native_mha: True")
+    Path("native.yaml").write_text(text)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert run(*argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(Path().rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--n_samples", "0"],
+        ["--n_iter", "-1"],
+        ["--steps", "0"],
+        ["--seed", "-1"],
+        ["--seed", str(2**63)],
+        ["--H", "0"],
+        ["--scale", "much"],
+        ["--precision", "fp8"],
+        ["--compile", "fast"],
+        ["--attention", "flash"],
+        ["--prom", "x"],  # no abbreviations: a new option must not change what an old command means
+    ],
+)
+def test_misspelt_options_are_usage_errors(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_unwritable_folder_is_known_before_the_model_is_loaded(monkeypatch, capsys):
+    Path("file").write_text("")
+    monkeypatch.setattr(options.Setup, "load", lambda self: pytest.fail("loaded"))
+    assert run("--outdir", "file/deep") == 2
+    assert "--outdir: " in capsys.readouterr().err
+
+
+def test_bad_picture_is_an_error_and_not_saved(monkeypatch, capsys):
+    decode = StableDiffusion.decode
+    monkeypatch.setattr(StableDiffusion, "decode", lambda self, latents: decode(self, latents) * float("nan"))
+    assert run() == 2
+    err = capsys.readouterr().err
+    assert "error: picture 1 of 1 is not a number" in err
+    assert "the guidance scale or the weights are at fault" in err
+    assert run("--precision", "bf16") == 2
+    assert "try precision full or bf16" in capsys.readouterr().err
+    assert not list(Path().rglob("*.png"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_has_had_enough_gets_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "sd.txt2img", "--steps", "1", "--device", "cpu"]
+    environ = {**os.environ, "PYTHONPATH": str(Path(options.__file__).parents[2])}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environ, check=False)
+    os.close(write)
+    assert done.returncode == 141 and "Error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (BadImage("black"), 2, "error: black"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "error: out of memory (peak "),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "use a smaller --n_samples, a smaller picture (--H, --W)",
+        ),
+        (MemoryError(), 2, "error: out of memory"),
+    ],
+)
+def test_exit_status(monkeypatch, capsys, error, status, message):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(StableDiffusion, "txt2img", fail)
+    assert run() == status
+    assert message in capsys.readouterr().err
+    assert not list(Path().rglob("*.png"))
+
+
+def test_a_bug_is_not_dressed_up_as_an_error(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(StableDiffusion, "txt2img", fail)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run()
+
+
+def test_full_disk_leaves_no_half_picture(monkeypatch, capsys):
+    def full(self, file, *arguments, **options):
+        Path(file).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run() == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not [path for path in Path("outputs").rglob("*") if path.is_file()]
