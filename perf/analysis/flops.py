@@ -1,34 +1,33 @@
-"""What a round has to compute and to move: FLOPs, and the fewest bytes, by the same arithmetic for every implementation.
+"""FLOPs and minimum bytes of a round, from the shape of the networks: the same for every implementation.
 
-Norms, activations and the sampler, which cost bytes rather than FLOPs, are left out of the FLOPs as FlopCounterMode leaves
-them out. The bytes are a floor: each network's weights once a call, whatever the batch, and its input and output once. What
-runs between its layers moves more, and techniques that keep something from call to call (`cache_context_kv`) read a few
-per cent less.
+FLOPs leave out norms, activations and the sampler, as torch's FlopCounterMode does. Minimum bytes are the weights of each
+network once per call, whatever the batch, plus its input and output once. Tensors between layers add to that, and
+techniques that cache between calls (`cache_context_kv`) read a few per cent less.
+
+A model is a sd.config.presets.ModelConfig, and a configuration has the fields of
+perf.configurations.configuration.Configuration; neither is imported, so that this module is pure arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
-
-from perf.configurations.configuration import Configuration
-from sd.config.presets import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from typing import Any, NamedTuple
 
 TOKEN_BYTES = 8  # int64
 
 
 def total(network: Iterable[Layer]) -> int:
-    """FLOPs of all layers of a network (perf.analysis.layers), for one sample."""
+    """FLOPs of a network for one sample."""
     return sum(layer.flops for layer in network)
 
 
 def weights(network: Iterable[Layer]) -> int:
-    """Number of weights of all layers of a network."""
+    """Number of weights of a network."""
     return sum(layer.weights for layer in network)
 
 
-def of_round(configuration: Configuration, model: ModelConfig, unet_calls: int) -> int:
-    """FLOPs of one round of a configuration on a model, with guidance's batch of two wherever there is a UNet."""
+def of_round(configuration: Any, model: Any, unet_calls: int) -> int:
+    """FLOPs of one round, with a UNet batch of two per image under guidance."""
     height, width = _latent_size(configuration, model)
     guided = _guided(configuration)
     tokens = model.text.context_length
@@ -40,8 +39,8 @@ def of_round(configuration: Configuration, model: ModelConfig, unet_calls: int) 
     return configuration.batch * _of_workload(configuration, parts)
 
 
-def floor_bytes_of_round(configuration: Configuration, model: ModelConfig, unet_calls: int, item_bytes: int) -> int:
-    """Bytes that a round cannot do without, with numbers of `item_bytes` bytes; see above what they are."""
+def minimum_bytes_of_round(configuration: Any, model: Any, unet_calls: int, item_bytes: int) -> int:
+    """Minimum bytes of one round; item_bytes: size of a number in bytes."""
     height, width = _latent_size(configuration, model)
     cells, pixels = height * width, height * width * model.autoencoder.downsampling**2
     guided, batch = _guided(configuration) * configuration.batch, configuration.batch
@@ -59,22 +58,22 @@ def floor_bytes_of_round(configuration: Configuration, model: ModelConfig, unet_
     return _of_workload(configuration, parts)
 
 
-def _latent_size(configuration: Configuration, model: ModelConfig) -> tuple[int, int]:
+def _latent_size(configuration: Any, model: Any) -> tuple[int, int]:
     factor = model.autoencoder.downsampling
     return (configuration.height or model.image_size) // factor, (configuration.width or model.image_size) // factor
 
 
-def _guided(configuration: Configuration) -> int:
+def _guided(configuration: Any) -> int:
     """UNet samples and prompts of an image."""
     return 2 if configuration.workload != "txt2img" or configuration.scale != 1.0 else 1
 
 
-def _of_workload(configuration: Configuration, parts: dict[str, int]) -> int:
+def _of_workload(configuration: Any, parts: dict[str, int]) -> int:
     return sum(parts.values()) if configuration.workload == "txt2img" else parts[configuration.workload]
 
 
 class Layer(NamedTuple):
-    """FLOPs for one sample (2 for each multiply-add), and the number of weights that are read for it, biases included."""
+    """FLOPs of a layer for one sample (2 per multiply-add), and its number of weights, biases included."""
 
     flops: int
     weights: int
@@ -89,16 +88,16 @@ def _linear(inner: int, outer: int, rows: int, bias: bool = True) -> Layer:
 
 
 def _norm(channels: int) -> Layer:
-    """Norms and activations cost bytes rather than FLOPs, as FlopCounterMode has it."""
+    """No FLOPs, as in FlopCounterMode."""
     return Layer(0, 2 * channels)
 
 
 def _attend(width: int, queries: int, keys: int) -> Layer:
-    """A query's products with each key and each value. Causal attention counts as full, as kernels are usually rated."""
+    """QK^T and the product with V. Causal attention counts as full, as kernels are usually rated."""
     return Layer(4 * width * queries * keys, 0)
 
 
-def unet(config: UNetConfig, height: int, width: int, tokens: int = 77) -> Iterator[Layer]:
+def unet(config: Any, height: int, width: int, tokens: int = 77) -> Iterator[Layer]:
     """One UNet call with latents of height x width."""
     embedding, cells = 4 * config.model_channels, height * width
     yield _linear(config.model_channels, embedding, 1)
@@ -150,7 +149,7 @@ def unet(config: UNetConfig, height: int, width: int, tokens: int = 77) -> Itera
     yield from (_norm(channels), _conv(channels, config.out_channels, cells))
 
 
-def decoder(config: AutoencoderConfig, height: int, width: int) -> Iterator[Layer]:
+def decoder(config: Any, height: int, width: int) -> Iterator[Layer]:
     """Decoding latents of height x width."""
     cells = height * width
 
@@ -178,8 +177,8 @@ def decoder(config: AutoencoderConfig, height: int, width: int) -> Iterator[Laye
     yield from (_norm(channels), _conv(channels, config.image_channels, cells))
 
 
-def text_encoder(config: TextConfig) -> Iterator[Layer]:
-    """Encoding one prompt. Of the table of tokens only the rows of a prompt count, and those of positions."""
+def text_encoder(config: Any) -> Iterator[Layer]:
+    """Encoding one prompt. Only the rows of the token table that a prompt reads count as weights."""
     tokens, width = config.context_length, config.width
     yield Layer(0, 2 * tokens * width)
     for _ in range(config.layers):

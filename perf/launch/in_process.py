@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from perf.worker.server import Worker
-from perf.worker.wire import read_answer
+from perf.worker.wire import parse_response
 
 
 class InProcessLaunch:
@@ -18,7 +18,7 @@ class InProcessLaunch:
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         """The answer to one request; the time limit cannot be kept here."""
-        return read_answer(self.worker.handle({"op": operation, **arguments}))
+        return parse_response(self.worker.handle({"op": operation, **arguments}))
 
     def close(self) -> None:
         """Let go of the model."""

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.worker.wire import PROTOCOL, WorkerError, one_line, read_answer
+from perf.worker.wire import PROTOCOL, WorkerError, one_line, parse_response
 
 ROOT = Path(__file__).resolve().parents[2]  # where `perf` and this tree's `sd` are imported from
 START_SECONDS = 60.0  # for an interpreter to start and say so
@@ -106,7 +106,7 @@ class ProcessLaunch:
         if line is None:
             raise self._died()
         try:
-            return read_answer(json.loads(line, parse_constant=_refuse))
+            return parse_response(json.loads(line, parse_constant=_refuse))
         except (ValueError, RecursionError):
             raise self._rubbish(line) from None
 

@@ -15,8 +15,7 @@ import pytest
 from perf.configurations.configuration import CHOICES, UnknownChoice
 from perf.launch.process import Interpreter
 from perf.machine.nvml import NoTelemetry
-from perf.session.settings import Settings
-from perf.worker.clock import CLOCKS
+from perf.session.settings import CLOCKS, Settings
 
 # option, field, and how one value of it is read
 MATRIX = (

@@ -6,7 +6,6 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from perf.analysis import flops
 from perf.analysis.statistics import MIN_VALUES, break_even, paired_ratio, self_comparison, sign_interval
 from perf.configurations.configuration import usual_precision
 from perf.runs import fingerprints as weights
@@ -14,12 +13,10 @@ from perf.runs.saved_run import SavedRun, parse
 from perf.session.image_check import computing_type
 from perf.session.measurements import Launch, Measured, paired_medians
 from perf.session.run import Session
-from sd.config.presets import preset
 
 SCHEMA = 1
 # The dtype whose matrix products are the ceiling of a precision, by what computes (see perf.worker.images).
 CEILINGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def extra_info(session: Session, id: str) -> dict:
@@ -36,7 +33,9 @@ def extra_info(session: Session, id: str) -> dict:
     unet_seconds = stages.get("unet")
     calls = rounds[0]["unet_calls"]
     number = computing_type(precision, device)
-    counted, fewest = _work(measured, calls, number)
+    # An approximate technique skips some of the work; journals of earlier versions have no count.
+    work = None if configuration.approximate else rounds[0].get("work")
+    counted, fewest = (work["flops"], work["minimum_bytes"]) if work else (None, None)
     joules = _median_launch(measured, lambda one: one["telemetry"] and one["telemetry"]["joules"])
     return {
         "schema": SCHEMA,
@@ -197,16 +196,6 @@ def _image(session: Session, measured: Measured) -> dict:
     configuration = measured.slot.configuration
     verdict = "unchecked" if reason else "approximate" if configuration.approximate else "right"
     return {**found, "reference": configuration.reference().id, "verdict": verdict, "reason": reason}
-
-
-def _work(measured: Measured, calls: int, number: str) -> tuple[int, int] | tuple[None, None]:
-    """(FLOPs, fewest bytes) of a round that computes with the type `number`."""
-    configuration = measured.slot.configuration
-    # A YAML file of the user's need not have the preset's shapes; what is approximate skips some of the work.
-    if configuration.config is not None or configuration.approximate:
-        return None, None
-    given = configuration, preset(configuration.model), calls
-    return flops.of_round(*given), flops.floor_bytes_of_round(*given, ITEM_BYTES[number])
 
 
 def _fraction(session: Session, number: str, device: str, counted: int | None, seconds: float) -> float | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from perf.launch.process import Interpreter
 from perf.session.runner import Limits
 
+CLOCKS = ("wall", "cpu")  # perf.worker.clock.CLOCKS
+
 
 class SessionError(Exception):
     """A session that cannot start or go on; the message says why and what to do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from perf.worker.profiler import TRACE_SEED
+TRACE_SEED = 500_000  # differs from the seeds of timed rounds
 
 
 def trace_all(launches, slots, folder: Path, limits, say) -> dict[str, dict]:
@@ -25,7 +25,9 @@ def trace_all(launches, slots, folder: Path, limits, say) -> dict[str, dict]:
             with launches.open(slot) as worker:
                 worker.ask("load", limits.load, **launches.load_arguments(slot))
                 worker.ask("round", limits.first_round, seed=TRACE_SEED + 1)
-                found[id] = worker.ask("trace", limits.round, stem=str(folder.absolute() / file_name(id)))
+                found[id] = worker.ask(
+                    "trace", limits.round, stem=str(folder.absolute() / file_name(id)), seed=TRACE_SEED
+                )
         except WorkerError as error:
             say(f"perf: {id} was not traced: {error}")
     return found

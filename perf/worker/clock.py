@@ -1,41 +1,33 @@
-"""Clocks: one that waits for the device, one of CPU time, and one that replays what was measured elsewhere.
-
-Imports neither torch nor pytest.
-"""
+"""Clocks of a worker, in seconds. Both wait for the CUDA device first, where the process uses one."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-
-CLOCKS = ("wall", "cpu")
 
 
-def on_cuda() -> bool:
-    """Whether this process uses a CUDA device."""
+def uses_cuda() -> bool:
+    """Whether this process has initialised CUDA. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
 
 
-def wait_for_device() -> None:
-    """Return when the CUDA device, if this process uses one, has finished its work."""
-    if on_cuda():
+def synchronize() -> None:
+    """Wait for queued work of the CUDA device, if this process uses one."""
+    if uses_cuda():
         sys.modules["torch"].cuda.synchronize()
 
 
 def wall_clock() -> float:
-    """Seconds of wall time, read when the device has finished."""
-    wait_for_device()
+    """Wall time."""
+    synchronize()
     return time.perf_counter()
 
 
 def cpu_clock() -> float:
-    """Seconds of CPU time of this process, all threads together: steadier than wall time where cores are shared."""
-    wait_for_device()
+    """CPU time of this process, summed over threads: less noisy than wall time on shared cores."""
+    synchronize()
     return time.process_time()
 
 
-def clock(name: str) -> Callable[[], float]:
-    """The clock of that name, one of CLOCKS."""
-    return {"wall": wall_clock, "cpu": cpu_clock}[name]
+CLOCKS = {"wall": wall_clock, "cpu": cpu_clock}

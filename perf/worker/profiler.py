@@ -1,8 +1,7 @@
-"""`--perf-trace DIR`: one round of each configuration under torch's profiler, outside the timed ones.
+"""Profile one round with torch.profiler, outside the timed rounds (`--perf-trace DIR`).
 
-The worker writes what torch gives (a Chrome trace for Perfetto or chrome://tracing, and on CUDA a memory snapshot for
-pytorch.org/memory_viz), the round's first picture, and marks the round for Nsight with an NVTX range. The trace's time is
-summed by class of kernel. torch is imported where a round is traced, so that reading and summing need none.
+Written: a Chrome trace (Perfetto, chrome://tracing), on CUDA a memory snapshot (pytorch.org/memory_viz), and the first
+image of the round. An NVTX range marks the round for Nsight.
 """
 
 from __future__ import annotations
@@ -11,47 +10,40 @@ import contextlib
 import json
 from pathlib import Path
 
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
 from perf.analysis.trace_sums import ROUND, time_by_class
-
-TRACE_SEED = 500_000  # no timed round has it
-
-
-# --- in the worker
+from perf.worker.engines.interface import Engine, Output
 
 
-def record(engine, stem: str) -> dict:
-    """Trace one round of an engine into STEM.trace.json; returns what a saved run holds under `trace`.
+def record(engine: Engine, stem: str, seed: int) -> dict:
+    """Profile one round of a warm engine into STEM.trace.json; return the entry `trace` of a saved run.
 
-    The engine has made a round already, so that nothing is compiled or chosen in this one. Raises ValueError where the
-    profiler has lost kernels; the files are there all the same.
+    Raises ValueError where the profiler lost kernels; the files are written all the same.
     """
-    import torch
-
-    profile = torch.profiler
-    activities = [profile.ProfilerActivity.CPU]
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    if on_cuda:
-        activities.append(profile.ProfilerActivity.CUDA)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     trace, memory = Path(f"{stem}.trace.json"), Path(f"{stem}.memory.pickle")
-    remembering = False
-    # The session's own warm-up: the first events under CUPTI are slow. A session before this one would not do instead, for
-    # after an empty one CUPTI has been seen to give no kernels for the rest of the process (CUDA 13, torch 2.13).
-    steps = profile.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with profile.profile(activities=activities, schedule=steps) as profiler:
+    recording = False
+    # The warm-up is part of this profiler session, since the first events under CUPTI are slow. A session of its own
+    # before this one does not work: after it CUPTI can give no kernels for the rest of the process (CUDA 13, torch 2.13).
+    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as profiler:
         torch.ones(1, device="cuda" if on_cuda else "cpu").add_(1)
         if on_cuda:
             torch.cuda.synchronize()
         profiler.step()
         try:
-            remembering = on_cuda and _remember(torch)
-            with torch.cuda.nvtx.range(ROUND) if on_cuda else contextlib.nullcontext(), profile.record_function(ROUND):
-                output = engine.round(TRACE_SEED)
+            recording = on_cuda and _record_memory()
+            with torch.cuda.nvtx.range(ROUND) if on_cuda else contextlib.nullcontext(), record_function(ROUND):
+                output = engine.round(seed)
                 if on_cuda:
                     torch.cuda.synchronize()
-            if remembering:
+            if recording:
                 torch.cuda.memory._dump_snapshot(str(memory))
         finally:
-            if remembering:
+            if recording:
                 torch.cuda.memory._record_memory_history(enabled=None)
     profiler.export_chrome_trace(str(trace))
     with open(trace, encoding="utf-8", errors="replace") as file:
@@ -59,15 +51,15 @@ def record(engine, stem: str) -> dict:
     return {
         "seconds": seconds,
         "file": trace.name,
-        "memory_snapshot": memory.name if remembering else None,
-        "picture": _picture(output, Path(stem)),
+        "memory_snapshot": memory.name if recording else None,
+        "picture": _save_image(output, Path(stem)),
     }
 
 
-def _remember(torch) -> bool:
-    """Start recording allocations; False where this torch cannot (before 2.1).
+def _record_memory() -> bool:
+    """Start recording allocations; False before torch 2.1.
 
-    With Python's frames alone: those of C++ are looked up one by one when the snapshot is written, which takes minutes.
+    Python frames only: C++ frames are resolved when the snapshot is written, which takes minutes.
     """
     if not hasattr(torch.cuda.memory, "_dump_snapshot"):
         return False
@@ -78,15 +70,10 @@ def _remember(torch) -> bool:
     return True
 
 
-def _picture(output, stem: Path) -> str | None:
+def _save_image(output: Output, stem: Path) -> str | None:
     if output.images is None:
         return None
-    from PIL import Image
-
     folder = stem.parent / "pictures"
     folder.mkdir(exist_ok=True)
     Image.fromarray(output.images[0].numpy()).save(folder / f"{stem.name}.png")
     return f"pictures/{stem.name}.png"
-
-
-# --- in the session

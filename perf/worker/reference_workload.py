@@ -1,34 +1,38 @@
-"""The frozen anchor: fixed work without a line of the model's code, timed beside every round.
+"""The reference workload of the machine's speed: fixed torch operations, timed after every round.
 
-What the anchor loses between two sessions, the machine lost; so a round's time over its anchor's can be compared between
-days where the time alone cannot. It must never change: a new one gets a new NAME, which starts a new series of baselines.
+It contains no code of the model. A change of its time between two sessions is a change of the machine, so the ratio of a
+round to its reference workload is comparable between days. It must never change; a new version gets a new NAME, which
+starts a new series of baselines. The two functions below measure the device's peak rates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 NAME = "gemm-conv-softmax-1"
-SMALL_TIMES = (
-    250  # of the same operations on a few numbers each: a model's dispatch, which slows down apart from its arithmetic
-)
-REPEATS = 3  # the middle one counts
-# Shapes in SD's proportions; on a CPU about 15 ms a repeat on one core, on a large GPU about 5 ms.
-SHAPES = {
+REPEATS = 3  # per round; the median counts
+SMALL_REPEATS = 250  # the operations on tiny tensors: dispatch cost, which changes apart from arithmetic
+# Shapes in SD's proportions: about 15 ms on one CPU core, about 5 ms on a large GPU.
+SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"dtype": torch.float32, "gemm": 512, "channels": 64, "cells": 32, "tokens": 512, "times": 2},
     "cuda": {"dtype": torch.float16, "gemm": 4096, "channels": 320, "cells": 64, "tokens": 4096, "times": 8},
 }
+RATE_REPEATS = 6  # the first is a warm-up
 
 
-class Anchor:
-    """The workload with its tensors on `device`; calling it does the work once, and returns when it is queued."""
+class ReferenceWorkload:
+    """The workload with its tensors on `device`. A call queues the work once."""
 
     def __init__(self, device: torch.device):
         shapes = SHAPES["cuda" if device.type == "cuda" else "cpu"]
         generator = torch.Generator().manual_seed(0)
 
-        def draw(*size):
+        def draw(*size: int) -> Tensor:
             return torch.randn(size, generator=generator).to(device=device, dtype=shapes["dtype"])
 
         side, channels, cells, tokens = (shapes[name] for name in ("gemm", "channels", "cells", "tokens"))
@@ -45,42 +49,41 @@ class Anchor:
             F.conv2d(self.image, self.kernel, padding=1)
             torch.softmax(self.scores, dim=-1)
         a, image, kernel, scores = self.small
-        for _ in range(SMALL_TIMES):
+        for _ in range(SMALL_REPEATS):
             torch.mm(a, a)
             F.conv2d(image, kernel, padding=1)
             torch.softmax(scores, dim=-1)
 
+    def seconds(self, clock: Callable[[], float]) -> float:
+        """Median seconds of REPEATS calls."""
+        return sorted(_durations(self, clock, REPEATS))[REPEATS // 2]
+
 
 @torch.no_grad()
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, clock) -> float:
-    """The best rate of a square matrix product here, in FLOP/s: the ceiling against which a model's rate is stated.
-
-    clock() must wait for the device. The largest of 5 after a warm-up: a ceiling is a maximum.
-    """
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """Peak FLOP/s of a square matrix product: the denominator of a fraction of peak. `clock` waits for the device."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
-    seconds = []
-    for _ in range(6):
-        begin = clock()
-        torch.mm(a, a)
-        seconds.append(clock() - begin)
-    return 2.0 * side**3 / min(seconds[1:])
+    return 2.0 * side**3 / min(_durations(lambda: torch.mm(a, a), clock, RATE_REPEATS)[1:])
 
 
 @torch.no_grad()
-def copy_bytes_per_second(device: torch.device, clock) -> float:
-    """The best rate of a copy in this device's memory, in bytes read and written per second: the other ceiling.
+def copy_bytes_per_second(device: torch.device, clock: Callable[[], float]) -> float:
+    """Peak rate of a copy in device memory, bytes read plus bytes written per second.
 
-    The two buffers, together 2 GiB on a GPU and 128 MiB on a CPU, are written before: memory that nothing has touched has
-    no pages to read. clock() as above, and the largest of 5 after a warm-up. A CPU with a cache in their order gives the
-    cache's rate.
+    The two buffers (2 GiB together on a GPU, 128 MiB on a CPU) are written first, so that their pages exist. On a CPU
+    whose cache is of that size this is the rate of the cache.
     """
     count = 2 ** (30 if device.type == "cuda" else 26)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
+    return 2.0 * count / min(_durations(lambda: target.copy_(source), clock, RATE_REPEATS)[1:])
+
+
+def _durations(work: Callable[[], object], clock: Callable[[], float], count: int) -> list[float]:
     seconds = []
-    for _ in range(6):
+    for _ in range(count):
         begin = clock()
-        target.copy_(source)
+        work()
         seconds.append(clock() - begin)
-    return 2.0 * count / min(seconds[1:])
+    return seconds

@@ -1,10 +1,7 @@
-"""One configuration in its own process: JSON lines in, JSON lines out.
+"""Worker: one configuration in its own process, which answers requests of the session (perf.worker.wire).
 
-    python -m perf.worker
-
-Every request is one line {"op": ..., ...} and every answer one line, {"ok": {...}} or {"error": {"kind", "message"}}.
-The process may be any interpreter that `sd` runs on; what it prints by itself goes to stderr, so that nothing but
-answers is ever on the pipe. A worker does nothing unless it is asked, so that it never works while another one times.
+The process may be any interpreter that `sd` runs on. What libraries print goes to stderr, so the pipe carries responses
+only. A worker computes only during a request, so it never works while another worker is timed.
 """
 
 from __future__ import annotations
@@ -17,88 +14,90 @@ import signal
 import sys
 import time
 import traceback
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
 
-from perf.configurations.configuration import UnknownChoice, from_dict
-from perf.worker import clock as clocks
-from perf.worker.wire import PROTOCOL
+from perf.worker import clock
+from perf.worker.wire import PROTOCOL, WorkerError
+
+OPERATIONS = ("ping", "probe", "load", "round", "trace", "write_reference")
+RATE_DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32",)}  # of the matmul rates of `probe`
 
 
 class Worker:
-    """What a worker can be asked. It holds at most one engine. Used directly where no process of its own is wanted."""
+    """State of a worker: at most one engine. Also used without a process of its own (perf.launch.in_process)."""
 
-    def __init__(self):
-        self.engine, self.configuration, self.anchor = None, None, None
-        self.clock, self.graphs_before, self.graphs_after_first = clocks.wall_clock, compiled_graphs(), None
-        self.output = None
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.configuration: Any = None
+        self.reference_workload: Any = None
+        self.output: Any = None
+        self.clock = clock.wall_clock
+        self.graphs_before, self.graphs_after_first = compiled_graphs(), None
 
     def handle(self, request: dict) -> dict:
-        """The answer to one request; errors are answers too."""
+        """The response to one request; an exception becomes an error response."""
         try:
             request = dict(request)
-            name = request.pop("op")
-            if name not in OPERATIONS:
-                raise UnknownChoice(f"a worker knows no {name!r}")
-            return {"ok": getattr(self, name)(**request)}
+            operation = request.pop("op")
+            if operation not in OPERATIONS:
+                raise WorkerError("usage", f"a worker has no operation {operation!r}")
+            return {"ok": getattr(self, operation)(**request)}
         except Exception as error:
-            return {"error": self._describe(error)}
+            return {"error": self._error(error)}
+
+    def ping(self) -> dict:
+        """No work: the cost of a round trip."""
+        return {}
 
     def load(self, configuration: dict, device: str, clock: str, threads: int | None, slowdown: float = 0.0) -> dict:
-        """Import torch, load the model and make the anchor's tensors ready."""
+        """Import torch, load the model, allocate the reference workload. configuration: fields, validated by the session."""
         begin = time.perf_counter()
-        import torch
+        torch = _torch(device, threads)
 
-        from perf.worker import reference_workload as anchor
+        from perf.worker import reference_workload
+        from perf.worker.clock import CLOCKS, synchronize
         from perf.worker.engines import open_engine
-        from perf.worker.engines.sd import BusyLoop
 
-        if threads:
-            torch.set_num_threads(threads)
-        if device == "cuda":
-            _require_cuda()
-        self.clock = clocks.clock(clock)
-        self.configuration = from_dict(configuration)
+        self.clock = CLOCKS[clock]
+        self.configuration = SimpleNamespace(**configuration)
         loading = time.perf_counter()
-        busy_loop = BusyLoop(slowdown, self.clock) if slowdown else None
-        self.engine = open_engine(self.configuration, device, busy_loop)
-        clocks.wait_for_device()
+        self.engine = open_engine(self.configuration, device, BusyLoop(slowdown, self.clock) if slowdown else None)
+        synchronize()
         end = time.perf_counter()
-        self.anchor = anchor.Anchor(torch.device(device))
-        self.anchor()  # its first call allocates
+        self.reference_workload = reference_workload.ReferenceWorkload(torch.device(device))
+        self.reference_workload()  # its first call allocates
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        import sd
-
         return {
-            "import_seconds": loading - begin,  # with what a device needs to begin
+            "import_seconds": loading - begin,  # includes the start of the device
             "load_seconds": end - loading,
-            "anchor": anchor.NAME,
+            "anchor": reference_workload.NAME,
             "precision": self.engine.precision,
             "compiles": self.engine.compiles,
-            "sd": os.path.dirname(os.path.abspath(sd.__file__)),
+            "sd": os.path.dirname(os.path.abspath(sys.modules["sd"].__file__ or "")),
             "facts": torch_facts(device),
             "pid": os.getpid(),
         }
 
-    def round(self, seed: int, check: str | None = None) -> dict:
-        """One round and, after it, its anchor; then the picture is hashed and compared, outside of both timed regions.
+    def round(self, seed: int, check: list[str] | None = None) -> dict:
+        """Time one round and its reference workload; then, untimed, examine the output.
 
-        check: the reference's file (see perf.worker.images). The garbage of earlier rounds is collected before the clock starts.
+        check: reference files, one per image. Garbage of earlier rounds is collected before the clock starts.
         """
         from perf.worker import images
-        from perf.worker import reference_workload as anchor
 
         self.output = None
         gc.collect()
+        if isinstance(getattr(self.engine, "after_step", None), BusyLoop):
+            self.engine.after_step.start()
         started = time.time()
         wall, begin = time.perf_counter(), self.clock()
         output = self.engine.round(seed)
         seconds = self.clock() - begin
         wall = time.perf_counter() - wall
-        anchors = []
-        for _ in range(anchor.REPEATS):
-            begin = self.clock()
-            self.anchor()
-            anchors.append(self.clock() - begin)
+        reference_seconds = self.reference_workload.seconds(self.clock)
         self.output = output
         graphs = {name: count - self.graphs_before[name] for name, count in compiled_graphs().items()}
         if self.graphs_after_first is None:
@@ -107,10 +106,11 @@ class Worker:
             "started_unix_seconds": started,
             "seconds": seconds,
             "wall_seconds": wall,
-            "device_seconds": sum(output.stages.values()) if clocks.on_cuda() and output.stages else None,
-            "anchor_seconds": sorted(anchors)[len(anchors) // 2],
+            "device_seconds": sum(output.stages.values()) if clock.uses_cuda() and output.stages else None,
+            "anchor_seconds": reference_seconds,
             "stages": output.stages,
             "unet_calls": output.unet_calls,
+            "work": self._work(output.unet_calls),
             "peak_bytes": peak_bytes(),
             "image": images.examine(output, check),
             "kernels": self.engine.kernels(),
@@ -118,93 +118,115 @@ class Worker:
         }
 
     def write_reference(self, path: str) -> dict:
-        """Write the last round's output where `check` will find it."""
+        """Store the output of the last round as a reference."""
         from perf.worker import images
 
         images.write(self.output, path)
         return {"path": path}
 
-    def trace(self, stem: str) -> dict:
-        """One more round under the profiler, into files that begin with `stem` (perf.worker.profiler)."""
-        from perf.worker import profiler as trace
+    def trace(self, stem: str, seed: int) -> dict:
+        """Profile one more round into files whose names begin with `stem`."""
+        from perf.worker import profiler
 
-        return trace.record(self.engine, stem)
+        return profiler.record(self.engine, stem, seed)
 
-    def ping(self) -> dict:
-        """Nothing: what a round trip over the pipes costs."""
-        return {}
+    def probe(self, device: str, clock: str, threads: int | None, optimise: list[str] | None = None) -> dict:
+        """Facts of this torch and device, and the device's peak rates: matmul FLOP/s by dtype, copy bytes/s.
 
-    def probe(self, device: str, clock: str, threads: int | None, optimise: list | None = None) -> dict:
-        """What this torch and device are, and the device's ceilings: matrix products in FLOP/s by dtype, a copy in bytes/s.
-
-        optimise: what configurations ask for by that name; what none here knows is an error before anything is measured.
+        optimise: values of `--optimise`; an unknown technique is an error here, before anything is measured.
         """
-        import torch
+        torch = _torch(device, threads)
 
+        from perf.worker.clock import CLOCKS
         from perf.worker.reference_workload import copy_bytes_per_second, matmul_flops_per_second
 
-        if threads:
-            torch.set_num_threads(threads)
-        if device == "cuda":
-            _require_cuda()
         if optimise:
-            from perf.worker.engines.sd import techniques
+            from perf.worker.engines.sd import parse_techniques
 
             for names in optimise:
-                techniques(names, device)
-        dtypes = ("float32", "float16", "bfloat16") if device == "cuda" else ("float32",)
-        rates = {}
-        for name in dtypes:
-            rates[name] = matmul_flops_per_second(torch.device(device), getattr(torch, name), clocks.clock(clock))
-        copied = copy_bytes_per_second(torch.device(device), clocks.clock(clock))
-        return {**torch_facts(device), "matmul_flops_per_second": rates, "copy_bytes_per_second": copied}
+                parse_techniques(names, device)
+        where, read_clock = torch.device(device), CLOCKS[clock]
+        rates = {
+            name: matmul_flops_per_second(where, getattr(torch, name), read_clock) for name in RATE_DTYPES[where.type]
+        }
+        copy_rate = copy_bytes_per_second(where, read_clock)
+        return {**torch_facts(device), "matmul_flops_per_second": rates, "copy_bytes_per_second": copy_rate}
 
-    def _describe(self, error: Exception) -> dict:
+    def _work(self, unet_calls: int) -> dict[str, int]:
+        from perf.analysis import flops
+
+        item_bytes = 4 if self.engine.precision == "full" else 2  # autocast computes in fp16 or bf16
+        shape = self.configuration, self.engine.config, unet_calls
+        return {"flops": flops.of_round(*shape), "minimum_bytes": flops.minimum_bytes_of_round(*shape, item_bytes)}
+
+    def _error(self, error: Exception) -> dict:
         kind = error_kind(error)
         message = " ".join(str(error).split())[:2000] or type(error).__name__
         if kind == "out_of_memory":
-            self.engine = self.output = self.anchor = None  # so that whoever shares this process or device can go on
-            _forget_frames(error)
-            gc.collect()
-            smaller = self.configuration.batch // 2 if self.configuration else 0
-            advice = f"try batch {smaller}" if smaller else "try a smaller picture, or precision fp16"
-            peak = peak_bytes()
-            held = peak["allocated"] or peak["rss"]
-            message = f"out of memory at a peak of {(held or 0) / 2**30:.2f} GiB: {advice}"
-            release_device_memory()
+            message = self._out_of_memory(error)
         elif kind == "failed":
             message = f"{type(error).__name__}: {message}"
         return {"kind": kind, "message": message}
 
+    def _out_of_memory(self, error: Exception) -> str:
+        """Release the model, for what shares this process or device; return the advice."""
+        peak = peak_bytes()
+        self.engine = self.output = self.reference_workload = None
+        _clear_frames(error)
+        gc.collect()
+        release_device_memory()
+        smaller = self.configuration.batch // 2 if self.configuration else 0
+        advice = f"try batch {smaller}" if smaller else "try a smaller image, or precision fp16"
+        gibibytes = (peak["allocated"] or peak["rss"] or 0) / 2**30
+        return f"out of memory at a peak of {gibibytes:.2f} GiB: {advice}"
 
-OPERATIONS = ("ping", "probe", "load", "round", "trace", "write_reference")
+
+class BusyLoop:
+    """A progress callback that prolongs each sampler step by a fraction: the injected slowdown of the self-test.
+
+    clock: waits for the device; on a GPU a loop on the host alone would be hidden behind queued work.
+    """
+
+    def __init__(self, fraction: float, clock: Any):
+        self.fraction, self.clock = fraction, clock
+        self.start()
+
+    def start(self) -> None:
+        """Begin a run."""
+        self.last = self.clock()
+
+    def __call__(self, step: int, steps: int) -> None:
+        end = self.clock()
+        end += self.fraction * (end - self.last)
+        while self.clock() < end:
+            pass
+        self.last = self.clock()
 
 
-def _require_cuda() -> None:
+def _torch(device: str, threads: int | None) -> Any:
+    """torch, with `threads` set. Raises WorkerError where `device` is missing."""
     import torch
 
-    from sd.errors import Unavailable
-
-    if not torch.cuda.is_available():
-        raise Unavailable(f"torch {torch.__version__} of {sys.executable} sees no CUDA device")
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WorkerError("unavailable", f"torch {torch.__version__} of {sys.executable} sees no CUDA device")
+    return torch
 
 
 def error_kind(error: Exception) -> str:
-    """Which of KINDS an exception is."""
+    """The kind (perf.worker.wire.KINDS) of an exception."""
+    if isinstance(error, WorkerError):
+        return error.kind
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return "out_of_memory"
-    if isinstance(error, UnknownChoice):
-        return "usage"
-    names = {base.__name__ for base in type(error).__mro__}  # `sd` may not even have been imported
-    if "Unavailable" in names:
-        return "unavailable"
-    if "BadImage" in names:
-        return "bad_image"
-    return "usage" if "SDError" in names else "failed"
+    names = {base.__name__ for base in type(error).__mro__}  # by name: sd may not be imported
+    by_class = {"Unavailable": "unavailable", "BadImage": "bad_image", "SDError": "usage"}
+    return next((kind for name, kind in by_class.items() if name in names), "failed")
 
 
 def torch_facts(device: str) -> dict:
-    """What the torch of this process is, and the device as it sees it; null where it cannot tell."""
+    """Versions of this process, and the device as torch sees it; None where unknown."""
     import torch
 
     facts = {
@@ -228,16 +250,14 @@ def torch_facts(device: str) -> dict:
 
 
 def _version(package: str) -> str | None:
-    from importlib import metadata
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def compiled_graphs() -> dict:
-    """How many graphs torch.compile has made in this process, and how often it broke one; zeros where nothing compiled."""
+def compiled_graphs() -> dict[str, int]:
+    """Graphs and graph breaks of torch.compile in this process so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     if dynamo is None:
         return {"graphs": 0, "graph_breaks": 0}
@@ -245,10 +265,10 @@ def compiled_graphs() -> dict:
     return {"graphs": counters["stats"].get("unique_graphs", 0), "graph_breaks": sum(counters["graph_break"].values())}
 
 
-def peak_bytes() -> dict:
-    """The most memory held so far: of the CUDA device, allocated and reserved, and of the process."""
-    peaks = {"allocated": None, "reserved": None, "rss": None}
-    if clocks.on_cuda():
+def peak_bytes() -> dict[str, int | None]:
+    """Peak memory so far: allocated and reserved of the CUDA device, resident of the process."""
+    peaks: dict[str, int | None] = {"allocated": None, "reserved": None, "rss": None}
+    if clock.uses_cuda():
         cuda = sys.modules["torch"].cuda
         peaks.update(allocated=cuda.max_memory_allocated(), reserved=cuda.max_memory_reserved())
     try:
@@ -259,26 +279,26 @@ def peak_bytes() -> dict:
     return {**peaks, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the functions held in which an error came up: else it stays until the error is gone, which is later."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Release the local variables of the frames of an exception, which hold the memory until it is gone."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def release_device_memory() -> None:
-    """Give cached device memory back, after an error that left it unusable; a poisoned device stays so."""
-    if clocks.on_cuda():
+    """Return cached device memory after an error; report where the device does not recover."""
+    if clock.uses_cuda():
         try:
             sys.modules["torch"].cuda.empty_cache()
         except RuntimeError as error:
             print(f"the device's memory could not be released: {error}", file=sys.stderr)
 
 
-def _end_with_the_launcher() -> None:
-    """On Linux: a launcher that is killed takes this process with it, in the middle of a round too.
+def _end_with_the_parent() -> None:
+    """On Linux, a killed session ends this process, also during a round; elsewhere it ends after the round.
 
-    Else it would go on with the round, beside the session that is resumed. Elsewhere it ends after the round.
+    Otherwise the round would continue beside a resumed session.
     """
     if sys.platform == "linux":
         import ctypes
@@ -289,16 +309,16 @@ def _end_with_the_launcher() -> None:
 
 def main() -> None:
     """Answer requests until the pipe closes."""
-    _end_with_the_launcher()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    _end_with_the_parent()
+    responses = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # output of libraries must not be taken for a response
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # nor may a library that asks a question take a request for the reply
+    os.dup2(nothing, 0)  # and a library that reads stdin must not take a request
     os.close(nothing)
-    print(json.dumps({"ok": {"protocol": PROTOCOL, "pid": os.getpid()}}), file=answers, flush=True)
+    print(json.dumps({"ok": {"protocol": PROTOCOL, "pid": os.getpid()}}), file=responses, flush=True)
     worker = Worker()
     for line in requests:
-        print(json.dumps(worker.handle(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(worker.handle(json.loads(line))), file=responses, flush=True)
     sys.stderr.flush()
-    os._exit(0)  # every answer is out, and taking PyTorch down takes half a second, with its compiler more than one
+    os._exit(0)  # every response is out; a regular exit of PyTorch takes 0.5 s, with its compiler more than 1 s

@@ -119,6 +119,7 @@ class _Launch:
             "anchor_seconds": anchor,
             "stages": {"text": 0.1 * seconds, "unet": 0.7 * seconds, "vae": 0.2 * seconds},
             "unet_calls": configuration.steps + 1,
+            "work": {"flops": 10**9 * (configuration.steps + 1), "minimum_bytes": 10**8},
             "peak_bytes": {"allocated": None, "reserved": None, "rss": 300 << 20},
             "image": {
                 "sha256": f"{seed:064x}",

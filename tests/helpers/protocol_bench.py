@@ -14,7 +14,7 @@ from perf.configurations.configuration import Configuration
 from perf.session.measurements import Measurements
 from perf.session.plan import ROUND_APART, Plan, Slot
 from perf.session.runner import Limits, Runner
-from perf.worker.wire import WorkerError, read_answer
+from perf.worker.wire import WorkerError, parse_response
 
 A = Configuration(attention="original", steps=2)
 B = Configuration(attention="mha", steps=2)
@@ -97,7 +97,7 @@ class Asked:
         failing = self.bench.errors.get((self.slot.name, self.launch))
         if failing and failing[0] == operation:
             raise WorkerError(failing[1], "so the test says")
-        answer = read_answer(self.fake.handle({"op": operation, **arguments}))
+        answer = parse_response(self.fake.handle({"op": operation, **arguments}))
         if operation == "round":
             self.bench.asked.append((self.slot.name, self.launch, arguments["seed"]))
             order = self.bench.plan.slots.index(self.slot)

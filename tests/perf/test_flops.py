@@ -78,13 +78,13 @@ def test_known_totals():
 def test_known_bytes_of_a_unet_call_in_half_precision(name, gigabytes, batch):
     """Counted for the published models (weights and I/O once), and all but free of the batch."""
     call = Configuration(name, workload="unet", batch=batch, precision="fp16")
-    assert flops.floor_bytes_of_round(call, preset(name), 1, item_bytes=2) == pytest.approx(gigabytes * 1e9, rel=4e-3)
+    assert flops.minimum_bytes_of_round(call, preset(name), 1, item_bytes=2) == pytest.approx(gigabytes * 1e9, rel=4e-3)
 
 
 @needs_counting
 @pytest.mark.parametrize("name", ["tiny", "sd1", "sd2"])
-def test_no_network_moves_less_than_the_floor(name):
-    """Every aten op's inputs and outputs, counted on tensors without numbers: the floor is under them, and is not nothing."""
+def test_no_network_moves_less_than_the_minimum(name):
+    """Every aten op's inputs and outputs, counted on tensors without numbers: the minimum is under them, and is not nothing."""
     config = preset(name)
     unet, autoencoder, text, latents, tokens, context = _networks(config)
     pair = latents.expand(2, -1, -1, -1), torch.zeros(2, device="meta"), context.expand(2, -1, -1)
@@ -97,8 +97,8 @@ def test_no_network_moves_less_than_the_floor(name):
         with torch.no_grad(), Counting() as counting:
             call()
         configuration = Configuration(name, workload=workload, precision="full")
-        floor = flops.floor_bytes_of_round(configuration, config, 1, item_bytes=4)
-        assert 0.01 * counting.bytes < floor <= counting.bytes, workload
+        minimum = flops.minimum_bytes_of_round(configuration, config, 1, item_bytes=4)
+        assert 0.01 * counting.bytes < minimum <= counting.bytes, workload
 
 
 def test_a_round_grows_with_its_batch_and_without_guidance_halves():
@@ -107,7 +107,7 @@ def test_a_round_grows_with_its_batch_and_without_guidance_halves():
     assert flops.of_round(Configuration(batch=3), config, 51) == 3 * one
     decoder = flops.total(flops.decoder(config.autoencoder, 8, 8))
     assert 2 * (flops.of_round(Configuration(scale=1.0), config, 51) - decoder) == one - decoder
-    for count in (flops.of_round, lambda *given: flops.floor_bytes_of_round(*given, 4)):
+    for count in (flops.of_round, lambda *given: flops.minimum_bytes_of_round(*given, 4)):
         stages = [count(Configuration(workload=stage), config, 1) for stage in ("text", "unet", "vae")]
         assert stages[0] + 51 * stages[1] + stages[2] == count(Configuration(), config, 51)
 
@@ -115,7 +115,7 @@ def test_a_round_grows_with_its_batch_and_without_guidance_halves():
 def test_weights_are_read_once_whatever_the_batch():
     config = preset("sd2")
     one, four = (
-        flops.floor_bytes_of_round(Configuration("sd2", batch=batch, precision="autocast"), config, 51, 2)
+        flops.minimum_bytes_of_round(Configuration("sd2", batch=batch, precision="autocast"), config, 51, 2)
         for batch in (1, 4)
     )
     assert one == pytest.approx(51 * 1.732e9, rel=0.02) and one < four < 1.01 * one

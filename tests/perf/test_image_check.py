@@ -114,12 +114,12 @@ def test_a_damaged_reference_is_named_with_the_way_out(kept):
             found = images.examine(made, paths)
         except ValueError as error:
             named += 1
-            assert str(error).startswith(f"{paths[0]} is no reference picture ("), f"seed {seed}: {error}"
+            assert str(error).startswith(f"{paths[0]} is not a reference image ("), f"seed {seed}: {error}"
             assert str(error).endswith("): delete it, and it is made again"), f"seed {seed}: {error}"
         else:  # in bytes that nothing reads
             assert (found["latent_relative_error"], found["psnr_db"]) == (0.0, images.IDENTICAL_DB), f"seed {seed}"
     assert named > 200
-    with pytest.raises(ValueError, match=r"missing.npz is no reference picture .*No such file"):
+    with pytest.raises(ValueError, match=r"missing.npz is not a reference image .*No such file"):
         images.examine(made, ["missing.npz"] * 3)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from perf.launch import process as launcher
 from perf.launch.process import Interpreter, ProcessLaunch
-from perf.worker.wire import LONGEST_MESSAGE, WorkerError, read_answer
+from perf.worker.wire import MAX_MESSAGE_CHARACTERS, WorkerError, parse_response
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_worker.py"
 PROBE = {"device": "cpu", "threads": None}
@@ -40,7 +40,7 @@ def failure(command: list[str], timeout_seconds: float = 20.0) -> WorkerError:
 
 def assert_clear(error: WorkerError) -> None:
     message = str(error)
-    assert message and message.isprintable() and len(message) <= LONGEST_MESSAGE, repr(message)
+    assert message and message.isprintable() and len(message) <= MAX_MESSAGE_CHARACTERS, repr(message)
 
 
 @pytest.fixture(autouse=True)
@@ -290,4 +290,4 @@ def test_the_environment_has_this_harness_behind_the_source(monkeypatch, tmp_pat
 @pytest.mark.parametrize("answer", [None, [], {}, {"ok": []}, {"error": {}}, {"error": {"kind": [], "message": ""}}])
 def test_what_is_no_answer(answer):
     with pytest.raises(ValueError, match="no answer"):
-        read_answer(answer)
+        parse_response(answer)

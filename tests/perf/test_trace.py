@@ -125,7 +125,7 @@ def traced(tmp_path_factory):
         {"op": "round", "seed": 1},
     ):
         assert "ok" in worker.handle(request)
-    return folder, configuration, worker.handle({"op": "trace", "stem": str(folder / configuration.id)})
+    return folder, configuration, worker.handle({"op": "trace", "stem": str(folder / configuration.id), "seed": 5})
 
 
 def test_a_worker_traces_a_round(traced):
@@ -182,21 +182,21 @@ HISTORY = [{"stacks": "python", "max_entries": 100_000}, {"enabled": None}]
 
 def test_on_cuda_the_round_has_its_range_and_snapshot_and_lost_kernels_are_said(told, tmp_path):
     with pytest.raises(ValueError, match="lost the kernels"):
-        trace.record(Engine(), str(tmp_path / "x"))
+        trace.record(Engine(), str(tmp_path / "x"), 5)
     assert told == [HISTORY[0], "range perf round", "end of range", "dump", HISTORY[1]]
     assert {path.name for path in tmp_path.iterdir()} == {"x.trace.json", "x.memory.pickle"}
 
 
 def test_a_round_that_fails_leaves_nothing_switched_on(told, tmp_path):
     with pytest.raises(RuntimeError, match="no memory"):
-        trace.record(Engine(RuntimeError("no memory")), str(tmp_path / "x"))
+        trace.record(Engine(RuntimeError("no memory")), str(tmp_path / "x"), 5)
     assert told == [HISTORY[0], "range perf round", "end of range", HISTORY[1]]
 
 
 def test_a_torch_that_cannot_remember_is_traced_without(told, monkeypatch, tmp_path):
     monkeypatch.delattr(torch.cuda.memory, "_dump_snapshot")
     with pytest.raises(ValueError, match="lost the kernels"):
-        trace.record(Engine(), str(tmp_path / "x"))
+        trace.record(Engine(), str(tmp_path / "x"), 5)
     assert told == ["range perf round", "end of range"]
 
 

@@ -97,7 +97,7 @@ def test_a_full_gpu_is_told_by_what_it_had_allocated(monkeypatch, capsys):
     def poisoned():
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(clock, "on_cuda", lambda: True)
+    monkeypatch.setattr(clock, "uses_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 << 30)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 71 << 30)
     monkeypatch.setattr(torch.cuda, "empty_cache", poisoned)

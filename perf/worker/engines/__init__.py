@@ -1,24 +1,22 @@
-"""Engines: one configuration as a loaded model whose `round` makes one round's output.
-
-An engine has `round(seed) -> Output`, `precision`, `compiles` and `kernels()`; `open_engine` chooses it by name.
-"""
+"""Engines by name: our own model, and diffusers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from types import SimpleNamespace
 
-from perf.configurations.configuration import Configuration
-
-if TYPE_CHECKING:
-    from perf.worker.engines.sd import BusyLoop
+from perf.worker.engines.interface import Engine
 
 
-def open_engine(configuration: Configuration, device: str, busy_loop: BusyLoop | None = None):
-    """The loaded engine of a configuration. Raises what loading raises."""
+def open_engine(configuration: SimpleNamespace, device: str, after_step: Callable[[int, int], None] | None) -> Engine:
+    """The loaded engine of a configuration (fields of perf.configurations.configuration.Configuration).
+
+    after_step: progress callback of each sampler step, where the engine has one. Raises what loading raises.
+    """
     if configuration.engine == "diffusers":
         from perf.worker.engines.diffusers import DiffusersEngine
 
         return DiffusersEngine(configuration, device)
     from perf.worker.engines.sd import SDEngine
 
-    return SDEngine(configuration, device, busy_loop)
+    return SDEngine(configuration, device, after_step)

@@ -1,52 +1,49 @@
-"""What a worker times: one configuration as a loaded model with one method that makes one round's output.
-
-An engine has `round(seed) -> Output`, `weights`, `kernels()` and `release()`; `open_engine` picks it by name.
-"""
+"""Engine of our own model, through the public API of `sd`."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
-from perf.configurations.configuration import Configuration
-from perf.worker.engines.output import Output
+from perf.worker.engines import compat
+from perf.worker.engines.interface import Output
 from sd import Optimisations, StableDiffusion
-from sd.errors import Unavailable
-from sd.sampling.noise import PerImageNoise
+
+UNET_TIMESTEP = 501.0  # of the workload `unet`
 
 
-def optimisations(configuration: Configuration, device: str) -> Optimisations:
-    """The choice as `sd` takes it. Fields at their defaults are not named, so that an older `sd` can be measured too."""
-    if configuration.preset:
-        return techniques(configuration.optimise, device)
+def optimisations(configuration: SimpleNamespace, device: str) -> Optimisations:
+    """The Optimisations of a configuration. Fields at their defaults are not passed, so that older `sd` takes the rest."""
+    names = configuration.optimise
+    if names.split(",")[0] in compat.PRESETS:
+        return parse_techniques(names, device)
     chosen = {"attention": configuration.attention, "precision": configuration.precision}
     if configuration.sdpa_kernels:
-        chosen["sdpa_kernels"] = configuration.sdpa_kernels
+        chosen["sdpa_kernels"] = tuple(configuration.sdpa_kernels)
     if configuration.compile != "none":
         chosen["compile"] = configuration.compile
     if configuration.compile_scope != "unet":
         chosen["compile_scope"] = configuration.compile_scope
-    if configuration.optimise:
-        named, plain = techniques(configuration.optimise, device), Optimisations()
+    if names:
+        named, plain = parse_techniques(names, device), Optimisations()
         values = {field.name: getattr(named, field.name) for field in fields(named)}
-        if configuration.compile != "none":  # an option of the compiler brings a mode where none is chosen
+        if configuration.compile != "none":  # a compiler option sets a mode only where none is chosen
             del values["compile"]
         chosen.update({name: value for name, value in values.items() if value != getattr(plain, name)})
     return Optimisations(**chosen)
 
 
-def techniques(names: str, device: str) -> Optimisations:
-    """What `--optimise` takes. Raises Unavailable for an `sd` from before there were any."""
-    try:
-        from sd.optimise.presets import parse
-    except ImportError:
-        raise Unavailable(f"optimise {names}: this sd is older than its techniques") from None
-    return parse(names, torch.device(device))
+def parse_techniques(names: str, device: str) -> Optimisations:
+    """The Optimisations behind a value of `--optimise`. Raises Unavailable for an `sd` older than techniques."""
+    return compat.load("parse")(names, torch.device(device))
 
 
-def load_model(configuration: Configuration, device: str, chosen: Optimisations) -> StableDiffusion:
+def load_model(configuration: SimpleNamespace, device: str, chosen: Optimisations) -> StableDiffusion:
     """The model of a configuration on `device`."""
     if configuration.checkpoint is not None:
         config = configuration.config or configuration.model
@@ -56,31 +53,38 @@ def load_model(configuration: Configuration, device: str, chosen: Optimisations)
     return StableDiffusion.random(configuration.model, device=device, optimisations=chosen)
 
 
+def initial_latents(model: StableDiffusion, configuration: SimpleNamespace, seed: int) -> Tensor:
+    """float32 [B, 4, h, w]: the initial noise of txt2img, image i with seed + i."""
+    size = configuration.height or None, configuration.width or None
+    shape = model.latent_shape(configuration.batch, *size)
+    return compat.load("PerImageNoise")(seed, configuration.batch).initial(shape, model.device)
+
+
 class SDEngine:
-    """Our own model. busy_loop: what is called after each sampler step, for tests of the gate alone."""
+    """Our own model."""
 
-    def __init__(self, configuration: Configuration, device: str, busy_loop: BusyLoop | None = None):
-        self.configuration, self.busy_loop = configuration, busy_loop
+    def __init__(
+        self, configuration: SimpleNamespace, device: str, after_step: Callable[[int, int], None] | None = None
+    ):
+        self.configuration, self.after_step = configuration, after_step
         self.model = load_model(configuration, device, optimisations(configuration, device))
-
-    def round(self, seed: int) -> Output:
-        """One call of what the configuration's workload names, from prompt or input to output."""
-        return getattr(self, "_" + self.configuration.workload)(seed)
+        self.config = self.model.config
+        self.precision = self.model.optimisations.precision
+        self.compiles = self.model.optimisations.compile != "none"
+        workloads = {"txt2img": self._txt2img, "text": self._text, "unet": self._unet, "vae": self._vae}
+        self.round: Callable[[int], Output] = workloads[configuration.workload]
 
     def _txt2img(self, seed: int) -> Output:
-        wanted = self.configuration
-        if self.busy_loop:
-            self.busy_loop.start()
         result = self.model.txt2img(
-            wanted.prompt,
-            steps=wanted.steps,
-            sampler=wanted.sampler,
-            scale=wanted.scale,
+            self.configuration.prompt,
+            steps=self.configuration.steps,
+            sampler=self.configuration.sampler,
+            scale=self.configuration.scale,
             seed=seed,
-            batch=wanted.batch,
-            height=wanted.height or None,
-            width=wanted.width or None,
-            progress=self.busy_loop,
+            batch=self.configuration.batch,
+            height=self.configuration.height or None,
+            width=self.configuration.width or None,
+            progress=self.after_step,
         )
         return Output(result.latents, result.images, result.seconds, result.unet_calls)
 
@@ -88,64 +92,29 @@ class SDEngine:
         return Output(_by_image(self._encode()), None, {}, 0)
 
     def _unet(self, seed: int) -> Output:
-        x = self._noise(seed)
+        x = initial_latents(self.model, self.configuration, seed)
+        timesteps = torch.full((2 * len(x),), UNET_TIMESTEP, device=x.device)
         with torch.no_grad(), self.model.optimisations.autocast(self.model.device):
-            out = self.model.unet(torch.cat([x, x]), torch.full((2 * len(x),), 501.0, device=x.device), self._context)
+            out = self.model.unet(torch.cat([x, x]), timesteps, self._context)
         return Output(_by_image(out), None, {}, 1)
 
     def _vae(self, seed: int) -> Output:
-        return Output(self.model.decode(self._noise(seed) * self.model.config.scale_factor), None, {}, 0)
+        latents = initial_latents(self.model, self.configuration, seed) * self.config.scale_factor
+        return Output(self.model.decode(latents), None, {}, 0)
 
     @functools.cached_property
-    def _context(self):
+    def _context(self) -> Tensor:
         return self._encode()
 
-    def _encode(self):
+    def _encode(self) -> Tensor:
         batch = self.configuration.batch
         return self.model.encode_prompts([""] * batch + [self.configuration.prompt] * batch)
 
-    def _noise(self, seed: int):
-        wanted = self.configuration
-        shape = self.model.latent_shape(wanted.batch, wanted.height or None, wanted.width or None)
-        return PerImageNoise(seed, wanted.batch).initial(shape, self.model.device)
-
-    @property
-    def precision(self) -> str:
-        """The precision that a preset or the configuration decided on."""
-        return self.model.optimisations.precision
-
-    @property
-    def compiles(self) -> bool:
-        """Whether torch.compile is in it."""
-        return self.model.optimisations.compile != "none"
-
     def kernels(self) -> dict[str, list[str]]:
-        """The attention kernels that really ran, by network."""
+        """See perf.worker.engines.interface.Engine."""
         return {network: list(names) for network, names in self.model.kernels.items()}
 
 
-def _by_image(pairs):
-    """[2B, ...], the unconditional half first -> [B, 2, ...]: one entry an image."""
+def _by_image(pairs: Tensor) -> Tensor:
+    """[2B, ...] with the unconditional half first -> [B, 2, ...]."""
     return pairs.unflatten(0, (2, -1)).transpose(0, 1)
-
-
-class BusyLoop:
-    """A progress callback that makes each sampler step longer by a fraction of it, the processor busy all the while.
-
-    clock: as in perf.worker.clock, waiting for the device: on a GPU a loop on the host alone would hide behind queued work.
-    """
-
-    def __init__(self, fraction: float, clock):
-        self.fraction, self.clock = fraction, clock
-        self.start()
-
-    def start(self) -> None:
-        """A new run begins."""
-        self.last = self.clock()
-
-    def __call__(self, step: int, steps: int) -> None:
-        end = self.clock()
-        end += self.fraction * (end - self.last)
-        while self.clock() < end:
-            pass
-        self.last = self.clock()
