@@ -14,6 +14,13 @@ class PerImageNoise:
     def __init__(self, seed: int, batch: int):
         self.generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
 
+    @classmethod
+    def from_generators(cls, generators: list[torch.Generator]) -> PerImageNoise:
+        """Draw image i from generators[i]; entries may be the same generator, which then draws for its images in turn."""
+        source = cls(0, 0)
+        source.generators = generators
+        return source
+
     def initial(self, shape, device):
         """x_T [B, ...] float32 on `device`."""
         return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(device)
