@@ -1,54 +1,71 @@
-"""StableDiffusion: the three networks together, from prompt to pixels, stage by stage."""
+"""Stable Diffusion pipeline: the stages from a prompt or an image to uint8 images, in order."""
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from sd.checkpoint.layouts import UNET, native_to_original
 from sd.checkpoint.load import factories, load, materialise
 from sd.config.presets import ModelConfig, preset
-from sd.errors import BadImage, ConfigError
+from sd.errors import BadImage, CheckpointError, ConfigError
 from sd.features import has
+from sd.images import image_tensor, require_size
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import tokenize
 from sd.models.unet import UNet
 from sd.optimise.apply import apply
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
-from sd.sampling import original_loop as original
+from sd.sampling import original_loop
 from sd.sampling.denoiser import Denoiser
-from sd.sampling.noise import noise_source
+from sd.sampling.noise import OriginalNoise, PerImageNoise, noise_source
 from sd.sampling.samplers import Plan, ddim
-from sd.sampling.samplers import sampler as sampler_named
+from sd.sampling.samplers import sampler as sampler_by_name
 from sd.sampling.schedule import Schedule
 from sd.tiny import WEIGHTS
 
-SIZE_MULTIPLE = 64  # pixels: heights and widths are multiples of it, as in the original
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Noise = PerImageNoise | OriginalNoise
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures and how long their stages took.
+    """Generated images and the time of each stage.
 
-    images: uint8 [B, H, W, 3] in host memory. latents: float32 [B, 4, H/8, W/8] on the model's device, as the sampler
-    left them. seconds: by stage, `text`, `unet` (the whole sampling loop), `vae` (decoding and the copy to the host),
-    and `encode` in img2img. unet_calls: how often the UNet ran.
+    images: uint8 [B, H, W, 3] on the CPU.
+    latents: float32 [B, 4, H/8, W/8] on the model's device, after the last sampler step.
+    seconds: by stage: `text`, `unet` (the whole sampling loop), `vae` (decoding and the copy to the CPU), and
+        `encode` in img2img.
+    unet_calls: number of UNet evaluations.
+    seed: the seed, random where None was passed; image i uses seed + i. With a generator its `initial_seed()`, with a
+        list of generators the list of theirs.
     """
 
-    images: torch.Tensor
-    latents: torch.Tensor
+    images: Tensor
+    latents: Tensor
     seconds: dict[str, float]
     unet_calls: int
+    seed: int | list[int]
 
 
 class StableDiffusion:
-    """A loaded model. Make one by `from_checkpoint`, `tiny` or `random`."""
+    """Stable Diffusion 1.x or 2.x; construct with `from_checkpoint`, `tiny` or `random`.
+
+    unet, autoencoder, text_encoder: the networks, `nn.Module`s in eval mode whose parameters are frozen.
+    device: where they are. optimisations: how they run. config: the architecture. schedule: the noise schedule.
+    """
 
     def __init__(
         self,
@@ -59,15 +76,14 @@ class StableDiffusion:
         device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
     ):
-        self.config, self.device = config, torch.device(device)
+        self.config = config
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule = Schedule(config.schedule)
-        tokenize(
-            [""], config.text.kind
-        )  # importing the tokenizer takes seconds: part of loading, not of the first picture
-        for network in (unet, autoencoder, text_encoder):
+        # Importing the tokenizer takes seconds, which belong to loading and not to the first image.
+        tokenize([""], config.text.kind)
+        for network in self._networks().values():
             network.eval().requires_grad_(False)
-        self.optimise(optimisations)
+        self._apply(torch.device(device), optimisations)
 
     @classmethod
     def from_checkpoint(
@@ -78,24 +94,26 @@ class StableDiffusion:
         optimisations: Optimisations = Optimisations(),
         progress: bool | None = None,
     ) -> StableDiffusion:
-        """Load a published checkpoint (.ckpt, .safetensors or a diffusers folder).
+        """Load a published checkpoint: .ckpt, .safetensors or a diffusers folder.
 
-        config: a preset's name, a YAML file in the original layout, or None to tell SD1 from SD2 by the weights; whether
-        SD2 weights predict eps or v is not in them, so name `sd2-v` for those. Raises CheckpointError or ConfigError.
+        config: a preset name, a YAML file in the original layout, or None to detect SD1 or SD2 from the weights. The
+        weights do not record whether the UNet predicts eps or v: pass `sd2-v` for SD2 v models.
+        progress: whether to show a progress bar; None shows it on a terminal.
+        Raises CheckpointError, ConfigError or Unavailable.
         """
-        found, states = load(Path(path), resolve_config(config), progress=progress)
+        loaded_config, states = load(Path(path), resolve_config(config), progress=progress)
         dtype = WEIGHT_DTYPES[optimisations.precision]
         networks: dict[str, Any] = {
             name: materialise(factory, states.pop(name), torch.device(device), dtype)
-            for name, factory in factories(found).items()
+            for name, factory in factories(loaded_config).items()
         }
-        return cls(found, device=device, optimisations=optimisations, **networks)
+        return cls(loaded_config, device=device, optimisations=optimisations, **networks)
 
     @classmethod
     def tiny(
         cls, device: torch.device | str = "cpu", optimisations: Optimisations = Optimisations()
     ) -> StableDiffusion:
-        """The embedded model: 64x64 pictures of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
+        """Load the embedded model: 64x64 images of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
         return cls.from_checkpoint(WEIGHTS, "tiny", device, optimisations, progress=False)
 
     @classmethod
@@ -106,53 +124,119 @@ class StableDiffusion:
         device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
     ) -> StableDiffusion:
-        """A model of full size with seeded random weights: for measuring speed, which needs no trained ones."""
-        wanted = resolve_config(config) or preset("sd2")
+        """Build a full-size model with seeded random weights, for speed measurements without a checkpoint."""
+        resolved = resolve_config(config) or preset("sd2")
         device = torch.device(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            # Made where they will live if torch can; elsewhere on the CPU and moved by `optimise`.
+            # Initialised on the target device where torch supports it; `_apply` moves the networks otherwise.
             with device if has("device_context") else nullcontext():
-                networks = UNet(wanted.unet), Autoencoder(wanted.autoencoder), TextEncoder(wanted.text)
-        return cls(wanted, *networks, device, optimisations)
+                networks = UNet(resolved.unet), Autoencoder(resolved.autoencoder), TextEncoder(resolved.text)
+        return cls(resolved, *networks, device, optimisations)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
+
+    def _apply(self, device: torch.device, optimisations: Optimisations) -> None:
+        self._calls = apply(self.unet, self.autoencoder, self.text_encoder, device, optimisations)
+        self.device, self.optimisations = device, optimisations
 
     def optimise(self, optimisations: Optimisations) -> None:
-        """Run from now on as `optimisations` says, over the same weights. Raises Unavailable when that cannot run here."""
-        self._calls = apply(self.unet, self.autoencoder, self.text_encoder, self.device, optimisations)
-        self.optimisations = optimisations
+        """Apply other optimisations to the same weights.
+
+        Raises, with the model unchanged, Unavailable where they cannot run here and ConfigError where they need a
+        precision that the weights have lost.
+        """
+        self._apply(self.device, optimisations)
+
+    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
+        """Move the networks to `device` and return self; graphs, tables and compiled code are made anew there.
+
+        Raises ConfigError for a dtype: precision belongs to `optimise`. Raises Unavailable, with the model unchanged,
+        where the optimisations cannot run on that device.
+        """
+        if dtype is not None or isinstance(device, torch.dtype):
+            raise ConfigError(
+                f"to: dtype {dtype or device} is not accepted; pass precision to Optimisations and call optimise()"
+            )
+        if device is None:
+            raise ConfigError("to: pass a device")
+        target = torch.device(device)
+        if target != self.device:
+            self._apply(target, self.optimisations)
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters of UNet, autoencoder and text encoder."""
+        for network in self._networks().values():
+            yield from network.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights of the networks under the prefixes `unet.`, `autoencoder.` and `text_encoder.`.
+
+        Names and shapes are the same for all optimisations, `mha` and fused projections included. The tensors share
+        memory with the model.
+        """
+        state = {}
+        for network_name, network in self._networks().items():
+            # `native_to_original` recognises attention by its name in a checkpoint.
+            weights = native_to_original({UNET + name: weight for name, weight in network.state_dict().items()})
+            state.update({f"{network_name}.{name[len(UNET) :]}": weight for name, weight in weights.items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the weights of a `state_dict` into the networks, in their dtype and on their device.
+
+        Raises, with the model unchanged, CheckpointError unless names and shapes match exactly, and ConfigError where
+        code compiled ahead of time, constant folding or quantisation holds the old weights.
+        """
+        chosen = self.optimisations
+        if chosen.aot is not None or "freezing" in chosen.inductor or chosen.quantisation != "none":
+            raise ConfigError(
+                "load_state_dict: aot, freezing and quantisation keep the old weights; load before optimise()"
+            )
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(f"load_state_dict: {len(wrong)} names or shapes do not match, such as {wrong[0]}")
+        for prefix, network in self._networks().items():
+            start = f"{prefix}."
+            network.load_state_dict({k[len(start) :]: weight for k, weight in state.items() if k.startswith(start)})
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
-        """The attention kernels that really ran, by network; empty tuples until the first picture was made."""
+        """Attention kernels that ran, by network; empty tuples before the first image."""
         return self._calls.kernels
 
     def synchronize(self) -> None:
-        """Wait for the device to finish."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Any:
-        """Prompts -> context of the UNet [B, 77, C], in the dtype of the computation."""
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Encode prompts to the UNet's context [B, 77, C], in the dtype of the computation."""
         tokens = tokenize(prompts, self.config.text.kind).to(self.device)
         with self.optimisations.autocast(self.device):
-            return self.text_encoder(tokens)
+            context: Tensor = self.text_encoder(tokens)
+        return context
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> Any:
-        """latents [B, 4, h, w] as the sampler leaves them -> [B, 3, 8h, 8w] float32, in about [-1, 1]."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode sampled latents [B, 4, h, w] to float32 images [B, 3, 8h, 8w], about [-1, 1]."""
         with self.optimisations.autocast(self.device):
-            return self._calls.decode(latents / self.config.scale_factor)
+            images: Tensor = self._calls.decode(latents / self.config.scale_factor)
+        return images
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
-        """images [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8] float32, scaled for the UNet.
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode images [B, 3, H, W] in [-1, 1] to float32 latents [B, 4, H/8, W/8], scaled for the UNet.
 
-        The mean of the posterior, or a sample of it when `noise`, shaped like the latents, is given.
+        noise: unit Gaussian, shaped like the latents, to sample the posterior; None returns its mean.
         """
         with self.optimisations.autocast(self.device):
             mean, log_variance = self.autoencoder.encode(images.to(self.device))
-        latents = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        latents: Tensor = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return self.config.scale_factor * latents
 
     @torch.no_grad()
@@ -162,157 +246,183 @@ class StableDiffusion:
         steps: int = 50,
         sampler: str = "plms",
         scale: float = 7.5,
-        seed: int = 1,
+        seed: int | None = 1,
         batch: int = 1,
         height: int | None = None,
         width: int | None = None,
-        latents: torch.Tensor | None = None,
-        negative_prompt: str | list[str] = "",
+        latents: Tensor | None = None,
+        negative_prompt: str | list[str] | None = "",
         eta: float = 0.0,
-        rng: Any = "per-image",
-        progress: Callable[[int, int], None] | None = None,
+        rng: str | Noise = "per-image",
+        progress: Progress | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Result:
-        """Pictures of the prompts, `batch` of each.
+        """Generate `batch` images of each prompt.
 
-        sampler: `ddim`, `plms`, `dpm_solver` or `euler`. scale: guidance, 1 for none. latents [B, 4, H/8, W/8] is
-        x_T, drawn from `seed` when None. height, width: pixels, multiples of 64, None for the model's own. rng:
-        `per-image` (image i depends on seed + i alone), `original` (the original scripts' draws), or a source of
-        sd.sampling.noise that goes on from an earlier call. progress(step, steps) is called after every step.
+        steps: sampler steps. sampler: `ddim`, `plms`, `dpm_solver` or `euler`. eta: DDIM's, 0 to 1.
+        scale: classifier-free guidance (arXiv 2207.12598); 1 disables it.
+        seed: image i is drawn from seed + i, at any batch size and on any device; None draws a random seed (Result.seed).
+        generator: CPU generators in place of the seed. A list has one for each image; a single one draws for all images
+            in turn, so that images depend on the batch size.
+        rng: `per-image`, `original` (draws of the original scripts from `seed`), or a source of sd.sampling.noise, which
+            continues from an earlier call.
+        height, width: pixels, multiples of 64; None for the model's own size.
+        latents: initial noise x_T [B, 4, H/8, W/8], unit Gaussian, in place of drawn noise.
+        negative_prompt: text of the unconditional half, one or a list like the prompts; None for the empty prompt.
+        progress: called as progress(step, steps) after every step.
 
-        Raises ConfigError for impossible options and BadImage for NaN or all-black pictures.
+        Raises ConfigError for invalid arguments and BadImage for NaN or all-black images.
         """
-        plan = sampler_named(sampler)(self.schedule, steps, eta)
+        plan = sampler_by_name(sampler)(self.schedule, steps, eta)
+        timesteps = self.schedule.uniform_timesteps(steps) if self.optimisations.original_steps else []
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), height, width)
-        noise = noise_source(rng, seed, len(prompts), self.device)
+        noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ConfigError(f"latents of shape {tuple(latents.shape)}: the shape must be {shape}")
         clock = _StageClock(self.device)
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
         with clock.stage("unet"), self.optimisations.autocast(self.device):
-            x = noise.initial(shape, self.device) if latents is None else self._given_latents(latents, shape)
-            if self.optimisations.original_steps:
-                timesteps = self.schedule.uniform_timesteps(steps)
-                x = self._sample_as_original(sampler, timesteps, x, contexts, scale, noise, eta, progress)
-            else:
-                x = self._sample(plan, x, contexts, scale, noise, progress)
-        return self._finish(x, clock, len(plan.evaluations))
+            x = noise.initial(shape, self.device) if latents is None else latents.to(self.device, torch.float32)
+            x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
+        return self._finish(x, clock, len(plan.evaluations), reported_seed)
 
     @torch.no_grad()
     def img2img(
         self,
         prompt: str | list[str],
-        image: torch.Tensor,
+        image: Tensor | Image,
         strength: float = 0.8,
         steps: int = 50,
         scale: float = 9.0,
-        seed: int = 1,
+        seed: int | None = 1,
         batch: int = 1,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = "",
         eta: float = 0.0,
-        rng: Any = "per-image",
-        progress: Callable[[int, int], None] | None = None,
+        rng: str | Noise = "per-image",
+        progress: Progress | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Result:
-        """Pictures that start from `image` [3, H, W] in [-1, 1], noised as far as `strength` in [0, 1] says, by DDIM.
+        """Generate `batch` images of each prompt from an initial image, by DDIM (SDEdit, arXiv 2108.01073).
 
-        As in the original, the noise added is that of DDIM timestep int(strength * steps) and denoising starts one
-        below it; at strength 1, where the original runs out of its table, the last timestep is taken.
+        image: float [3, H, W] in [-1, 1] with H and W multiples of 64, or a PIL image (see sd.images.image_tensor).
+        strength: fraction of the noise schedule to apply, 0 to 1. As in the original scripts, noise of DDIM timestep
+            int(strength * steps) is added and denoising starts at the timestep below it; at strength 1, where the
+            original raises an IndexError, the last timestep is used.
+        The other arguments and the errors are those of `txt2img`.
         """
         if not 0.0 <= strength <= 1.0:
             raise ConfigError(f"strength {strength}: must be in [0, 1]")
+        if not isinstance(image, Tensor):
+            image = image_tensor(image)
+        if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
+            raise ConfigError(f"image {tuple(image.shape)} {image.dtype}: must be float [3, H, W] in [-1, 1]")
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *image.shape[1:])
         timesteps = self.schedule.uniform_timesteps(steps)
         start = int(strength * steps)
-        noise = noise_source(rng, seed, len(prompts), self.device)
+        plan = ddim(self.schedule, steps, eta, timesteps[:start])
+        noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
         clock = _StageClock(self.device)
         with clock.stage("encode"):
-            latents = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
+            x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
-        plan = ddim(self.schedule, steps, eta, timesteps[:start])
         with clock.stage("unet"), self.optimisations.autocast(self.device):
-            x = latents
             if start:
                 alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
-                x = alpha * latents + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
-            if self.optimisations.original_steps:
-                x = self._sample_as_original("ddim", timesteps[:start], x, contexts, scale, noise, eta, progress)
-            else:
-                x = self._sample(plan, x, contexts, scale, noise, progress)
-        return self._finish(x, clock, len(plan.evaluations))
+                x = alpha * x + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
+            x = self._sample("ddim", plan, timesteps[:start], x, contexts, scale, noise, eta, progress)
+        return self._finish(x, clock, len(plan.evaluations), reported_seed)
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """Shape of the latents of such pictures; ConfigError for sizes that the networks cannot take."""
+        """Return the shape of the latents of images of that size in pixels; None is the model's own size.
+
+        Raises ConfigError for sizes that are not positive multiples of 64.
+        """
         height, width = height or self.config.image_size, width or self.config.image_size
-        for name, size in (("height", height), ("width", width)):
-            if size <= 0 or size % SIZE_MULTIPLE:
-                below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
-                raise ConfigError(
-                    f"{name} {size}: must be a positive multiple of {SIZE_MULTIPLE}, such as {max(below, SIZE_MULTIPLE)}"
-                )
+        require_size("height", height)
+        require_size("width", width)
         factor = self.config.autoencoder.downsampling
         return batch, self.config.unet.in_channels, height // factor, width // factor
 
-    def _contexts(self, prompts: list[str], negatives: list[str], scale: float) -> tuple[Any, Any]:
-        """(of the prompts, of the negative prompts or None without guidance), each [B, 77, C]."""
+    def _noise(
+        self, rng: str | Noise, seed: int | None, generator: torch.Generator | list[torch.Generator] | None, batch: int
+    ) -> tuple[Noise, int | list[int]]:
+        """Return the noise source and the seed to report."""
+        if generator is not None:
+            if rng != "per-image":
+                raise ConfigError("generator: cannot be combined with rng; pass one of them")
+            generators = generator if isinstance(generator, list) else [generator] * batch
+            if len(generators) != batch:
+                raise ConfigError(f"generator: {len(generators)} generators for {batch} images; pass one for each")
+            if any(g.device.type != "cpu" for g in generators):
+                raise ConfigError("generator: noise is drawn on the CPU; pass torch.Generator('cpu')")
+            seeds = [g.initial_seed() for g in generators]
+            return PerImageNoise.from_generators(generators), seeds if isinstance(generator, list) else seeds[0]
+        if isinstance(rng, PerImageNoise):
+            return rng, [g.initial_seed() for g in rng.generators]
+        if isinstance(rng, OriginalNoise):
+            return rng, rng.generator.initial_seed()
+        seed = secrets.randbits(32) if seed is None else seed
+        return noise_source(rng, seed, batch, self.device), seed
+
+    def _contexts(self, prompts: list[str], negatives: list[str], scale: float) -> tuple[Tensor, Tensor | None]:
         return self.encode_prompts(prompts), self.encode_prompts(negatives) if scale != 1.0 else None
 
-    def _sample(self, plan: Plan, x: Any, contexts: tuple[Any, Any], scale: float, noise: Any, progress: Any) -> Any:
-        """x_T -> x_0 by a plan, with what is constant over the run computed before it."""
-        how = self.optimisations
-        denoise = Denoiser(self._calls.unet_of_run(), *contexts, scale, self.config.parameterization)
-        if how.cache_context_kv:
-            denoise.context = self.unet.project_context(denoise.context)
-        if how.cache_time_embeddings and plan.evaluations:
-            denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
-            denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device))
-        x = x.contiguous(memory_format=how.memory_format())
-        return self._calls.sample(plan, denoise, x, plan.noises(noise, x), progress or _nothing)
-
-    def _sample_as_original(
+    def _sample(
         self,
         sampler: str,
-        timesteps: Any,
-        x: Any,
-        contexts: tuple[Any, Any],
+        plan: Plan,
+        timesteps: list[int],
+        x: Tensor,
+        contexts: tuple[Tensor, Tensor | None],
         scale: float,
-        noise: Any,
+        noise: Noise,
         eta: float,
-        progress: Any,
-    ) -> Any:
-        """x_T -> x_0 by the first code's own steps, each of which does all of its work again."""
-        denoise = original.OriginalDenoiser(self._calls.unet, *contexts, scale, self.config.parameterization)
-        return original.run(
-            sampler, denoise, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=progress or _nothing
-        )
+        progress: Progress | None,
+    ) -> Tensor:
+        """Denoise x_T to x_0 with `plan`, or over `timesteps` with the original's loop under `original_steps`."""
+        chosen, on_step = self.optimisations, progress or _no_progress
+        if chosen.original_steps:
+            original = original_loop.OriginalDenoiser(self._calls.unet, *contexts, scale, self.config.parameterization)
+            out: Tensor = original_loop.run(
+                sampler, original, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=on_step
+            )
+            return out
+        denoise = Denoiser(self._calls.unet_of_run(), *contexts, scale, self.config.parameterization)
+        if chosen.cache_context_kv:
+            denoise.context = self.unet.project_context(denoise.context)
+        if chosen.cache_time_embeddings and plan.evaluations:
+            denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
+            denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device))
+        x = x.contiguous(memory_format=chosen.memory_format())
+        return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step)
 
-    def _given_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        if tuple(latents.shape) != shape:
-            raise ConfigError(f"latents of shape {tuple(latents.shape)} were given where {shape} are needed")
-        return latents.to(device=self.device, dtype=torch.float32)
-
-    def _finish(self, x: torch.Tensor, clock: _StageClock, unet_calls: int) -> Result:
+    def _finish(self, x: Tensor, clock: _StageClock, unet_calls: int, seed: int | list[int]) -> Result:
         with clock.stage("vae"):
             pixels = self.decode(x)
-            good = torch.isfinite(pixels).flatten(1).all(dim=1)
-            # The original truncates, others round.
+            finite = torch.isfinite(pixels).flatten(1).all(dim=1)
+            # Truncated as in the original scripts, where other implementations round.
             images = ((pixels + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-            good = good.cpu()
+            finite = finite.cpu()
         for i, image in enumerate(images):
-            if not good[i] or not image.any():
-                what = "all black" if good[i] else "not a number"
-                advice = "try precision full or bf16, or attention_precision fp32"
-                if self.optimisations.precision == "full":  # no number of a sound model is too large for fp32
-                    advice = "the guidance scale or the weights are at fault: lower the one, or take the other again"
-                raise BadImage(
-                    f"picture {i + 1} of {len(images)} is {what} (precision {self.optimisations.precision}, attention "
-                    f"{self.optimisations.attention}): {advice}"
-                )
-        return Result(images, x.contiguous(), clock.seconds(), unet_calls)
+            if finite[i] and image.any():
+                continue
+            fault = "all black" if finite[i] else "not a number"
+            advice = "try precision full or bf16, or attention_precision fp32"
+            if self.optimisations.precision == "full":  # intact weights do not overflow fp32
+                advice = "lower the guidance scale, or load the weights from their source again"
+            raise BadImage(
+                f"image {i + 1} of {len(images)} is {fault} (precision {self.optimisations.precision}, attention "
+                f"{self.optimisations.attention}): {advice}"
+            )
+        return Result(images, x.contiguous(), clock.seconds(), unet_calls, seed)
 
 
 def resolve_config(config: ModelConfig | str | Path | None) -> ModelConfig | None:
-    """A preset's name, a path of a YAML file, a ModelConfig or None -> ModelConfig or None."""
+    """Read a preset name or the path of a YAML file; a ModelConfig and None are returned as they are."""
     if config is None or isinstance(config, ModelConfig):
         return config
     if str(config).endswith((".yaml", ".yml")):
@@ -322,25 +432,22 @@ def resolve_config(config: ModelConfig | str | Path | None) -> ModelConfig | Non
     return preset(str(config))
 
 
-def _prompts(prompt: str | list[str], negative_prompt: str | list[str], batch: int) -> tuple[list[str], list[str]]:
+def _prompts(prompt: str | list[str], negative: str | list[str] | None, batch: int) -> tuple[list[str], list[str]]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or batch < 1:
         raise ConfigError("at least one prompt and a batch of at least 1")
-    prompts = [p for p in prompts for _ in range(batch)]
-    if isinstance(negative_prompt, str):
-        return prompts, [negative_prompt] * len(prompts)
-    negatives = [n for n in negative_prompt for _ in range(batch)]
+    negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
-        raise ConfigError("as many negative prompts as prompts, or a single one")
-    return prompts, negatives
+        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one, or one for each")
+    return [p for p in prompts for _ in range(batch)], [n for n in negatives for _ in range(batch)]
 
 
-def _nothing(step: int, steps: int) -> None:
+def _no_progress(step: int, steps: int) -> None:
     pass
 
 
 class _StageClock:
-    """Seconds by stage. On CUDA by events, which the device reaches on its own: no stage waits for another."""
+    """Seconds by stage; on CUDA measured with events, so that no stage waits for the device."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -360,7 +467,7 @@ class _StageClock:
         self.marks[name] = (start, self._now())
 
     def seconds(self) -> dict[str, float]:
-        """Stage seconds; waits for the device."""
+        """Return the seconds of each stage, after waiting for the device."""
         if self.cuda:
             torch.cuda.synchronize()
             return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in self.marks.items()}

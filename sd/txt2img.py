@@ -1,7 +1,7 @@
-"""Prompts to pictures: `python -m sd.txt2img --prompt "a red circle on a blue background"`.
+"""Text to image: `python -m sd.txt2img --prompt "a red circle on a blue background"`.
 
-Takes every flag of the two original scripts (CompVis/stable-diffusion, Stability-AI/stablediffusion) that concerns
-inference, and those of the published experiment, with their meaning.
+Accepts the inference flags of the two original scripts (CompVis/stable-diffusion, Stability-AI/stablediffusion) and those
+of the published experiment, with their meaning.
 """
 
 from __future__ import annotations
@@ -9,70 +9,67 @@ from __future__ import annotations
 import argparse
 import os
 
-from sd.cli import arguments as options
-from sd.cli import run as cli
-from sd.config.presets import ModelConfig, ScheduleConfig
-from sd.errors import ConfigError
-from sd.pipeline import SIZE_MULTIPLE
+from torch import Tensor
+
+from sd.cli.arguments import add_options, nonnegative, single, size
+from sd.cli.run import Command, guarded
+from sd.config.presets import ModelConfig
+from sd.images import SIZE_MULTIPLE
+from sd.pipeline import Noise, Progress, Result
 from sd.sampling.samplers import SAMPLERS
-from sd.sampling.samplers import sampler as sampler_named
-from sd.sampling.schedule import Schedule
 
 REFUSED = {
-    "--torchscript": "is not offered here: use --compile",
-    "--ipex": "is not offered here: PyTorch's own CPU kernels are used; use --precision bf16",
-    "--laion400m": "is another model, which cannot be run here: give a Stable Diffusion 1 or 2 model with --ckpt",
+    "--torchscript": "not supported: use --compile",
+    "--ipex": "not supported: PyTorch's own CPU kernels are used; use --precision bf16",
+    "--laion400m": "another model, which is not supported: pass a Stable Diffusion 1 or 2 model with --ckpt",
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    result = argparse.ArgumentParser(prog="txt2img", description="Draw pictures of a prompt.", allow_abbrev=False)
-    options.add_options(result, outdir="outputs/txt2img-samples")
+    """Build the parser of the command line."""
+    result = argparse.ArgumentParser(prog="txt2img", description="Generate images from a prompt.", allow_abbrev=False)
+    add_options(result, "outputs/txt2img-samples", REFUSED)
     add = result.add_argument
     add(
         "--scale",
-        type=float,
-        help="guidance, 1 for none (default, as the originals': 7.5 for SD1, 9.0 for SD2; tiny: 4.0)",
+        type=nonnegative,
+        help="guidance scale, 1 for none (default: the original scripts', 7.5 for SD1, 9.0 for SD2; tiny: 4.0)",
     )
-    add("--sampler", choices=SAMPLERS, help="default: ddim")
-    add("--plms", action="store_true", help="the same as --sampler plms")
-    add("--dpm", "--dpm_solver", dest="dpm", action="store_true", help="the same as --sampler dpm_solver")
+    add("--sampler", action="append", choices=SAMPLERS, help="default: ddim")
+    add("--plms", action="append_const", dest="sampler", const="plms", help="the same as --sampler plms")
+    add(
+        "--dpm",
+        "--dpm_solver",
+        action="append_const",
+        dest="sampler",
+        const="dpm_solver",
+        help="the same as --sampler dpm_solver",
+    )
     add("--fixed_code", action="store_true", help="start every batch from the same noise")
-    add("--H", type=options.positive, help=f"height in pixels, a multiple of {SIZE_MULTIPLE} (default: the model's)")
-    add("--W", type=options.positive, help=f"width in pixels, a multiple of {SIZE_MULTIPLE} (default: the model's)")
-    for flag, why in REFUSED.items():
-        add(flag, action="store_true", help=f"refused: {why}")
+    for flag, side in (("--H", "height"), ("--W", "width")):
+        add(flag, type=size, help=f"{side} in pixels, a multiple of {SIZE_MULTIPLE} (default: the model's)")
     return result
 
 
-def main(argv=None) -> int:
-    """The command; returns its exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
-    args = parser().parse_args(argv)
-    return cli.guarded(lambda: _run(args, os.environ))
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, 2 for an error of the user, 130 when interrupted."""
+    return guarded(lambda: _run(parser().parse_args(argv)))
 
 
 def default_scale(config: ModelConfig) -> float:
-    """Guidance when none is asked for: the default of the script that belongs to the model."""
+    """Return the default guidance scale of the original script of the model."""
     if config.name == "tiny":
         return 4.0
     return 7.5 if config.text.kind == "clip" else 9.0
 
 
-def _run(args, environ) -> None:
-    for flag, why in REFUSED.items():
-        if getattr(args, flag.lstrip("-")):
-            raise ConfigError(f"{flag} {why}")
-    options.check_numbers(args)
-    _check_size(args)
-    sampler = _sampler(args)
-    setup = options.setup(args, environ)
-    _check_plan(sampler, args, setup.config)
-    batches = options.prompt_batches(args, setup.default_prompt)
-    album, model, load_seconds = cli.begin(args, setup)
+def _run(args: argparse.Namespace) -> None:
+    sampler = single("--sampler", args.sampler, "ddim")
+    command = Command(args, os.environ, sampler)
+    model = command.model
     scale = default_scale(model.config) if args.scale is None else args.scale
     shape = model.latent_shape(args.n_samples, args.H, args.W)
-    height, width = (size * model.config.autoencoder.downsampling for size in shape[2:])
+    height, width = (cells * model.config.autoencoder.downsampling for cells in shape[2:])
     settings = {
         "steps": args.steps,
         "sampler": sampler,
@@ -80,11 +77,9 @@ def _run(args, environ) -> None:
         "scale": scale,
         "size": f"{width}x{height}",
         "rng": args.rng + (" with fixed code" if args.fixed_code else ""),
-        **cli.describe(model, setup.checkpoint),
     }
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
 
-    def draw(prompts, source, latents, progress):
+    def generate(prompts: list[str], noise: Noise, latents: Tensor | None, progress: Progress) -> Result:
         return model.txt2img(
             prompts,
             steps=args.steps,
@@ -95,39 +90,11 @@ def _run(args, environ) -> None:
             latents=latents,
             negative_prompt=args.negative_prompt,
             eta=args.ddim_eta,
-            rng=source,
+            rng=noise,
             progress=progress,
         )
 
-    cli.produce(args, model, batches, draw, settings, album, load_seconds, shape if args.fixed_code else None)
-
-
-def _sampler(args) -> str:
-    asked = {
-        flag: name
-        for flag, name, given in (
-            ("--plms", "plms", args.plms),
-            ("--dpm", "dpm_solver", args.dpm),
-            (f"--sampler {args.sampler}", args.sampler, args.sampler is not None),
-        )
-        if given
-    }
-    if len(set(asked.values())) > 1:
-        raise ConfigError(f"{' and '.join(asked)} contradict each other: give one of them")
-    return next(iter(asked.values()), "ddim")
-
-
-def _check_plan(name: str, args, config: ModelConfig | None) -> None:
-    """Plan the run, so that an impossible step count or eta is known before gigabytes are read."""
-    schedule = Schedule(config.schedule if config is not None else ScheduleConfig())
-    sampler_named(name)(schedule, args.steps, args.ddim_eta)
-
-
-def _check_size(args) -> None:
-    for flag, size in (("--H", args.H), ("--W", args.W)):
-        if size is not None and size % SIZE_MULTIPLE:
-            nearest = max(round(size / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
-            raise ConfigError(f"{flag} {size}: must be a multiple of {SIZE_MULTIPLE}, such as {nearest}")
+    command.run(generate, settings, shape if args.fixed_code else None)
 
 
 if __name__ == "__main__":

@@ -1,105 +1,119 @@
-"""The options that txt2img and img2img share, and what they choose: model, device, attention, precision, prompts.
+"""Options shared by txt2img and img2img, and the model, device, attention, precision and prompts that they select.
 
-Options are checked before the weights are read, so that a mistake costs no minutes.
+Options are validated before the weights are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from sd.attention.functions import DEFAULT_ATTENTION
+from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION as IMPLEMENTATIONS
-from sd.choices import ATTENTION_PRECISIONS, COMPILE_MODES, PRECISIONS, RNGS, SDPA_KERNELS
-from sd.choices import PRESETS as PRESET_NAMES
+from sd.choices import ATTENTION_PRECISIONS, ATTENTION_WITH_KERNELS, COMPILE_MODES, PRECISIONS, RNGS, SDPA_KERNELS
+from sd.choices import PRESETS as OPTIMISATION_PRESETS
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import ConfigError, Unavailable
-from sd.optimise import presets as techniques
+from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
+from sd.optimise.presets import TECHNIQUES, parse
 from sd.pipeline import StableDiffusion, resolve_config
 
-PROMPT = "a professional photograph of an astronaut riding a triceratops"  # the original's
+PROMPT = "a professional photograph of an astronaut riding a triceratops"  # of the original scripts
 TINY_PROMPT = "a red circle on a blue background"
-# torch 2.0, which the three published --disable flags are about, had these kernels and no others.
-PUBLISHED_KERNELS = ("math", "mem_efficient", "flash")
+PUBLISHED_KERNELS = ("math", "mem_efficient", "flash")  # of torch 2.0, to which the published --disable flags refer
+
+T = TypeVar("T")
 
 
-def add_options(parser: argparse.ArgumentParser, outdir: str) -> None:
-    """The options that both commands have."""
+class Refused(argparse.Action):
+    """Option of the original scripts that is not supported; its help text is the reason. Raises ConfigError."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        raise ConfigError(f"{option_string}: {self.help}")
+
+
+def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[str, str]) -> None:
+    """Add the options that both commands have, and those that the command refuses (flag -> reason)."""
     _add_task(parser.add_argument, outdir)
     _add_model(parser.add_argument_group("model").add_argument)
-    _add_run(parser.add_argument_group("how it is run").add_argument)
+    _add_execution(parser.add_argument_group("execution").add_argument)
+    for flag, reason in refused.items():
+        parser.add_argument(flag, action=Refused, nargs=0, default=argparse.SUPPRESS, help=reason)
 
 
-def _add_task(add, outdir: str) -> None:
-    add("--prompt", help=f"what to draw (default: {PROMPT!r}; of the tiny model {TINY_PROMPT!r})")
-    add("--negative-prompt", default="", help="what not to draw")
-    add("--from-file", metavar="FILE", help="one prompt a line, drawn --n_samples at a time, instead of --prompt")
-    add("--repeat", type=positive, default=1, help="use each prompt of --from-file this often (default: 1)")
-    add("--outdir", default=outdir, help="where samples/NNNNN.png and grid-NNNN.png go (default: %(default)s)")
-    add("--skip_save", action="store_true", help="save no single pictures")
-    add("--skip_grid", action="store_true", help="save no grid of them")
-    add("--n_rows", type=natural, default=0, help="pictures in a row of the grid (default: --n_samples)")
-    add("--n_iter", type=positive, default=1, help="sample this often (default: 1; the original scripts: 2 and 3)")
-    add("--n_samples", type=positive, default=1, help="pictures at a time (default: 1; the original scripts: 3)")
+def _add_task(add: Callable[..., object], outdir: str) -> None:
+    add("--prompt", help=f"text of the image (default: {PROMPT!r}; tiny: {TINY_PROMPT!r})")
+    add("--negative-prompt", default="", help="text of what to avoid")
+    add("--from-file", metavar="FILE", help="prompts, one per line, in batches of --n_samples, instead of --prompt")
+    add("--repeat", type=positive, default=1, help="repetitions of each prompt of --from-file (default: 1)")
+    add("--outdir", default=outdir, help="folder of samples/NNNNN.png and grid-NNNN.png (default: %(default)s)")
+    add("--skip_save", action="store_true", help="do not save single images")
+    add("--skip_grid", action="store_true", help="do not save the grid")
+    add("--n_rows", type=natural, default=0, help="images per row of the grid (default: --n_samples)")
+    add("--n_iter", type=positive, default=1, help="iterations (default: 1; the original scripts: 2 and 3)")
+    add("--n_samples", type=positive, default=1, help="batch size (default: 1; the original scripts: 3)")
     add("--steps", "--ddim_steps", type=positive, default=50, help="sampling steps (default: 50)")
-    add("--ddim_eta", type=float, default=0.0, help="0 is deterministic, 1 ancestral sampling; DDIM only (default: 0)")
-    add("--seed", type=natural, default=42, help="picture k of all has seed + k (default: 42)")
+    add("--ddim_eta", type=nonnegative, default=0.0, help="0: deterministic, 1: ancestral; DDIM only (default: 0)")
+    add("--seed", type=natural, default=42, help="image k of the run has seed + k (default: 42)")
     add(
         "--rng",
         choices=RNGS,
         default="per-image",
-        help="per-image: a picture's noise depends on its seed alone; original: one draw for a whole batch on the "
-        "device, as in the original scripts (default: per-image)",
+        help="per-image: the noise of an image depends on its seed alone; original: one draw for the whole batch on "
+        "the device, as in the original scripts (default: per-image)",
     )
 
 
-def _add_model(add) -> None:
+def _add_model(add: Callable[..., object]) -> None:
     add("--ckpt", metavar="FILE", help=".ckpt, .safetensors or diffusers folder (default: the embedded tiny model)")
     add(
         "--config",
-        help=f"a preset ({', '.join(PRESETS)}) or a YAML file in the original layout (default: by the weights' sizes; "
-        "SD2 weights are then taken to predict eps: give sd2-v for the others)",
+        help=f"a preset ({', '.join(PRESETS)}) or a YAML file in the original layout (default: detected from the "
+        "weights, SD2 as predicting eps: pass sd2-v for v models)",
     )
-    add("--C", type=positive, help="latent channels: those of the model, or an error")
-    add("--f", type=positive, help="pixels per latent cell: those of the model, or an error")
+    add("--C", type=positive, help="latent channels; must be those of the model")
+    add("--f", type=positive, help="pixels per latent cell; must be those of the model")
 
 
-def _add_run(add) -> None:
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+def _add_execution(add: Callable[..., object]) -> None:
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     add(
         "--optimise",
         metavar="LIST",
-        help=f"a preset ({', '.join(PRESET_NAMES)}), techniques with commas between "
-        f"({', '.join(techniques.TECHNIQUES)}), or both; other options here change single things in it",
+        help=f"a preset ({', '.join(OPTIMISATION_PRESETS)}), comma-separated techniques ({', '.join(TECHNIQUES)}), or "
+        "a preset followed by techniques; the options below override single fields of it",
     )
     add(
         "--precision",
+        action="append",
         choices=PRECISIONS,
-        help="default: that of --optimise if it is given, else autocast on CUDA and full on a CPU",
+        help="default: that of --optimise if passed, else autocast on CUDA and full on a CPU",
     )
-    add("--bf16", action="store_true", help="the same as --precision bf16")
+    add("--bf16", action="append_const", dest="precision", const="bf16", help="the same as --precision bf16")
     add(
         "--attention",
         choices=IMPLEMENTATIONS,
-        help="default: USE_XFORMERS of the environment (True: xformers, False: original), else mha where the config "
-        f"says use_native_mha, else {DEFAULT_ATTENTION}",
+        help="default: USE_XFORMERS of the environment (True: xformers, False: original), else mha if the config has "
+        f"use_native_mha, else {DEFAULT_ATTENTION}",
     )
     add("--sdpa-kernels", metavar="LIST", help=f"kernels allowed in mha and sdpa, of {','.join(SDPA_KERNELS)}")
     for kernel in PUBLISHED_KERNELS:
         add(
             f"--disable_{kernel}",
             action="store_true",
-            help=f"of {', '.join(PUBLISHED_KERNELS)}, the kernels of torch 2.0, do not allow this one; cudnn, which is "
-            "younger, is then left out too",
+            help=f"forbid this kernel of {', '.join(PUBLISHED_KERNELS)}; also excludes cudnn, which torch 2.0 lacks",
         )
-    add("--disable_cudnn", action="store_true", help="do not allow the cudnn kernel")
+    add("--disable_cudnn", action="store_true", help="forbid the cudnn kernel")
     add(
         "--attention-precision",
         choices=ATTENTION_PRECISIONS,
@@ -112,25 +126,25 @@ def _add_run(add) -> None:
         const="default",
         choices=COMPILE_MODES,
         metavar="MODE",
-        help=f"torch.compile the UNet in one of the modes {', '.join(COMPILE_MODES)} (without MODE: default)",
+        help=f"torch.compile the UNet in a mode of {', '.join(COMPILE_MODES)} (without MODE: default)",
     )
     add(
         "--compile-cache",
         metavar="DIR",
-        help="keep what was compiled here, and start from it; its torch-compile.cache can be taken to another machine",
+        help="folder that keeps compiled code between processes; torch-compile.cache in it works on other machines",
     )
     add(
         "--aot",
         metavar="FILE.pt2",
-        help="the UNet compiled ahead of time, for one batch and size; written at the first picture if there is none",
+        help="the UNet compiled ahead of time, for one batch and image size; written at the first image if missing",
     )
-    add("--enable_tf32", action="store_true", help="let matrix products and convolutions round to tf32 (CUDA)")
-    add("--skip_first", action="store_true", help="one more iteration, before the others, neither timed nor saved")
-    add("--time_file", metavar="FILE", help="append a line: seconds of the timed iterations, from prompts to PNGs")
+    add("--enable_tf32", action="store_true", help="allow tf32 in matrix products and convolutions (CUDA)")
+    add("--skip_first", action="store_true", help="run one iteration first that is neither timed nor saved")
+    add("--time_file", metavar="FILE", help="append the seconds of the timed iterations, from prompts to PNG files")
 
 
 def natural(text: str) -> int:
-    """argparse type: a whole number from 0 to what torch takes as a seed."""
+    """Parse an integer in [0, 2**63), the range of torch's seeds."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{value} is not in [0, 2**63)")
@@ -138,16 +152,45 @@ def natural(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """argparse type: a whole number from 1."""
+    """Parse an integer of at least 1."""
     value = natural(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("0 is too few: at least 1")
+        raise argparse.ArgumentTypeError("0: must be at least 1")
     return value
+
+
+def nonnegative(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of at least 0")
+    return value
+
+
+def size(text: str) -> int:
+    """Parse a height or width in pixels."""
+    value = positive(text)
+    try:
+        require_size("size", value)
+    except ConfigError as error:  # a ValueError, whose message argparse drops
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def single(flags: str, values: list[T] | None, default: T) -> T:
+    """Return the value of options that may be repeated or spelt in several ways; ConfigError where values differ."""
+    distinct = list(dict.fromkeys(values or [default]))
+    if len(distinct) > 1:
+        raise ConfigError(f"{flags}: {' and '.join(map(str, distinct))} contradict each other; pass one of them")
+    return distinct[0]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What to load and how to run it, as the options and the environment say; config None is left to the weights."""
+    """Model, device and optimisations selected by the options and the environment.
+
+    checkpoint: None for the embedded model. config: None to detect it from the weights.
+    """
 
     checkpoint: Path | None
     config: ModelConfig | None
@@ -156,50 +199,43 @@ class Setup:
 
     @property
     def default_prompt(self) -> str:
-        """What is drawn when no prompt is given."""
+        """Prompt where none is passed."""
         return TINY_PROMPT if self.checkpoint is None else PROMPT
 
     def load(self) -> StableDiffusion:
-        """The model; says what it took where the options left it open."""
+        """Load the model; prints the config where it is detected from the weights."""
         if self.checkpoint is None:
-            model = StableDiffusion.tiny(self.device, self.optimisations)
-        else:
-            model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, self.optimisations)
+            return StableDiffusion.tiny(self.device, self.optimisations)
+        model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, self.optimisations)
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
             if model.config.name == "sd2":
-                print("taken to predict eps: if its pictures are noise, it predicts v, so give --config sd2-v")
+                print("assumed to predict eps; if the images are noise it predicts v: pass --config sd2-v")
         return model
 
 
-def setup(args, environ) -> Setup:
-    """Choose model, device and optimisations; no weights are read. Raises ConfigError or Unavailable."""
-    config, said = _config(args.config)
+def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
+    """Select model, device and optimisations without reading weights. Raises ConfigError or Unavailable."""
+    config = None if args.config is None else _config(args.config)
     if args.ckpt is None:
         if config is not None and not _is_tiny(config):
             raise ConfigError(
-                f"--config {args.config} needs its checkpoint: give --ckpt FILE, or leave both out for tiny"
+                f"--config {args.config} needs its checkpoint: pass --ckpt FILE, or neither for the tiny model"
             )
-        said = [
-            "no --ckpt: this is the embedded tiny model of coloured shapes; --ckpt FILE gives a real one",
-            *said,
-        ]
+        print("no --ckpt: using the embedded tiny model of coloured shapes; pass --ckpt FILE for another")
         config = config or PRESETS["tiny"]
-    for line in said:
-        print(line)
     device = _device(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
     return Setup(Path(args.ckpt) if args.ckpt is not None else None, config, device, optimisations)
 
 
-def _config(value: str | None) -> tuple[ModelConfig | None, list[str]]:
-    if value is None:
-        return None, []
+def _config(value: str) -> ModelConfig | None:
     packaged = CONFIGS / Path(value).name
     if value.endswith((".yaml", ".yml")) and not Path(value).exists() and packaged.is_file():
-        return resolve_config(packaged), [f"no file {value}: using the {packaged.name} that comes with this package"]
-    return resolve_config(value), []
+        print(f"no file {value}: using the packaged {packaged.name}")
+        return resolve_config(packaged)
+    return resolve_config(value)
 
 
 def _is_tiny(config: ModelConfig) -> bool:
@@ -213,91 +249,99 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name}: choose cpu, cuda, cuda:N or auto")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise Unavailable(f"--device {name}: there are {count} CUDA devices here; use --device cpu or auto")
-        torch.cuda.set_device(device.index or 0)  # timing events are of the current device
+            raise Unavailable(f"--device {name}: this machine has {count} CUDA devices; use --device cpu or auto")
+        torch.cuda.set_device(device.index or 0)  # timing events belong to the current device
     return device
 
 
-def choose_optimisations(args, environ, device: torch.device, native_mha: bool) -> Optimisations:
-    """What --optimise says, and the single options over it. Raises ConfigError where they contradict each other."""
+def choose_optimisations(
+    args: Namespace, environ: Mapping[str, str], device: torch.device, native_mha: bool
+) -> Optimisations:
+    """Combine --optimise with the single options over it. Raises ConfigError where they contradict each other."""
     if args.optimise is None:
         base = Optimisations(precision="autocast" if device.type == "cuda" else "full")
     else:
-        base = techniques.parse(args.optimise, device)
-    changes = {}
-    if args.optimise is None or _names_attention(args, environ, native_mha):
-        names = ("attention", "sdpa_kernels", "attention_precision")
-        changes = dict(zip(names, choose_attention(args, environ, native_mha, base.attention)))
-    if args.bf16 and args.precision not in (None, "bf16"):
-        raise ConfigError(f"--bf16 contradicts --precision {args.precision}: give one of the two")
-    if args.bf16 or args.precision:
-        changes["precision"] = "bf16" if args.bf16 else args.precision
-    if args.compile:
-        changes["compile"] = args.compile
+        base = parse(args.optimise, device)
+    changes: dict[str, Any] = {}
+    if args.optimise is None or _selects_attention(args, environ, native_mha):
+        attention = choose_attention(args, environ, native_mha, base.attention)
+        changes.update(
+            attention=attention.implementation,
+            sdpa_kernels=attention.kernels,
+            attention_precision=attention.precision,
+        )
+    if args.precision:
+        changes["precision"] = single("--precision", args.precision, None)
+    if args.compile or args.aot:
+        changes["compile"] = args.compile or "none"
     if args.aot:
         changes["aot"] = args.aot
-        changes.setdefault("compile", "none")
     if args.enable_tf32:
         if device.type != "cuda":
             raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")
         changes["tf32"] = True
-    return replace(base, **changes) if args.optimise is None else techniques.parse(args.optimise, device, changes)
+    return replace(base, **changes) if args.optimise is None else parse(args.optimise, device, changes)
 
 
-def _names_attention(args, environ, native_mha: bool) -> bool:
-    """Whether an option, the environment or the config says anything of attention."""
-    options = [args.attention, args.sdpa_kernels, args.attention_precision]
-    options += [getattr(args, f"disable_{kernel}") for kernel in SDPA_KERNELS]
+def _selects_attention(args: Namespace, environ: Mapping[str, str], native_mha: bool) -> bool:
+    options = [args.attention, args.sdpa_kernels, args.attention_precision, *_disabled_kernels(args)]
     return any(options) or native_mha or bool(environ.get("USE_XFORMERS") or environ.get("ATTN_PRECISION"))
 
 
-def choose_attention(
-    args, environ, native_mha: bool, default: str = DEFAULT_ATTENTION
-) -> tuple[str, tuple[str, ...], str]:
-    """(implementation, SDPA kernels, attention precision): by the options, the environment, the config, or the default.
+def _disabled_kernels(args: Namespace) -> list[str]:
+    return [kernel for kernel in SDPA_KERNELS if getattr(args, f"disable_{kernel}")]
 
-    What can be imported never decides. Raises ConfigError where two of them contradict each other.
+
+def choose_attention(
+    args: Namespace, environ: Mapping[str, str], native_mha: bool, default: str = DEFAULT_ATTENTION
+) -> Attention:
+    """Select the attention by the options, the environment, the config, or the default, in this order.
+
+    Installed packages never decide. Raises ConfigError where two of the sources contradict each other.
     """
     use_xformers = _environment(environ, "USE_XFORMERS", {"true": True, "1": True, "false": False, "0": False})
     if args.attention:
         implementation = args.attention
     elif native_mha:
         if use_xformers:
-            raise ConfigError("USE_XFORMERS=True contradicts the config's use_native_mha: unset it or say --attention")
+            raise ConfigError("USE_XFORMERS=True contradicts the config's use_native_mha: unset it or pass --attention")
         implementation = "mha"
     elif use_xformers is not None:
         implementation = "xformers" if use_xformers else "original"
     else:
         implementation = default
 
-    disabled = [kernel for kernel in SDPA_KERNELS if getattr(args, f"disable_{kernel}")]
-    flags = " ".join(f"--disable_{kernel}" for kernel in disabled)
-    if (disabled or args.sdpa_kernels) and implementation not in ("mha", "sdpa"):
-        asked = flags or f"--sdpa-kernels {args.sdpa_kernels}"
-        raise ConfigError(f"{asked}: attention {implementation} has no SDPA kernels; say --attention mha or sdpa")
-    if disabled and args.sdpa_kernels:
-        raise ConfigError(f"{flags} and --sdpa-kernels contradict each other: give one of the two")
-    kernels = tuple(args.sdpa_kernels.split(",")) if args.sdpa_kernels else SDPA_KERNELS
-    if disabled:
-        candidates = PUBLISHED_KERNELS if set(disabled) & set(PUBLISHED_KERNELS) else SDPA_KERNELS
-        kernels = tuple(kernel for kernel in candidates if kernel not in disabled)
-        if not kernels:
-            raise ConfigError(f"{flags} leave no kernel: leave one out, or allow one with --sdpa-kernels cudnn")
-
     precision = args.attention_precision
     if precision and implementation != "original":
-        raise ConfigError(f"--attention-precision: attention {implementation} has none; say --attention original")
-    from_environment = _environment(environ, "ATTN_PRECISION", {"fp32": "fp32", "fp16": "input"})
-    return implementation, kernels, precision or from_environment or ATTENTION_PRECISIONS[0]
+        raise ConfigError(f"--attention-precision: attention {implementation} has none; pass --attention original")
+    precision = precision or _environment(environ, "ATTN_PRECISION", {"fp32": "fp32", "fp16": "input"})
+    return Attention(implementation, _kernels(args, implementation), precision or ATTENTION_PRECISIONS[0])
 
 
-def _environment(environ, name: str, values: dict):
+def _kernels(args: Namespace, implementation: str) -> tuple[str, ...]:
+    disabled = _disabled_kernels(args)
+    flags = " ".join(f"--disable_{kernel}" for kernel in disabled)
+    if (disabled or args.sdpa_kernels) and implementation not in ATTENTION_WITH_KERNELS:
+        options = flags or f"--sdpa-kernels {args.sdpa_kernels}"
+        raise ConfigError(f"{options}: attention {implementation} has no SDPA kernels; pass --attention mha or sdpa")
+    if disabled and args.sdpa_kernels:
+        raise ConfigError(f"{flags} and --sdpa-kernels contradict each other: pass one of them")
+    if args.sdpa_kernels:
+        return tuple(args.sdpa_kernels.split(","))
+    candidates = PUBLISHED_KERNELS if set(disabled) & set(PUBLISHED_KERNELS) else SDPA_KERNELS
+    kernels = tuple(kernel for kernel in candidates if kernel not in disabled)
+    if not kernels:
+        raise ConfigError(f"{flags} leave no kernel: omit one, or allow one with --sdpa-kernels cudnn")
+    return kernels
+
+
+def _environment(environ: Mapping[str, str], name: str, values: Mapping[str, T]) -> T | None:
     value = environ.get(name)
     if not value:
         return None
@@ -306,10 +350,11 @@ def _environment(environ, name: str, values: dict):
     return values[value.lower()]
 
 
-def prompt_batches(args, default: str) -> list[list[str]]:
-    """The prompts of one iteration: n_samples copies of one, or those of --from-file in batches of n_samples.
+def prompt_batches(args: Namespace, default: str) -> list[list[str]]:
+    """Return the prompts of one iteration in batches of n_samples.
 
-    The last batch may be shorter; the original scripts die of it.
+    They are n_samples copies of --prompt, or the lines of --from-file, of which the last batch may be shorter (the
+    original scripts fail there). Raises ConfigError naming the option.
     """
     for flag, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
         try:
@@ -319,41 +364,25 @@ def prompt_batches(args, default: str) -> list[list[str]]:
     if args.from_file is None:
         return [[args.prompt if args.prompt is not None else default] * args.n_samples]
     if args.prompt is not None:
-        raise ConfigError("--prompt and --from-file contradict each other: give one of the two")
+        raise ConfigError("--prompt and --from-file contradict each other: pass one of them")
     try:
-        text = Path(args.from_file).read_text(encoding="utf-8-sig")  # some editors put a mark of UTF-8 in front
+        text = Path(args.from_file).read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     except OSError as error:
         raise ConfigError(f"--from-file {args.from_file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--from-file {args.from_file}: is not UTF-8 text") from None
-    lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines, which also splits at U+2028
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() also splits at U+2028
     if not lines:
-        raise ConfigError(f"--from-file {args.from_file}: holds no prompt; write one a line")
+        raise ConfigError(f"--from-file {args.from_file}: is empty; write one prompt per line")
     prompts = [line for line in lines for _ in range(args.repeat)]
     return [prompts[i : i + args.n_samples] for i in range(0, len(prompts), args.n_samples)]
 
 
-def check_numbers(args) -> None:
-    """Refuse numbers that no model can use. Raises ConfigError naming the option."""
-    for flag, value in (("--scale", args.scale), ("--ddim_eta", args.ddim_eta)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{flag} {value}: must be a number of at least 0")
-
-
-def check_latents(args, config: ModelConfig) -> None:
-    """Refuse --C and --f where they contradict the model. Raises ConfigError."""
-    for flag, value, own in (
+def check_latents(args: Namespace, config: ModelConfig) -> None:
+    """Raise ConfigError where --C or --f contradict the model."""
+    for flag, value, expected in (
         ("--C", args.C, config.unet.in_channels),
         ("--f", args.f, config.autoencoder.downsampling),
     ):
-        if value not in (None, own):
-            raise ConfigError(f"{flag} {value} contradicts the model {config.name}, which has {own}: leave it out")
-
-
-def append_seconds(path, line: str) -> None:
-    """Append `line` to the --time_file `path`. Raises ConfigError where that cannot be done."""
-    try:
-        with open(path, "a") as file:
-            file.write(line)
-    except OSError as error:
-        raise ConfigError(f"--time_file {path}: cannot be written ({error.strerror})") from None
+        if value not in (None, expected):
+            raise ConfigError(f"{flag} {value} contradicts the model {config.name}, which has {expected}: omit it")

@@ -1,63 +1,170 @@
-"""What txt2img and img2img do alike: the loop over iterations and batches, the report, and the exit status."""
+"""The run of txt2img and img2img: iterations of batches, saving, the report, and the exit status."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sd.cli.arguments import Setup, append_seconds, check_latents
-from sd.cli.output import Album
+from sd.cli.arguments import check_latents, prompt_batches, setup
+from sd.cli.output import OutputFolder
+from sd.config.presets import ScheduleConfig
 from sd.errors import ConfigError, SDError, printable
 from sd.optimise.compile_cache import open_compile_cache, save_compile_cache
-from sd.pipeline import StableDiffusion
+from sd.pipeline import Noise, Progress, Result, StableDiffusion
 from sd.sampling.noise import OriginalNoise, PerImageNoise
+from sd.sampling.samplers import sampler as sampler_by_name
+from sd.sampling.schedule import Schedule
+
+# (prompts, noise source, x_T or None, progress) -> Result
+Generate = Callable[[list[str], Noise, Tensor | None, Progress], Result]
 
 
-def begin(args, setup: Setup) -> tuple[Album, StableDiffusion, float]:
-    """(where pictures go, the model, seconds of loading it). What cannot be written is refused before loading."""
-    if setup.config is not None:
-        check_latents(args, setup.config)
-    if args.time_file is not None:
-        append_seconds(args.time_file, "")
-    album = Album(args.outdir, not args.skip_save, not args.skip_grid)
-    if args.compile_cache is not None:
-        if not setup.optimisations.compilers():
-            raise ConfigError("--compile-cache: nothing is compiled; say --compile, or --optimise fast")
-        open_compile_cache(Path(args.compile_cache))
-    start = time.perf_counter()
-    model = setup.load()
-    seconds = time.perf_counter() - start
-    check_latents(args, model.config)
-    return album, model, seconds
+class Command:
+    """One run of a command line: the constructor validates the options and loads the model, `run` generates the images.
+
+    Raises ConfigError, CheckpointError or Unavailable; what does not depend on the weights is checked before they are read.
+    """
+
+    def __init__(self, args: Namespace, environ: Mapping[str, str], sampler: str):
+        chosen = setup(args, environ)
+        schedule = Schedule(chosen.config.schedule if chosen.config is not None else ScheduleConfig())
+        sampler_by_name(sampler)(schedule, args.steps, args.ddim_eta)  # rejects impossible step counts and eta
+        if chosen.config is not None:
+            check_latents(args, chosen.config)
+        self.args, self.checkpoint = args, chosen.checkpoint
+        self.batches = prompt_batches(args, chosen.default_prompt)
+        _append_line(args.time_file, "")
+        self.output = OutputFolder(args.outdir, not args.skip_save, not args.skip_grid)
+        if args.compile_cache is not None:
+            if not chosen.optimisations.compilers():
+                raise ConfigError("--compile-cache: nothing is compiled; pass --compile, or --optimise fast")
+            open_compile_cache(Path(args.compile_cache))
+        start = time.perf_counter()
+        self.model = chosen.load()
+        self.seconds = {"load": time.perf_counter() - start}
+        check_latents(args, self.model.config)
+
+    def run(
+        self,
+        generate: Generate,
+        settings: Mapping[str, object],
+        fixed_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        """Generate and save every batch of every iteration, and print the report.
+
+        settings: text chunks of every PNG. fixed_shape: of the one x_T that all batches share, None for noise of their own.
+        """
+        args, model = self.args, self.model
+        settings = {**settings, **self._model_settings()}
+        print(", ".join(f"{key} {value}" for key, value in settings.items()))
+
+        def noises() -> Noises:  # the warm-up draws from its own, so that images do not depend on --skip_first
+            return Noises(args.rng, args.seed, model.device, fixed_shape)
+
+        if args.skip_first:
+            start = time.perf_counter()
+            for _ in self._iteration(0, "warm-up", generate, noises()):
+                pass
+            self.seconds["warm-up"] = time.perf_counter() - start
+
+        start, sources, count = time.perf_counter(), noises(), 0
+        for n in range(args.n_iter):
+            for prompts, result in self._iteration(n, f"iteration {n + 1}/{args.n_iter}", generate, sources):
+                for stage, seconds in result.seconds.items():
+                    self._add_seconds(stage, seconds)
+                self._save(prompts, result, args.seed + count, settings)
+                count += len(prompts)
+        saving = time.perf_counter()
+        text = {"seed": args.seed, **settings, "kernels": _kernels(model)}
+        grid = self.output.add_grid(args.n_rows or args.n_samples, text)
+        self._add_seconds("saving", time.perf_counter() - saving)
+        total = time.perf_counter() - start
+        if grid:
+            print(grid)
+        _append_line(args.time_file, f"{total}\n")
+        if args.compile_cache is not None:
+            save_compile_cache(Path(args.compile_cache))
+        print("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in self.seconds.items()))
+        print(f"{count} images in {total:.3f} s, {total / count:.3f} s each" + ", without warm-up" * args.skip_first)
+        print(f"attention kernels that ran: {_kernels(model)}")
+        print(f"peak memory: {_peak_memory(model.device)}")
+
+    def _iteration(
+        self, number: int, name: str, generate: Generate, noises: Noises
+    ) -> Iterator[tuple[list[str], Result]]:
+        first = number * sum(map(len, self.batches))
+        for i, prompts in enumerate(self.batches):
+            label = name + (f", prompts {i + 1}/{len(self.batches)}" if len(self.batches) > 1 else "")
+            with _progress_bar(label) as progress:
+                result = generate(prompts, *noises.take(first, len(prompts)), progress)
+            yield prompts, result
+            first += len(prompts)
+
+    def _save(self, prompts: list[str], result: Result, first_seed: int, settings: Mapping[str, object]) -> None:
+        start = time.perf_counter()
+        shared = {"negative_prompt": self.args.negative_prompt, **settings, "kernels": _kernels(self.model)}
+        texts = [{"prompt": prompt, "seed": first_seed + i, **shared} for i, prompt in enumerate(prompts)]
+        for path in self.output.add(result.images, texts):
+            print(path)
+        self._add_seconds("saving", time.perf_counter() - start)
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def _model_settings(self) -> dict[str, object]:
+        chosen = self.model.optimisations
+        attention = chosen.attention_choice()
+        kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
+        upcast = f" in {attention.precision}" if attention.implementation == "original" else ""
+        listed = ("attention", "sdpa_kernels", "attention_precision", "precision", "compile")  # under their own keys
+        others = [
+            f"{name}={Path(str(value)).name if name == 'aot' else value}"
+            for name, value in chosen.changed().items()
+            if name not in listed
+        ]
+        return {
+            "config": self.model.config.name,
+            "checkpoint": self.checkpoint.name if self.checkpoint else "tiny (embedded)",
+            "attention": attention.implementation + kernels + upcast,
+            "precision": chosen.precision,
+            "compile": chosen.compile,
+            "optimisations": " ".join(others) or "none",
+            "device": self.model.device.type,
+            "torch": torch.__version__,
+        }
 
 
 class Noises:
-    """The noise sources of a whole command, and with fixed_shape the one x_T of all its batches."""
+    """Noise sources of all batches of a run, and with fixed_shape the x_T that they share."""
 
-    def __init__(self, rng: str, seed: int, device: torch.device, fixed_shape=None):
+    def __init__(self, rng: str, seed: int, device: torch.device, fixed_shape: tuple[int, ...] | None = None):
         self.seed, self.fixed_shape, self.fixed = seed, fixed_shape, None
         self.original = OriginalNoise(seed, device) if rng == "original" else None
-        if fixed_shape is not None:  # the original scripts draw it before the loop
+        if fixed_shape is not None:  # drawn before the loop, as in the original scripts
             self.fixed = (self.original or PerImageNoise(seed, fixed_shape[0])).initial(fixed_shape, device)
 
-    def take(self, first: int, count: int):
-        """(source, x_T or None) of `count` pictures, the first of which is number `first` of the command."""
+    def take(self, first: int, count: int) -> tuple[Noise, Tensor | None]:
+        """Return the noise source and x_T, or None, of images `first` to `first + count` of the run."""
         fixed = None if self.fixed is None else self.fixed[:count]
         if self.original:
             return self.original, fixed
         source = PerImageNoise(self.seed + first, count)
-        if fixed is not None:  # or the noise of the first step would be x_T again
+        if self.fixed_shape is not None:  # skips x_T, which would otherwise return as the first step's noise
             source.initial((count, *self.fixed_shape[1:]), "cpu")
         return source, fixed
 
 
 @contextlib.contextmanager
-def _bar(label: str):
+def _progress_bar(label: str) -> Iterator[Progress]:
     from tqdm import tqdm
 
     with tqdm(desc=label, unit="step", file=sys.stderr) as bar:
@@ -69,83 +176,14 @@ def _bar(label: str):
         yield show
 
 
-def produce(args, model: StableDiffusion, batches, draw, settings: dict, album: Album, load_seconds, fixed_shape=None):
-    """Draw and save every batch of every iteration, and report.
-
-    draw(prompts, source, latents, progress) -> Result. settings: what goes into every PNG.
-    """
-
-    def iteration(n: int, name: str, noises: Noises):
-        first = n * sum(len(prompts) for prompts in batches)
-        for i, prompts in enumerate(batches):
-            label = name + (f", prompts {i + 1}/{len(batches)}" if len(batches) > 1 else "")
-            with _bar(label) as progress:
-                result = draw(prompts, *noises.take(first, len(prompts)), progress)
-            yield first, prompts, result
-            first += len(prompts)
-
-    def noises() -> Noises:
-        return Noises(args.rng, args.seed, model.device, fixed_shape)
-
-    seconds = {"load": load_seconds}
-    if args.skip_first:
-        start = time.perf_counter()
-        for _ in iteration(0, "warm-up", noises()):  # its draws are its own: pictures do not depend on --skip_first
-            pass
-        seconds["warm-up"] = time.perf_counter() - start
-
-    start, source, count = time.perf_counter(), noises(), 0
-    for n in range(args.n_iter):
-        for first, prompts, result in iteration(n, f"iteration {n + 1}/{args.n_iter}", source):
-            for stage, took in result.seconds.items():
-                seconds[stage] = seconds.get(stage, 0.0) + took
-            texts = [
-                {"prompt": prompt, "negative_prompt": args.negative_prompt, "seed": args.seed + first + i, **settings}
-                for i, prompt in enumerate(prompts)
-            ]
-            saving = time.perf_counter()
-            for path in album.add(result.images, [{**text, "kernels": _kernels(model)} for text in texts]):
-                print(path)
-            seconds["saving"] = seconds.get("saving", 0.0) + time.perf_counter() - saving
-            count += len(prompts)
-    saving = time.perf_counter()
-    grid = album.add_grid(args.n_rows or args.n_samples, {"seed": args.seed, **settings, "kernels": _kernels(model)})
-    seconds["saving"] += time.perf_counter() - saving
-    total = time.perf_counter() - start
-    if grid:
-        print(grid)
-    if args.time_file is not None:
-        append_seconds(args.time_file, f"{total}\n")
-    if args.compile_cache is not None:
-        save_compile_cache(Path(args.compile_cache))
-    print("seconds: " + ", ".join(f"{stage} {took:.3f}" for stage, took in seconds.items()))
-    print(
-        f"{count} pictures in {total:.3f} s, {total / count:.3f} s each" + ", the warm-up not counted" * args.skip_first
-    )
-    print(f"attention kernels that ran: {_kernels(model)}")
-    print(f"peak memory: {_peak_memory(model.device)}")
-
-
-def describe(model: StableDiffusion, checkpoint: Path | None) -> dict:
-    """What goes into the PNGs about the model and how it is run, in words."""
-    how = model.optimisations
-    attention = how.attention_choice()
-    kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
-    shown = ("attention", "sdpa_kernels", "attention_precision", "precision", "compile")  # by names of their own
-    changed = {
-        name: Path(value).name if name == "aot" else value for name, value in how.changed().items() if name not in shown
-    }
-    upcast = f" in {attention.precision}" if attention.implementation == "original" else ""
-    return {
-        "config": model.config.name,
-        "checkpoint": checkpoint.name if checkpoint else "tiny (embedded)",
-        "attention": attention.implementation + kernels + upcast,
-        "precision": how.precision,
-        "compile": how.compile,
-        "optimisations": " ".join(f"{name}={value}" for name, value in changed.items()) or "none",
-        "device": model.device.type,
-        "torch": torch.__version__,
-    }
+def _append_line(time_file: str | None, line: str) -> None:
+    if time_file is None:
+        return
+    try:
+        with open(time_file, "a") as file:
+            file.write(line)
+    except OSError as error:
+        raise ConfigError(f"--time_file {time_file}: cannot be written ({error.strerror})") from None
 
 
 def _kernels(model: StableDiffusion) -> str:
@@ -154,43 +192,41 @@ def _kernels(model: StableDiffusion) -> str:
 
 def _peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the GPU's"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
     try:
         import resource
-    except ImportError:  # not on Windows
+    except ImportError:  # on Windows
         return "unknown on this system"
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process's"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of process memory"
 
 
-def guarded(run) -> int:
-    """Exit status of `run()`: 0, 2 with one line about what the user can change, 130 when interrupted."""
-    if hasattr(sys.stdout, "reconfigure"):  # a path that the terminal's encoding lacks is no reason to lose the rest
+def guarded(run: Callable[[], object]) -> int:
+    """Return the exit status of `run()`: 0; 2 after a one-line message about an error of the user; 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may not be encodable on the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run()
-    except BrokenPipeError:  # whoever read the output has read enough; the interpreter would write to it once more
+        return 0
+    except BrokenPipeError:  # stdout was closed by the reader; the interpreter flushes it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except SDError as error:
-        message = str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SDError as error:
+        message = str(error)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         device = torch.device("cuda" if "CUDA" in str(error) and torch.cuda.is_available() else "cpu")
-        peak = _peak_memory(device)
-        advice = "use a smaller --n_samples, a smaller picture (--H, --W), or --precision fp16"
-        message = f"out of memory (peak {peak}): {advice}"
-    else:
-        return 0
+        advice = "use a smaller --n_samples, a smaller image (--H, --W), or --precision fp16"
+        message = f"out of memory (peak {_peak_memory(device)}): {advice}"
     print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.cuda.OutOfMemoryError is younger than torch 1.12, and the CPU's allocator has no class of its own.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    # torch.cuda.OutOfMemoryError is newer than torch 1.12, and the CPU allocator has no exception class.
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -1,4 +1,4 @@
-"""Runs of the command txt2img in an empty folder, and what they left there."""
+"""Runs of the txt2img command in an empty folder, and the images that they save."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def clean_fixture(monkeypatch, tmp_path):
 
 @pytest.fixture(name="calls")
 def calls_fixture(monkeypatch):
-    """Every call of StableDiffusion.txt2img, which then draws nothing."""
-    seen = []
+    """Arguments of every call of StableDiffusion.txt2img, replaced by a constant image."""
+    recorded = []
 
     def record(self, prompts, **arguments):
-        seen.append({"prompts": prompts, "model": self, **arguments})
+        recorded.append({"prompts": prompts, "model": self, **arguments})
         arguments["progress"](1, 1)
         images = torch.full((len(prompts), 64, 64, 3), 99, dtype=torch.uint8)
-        return Result(images, torch.zeros(len(prompts), 4, 8, 8), {"text": 1.0, "unet": 2.0, "vae": 3.0}, 1)
+        return Result(images, torch.zeros(len(prompts), 4, 8, 8), {"text": 1.0, "unet": 2.0, "vae": 3.0}, 1, 0)
 
     monkeypatch.setattr(StableDiffusion, "txt2img", record)
-    return seen
+    return recorded
 
 
 @pytest.fixture(name="checkpoints", scope="module")
 def checkpoints_fixture(tmp_path_factory):
-    """A folder as the published experiment's users have it: two YAML files and two checkpoints, of the tiny model."""
+    """The folder of the published experiment, two YAML files and two checkpoints, with the tiny model."""
     folder = tmp_path_factory.mktemp("published")
     model = StableDiffusion.tiny()
     networks = {"unet": model.unet, "autoencoder": model.autoencoder, "text_encoder": model.text_encoder}
@@ -62,14 +62,14 @@ def run(*argv) -> int:
     return txt2img.main([*QUICK, *argv])
 
 
-def picture(path) -> torch.Tensor:
+def read_png(path) -> torch.Tensor:
     image = Image.open(path)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
 
 
 def samples(outdir="outputs/txt2img-samples") -> list[torch.Tensor]:
-    return [picture(path) for path in sorted(Path(outdir, "samples").glob("*.png"))]
+    return [read_png(path) for path in sorted(Path(outdir, "samples").glob("*.png"))]
 
 
-def close(one, other) -> bool:
-    return (one.int() - other.int()).abs().max() <= 1
+def close(a, b) -> bool:
+    return (a.int() - b.int()).abs().max() <= 1

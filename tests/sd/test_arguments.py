@@ -1,4 +1,4 @@
-"""What the shared options, the environment and the config choose together."""
+"""Model, device and optimisations selected by the shared options, the environment and the config."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _clean(monkeypatch, tmp_path):
             {"ATTN_PRECISION": "fp16"},
             {"attention_precision": "fp32"},
         ),
-        (["--attention", "sdpa", "--sdpa-kernels", "flash,math"], {}, {"sdpa_kernels": ("flash", "math")}),
+        (["--attention", "sdpa", "--sdpa-kernels", "flash,math"], {}, {"sdpa_kernels": ("math", "flash")}),
         (["--attention", "sdpa", "--disable_cudnn"], {}, {"sdpa_kernels": ("math", "mem_efficient", "flash")}),
         ([], {"USE_XFORMERS": "False"}, {"attention": "original"}),
         ([], {"USE_XFORMERS": "0"}, {"attention": "original"}),
@@ -54,13 +54,13 @@ def _clean(monkeypatch, tmp_path):
         (["--config", "native.yaml"], {}, {"attention": "mha"}),
         (["--config", "native.yaml"], {"USE_XFORMERS": "False"}, {"attention": "mha"}),
         (["--config", "native.yaml", "--attention", "original"], {}, {"attention": "original"}),
-        # the three published flags choose among the three kernels that torch 2.0 had
+        # the three published flags select among the three kernels of torch 2.0
         (["--config", "native.yaml", "--disable_mem_efficient", "--disable_flash"], {}, {"sdpa_kernels": ("math",)}),
         (["--config", "native.yaml", "--disable_math", "--disable_flash"], {}, {"sdpa_kernels": ("mem_efficient",)}),
         (["--config", "native.yaml", "--disable_flash"], {}, {"sdpa_kernels": ("math", "mem_efficient")}),
     ],
 )
-def test_what_the_options_and_the_environment_choose(argv, environ, expected, capsys):
+def test_options_and_environment(argv, environ, expected, capsys):
     text = (CONFIGS / "tiny.yaml").read_text().replace("use_checkpoint: False", "use_native_mha: True")
     Path("native.yaml").write_text(text)
     args = txt2img.parser().parse_args(["--device", "cpu", *argv])
@@ -87,14 +87,14 @@ def test_what_the_options_and_the_environment_choose(argv, environ, expected, ca
         (["--optimise", "fused_qkv,fused_qkv"], {"fused_qkv": True}),
     ],
 )
-def test_optimise_and_the_options_over_it(argv, changed):
+def test_options_override_fields_of_optimise(argv, changed):
     chosen = options.setup(txt2img.parser().parse_args(["--device", "cpu", *argv]), {}).optimisations
     plain = {"attention": DEFAULT_ATTENTION}
     assert {**plain, **chosen.changed()} == {**plain, **changed}
 
 
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
-def test_compiler_options_bring_a_mode():
+def test_compiler_options_imply_a_mode():
     def chosen(text):
         return options.setup(txt2img.parser().parse_args(["--device", "cpu", "--optimise", text]), {}).optimisations
 
@@ -107,7 +107,7 @@ def test_compiler_options_bring_a_mode():
 
 
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
-def test_a_compiler_option_of_another_network_leaves_the_unet():
+def test_compiler_option_of_another_network_does_not_compile_the_unet():
     arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", "compile_autoencoder,shape_padding"])
     chosen = options.setup(arguments, {}).optimisations
     assert (chosen.compile, chosen.compile_autoencoder, chosen.inductor) == ("none", "default", ("shape_padding",))
@@ -115,7 +115,7 @@ def test_a_compiler_option_of_another_network_leaves_the_unet():
 
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
 @pytest.mark.parametrize("name", INDUCTOR_OPTIONS)
-def test_a_compiler_option_is_there_or_refused_by_name(name):
+def test_compiler_option_is_supported_or_refused_by_name(name):
     from torch._inductor import config
 
     arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", name])
@@ -144,7 +144,7 @@ def test_optimise_refuses_by_name(text, error, match):
 
 
 @pytest.mark.parametrize("available, device, precision", [(False, "cpu", "full"), (True, "cuda", "autocast")])
-def test_device_and_precision_follow_the_machine(monkeypatch, available, device, precision):
+def test_default_device_and_precision(monkeypatch, available, device, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
@@ -152,11 +152,11 @@ def test_device_and_precision_follow_the_machine(monkeypatch, available, device,
     assert (chosen.device.type, chosen.optimisations.precision) == (device, precision)
 
 
-def test_importing_or_installing_packages_chooses_nothing(monkeypatch):
-    """The environment is read by the command, not at import, and what happens to import does not matter."""
+def test_installed_packages_do_not_affect_the_choice(monkeypatch):
+    """The environment is read by the command and not at import."""
     monkeypatch.setitem(sys.modules, "xformers", object())
     monkeypatch.setitem(sys.modules, "xformers.ops", object())
     args = txt2img.parser().parse_args([])
-    assert options.choose_attention(args, {}, False)[0] == DEFAULT_ATTENTION
+    assert options.choose_attention(args, {}, False).implementation == DEFAULT_ATTENTION
     monkeypatch.setenv("USE_XFORMERS", "perhaps")
     assert txt2img.main(["--device", "cpu"]) == 2

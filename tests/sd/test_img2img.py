@@ -1,4 +1,4 @@
-"""The command img2img: how it reads a picture, what its options do, and how it refuses."""
+"""The img2img command: reading the image, options and refusals."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def _clean(monkeypatch, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every call of StableDiffusion.img2img, which then draws nothing."""
-    seen = []
+    """Arguments of every call of StableDiffusion.img2img, replaced by a constant image."""
+    recorded = []
 
     def record(self, prompts, image, **arguments):
-        seen.append({"prompts": prompts, "image": image, **arguments})
+        recorded.append({"prompts": prompts, "image": image, **arguments})
         images = torch.full((len(prompts), *image.shape[1:], 3), 99, dtype=torch.uint8)
-        return Result(images, torch.zeros(len(prompts), 4, 8, 8), {"encode": 1.0, "unet": 2.0}, 1)
+        return Result(images, torch.zeros(len(prompts), 4, 8, 8), {"encode": 1.0, "unet": 2.0}, 1, 0)
 
     monkeypatch.setattr(StableDiffusion, "img2img", record)
-    return seen
+    return recorded
 
 
 def run(*argv) -> int:
     return img2img.main(["--device", "cpu", "--steps", "4", "--init-img", "init.png", *argv])
 
 
-def picture(path) -> torch.Tensor:
+def read_png(path) -> torch.Tensor:
     image = Image.open(path)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
 
 
-def test_draws_over_a_picture(capsys):
+def test_images_seeds_and_png_text(capsys):
     assert run("--prompt", CAPTION, "--n_samples", "2", "--seed", "3") == 0
     out = capsys.readouterr().out
-    assert out.startswith("no --ckpt: this is the embedded tiny model")
+    assert out.startswith("no --ckpt: using the embedded tiny model")
     assert "encode" in out
     paths = sorted((OUT / "samples").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png"]
     assert (OUT / "grid-0000.png").exists()
-    model, image = StableDiffusion.tiny(), img2img.read_picture("init.png")
+    model, image = StableDiffusion.tiny(), img2img.read_image("init.png")
     expected = model.img2img(CAPTION, image, strength=0.8, steps=4, scale=4.0, seed=3, batch=2).images
-    for path, wanted in zip(paths, expected):
-        assert (picture(path).int() - wanted.int()).abs().max() <= 1
+    for path, image in zip(paths, expected):
+        assert (read_png(path).int() - image.int()).abs().max() <= 1
     texts = Image.open(paths[1]).text
     assert {key: texts[key] for key in ("init_img", "strength", "seed", "size", "sampler", "scale", "config")} == {
         "init_img": "init.png",
@@ -76,12 +76,12 @@ def test_draws_over_a_picture(capsys):
 
 def test_original_rng_and_warm_up():
     assert run("--rng", "original", "--seed", "3", "--n_iter", "2", "--skip_first", "--time_file", "t.txt") == 0
-    model, noise, image = StableDiffusion.tiny(), OriginalNoise(3, "cpu"), img2img.read_picture("init.png")
+    model, noise, image = StableDiffusion.tiny(), OriginalNoise(3, "cpu"), img2img.read_image("init.png")
     assert float(Path("t.txt").read_text()) > 0
     for path in sorted((OUT / "samples").iterdir()):
         prompt = Image.open(path).text["prompt"]
-        wanted = model.img2img(prompt, image, strength=0.8, steps=4, scale=4.0, rng=noise).images[0]
-        assert (picture(path).int() - wanted.int()).abs().max() <= 1
+        expected = model.img2img(prompt, image, strength=0.8, steps=4, scale=4.0, rng=noise).images[0]
+        assert (read_png(path).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_prompts_from_a_file(calls):
     assert [call["prompts"] for call in calls] == [["one", "two"], ["three"]]
 
 
-def test_defaults_are_those_of_the_models_script():
-    defaults = {name: img2img._defaults(config) for name, config in PRESETS.items()}
+def test_defaults_match_the_original_script():
+    defaults = {name: img2img.default_strength_and_scale(config) for name, config in PRESETS.items()}
     assert defaults == {"sd1": (0.75, 5.0), "sd2": (0.8, 9.0), "sd2-v": (0.8, 9.0), "tiny": (0.8, 4.0)}
 
 
-def test_picture_is_read_as_the_original_reads_it():
-    image = img2img.read_picture("init.png")
+def test_image_is_read_like_the_original_script():
+    image = img2img.read_image("init.png")
     assert image.shape == (3, 64, 128)
     assert image.dtype == torch.float32
     expected = Image.open("init.png").resize((128, 64), Image.Resampling.LANCZOS)
@@ -123,35 +123,59 @@ def test_picture_is_read_as_the_original_reads_it():
 
 
 @pytest.mark.parametrize("mode, colour", [("L", 255), ("RGBA", (255, 255, 255, 0)), ("P", 0)])
-def test_other_modes_become_rgb(mode, colour):
+def test_other_modes_are_converted_to_rgb(mode, colour):
     Image.new(mode, (64, 64), colour).save("other.png")
-    image = img2img.read_picture("other.png")
+    image = img2img.read_image("other.png")
     assert image.shape == (3, 64, 64)
     assert image.abs().max() <= 1
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise for display
+    source = Image.new("RGB", (128, 64), "black")
+    source.paste("white", (0, 0, 64, 64))  # the left half, which is displayed at the top
+    source.save("turned.png", exif=exif)
+    image = img2img.read_image("turned.png")
+    assert image.shape == (3, 128, 64)
+    assert image[:, :60].min() == 1 and image[:, 68:].max() == -1
+
+
+def test_transparent_pixels_are_composited_on_white():
+    source = Image.new("RGBA", (128, 64), (255, 0, 0, 255))
+    source.paste((0, 0, 0, 0), (0, 0, 64, 64))
+    source.save("transparent.png")
+    image = img2img.read_image("transparent.png")
+    assert image[:, :, :60].min() == 1
+    assert image[:, 0, -1].tolist() == [1, -1, -1]
+    palette = Image.new("P", (64, 64), 0)
+    palette.putpalette([0, 0, 0] * 256)
+    palette.save("palette.png", transparency=0)
+    assert img2img.read_image("palette.png").min() == 1
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("missing.png", "cannot be read as a picture"),
-        ("text.png", "cannot be read as a picture"),
-        ("half.png", "cannot be read as a picture"),
+        ("missing.png", "cannot be read as an image"),
+        ("text.png", "cannot be read as an image"),
+        ("half.png", "cannot be read as an image"),
         ("small.png", "fewer than 64 pixels a side"),
         ("large.png", "more than 67108864 pixels"),
         ("deep.png", "more than 8 bits a channel"),
         ("float.tiff", "more than 8 bits a channel"),
-        (".", "cannot be read as a picture"),
+        (".", "cannot be read as an image"),
     ],
 )
-def test_bad_pictures_are_named(name, message):
-    Path("text.png").write_text("no picture")
+def test_unreadable_images_are_named(name, message):
+    Path("text.png").write_text("no image")
     Path("half.png").write_bytes(Path("init.png").read_bytes()[:-60])
     Image.new("RGB", (640, 63)).save("small.png")
     Image.new("1", (8193, 8192)).save("large.png")
     Image.new("I;16", (64, 64), 65535).save("deep.png")
     Image.new("F", (64, 64), 0.5).save("float.tiff")
     with pytest.raises(ConfigError, match=message) as error:
-        img2img.read_picture(name)
+        img2img.read_image(name)
     assert f"--init-img {name}: " in str(error.value)
 
 
@@ -161,10 +185,8 @@ def test_bad_pictures_are_named(name, message):
         (["--plms"], "--plms: img2img starts in the middle of DDIM's steps"),
         (["--dpm"], "--dpm: img2img starts"),
         (["--dpm_solver"], "--dpm_solver: img2img starts"),
-        (["--fixed_code"], "--fixed_code: img2img starts from the picture"),
-        (["--torchscript"], "--torchscript: is not offered here: use --compile"),
-        (["--strength", "1.5"], "--strength 1.5: must be in [0, 1]"),
-        (["--strength", "nan"], "--strength nan: must be in [0, 1]"),
+        (["--fixed_code"], "--fixed_code: img2img starts from the image"),
+        (["--torchscript"], "--torchscript: not supported: use --compile"),
         (["--steps", "3"], "3 steps cannot be spread"),
         (["--ddim_eta", "5"], "eta 5 is too large"),
         (["--C", "3"], "--C 3 contradicts"),
@@ -172,7 +194,7 @@ def test_bad_pictures_are_named(name, message):
         (["--config", "sd1"], "--config sd1 needs its checkpoint"),
     ],
 )
-def test_refusals_say_why_in_one_line_and_write_nothing(capsys, argv, message):
+def test_refusals_print_one_line_and_write_nothing(capsys, argv, message):
     assert run(*argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
@@ -181,13 +203,22 @@ def test_refusals_say_why_in_one_line_and_write_nothing(capsys, argv, message):
     assert not OUT.exists()
 
 
-@pytest.mark.parametrize("argv", [["--sampler", "plms"], ["--H", "64"]])
-def test_options_it_does_not_have_are_usage_errors(argv):
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--sampler", "plms"], "--sampler"),
+        (["--H", "64"], "--H"),
+        (["--strength", "1.5"], "--strength: 1.5: must be in [0, 1]"),
+        (["--strength", "nan"], "--strength: nan: must be in [0, 1]"),
+    ],
+)
+def test_unsupported_options_are_usage_errors(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
         run(*argv)
     assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_it_needs_a_picture():
+def test_the_image_is_required():
     with pytest.raises(SystemExit):
         img2img.main([])

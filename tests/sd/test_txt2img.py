@@ -1,4 +1,4 @@
-"""The command txt2img: what its options do, and what it writes."""
+"""The txt2img command: its options and its output."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sd.config.yaml_reader import CONFIGS
 from sd.pipeline import StableDiffusion
 from sd.sampling.noise import OriginalNoise
 
-# --- what it writes
+# --- output
 
 
-def test_with_no_options_the_tiny_model_draws_one_picture(capsys):
+def test_defaults_generate_one_image_with_the_tiny_model(capsys):
     assert run() == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -34,12 +34,12 @@ def test_with_no_options_the_tiny_model_draws_one_picture(capsys):
     assert re.search(r"peak memory: [\d.]+ GiB", out)
     assert "iteration 1/1: 100%" in err
     assert "2/2" in err
-    (one,) = samples()
-    assert one.shape == (64, 64, 3)
+    (image,) = samples()
+    assert image.shape == (64, 64, 3)
     assert sorted(p.name for p in Path("outputs/txt2img-samples").iterdir()) == ["grid-0000.png", "samples"]
 
 
-def test_settings_are_in_the_png():
+def test_png_text_holds_the_settings():
     assert (
         run("--prompt", "ein Kreis, 円", "--negative-prompt", "blue", "--seed", "7", "--n_samples", "2", "--plms") == 0
     )
@@ -68,7 +68,7 @@ def test_settings_are_in_the_png():
     assert Image.open("outputs/txt2img-samples/grid-0000.png").text["sampler"] == "plms"
 
 
-def test_numbering_goes_on_after_the_highest_and_overwrites_nothing(calls):
+def test_numbering_continues_after_the_highest_and_overwrites_nothing(calls):
     folder = Path("out/samples")
     folder.mkdir(parents=True)
     (folder / "00007.png").write_text("mine")
@@ -81,18 +81,18 @@ def test_numbering_goes_on_after_the_highest_and_overwrites_nothing(calls):
     assert (folder / "00007.png").read_text() == Path("out/grid-0011.png").read_text() == "mine"
 
 
-def test_what_is_skipped_is_not_written(calls, capsys):
+def test_skip_options_write_no_files(calls, capsys):
     assert run("--skip_save", "--outdir", "a") == 0
     assert [path.name for path in Path("a").iterdir()] == ["grid-0000.png"]
     assert run("--skip_grid", "--outdir", "b") == 0
     assert [path.name for path in Path("b").iterdir()] == ["samples"]
     assert run("--skip_grid", "--skip_save", "--outdir", "c") == 0
     assert not Path("c").exists()
-    assert "1 pictures in" in capsys.readouterr().out
+    assert "1 images in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, size", [([], (2, 2)), (["--n_rows", "3"], (3, 2)), (["--n_rows", "1"], (1, 4))])
-def test_grid_holds_all_iterations(calls, argv, size):
+def test_grid_contains_all_iterations(calls, argv, size):
     assert run("--n_samples", "2", "--n_iter", "2", *argv) == 0
     columns, rows = size
     assert Image.open("outputs/txt2img-samples/grid-0000.png").size == (columns * 66 + 2, rows * 66 + 2)
@@ -101,28 +101,28 @@ def test_grid_holds_all_iterations(calls, argv, size):
 # --- noise and iterations
 
 
-def test_picture_k_has_seed_plus_k_at_any_batch_size():
+def test_image_k_uses_seed_plus_k_at_any_batch_size():
     assert run("--prompt", CAPTION, "--seed", "5", "--n_samples", "2", "--n_iter", "2", "--outdir", "a") == 0
     assert run("--prompt", CAPTION, "--seed", "8", "--outdir", "b") == 0
-    pictures = samples("a")
-    assert close(pictures[3], samples("b")[0])
-    assert not close(pictures[0], pictures[1])
-    assert not close(pictures[0], pictures[2])
+    images = samples("a")
+    assert close(images[3], samples("b")[0])
+    assert not close(images[0], images[1])
+    assert not close(images[0], images[2])
 
 
-def test_original_rng_draws_on_from_iteration_to_iteration():
+def test_original_rng_continues_over_iterations():
     argv = ["--prompt", CAPTION, "--rng", "original", "--seed", "5", "--n_samples", "2", "--n_iter", "2"]
     assert run(*argv, "--outdir", "a") == 0
     model, noise = StableDiffusion.tiny(), OriginalNoise(5, "cpu")
     for n in range(2):
         expected = model.txt2img([CAPTION] * 2, steps=2, sampler="ddim", scale=4.0, rng=noise).images
         assert close(torch.stack(samples("a")[2 * n : 2 * n + 2]), expected)
-    assert run(*argv, "--skip_first", "--outdir", "b") == 0  # the warm-up's draws are its own
-    assert all(torch.equal(one, other) for one, other in zip(samples("a"), samples("b")))
+    assert run(*argv, "--skip_first", "--outdir", "b") == 0  # the warm-up has a generator of its own
+    assert all(torch.equal(a, b) for a, b in zip(samples("a"), samples("b")))
 
 
 @pytest.mark.parametrize("rng", ["per-image", "original"])
-def test_fixed_code_starts_every_iteration_alike(rng):
+def test_fixed_code_starts_every_iteration_from_the_same_noise(rng):
     argv = ["--rng", rng, "--fixed_code", "--n_iter", "2"]
     assert run(*argv, "--outdir", "a") == 0
     first, second = samples("a")
@@ -132,11 +132,11 @@ def test_fixed_code_starts_every_iteration_alike(rng):
     assert not close(first, second)
 
 
-def test_fixed_code_keeps_the_first_picture_and_repeats_no_noise():
+def test_fixed_code_keeps_the_first_batch_and_reuses_no_noise():
     argv = ["--ddim_eta", "1", "--n_samples", "2"]
     assert run(*argv, "--outdir", "a") == 0
     assert run(*argv, "--fixed_code", "--outdir", "b") == 0
-    assert all(close(one, other) for one, other in zip(samples("a"), samples("b")))
+    assert all(close(a, b) for a, b in zip(samples("a"), samples("b")))
 
 
 def test_prompts_from_a_file(calls):
@@ -150,7 +150,7 @@ def test_prompts_from_a_file(calls):
     assert [int(text["seed"]) for text in texts] == list(range(42, 50))
 
 
-def test_time_file_gets_a_line_a_run(calls):
+def test_time_file_gets_one_line_per_run(calls):
     Path("t.txt").write_text("12.5\n")
     assert run("--time_file", "t.txt", "--n_iter", "2") == 0
     assert run("--time_file", "t.txt", "--skip_first") == 0
@@ -162,13 +162,13 @@ def test_time_file_gets_a_line_a_run(calls):
     assert len(samples()) == 3  # the warm-up is not saved
 
 
-def test_time_covers_iterations_and_saving_but_no_warm_up(calls, monkeypatch, capsys):
+def test_time_covers_iterations_and_saving_but_not_the_warm_up(calls, monkeypatch, capsys):
     ticks = iter(range(10_000))
     monkeypatch.setattr("sd.cli.run.time.perf_counter", lambda: float(next(ticks)))
     assert run("--time_file", "t.txt", "--skip_first") == 0
     assert run("--time_file", "t.txt") == 0
     with_warm_up, without = Path("t.txt").read_text().split()
-    assert with_warm_up == without  # as many ticks
+    assert with_warm_up == without  # the same number of clock ticks
     assert "warm-up 1.000" in capsys.readouterr().out
 
 
@@ -199,7 +199,7 @@ def test_options_reach_the_model(calls, argv, expected):
     assert {key: calls[0][key] for key in expected} == expected
 
 
-def test_default_scale_is_that_of_the_models_script():
+def test_default_scale_matches_the_original_script():
     scales = {name: txt2img.default_scale(config) for name, config in PRESETS.items()}
     assert scales == {"sd1": 7.5, "sd2": 9.0, "sd2-v": 9.0, "tiny": 4.0}
     assert txt2img.default_scale(replace(PRESETS["sd1"], name="mine")) == 7.5
@@ -211,14 +211,14 @@ def test_config_without_checkpoint_may_be_tiny(calls, capsys):
         assert capsys.readouterr().out.startswith("no --ckpt")
 
 
-def test_packaged_yaml_stands_in_for_the_published_path(checkpoints, capsys):
+def test_packaged_yaml_replaces_a_missing_published_path(checkpoints, capsys):
     argv = ["--config", "configs/stable-diffusion/tiny.yaml", "--ckpt", str(checkpoints / "model.ckpt")]
     assert run(*argv) == 0
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "no file configs/stable-diffusion/tiny.yaml: using the tiny.yaml that comes with this package"
+    assert first == "no file configs/stable-diffusion/tiny.yaml: using the packaged tiny.yaml"
     assert any("checkpoint model.ckpt" in line for line in rest)
 
 
-def test_without_config_the_weights_tell(checkpoints, capsys):
+def test_config_is_detected_from_the_weights(checkpoints, capsys):
     assert run("--ckpt", str(checkpoints / "model.ckpt")) == 0
     assert "model.ckpt is tiny" in capsys.readouterr().out

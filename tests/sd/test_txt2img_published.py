@@ -1,4 +1,4 @@
-"""The command lines of the published experiment, as they were printed."""
+"""The command lines of the published experiment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_KERNELS = "has no SDPA kernels to choose from"
 
 
 @pytest.mark.parametrize(
-    "environ, line, why_not",
+    "environ, line, refusal",
     [
         ({"USE_XFORMERS": "False"}, ORIGINAL, None),
         ({"USE_XFORMERS": "True"}, ORIGINAL, "attention xformers cannot run here: "),
@@ -31,8 +31,8 @@ NO_KERNELS = "has no SDPA kernels to choose from"
     ],
     ids=["original", "original-xformers", "mha-math", "mha-mem_efficient", "mha-mem_efficient-compile"],
 )
-def test_published_command_lines(checkpoints, tmp_path, monkeypatch, capsys, environ, line, why_not):
-    """On a CPU: those that it can run make their pictures, the others say what they lack."""
+def test_published_command_lines(checkpoints, tmp_path, monkeypatch, capsys, environ, line, refusal):
+    """On a CPU: supported configurations save images, the others are refused with the reason."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -40,11 +40,11 @@ def test_published_command_lines(checkpoints, tmp_path, monkeypatch, capsys, env
     outdir = tmp_path / "out"
     status = txt2img.main([*shlex.split(line), "--outdir", str(outdir)])
     out, err = capsys.readouterr()
-    if why_not and "xformers" in why_not and status == 0:
+    if refusal and "xformers" in refusal and status == 0:
         pytest.skip("xformers runs on this CPU")  # releases before 0.0.22 do
-    if why_not:
+    if refusal:
         assert status == 2
-        assert why_not in err
+        assert refusal in err
         assert not list(outdir.rglob("*.png"))
     else:
         assert status == 0
@@ -52,17 +52,17 @@ def test_published_command_lines(checkpoints, tmp_path, monkeypatch, capsys, env
         assert ("attention mha with kernels math" if "native" in line else "attention original in fp32") in out
 
 
-def test_native_and_original_checkpoints_give_the_same_picture(checkpoints, tmp_path, monkeypatch):
+def test_native_and_original_checkpoints_give_the_same_image(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoints)
     for number, line in enumerate((ORIGINAL, NATIVE)):
         assert txt2img.main(["--device", "cpu", *shlex.split(line), "--outdir", str(tmp_path / str(number))]) == 0
     assert close(torch.stack(samples(tmp_path / "0")), torch.stack(samples(tmp_path / "1")))
 
 
-def test_as_a_module(checkpoints, tmp_path):
+def test_run_as_module(checkpoints, tmp_path):
     argv = [sys.executable, "-m", "sd.txt2img", "--device", "cpu", *shlex.split(ORIGINAL), "--outdir", str(tmp_path)]
     environ = {**os.environ, "USE_XFORMERS": "False", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=checkpoints, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(argv, cwd=checkpoints, env=environ, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert len(samples(tmp_path)) == 2
-    assert "attention original in fp32" in done.stdout
+    assert "attention original in fp32" in process.stdout
