@@ -2,21 +2,32 @@
 
 from typing import TYPE_CHECKING
 
+from sd.errors import BadImage, CheckpointError, ConfigError, SDError, Unavailable
+
 if TYPE_CHECKING:
     from sd.optimise.optimisations import Optimisations
     from sd.pipeline import Result, StableDiffusion
 
-__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
+__version__ = "0.1.0"  # read by pyproject.toml
 
-__all__ = ["Optimisations", "Result", "StableDiffusion"]
+__all__ = [
+    "BadImage",
+    "CheckpointError",
+    "ConfigError",
+    "Optimisations",
+    "Result",
+    "SDError",
+    "StableDiffusion",
+    "Unavailable",
+]
 
-_HOMES = {"Optimisations": "sd.optimise.optimisations", "Result": "sd.pipeline", "StableDiffusion": "sd.pipeline"}
+_MODULES = {"Optimisations": "sd.optimise.optimisations", "Result": "sd.pipeline", "StableDiffusion": "sd.pipeline"}
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: `python -m sd.attention` and its sisters run one module each."""
-    if name not in _HOMES:
+    """Import torch and the model at the first access, so that `python -m sd.attention` imports only its own module."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'sd' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The embedded model: its weights, the pictures it was trained on, and the script that trained it."""
+"""The embedded model: its weights, its training images and its training script."""
 
 from pathlib import Path
 

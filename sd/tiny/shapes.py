@@ -1,19 +1,20 @@
-"""The pictures that the embedded model knows: one coloured shape on a coloured background, drawn and recognised here.
+"""Training images of the embedded model: one coloured shape on a coloured background, drawn and recognised here.
 
-Shapes are signed distance functions (Inigo Quilez, "2D distance functions"), so that a batch is drawn in one go,
-with smooth edges, at any size.
+Shapes are signed distance functions (Inigo Quilez, "2D distance functions"): edges are smooth at any size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 SIZE = 64  # pixels
-RADIUS = 21.0  # pixels, of a shape's circumscribed circle, about
-JITTER = 2.0  # pixels by which a shape may be off the centre
+RADIUS = 21.0  # pixels, about that of a shape's circumscribed circle
+JITTER = 2.0  # pixels, largest offset from the centre
 PALETTE = {
     "red": (220, 30, 30),
     "green": (30, 160, 50),
@@ -27,35 +28,18 @@ PALETTE = {
 COLOURS = tuple(PALETTE)
 
 
-def _box(x, y, half_width, half_height):
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     dx, dy = x.abs() - half_width, y.abs() - half_height
     return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
 
 
-def _circle(x, y, r):
-    return torch.hypot(x, y) - 0.95 * r
+def _triangle(x: Tensor, y: Tensor, r: float) -> Tensor:
+    y = y - 0.2 * r  # its centre of mass is below the centre of its circle
+    return torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * r
 
 
-def _square(x, y, r):
-    return _box(x, y, 0.82 * r, 0.82 * r)
-
-
-def _triangle(x, y, r):
-    y = y - 0.2 * r  # its centre of mass lies low
-    height = torch.maximum(0.866 * x.abs() - 0.5 * y, y)
-    return height - 0.55 * r
-
-
-def _cross(x, y, r):
-    return torch.minimum(_box(x, y, r, 0.3 * r), _box(x, y, 0.3 * r, r))
-
-
-def _ring(x, y, r):
-    return (torch.hypot(x, y) - 0.75 * r).abs() - 0.22 * r
-
-
-def _star(x, y, r):
-    """A five-pointed star: fold the plane onto one of its ten edges, then the distance from that edge's line."""
+def _star(x: Tensor, y: Tensor, r: float) -> Tensor:
+    """Fold the plane onto one of the ten edges of a five-pointed star; return the distance from the line of that edge."""
     outer, inner = 1.12 * r, 0.46 * r
     sector = math.pi / 5
     angle = torch.atan2(x, -y).abs() % (2 * sector)
@@ -66,12 +50,13 @@ def _star(x, y, r):
     return ((py - outer) * ex - px * ey) / math.hypot(ex, ey)
 
 
-SHAPE_DISTANCES = {
-    "circle": _circle,
-    "square": _square,
+# (x, y, radius) -> signed distance, negative inside.
+SHAPE_DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "circle": lambda x, y, r: torch.hypot(x, y) - 0.95 * r,
+    "square": lambda x, y, r: _box(x, y, 0.82 * r, 0.82 * r),
     "triangle": _triangle,
-    "cross": _cross,
-    "ring": _ring,
+    "cross": lambda x, y, r: torch.minimum(_box(x, y, r, 0.3 * r), _box(x, y, 0.3 * r, r)),
+    "ring": lambda x, y, r: (torch.hypot(x, y) - 0.75 * r).abs() - 0.22 * r,
     "star": _star,
 }
 SHAPES = tuple(SHAPE_DISTANCES)
@@ -79,14 +64,14 @@ SHAPES = tuple(SHAPE_DISTANCES)
 
 @dataclass(frozen=True)
 class Subject:
-    """What a picture shows."""
+    """Attributes of an image."""
 
     colour: str
     shape: str
     background: str
 
     def caption(self, template: int = 0) -> str:
-        """The caption in one of the phrasings of TEMPLATES."""
+        """Format the caption with one of TEMPLATES."""
         return TEMPLATES[template].format(
             colour=_with_article(self.colour), shape=self.shape, background=_with_article(self.background)
         )
@@ -110,34 +95,34 @@ SUBJECTS = tuple(
     for background in COLOURS
     if colour != background
 )
-# Never trained on: whether the model combines what it knows is seen on these.
+# Excluded from training, to test whether the model combines attributes.
 HELD_OUT = SUBJECTS[5::10]
 TRAINED = tuple(subject for subject in SUBJECTS if subject not in set(HELD_OUT))
 
 
-def _grid(size: int):
+def _grid(size: int) -> tuple[Tensor, Tensor]:
     axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     return axis[None, :], axis[:, None]
 
 
-def draw(subjects, generator: torch.Generator | None = None, size: int = SIZE):
-    """Pictures of the subjects, each a little off centre: [B, 3, size, size] float32 in [-1, 1]."""
+def draw(subjects: Sequence[Subject], generator: torch.Generator | None = None, size: int = SIZE) -> Tensor:
+    """Draw the subjects with random offsets from the centre: float32 [B, 3, size, size] in [-1, 1]."""
     offsets = (torch.rand(len(subjects), 2, generator=generator) * 2 - 1) * JITTER
     x, y = _grid(size)
     palette = torch.tensor([PALETTE[colour] for colour in COLOURS], dtype=torch.float32) / 127.5 - 1
-    pictures = []
+    images = []
     for subject, (dx, dy) in zip(subjects, offsets.tolist()):
         inside = (0.5 - SHAPE_DISTANCES[subject.shape](x - dx, y - dy, RADIUS * size / SIZE)).clamp(0, 1)
         fore, back = (palette[COLOURS.index(name)][:, None, None] for name in (subject.colour, subject.background))
-        pictures.append(back + inside * (fore - back))
-    return torch.stack(pictures)
+        images.append(back + inside * (fore - back))
+    return torch.stack(images)
 
 
-def recognise(image) -> Subject | None:
-    """What a picture [H, W, 3] uint8 shows, or None if there is but one colour.
+def recognise(image: Tensor) -> Subject | None:
+    """Recognise the subject of a uint8 image [H, W, 3]; None if it has a single colour.
 
-    Every pixel takes its nearest palette colour; the background is the border's commonest, the shape's colour the
-    commonest of the rest; the shape is the template that overlaps best at any of a few places and sizes.
+    Pixels are quantised to the palette. The background is the most frequent colour of the border, the shape's colour the
+    most frequent other one, and the shape the template of highest overlap over a few offsets and sizes.
     """
     size = image.shape[0]
     palette = torch.tensor([PALETTE[colour] for colour in COLOURS], dtype=torch.float32)
@@ -156,8 +141,8 @@ def recognise(image) -> Subject | None:
     return Subject(COLOURS[colour], best, COLOURS[background])
 
 
-def _overlap(mask, shape: str, size: int) -> float:
-    """Best intersection over union of the mask with the shape over places and sizes about the usual ones."""
+def _overlap(mask: Tensor, shape: str, size: int) -> float:
+    """Return the highest intersection over union of the mask with the shape over a few offsets and sizes."""
     x, y = _grid(size)
     scale = size / SIZE
     best = 0.0

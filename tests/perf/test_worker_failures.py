@@ -1,4 +1,4 @@
-"""Errors as users meet them: what is too large is told with the way out, and the rest of the run goes on."""
+"""Failures of workers: out of memory and poisoned CUDA contexts, after which the session continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perf.worker.wire import WorkerError
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 # Five heads, 4096 tokens, guidance's eight: 2.7 GB of scores in one piece.
 LARGE = Configuration(attention="original", batch=4, steps=2, sampler="ddim", height=512, width=512)
-LIMIT = (  # a GiB more than the process has, which the kernel then holds it to
+LIMIT = (  # limits the address space to 1 GiB more than the process has
     "import resource; size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (1 << 30);"
     " resource.setrlimit(resource.RLIMIT_AS, (size, size))"
 )
@@ -31,67 +31,69 @@ LIMIT = (  # a GiB more than the process has, which the kernel then holds it to
 # --- out of memory
 
 
-def test_out_of_memory_is_reported_with_the_way_out_and_the_run_goes_on(inner):
-    told = "out of memory at a peak of 70.10 GiB: try batch 2"
-    inner.machine.refused = {SDPA: ("out_of_memory", told)}
+def test_out_of_memory_is_reported_with_advice_and_the_run_continues(inner):
+    message = "out of memory at a peak of 70.10 GiB: try batch 2"
+    inner.machine.refused = {SDPA: ("out_of_memory", message)}
     result = inner.run("--benchmark-save=a", what=TWO)
     assert result.ret == ExitCode.FAILED
     result.assert_outcomes(passed=1, failed=1)
-    inner.says(f"INVALID {SDPA}: out_of_memory: {told}")
+    inner.says(f"INVALID {SDPA}: out_of_memory: {message}")
     saved = inner.last()
-    assert [one["extra_info"]["configuration"]["id"] for one in saved["benchmarks"]] == [ORIGINAL]
+    assert [benchmark["extra_info"]["configuration"]["id"] for benchmark in saved["benchmarks"]] == [ORIGINAL]
     assert saved["perf"]["partial"] == "1 failed"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the limit is set as Linux has it")
-def test_a_worker_whose_memory_is_limited_says_what_to_try_and_goes_on_with_less():
-    """A real refusal of the kernel, in the middle of a real round."""
-    how = {"device": "cpu", "clock": "cpu", "threads": 1}
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the limit is read from Linux's /proc")
+def test_worker_recovers_from_out_of_memory_with_a_smaller_configuration():
+    """The allocation fails for real, in the middle of a round."""
+    options = {"device": "cpu", "clock": "cpu", "threads": 1}
     with ProcessLaunch(Interpreter(), real(LIMIT)) as limited:
-        limited.ask("load", 60.0, configuration=LARGE.as_dict(), **how)
+        limited.ask("load", 60.0, configuration=LARGE.as_dict(), **options)
         limited.ask("ping", 20.0, what="limit")
         for _ in range(2):
             with pytest.raises(WorkerError, match=r"^out of memory at a peak of \d\.\d\d GiB: try batch 2$") as caught:
                 limited.ask("round", 60.0, seed=1)
             assert caught.value.kind == "out_of_memory"
-            limited.ask("load", 60.0, configuration=TINY.as_dict(), **how)
+            limited.ask("load", 60.0, configuration=TINY.as_dict(), **options)
             assert limited.ask("round", 60.0, seed=1)["image"]["finite"]
-            limited.ask("load", 60.0, configuration=LARGE.as_dict(), **how)
+            limited.ask("load", 60.0, configuration=LARGE.as_dict(), **options)
 
 
 class Held:
-    """Stands for a gigabyte."""
+    """Object whose lifetime stands for that of a large allocation."""
 
 
 class Full:
-    """An engine whose round holds memory when there is no more."""
+    """Engine whose round runs out of memory while it holds allocations."""
 
     def __init__(self):
-        self.seen = []
+        self.references = []
 
     def round(self, seed: int):
-        """Out of memory twice: while the first error is dealt with, as in PyTorch's own retry."""
+        """Fail twice, the second time in the handler of the first, as in PyTorch's own retry."""
         first = Held()
-        self.seen.append(weakref.ref(first))
+        self.references.append(weakref.ref(first))
         try:
             raise RuntimeError("CUDA out of memory")
         except RuntimeError:
             second = Held()
-            self.seen.append(weakref.ref(second))
+            self.references.append(weakref.ref(second))
             raise RuntimeError("CUDA out of memory. Tried again") from None
 
 
-def test_what_the_round_held_is_free_before_the_device_is_asked_to_let_go(monkeypatch):
-    full, left = Worker(), []
+def test_allocations_of_the_round_are_freed_before_device_memory_is_released(monkeypatch):
+    full, alive_at_release = Worker(), []
     full.engine, full.configuration = Full(), TINY
-    seen = full.engine.seen
-    monkeypatch.setattr(worker, "release_device_memory", lambda: left.append([one() for one in seen]))
+    references = full.engine.references
+    monkeypatch.setattr(
+        worker, "release_device_memory", lambda: alive_at_release.append([reference() for reference in references])
+    )
     assert error(full, op="round", seed=1)[0] == "out_of_memory"
-    assert left == [[None, None]]
+    assert alive_at_release == [[None, None]]
 
 
-def test_a_full_gpu_is_told_by_what_it_had_allocated(monkeypatch, capsys):
-    """And one that cannot even let go any more, since an error has poisoned it, costs no answer."""
+def test_gpu_out_of_memory_reports_allocated_memory(monkeypatch, capsys):
+    """A context that is poisoned, so that its memory cannot be released, does not prevent the response."""
     import torch
 
     def poisoned():
@@ -110,14 +112,14 @@ def test_a_full_gpu_is_told_by_what_it_had_allocated(monkeypatch, capsys):
 # --- an error that poisons the process
 
 
-def test_an_error_that_poisons_the_process_ends_that_worker_alone(fake, tmp_path):  # noqa: F811
-    """The context of CUDA is lost with its process; every launch has a process of its own."""
-    kind = {"do": "error", "kind": "failed", "message": f"RuntimeError: {ILLEGAL}"}
-    fake(at=[{"op": "round", "id": B.id, **kind}])  # every round from the first on, as a poisoned context does
+def test_poisoned_process_ends_only_its_own_worker(fake, tmp_path):  # noqa: F811
+    """The CUDA context ends with its process; every launch has its own process."""
+    failure = {"do": "error", "kind": "failed", "message": f"RuntimeError: {ILLEGAL}"}
+    fake(at=[{"op": "round", "id": B.id, **failure}])  # every round from the first on, as a poisoned context does
     session, _ = measure(tmp_path)
-    found = summary(session)
-    assert found["failures"] == {A.id: None, B.id: ("failed", f"RuntimeError: {ILLEGAL}")}
-    assert found["seconds"][A.id] == {"0": [0.01, 0.01], "1": [0.01, 0.01]}
+    result = summary(session)
+    assert result["failures"] == {A.id: None, B.id: ("failed", f"RuntimeError: {ILLEGAL}")}
+    assert result["seconds"][A.id] == {"0": [0.01, 0.01], "1": [0.01, 0.01]}
     pids = [(event["slot"], event["answer"]["pid"]) for event in events(tmp_path) if event["event"] == "load"]
     assert [slot for slot, _ in pids] == [A.id, B.id, A.id]
     assert len({pid for _, pid in pids}) == 3 and not any(alive(pid) for _, pid in pids)
