@@ -63,7 +63,7 @@ class Result:
 class StableDiffusion:
     """Stable Diffusion 1.x or 2.x; construct with `from_checkpoint`, `tiny` or `random`.
 
-    unet, autoencoder, text_encoder: the networks, `nn.Module`s in eval mode whose parameters are frozen.
+    unet, autoencoder, text_encoder: the networks, as `nn.Module`s in eval mode.
     device: where they are. optimisations: how they run. config: the architecture. schedule: the noise schedule.
     """
 
@@ -354,13 +354,14 @@ class StableDiffusion:
         if generator is not None:
             if rng != "per-image":
                 raise ConfigError("generator: cannot be combined with rng; pass one of them")
-            generators = generator if isinstance(generator, list) else [generator] * batch
+            shared = isinstance(generator, torch.Generator)
+            generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
             if len(generators) != batch:
                 raise ConfigError(f"generator: {len(generators)} generators for {batch} images; pass one for each")
             if any(g.device.type != "cpu" for g in generators):
                 raise ConfigError("generator: noise is drawn on the CPU; pass torch.Generator('cpu')")
             seeds = [g.initial_seed() for g in generators]
-            return PerImageNoise.from_generators(generators), seeds if isinstance(generator, list) else seeds[0]
+            return PerImageNoise.from_generators(generators), seeds[0] if shared else seeds
         if isinstance(rng, PerImageNoise):
             return rng, [g.initial_seed() for g in rng.generators]
         if isinstance(rng, OriginalNoise):

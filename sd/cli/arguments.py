@@ -35,20 +35,13 @@ PUBLISHED_KERNELS = ("math", "mem_efficient", "flash")  # of torch 2.0, to which
 T = TypeVar("T")
 
 
-class Refused(argparse.Action):
-    """Option of the original scripts that is not supported; its help text is the reason. Raises ConfigError."""
-
-    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
-        raise ConfigError(f"{option_string}: {self.help}")
-
-
 def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[str, str]) -> None:
     """Add the options that both commands have, and those that the command refuses (flag -> reason)."""
     _add_task(parser.add_argument, outdir)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_execution(parser.add_argument_group("execution").add_argument)
     for flag, reason in refused.items():
-        parser.add_argument(flag, action=Refused, nargs=0, default=argparse.SUPPRESS, help=reason)
+        parser.add_argument(flag, action="append_const", dest="refused", const=f"{flag}: {reason}", help=reason)
 
 
 def _add_task(add: Callable[..., object], outdir: str) -> None:
@@ -216,6 +209,8 @@ class Setup:
 
 def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     """Select model, device and optimisations without reading weights. Raises ConfigError or Unavailable."""
+    if args.refused:
+        raise ConfigError(args.refused[0])
     config = None if args.config is None else _config(args.config)
     if args.ckpt is None:
         if config is not None and not _is_tiny(config):

@@ -7,9 +7,8 @@ import torch
 from models import smallest
 from PIL import Image
 
-from sd import Optimisations, StableDiffusion
+from sd import BadImage, CheckpointError, ConfigError, Optimisations, StableDiffusion, Unavailable
 from sd.attention.functions import DEFAULT_ATTENTION
-from sd.errors import BadImage, CheckpointError, ConfigError, Unavailable
 from sd.features import has
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.noise import OriginalNoise, PerImageNoise
@@ -135,7 +134,7 @@ def test_img2img_draws_from_generators(model):
     assert torch.equal(result.images, expected.images)
 
 
-def test_invalid_generators_are_refused(model, monkeypatch):
+def test_invalid_generators_are_refused(model):
     with pytest.raises(ConfigError, match="1 generators for 2 images"):
         _run(model, batch=2, generator=[_generator(1)])
     for rng in ("original", PerImageNoise(1, 1)):
@@ -146,7 +145,7 @@ def test_invalid_generators_are_refused(model, monkeypatch):
         device = torch.device("cuda")
 
     with pytest.raises(ConfigError, match="noise is drawn on the CPU"):
-        _run(model, generator=OnCuda())
+        _run(model, generator=[OnCuda()])
 
 
 def test_seed_none_is_random_and_reported(model):
