@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Command:
             open_compile_cache(Path(args.compile_cache))
         start = time.perf_counter()
         self.model = chosen.load()
-        self.seconds = {"load": time.perf_counter() - start}
+        self.seconds: defaultdict[str, float] = defaultdict(float, load=time.perf_counter() - start)
         check_latents(args, self.model.config)
 
     def run(
@@ -80,13 +81,13 @@ class Command:
         for n in range(args.n_iter):
             for prompts, result in self._iteration(n, f"iteration {n + 1}/{args.n_iter}", generate, sources):
                 for stage, seconds in result.seconds.items():
-                    self._add_seconds(stage, seconds)
+                    self.seconds[stage] += seconds
                 self._save(prompts, result, args.seed + count, settings)
                 count += len(prompts)
         saving = time.perf_counter()
         text = {"seed": args.seed, **settings, "kernels": _kernels(model)}
         grid = self.output.add_grid(args.n_rows or args.n_samples, text)
-        self._add_seconds("saving", time.perf_counter() - saving)
+        self.seconds["saving"] += time.perf_counter() - saving
         total = time.perf_counter() - start
         if grid:
             print(grid)
@@ -115,10 +116,7 @@ class Command:
         texts = [{"prompt": prompt, "seed": first_seed + i, **shared} for i, prompt in enumerate(prompts)]
         for path in self.output.add(result.images, texts):
             print(path)
-        self._add_seconds("saving", time.perf_counter() - start)
-
-    def _add_seconds(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.seconds["saving"] += time.perf_counter() - start
 
     def _model_settings(self) -> dict[str, object]:
         chosen = self.model.optimisations
