@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny" / "tiny.safetensors"  # of the model `tiny`
+
 MODELS = ("tiny", "sd1", "sd2", "sd2-v")  # sd.config.presets.PRESETS
 ATTENTION = ("original", "xformers", "mha", "sdpa")  # sd.attention.functions.FUNCTIONS
 ATTENTION_WITH_KERNELS = ("mha", "sdpa")  # those whose SDPA kernels can be chosen

@@ -12,6 +12,7 @@ from sd.checkpoint import layouts
 from sd.checkpoint.diffusers_folder import write_folder
 from sd.checkpoint.file_formats import write_ckpt, write_safetensors
 from sd.checkpoint.load import load, read_contents, refuse_other_models
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.errors import ConfigError, SDError, printable
 
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
@@ -33,9 +34,7 @@ def convert(source, target, to: str, config=None, force: bool = False, progress:
         raise ConfigError(f"--config {config}: is for --to diffusers alone; the weights keep their names and shapes")
     _check_target(target, to, force)
     if str(source) == "tiny":
-        from sd.tiny import WEIGHTS
-
-        source, config = WEIGHTS, config or "tiny"
+        source, config = EMBEDDED_WEIGHTS, config or "tiny"
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.absolute().parent) as scratch:
         made = Path(scratch) / target.name
         if to == "diffusers":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sd.checkpoint.load import factories, load, materialise
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.config.presets import ModelConfig, preset
 from sd.errors import BadImage, ConfigError
 from sd.features import has
@@ -27,7 +28,6 @@ from sd.sampling.noise import noise_source
 from sd.sampling.samplers import Plan, ddim
 from sd.sampling.samplers import sampler as sampler_named
 from sd.sampling.schedule import Schedule
-from sd.tiny import WEIGHTS
 
 SIZE_MULTIPLE = 64  # pixels: heights and widths are multiples of it, as in the original
 
@@ -96,7 +96,7 @@ class StableDiffusion:
         cls, device: torch.device | str = "cpu", optimisations: Optimisations = Optimisations()
     ) -> StableDiffusion:
         """The embedded model: 64x64 pictures of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
-        return cls.from_checkpoint(WEIGHTS, "tiny", device, optimisations, progress=False)
+        return cls.from_checkpoint(EMBEDDED_WEIGHTS, "tiny", device, optimisations, progress=False)
 
     @classmethod
     def random(

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.config.presets import preset
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
@@ -32,7 +33,6 @@ from sd.models.tokenizer import tokenize
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
 from sd.sampling.schedule import Schedule
-from sd.tiny import WEIGHTS
 from sd.tiny.shapes import COLOURS, HELD_OUT, SHAPES, SIZE, TEMPLATES, TRAINED, Subject, draw, recognise
 
 CONFIG = preset("tiny")
@@ -276,7 +276,7 @@ def score(pipeline, subjects: list[Subject], seed: int, scale: float = 4.0) -> s
     return ", ".join(f"{name} {count}/{len(subjects)}" for name, count in counts.items())
 
 
-def export(autoencoder, text, unet, path: Path = WEIGHTS) -> None:
+def export(autoencoder, text, unet, path: Path = EMBEDDED_WEIGHTS) -> None:
     """Write the networks as one safetensors file in the original layout, fp16."""
     from safetensors.torch import save_file
 
@@ -299,7 +299,7 @@ def main(argv=None) -> None:
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--unet-steps", type=int, default=12000)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--output", type=Path, default=WEIGHTS)
+    parser.add_argument("--output", type=Path, default=EMBEDDED_WEIGHTS)
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -92,7 +92,7 @@ def test_the_tiny_model_by_its_name(tmp_path, monkeypatch):
     config = PRESETS["tiny"]
     weights = tmp_path / "tiny.safetensors"
     write_safetensors(weights, layouts.join_networks(random_networks(config, torch.float16), "openclip"), {})
-    monkeypatch.setattr("sd.tiny.WEIGHTS", weights)
+    monkeypatch.setattr("sd.convert.EMBEDDED_WEIGHTS", weights)
     assert main(["tiny", str(tmp_path / "tiny.ckpt"), "--to", "original"]) == 0
     assert same(read(tmp_path / "tiny.ckpt"), read(weights))
     assert main(["tiny", str(tmp_path / "folder"), "--to", "diffusers"]) == 0
