@@ -106,7 +106,7 @@ def test_released_models_are_detected(monkeypatch, name):
         for network, shapes in expected_shapes(config).items()
     }
     state = layouts.join_networks(networks, config.text.kind)
-    monkeypatch.setattr(checkpoint, "read_contents", lambda *_: checkpoint.Loaded(dict(state)))
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda *_: checkpoint.Checkpoint(dict(state)))
     assert load("a.ckpt")[0] == config
     other = {"sd1": "sd2", "sd2": "sd1", "tiny": "sd1"}[name]
     message = refused(load, "a.ckpt", PRESETS[other])

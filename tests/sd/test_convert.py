@@ -196,7 +196,7 @@ def test_settings_of_a_folder_that_the_weights_do_not_show_are_refused(tmp_path,
     load(folder, PRESETS["small-openclip"])
     settings = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**settings, key: value}))
-    with pytest.raises(CheckpointError, match=f"{file}: {key} '{value}' is not offered, only "):
+    with pytest.raises(CheckpointError, match=f"{file}: {key} '{value}' is not supported, only "):
         load(folder, PRESETS["small-openclip"])
 
 
@@ -207,7 +207,7 @@ def test_settings_of_a_folder_that_the_weights_do_not_show_are_refused(tmp_path,
         ("b.ckpt", "safetensors", "ends in .safetensors"),
         ("b", "native-mha", "safetensors or .ckpt"),
         ("b.ckpt", "diffusers", "is a folder"),
-        ("b.ckpt", "original --config sd2", "--config sd2: is for --to diffusers alone"),
+        ("b.ckpt", "original --config sd2", "--config sd2: is only for --to diffusers"),
         ("nowhere/b.ckpt", "original", "does not exist"),
         ("a.ckpt", "original", "--force"),
     ],
