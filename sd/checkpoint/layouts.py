@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -303,70 +304,68 @@ def unet_from_diffusers(state: State) -> State:
 
 # --- the autoencoder of diffusers, whose attention has matrices instead of 1x1 convolutions
 
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_VAE_ATTENTION_INVERSE = _inverse(_VAE_ATTENTION)
-_VAE_ATTENTION_INVERSE.update(query="q", key="k", value="v", proj_attn="proj_out")  # diffusers before 0.15
-_VAE_TOP = re.compile(r"((encoder|decoder)\.conv_(in|out)|(post_)?quant_conv)\.(weight|bias)$")
-_VAE_LEVEL = re.compile(
-    r"(encoder\.down|decoder\.up)\.(\d{1,4})\.(?:block\.(\d{1,4})\.(.*)|(?:down|up)sample\.(conv\..*))$"
-)
-_VAE_LEVEL_DIFFUSERS = re.compile(
-    r"(encoder\.down|decoder\.up)_blocks\.(\d{1,4})\.(?:resnets\.(\d{1,4})\.(.*)|(?:down|up)samplers\.0\.(conv\..*))$"
-)
-_VAE_MID = re.compile(r"(encoder|decoder)\.mid\.(block_[12]|attn_1)\.(.*)$")
-_VAE_MID_DIFFUSERS = re.compile(r"(encoder|decoder)\.mid_block\.(resnets\.[01]|attentions\.0)\.(.*)$")
+_FIELDS = {
+    "stack": r"encoder\.down|decoder\.up",
+    "side": "encoder|decoder",
+    "level": r"\d{1,4}",  # diffusers counts the levels of the decoder from the other end
+    "n": r"\d{1,4}",
+    "qkv": "q|k|v",
+    "same": r"(?:encoder|decoder)\.conv_(?:in|out)|(?:post_)?quant_conv",
+    "rest": ".*",
+}
+_VAE = [  # sd, diffusers
+    ("{stack}.{level}.block.{n}.nin_shortcut.{rest}", "{stack}_blocks.{level}.resnets.{n}.conv_shortcut.{rest}"),
+    ("{stack}.{level}.block.{n}.{rest}", "{stack}_blocks.{level}.resnets.{n}.{rest}"),
+    ("encoder.down.{level}.downsample.{rest}", "encoder.down_blocks.{level}.downsamplers.0.{rest}"),
+    ("decoder.up.{level}.upsample.{rest}", "decoder.up_blocks.{level}.upsamplers.0.{rest}"),
+    ("{side}.mid.block_1.{rest}", "{side}.mid_block.resnets.0.{rest}"),
+    ("{side}.mid.block_2.{rest}", "{side}.mid_block.resnets.1.{rest}"),
+    ("{side}.mid.attn_1.norm.{rest}", "{side}.mid_block.attentions.0.group_norm.{rest}"),
+    ("{side}.mid.attn_1.{qkv}.{rest}", "{side}.mid_block.attentions.0.to_{qkv}.{rest}"),
+    ("{side}.mid.attn_1.proj_out.{rest}", "{side}.mid_block.attentions.0.to_out.0.{rest}"),
+    ("{side}.norm_out.{rest}", "{side}.conv_norm_out.{rest}"),
+    ("{same}.{rest}", "{same}.{rest}"),
+]
+_VAE_BEFORE_0_15 = [  # older diffusers
+    ("{side}.mid.attn_1.q.{rest}", "{side}.mid_block.attentions.0.query.{rest}"),
+    ("{side}.mid.attn_1.k.{rest}", "{side}.mid_block.attentions.0.key.{rest}"),
+    ("{side}.mid.attn_1.v.{rest}", "{side}.mid_block.attentions.0.value.{rest}"),
+    ("{side}.mid.attn_1.proj_out.{rest}", "{side}.mid_block.attentions.0.proj_attn.{rest}"),
+]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    fields = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{_FIELDS[m[1]]})", re.escape(template))
+    return re.compile(f"{fields}$")
+
+
+_VAE_TO_DIFFUSERS = [(_pattern(ours), theirs) for ours, theirs in _VAE]
+_VAE_FROM_DIFFUSERS = [(_pattern(theirs), ours) for ours, theirs in _VAE + _VAE_BEFORE_0_15]
+
+
+def _rename_autoencoder(state: State, rules: list[tuple[re.Pattern[str], str]]) -> State:
+    matches: dict[str, tuple[dict[str, Any], str]] = {}
+    for name in state:
+        rule = next(((m.groupdict(), template) for pattern, template in rules if (m := pattern.match(name))), None)
+        if rule is None:
+            raise _unknown(name)
+        matches[name] = rule
+    levels = 1 + max((int(fields["level"]) for fields, _ in matches.values() if "level" in fields), default=0)
+    result = {}
+    for name, (fields, template) in matches.items():
+        if "level" in fields and name.startswith("decoder."):
+            fields["level"] = levels - 1 - int(fields["level"])
+        result[template.format(**fields)] = state[name]
+    return result
 
 
 def autoencoder_to_diffusers(state: State) -> State:
-    """Rename sd.models.autoencoder to diffusers' AutoencoderKL."""
-    levels = 1 + max((int(m[2]) for m in map(_VAE_LEVEL.match, state) if m), default=0)
-    result = {}
-    for name, tensor in state.items():
-        block, mid = _VAE_LEVEL.match(name), _VAE_MID.match(name)
-        if block:
-            down = block[1] == "encoder.down"
-            prefix = f"{block[1]}_blocks.{int(block[2]) if down else levels - 1 - int(block[2])}"
-            if block[3] is None:
-                result[f"{prefix}.{'down' if down else 'up'}samplers.0.{block[5]}"] = tensor
-            else:
-                leaf = block[4].replace("nin_shortcut", "conv_shortcut")
-                result[f"{prefix}.resnets.{block[3]}.{leaf}"] = tensor
-        elif mid and mid[2] == "attn_1":
-            matrix = tensor.flatten(1) if tensor.dim() == 4 else tensor
-            result[f"{mid[1]}.mid_block.attentions.0.{_rename(mid[3], _VAE_ATTENTION)}"] = matrix
-        elif mid:
-            result[f"{mid[1]}.mid_block.resnets.{int(mid[2][-1]) - 1}.{mid[3]}"] = tensor
-        elif name.startswith(("encoder.norm_out.", "decoder.norm_out.")):
-            result[name.replace("norm_out", "conv_norm_out")] = tensor
-        elif _VAE_TOP.match(name):
-            result[name] = tensor
-        else:
-            raise _unknown(name)
-    return result
+    """Rename sd.models.autoencoder to diffusers' AutoencoderKL; the 1x1 convolutions of its attention become matrices."""
+    renamed = _rename_autoencoder(state, _VAE_TO_DIFFUSERS)
+    return {name: w.flatten(1) if ".attentions." in name and w.dim() == 4 else w for name, w in renamed.items()}
 
 
 def autoencoder_from_diffusers(state: State) -> State:
     """Invert `autoencoder_to_diffusers`; the older names (query, key, value, proj_attn) are accepted too."""
-    levels = 1 + max((int(m[2]) for m in map(_VAE_LEVEL_DIFFUSERS.match, state) if m), default=0)
-    result = {}
-    for name, tensor in state.items():
-        block, mid = _VAE_LEVEL_DIFFUSERS.match(name), _VAE_MID_DIFFUSERS.match(name)
-        if block:
-            down = block[1] == "encoder.down"
-            prefix = f"{block[1]}.{int(block[2]) if down else levels - 1 - int(block[2])}"
-            if block[3] is None:
-                result[f"{prefix}.{'down' if down else 'up'}sample.{block[5]}"] = tensor
-            else:
-                result[f"{prefix}.block.{block[3]}.{block[4].replace('conv_shortcut', 'nin_shortcut')}"] = tensor
-        elif mid and mid[2] == "attentions.0":
-            matrix = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-            result[f"{mid[1]}.mid.attn_1.{_rename(mid[3], _VAE_ATTENTION_INVERSE)}"] = matrix
-        elif mid:
-            result[f"{mid[1]}.mid.block_{int(mid[2][-1]) + 1}.{mid[3]}"] = tensor
-        elif name.startswith(("encoder.conv_norm_out.", "decoder.conv_norm_out.")):
-            result[name.replace("conv_norm_out", "norm_out")] = tensor
-        elif _VAE_TOP.match(name):
-            result[name] = tensor
-        else:
-            raise _unknown(name)
-    return result
+    renamed = _rename_autoencoder(state, _VAE_FROM_DIFFUSERS)
+    return {name: w[:, :, None, None] if ".attn_1." in name and w.dim() == 2 else w for name, w in renamed.items()}
