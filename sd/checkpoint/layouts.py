@@ -276,11 +276,11 @@ def unet_to_diffusers(state: State) -> State:
 def unet_from_diffusers(state: State) -> State:
     """Invert `unet_to_diffusers`."""
     blocks = {name: _BLOCK.match(name) for name in state}
-    found = [(m[1], int(m[2] or 0), m[3], int(m[4])) for m in blocks.values() if m]
+    parts = [(m[1], int(m[2] or 0), m[3], int(m[4])) for m in blocks.values() if m]
     count = 1 + max(
-        (inner for side, _, modules, inner in found if (side, modules) == ("down_blocks", "resnets")), default=0
+        (inner for side, _, modules, inner in parts if (side, modules) == ("down_blocks", "resnets")), default=0
     )
-    attended = {level for side, level, modules, _ in found if (side, modules) == ("up_blocks", "attentions")}
+    attended = {level for side, level, modules, _ in parts if (side, modules) == ("up_blocks", "attentions")}
 
     def rename(name: str) -> str:
         match = blocks[name]

@@ -302,12 +302,12 @@ def _text(params: _Section, unet: UNetConfig) -> TextConfig:
     section.choice("max_length", (77,), "the tokenizer returns 77 tokens", default=77)
     # The weights come from the checkpoint, so names of pretrained weights are only compared.
     if kind == "openclip":
-        section.choice("layer", ("penultimate",), "Stable Diffusion 2 was trained on the last but one")
+        section.choice("layer", ("penultimate",), "Stable Diffusion 2 was trained on the last layer but one")
         section.choice("arch", ("ViT-H-14",), "it is the tower of Stable Diffusion 2", default="ViT-H-14")
         section.choice("version", ("laion2b_s32b_b79k",), "it is the tower of SD2", default="laion2b_s32b_b79k")
     else:
         name = "openai/clip-vit-large-patch14"
-        section.choice("layer", ("last",), "Stable Diffusion 1 was trained on the last", default="last")
+        section.choice("layer", ("last",), "Stable Diffusion 1 was trained on the last layer", default="last")
         section.choice("version", (name,), "it is the tower of Stable Diffusion 1", default=name)
     wrong_width, other = _WRONG_WIDTH[kind]
     if unet.context_dim == wrong_width:
