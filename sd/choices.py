@@ -1,10 +1,14 @@
-"""Names that the options of `sd` take. Imports no torch, so that `perf` can offer and validate them before it measures."""
+"""Option values of `sd`, without importing torch, so that `perf` can validate them before it measures."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny" / "tiny.safetensors"  # of the model `tiny`
+
 MODELS = ("tiny", "sd1", "sd2", "sd2-v")  # sd.config.presets.PRESETS
 ATTENTION = ("original", "xformers", "mha", "sdpa")  # sd.attention.functions.FUNCTIONS
-ATTENTION_WITH_KERNELS = ("mha", "sdpa")  # those whose SDPA kernels can be chosen
+ATTENTION_WITH_KERNELS = ("mha", "sdpa")  # implementations that accept a kernel choice
 SDPA_KERNELS = ("math", "mem_efficient", "flash", "cudnn")  # torch.nn.attention.SDPBackend
 ATTENTION_PRECISIONS = ("fp32", "input")  # dtype of QK^T in `original`
 PRECISIONS = ("full", "autocast", "fp16", "bf16")
@@ -13,8 +17,8 @@ RNGS = ("per-image", "original")
 
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE_SCOPES = ("unet", "blocks", "step")
-COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")  # the last two generate no code: to locate a fault
-INDUCTOR_OPTIONS = (  # sd.optimise.compile.INDUCTOR_OPTIONS has the setting behind each
+COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")  # the last two generate no code, for debugging
+INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
     "conv_1x1_as_mm",
     "coordinate_descent_tuning",
     "coordinate_descent_check_all_directions",
@@ -26,5 +30,5 @@ CUDA_GRAPHS = ("none", "unet", "loop")
 
 PRESETS = ("none", "original", "fast")  # of --optimise
 QUANTISATIONS = ("none", "int8", "fp8")
-# Techniques of --optimise that change the image: measured, and never called the fastest.
+# Techniques of --optimise that change the image; they are measured but never reported as the fastest.
 APPROXIMATE = ("token_merging", "feature_caching", "int8", "fp8")

@@ -1,8 +1,8 @@
-"""What can go wrong for a user of `sd`: one class per kind of bad input, each with a message that says the way out."""
+"""Exceptions that a user of `sd` can cause; each message ends with a remedy."""
 
 
 class SDError(Exception):
-    """Base of every error that a user can cause; command lines print its message alone and exit with status 2."""
+    """Base class of user-facing errors; command lines print the message alone and exit with status 2."""
 
 
 class ConfigError(SDError, ValueError):
@@ -10,17 +10,17 @@ class ConfigError(SDError, ValueError):
 
 
 class CheckpointError(SDError, ValueError):
-    """A checkpoint that is damaged, malicious, incomplete or of another model than asked for."""
+    """A checkpoint that is damaged, malicious, incomplete or of a different model than requested."""
 
 
 class Unavailable(SDError, RuntimeError):
-    """A backend or feature, asked for by name, that cannot run on this machine, with the reason."""
+    """A requested backend or feature that cannot run on this machine; the message gives the reason."""
 
 
 class BadImage(SDError, RuntimeError):
-    """A picture that is NaN or of one constant colour; never saved as if it were a result."""
+    """An output image that is NaN or of one constant colour; it is never saved."""
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey escaped: messages quote names from checkpoints, which are anybody's."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    """Escape unprintable characters, so that names from an untrusted file cannot control the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,4 +1,4 @@
-"""What the installed torch can do: one table of features, asked for by name, so that no other file compares versions."""
+"""Features of the installed torch, looked up by name, so that no other file compares versions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sd.errors import Unavailable
 
 @dataclass(frozen=True)
 class Feature:
-    """A thing that some torch versions lack."""
+    """A feature that some torch versions lack."""
 
-    what: str
+    description: str
     available: bool
-    needs: str
+    needs: str  # the version that has it
 
 
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:
@@ -30,7 +30,7 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 
 def _defines(package: str, function: str) -> bool:
-    """Whether a package's own file has the function: read, since importing the compiler takes 4 s of every process."""
+    """Search the package's source for the function; importing the compiler would take 4 s of every process."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return False
@@ -71,12 +71,8 @@ FEATURES = {
         hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag"),
         "torch >= 2.7",
     ),
-    "triton_op": Feature("operators made of Triton kernels", hasattr(library, "triton_op"), "torch >= 2.6"),
-    "aot": Feature(
-        "AOTInductor packages",
-        _defines("torch._inductor", "aoti_compile_and_package"),
-        "torch >= 2.6",
-    ),
+    "triton_op": Feature("custom operators from Triton kernels", hasattr(library, "triton_op"), "torch >= 2.6"),
+    "aot": Feature("AOTInductor packages", _defines("torch._inductor", "aoti_compile_and_package"), "torch >= 2.6"),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
     "weights_only": Feature(
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"
@@ -87,15 +83,23 @@ FEATURES = {
 
 
 def has(name: str) -> bool:
-    """Whether this torch has the feature `name` of the table."""
+    """Whether this torch has the feature `name` of FEATURES."""
     return FEATURES[name].available
 
 
-def require(name: str, asked_by: str) -> None:
-    """Raise Unavailable, naming the option that asked, unless this torch has the feature `name`."""
+def missing(name: str) -> str | None:
+    """None if this torch has the feature, else the reason, naming the version that has it."""
+    feature = FEATURES[name]
+    return (
+        None if feature.available else f"{feature.description} needs {feature.needs}, this is torch {torch.__version__}"
+    )
+
+
+def require(name: str, option: str) -> None:
+    """Raise Unavailable, naming the option, unless this torch has the feature `name`."""
     feature = FEATURES[name]
     if not feature.available:
         raise Unavailable(
-            f"{asked_by} needs {feature.what} ({feature.needs}), and this is torch {torch.__version__}: "
+            f"{option} needs {feature.description} ({feature.needs}), and this is torch {torch.__version__}: "
             f"choose another setting or a newer torch"
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sd.checkpoint.layouts import UNET, native_to_original
 from sd.checkpoint.load import factories, load, materialise
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.config.presets import ModelConfig, preset
 from sd.errors import BadImage, CheckpointError, ConfigError
 from sd.features import has
@@ -31,7 +32,6 @@ from sd.sampling.noise import OriginalNoise, PerImageNoise, noise_source
 from sd.sampling.samplers import Plan, ddim
 from sd.sampling.samplers import sampler as sampler_by_name
 from sd.sampling.schedule import Schedule
-from sd.tiny import WEIGHTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,7 +114,7 @@ class StableDiffusion:
         cls, device: torch.device | str = "cpu", optimisations: Optimisations = Optimisations()
     ) -> StableDiffusion:
         """Load the embedded model: 64x64 images of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
-        return cls.from_checkpoint(WEIGHTS, "tiny", device, optimisations, progress=False)
+        return cls.from_checkpoint(EMBEDDED_WEIGHTS, "tiny", device, optimisations, progress=False)
 
     @classmethod
     def random(

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from perf.configurations.configuration import Configuration
-from sd.tiny import WEIGHTS
+from sd.choices import EMBEDDED_WEIGHTS
 
 
 def identity(configuration: Configuration) -> dict:
@@ -15,7 +15,7 @@ def identity(configuration: Configuration) -> dict:
     if configuration.checkpoint is not None:
         return {"kind": "file", "sha256": sha256(Path(configuration.checkpoint))}
     if configuration.model == "tiny":
-        return {"kind": "tiny", "sha256": sha256(WEIGHTS)}
+        return {"kind": "tiny", "sha256": sha256(EMBEDDED_WEIGHTS)}
     return {"kind": "random", "sha256": None}
 
 

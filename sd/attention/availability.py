@@ -11,7 +11,7 @@ import torch
 from sd.attention.functions import CHOICES, Attention, allowed_kernels
 from sd.choices import ATTENTION, ATTENTION_WITH_KERNELS, SDPA_KERNELS
 from sd.errors import Unavailable
-from sd.features import FEATURES, has
+from sd.features import has, missing
 
 HEAD_DIMS = (64, 40, 80, 160, 512)  # of SD2's UNet, SD1's UNet, and the VAE
 
@@ -24,16 +24,14 @@ def _cannot_exist(attention: Attention, device: torch.device) -> str | None:
         except ImportError as error:
             return f"the package xformers is not installed or does not import ({error})"
     if attention.implementation == "sdpa" and not has("sdpa"):
-        return f"{FEATURES['sdpa'].what} needs {FEATURES['sdpa'].needs}, this is torch {torch.__version__}"
+        return missing("sdpa")
     if attention.implementation not in ATTENTION_WITH_KERNELS or not attention.restricted:
         return None
     if not has("sdpa"):
         return f"torch {torch.__version__} has no SDPA kernels to choose from (torch >= 2.0)"
     if device.type == "cuda":
         if attention.kernels == ("cudnn",) and not has("cudnn_sdpa"):
-            return (
-                f"{FEATURES['cudnn_sdpa'].what} needs {FEATURES['cudnn_sdpa'].needs}, this is torch {torch.__version__}"
-            )
+            return missing("cudnn_sdpa")
         return None
     here = {"math", "flash"} if has("cpu_flash") else {"math"}
     if not here.intersection(attention.kernels):

@@ -1,65 +1,73 @@
-"""Key layouts of one model, and pure functions between them: exact, reversible, dtype for dtype.
+"""Checkpoint layouts of one model, and exact, reversible conversions between their names.
 
 A state dict maps names to tensors. The layouts:
 - original: the released files; prefixes model.diffusion_model., first_stage_model., cond_stage_model.
 - native-mha: the same, with the UNet's attention under the names of nn.MultiheadAttention (the published experiment).
 - diffusers: three state dicts, with the names of UNet2DConditionModel, AutoencoderKL and transformers' CLIPTextModel.
-Every function takes a state dict and returns a new one; the tensors are shared unless matrices are joined.
-Sources: huggingface/diffusers and mlfoundations/open_clip for their module names.
+Every function takes a state dict and returns a new one of the same dtypes; tensors are shared unless matrices are joined.
+Raises CheckpointError for a name that belongs to no network. Sources: huggingface/diffusers, mlfoundations/open_clip.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from sd.config.presets import TextKind
 from sd.errors import CheckpointError
 
 UNET = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."
 OPENCLIP = "cond_stage_model.model."
 CLIP = "cond_stage_model.transformer."
-PREFIXES = {"unet": UNET, "autoencoder": AUTOENCODER}  # the text encoder has one of two
+PREFIXES = {"unet": UNET, "autoencoder": AUTOENCODER}  # the text encoder has either OPENCLIP or CLIP
 
-State = dict[str, torch.Tensor]
+State = dict[str, Tensor]
 
 
 def with_prefix(state: State, prefix: str) -> State:
-    """The entries under `prefix`, without it."""
+    """The entries whose names start with `prefix`, which is removed."""
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def add_prefix(state: State, prefix: str) -> State:
-    """All entries, with `prefix` in front."""
+    """All entries, with `prefix` in front of their names."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def text_kind(names) -> str | None:
-    """`openclip` (SD2), `clip` (SD1) or None, by the names of an original layout."""
+def text_kind(names: Iterable[str]) -> TextKind | None:
+    """Type of the text encoder of an original layout: `openclip` (SD2), `clip` (SD1) or None."""
+    names = list(names)
     if any(name.startswith(CLIP) for name in names):
         return "clip"
     return "openclip" if any(name.startswith(OPENCLIP) for name in names) else None
 
 
-def _must(state: State, name: str) -> torch.Tensor:
-    try:
-        return state[name]
-    except KeyError:
-        raise CheckpointError(f"{name} is missing: the file is incomplete, take it again from its source") from None
+def _get(state: State, name: str) -> Tensor:
+    if name not in state:
+        raise CheckpointError(f"{name} is missing: the file is incomplete, download it again")
+    return state[name]
 
 
-def _join(name: str, q, k, v) -> torch.Tensor:
+def _join(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if not q.shape == k.shape == v.shape or not q.dim() or len({q.dtype, k.dtype, v.dtype}) != 1:
-        raise CheckpointError(f"{name} differs from its k and v in shape or dtype; take the file again from its source")
+        raise CheckpointError(f"{name} differs from its k and v in shape or dtype; download the file again")
     return torch.cat([q, k, v])
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {value: key for key, value in table.items()}
 
 
 # --- original and native-mha
 
 
-def is_native_mha(names) -> bool:
-    """Whether the attention is under the names of nn.MultiheadAttention."""
+def is_native_mha(names: Iterable[str]) -> bool:
+    """Whether the attention has the names of nn.MultiheadAttention."""
     return any(name.startswith(UNET) and ".mha." in name for name in names)
 
 
@@ -70,9 +78,9 @@ _NATIVE = re.compile(rf"({re.escape(UNET)}.*\.attn[12]\.)mha\.(.*)$")
 
 
 def original_to_native(state: State) -> State:
-    """Join to_q, to_k, to_v of self-attention into in_proj_weight; name those of cross-attention {q,k,v}_proj_weight.
+    """Join to_q, to_k, to_v of self-attention into in_proj_weight; rename those of cross-attention {q,k,v}_proj_weight.
 
-    As the published converter, it writes no in_proj_bias: q, k and v have no bias.
+    Like the published converter, it writes no in_proj_bias: q, k and v have no bias.
     """
     result = {}
     for name, tensor in state.items():
@@ -84,8 +92,8 @@ def original_to_native(state: State) -> State:
         if part.startswith("to_out"):
             result[f"{prefix}mha.out_proj.{match[3]}"] = tensor
             continue
-        q, k, v = (_must(state, f"{prefix}to_{x}.weight") for x in "qkv")
-        if q.shape != k.shape:  # another width of context: nn.MultiheadAttention keeps three matrices
+        q, k, v = (_get(state, f"{prefix}to_{x}.weight") for x in "qkv")
+        if q.shape != k.shape:  # a context of another width: nn.MultiheadAttention keeps three matrices
             result[f"{prefix}mha.{part[3]}_proj_weight"] = tensor
         elif part == "to_q.weight":
             result[f"{prefix}mha.in_proj_weight"] = _join(f"{prefix}to_q.weight", q, k, v)
@@ -93,7 +101,7 @@ def original_to_native(state: State) -> State:
 
 
 def native_to_original(state: State) -> State:
-    """The inverse of `original_to_native`; in_proj_bias may be there if it is zero, as the original layout implies."""
+    """Invert `original_to_native`; in_proj_bias is accepted if it is zero, as the original layout implies."""
     result = {}
     for name, tensor in state.items():
         match = _NATIVE.match(name)
@@ -104,24 +112,23 @@ def native_to_original(state: State) -> State:
         if part == "in_proj_weight":
             if tensor.dim() != 2 or tensor.shape[0] % 3:
                 raise CheckpointError(
-                    f"{name} has the shape {tuple(tensor.shape)}, not three matrices: take the original file"
+                    f"{name} has the shape {tuple(tensor.shape)}, not three matrices: use the original file"
                 )
-            for x, weight in zip("qkv", tensor.chunk(3)):
-                result[f"{prefix}to_{x}.weight"] = weight
+            result.update({f"{prefix}to_{x}.weight": weight for x, weight in zip("qkv", tensor.chunk(3))})
         elif part in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             result[f"{prefix}to_{part[0]}.weight"] = tensor
         elif part in ("out_proj.weight", "out_proj.bias"):
             result[f"{prefix}to_out.0.{part[9:]}"] = tensor
         elif part != "in_proj_bias":
-            raise CheckpointError(f"{name} is no part of nn.MultiheadAttention: take the original file")
+            raise CheckpointError(f"{name} is no part of nn.MultiheadAttention: use the original file")
         elif bool(tensor.any()):
-            raise CheckpointError(f"{name} is not zero, and Stable Diffusion has no such bias: take the original file")
+            raise CheckpointError(f"{name} is not zero, and Stable Diffusion has no such bias: use the original file")
     return result
 
 
 # --- text: OpenCLIP's names, which are those of sd.models.text_encoder, and transformers' CLIPTextModel
 
-_TEXT_TOP = {
+_TEXT_TOP = {  # CLIPTextModel: OpenCLIP
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm.weight": "ln_final.weight",
@@ -134,16 +141,15 @@ _TEXT_BLOCK = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_TEXT_TOP_BACK = {theirs: ours for ours, theirs in _TEXT_TOP.items()}
-_TEXT_BLOCK_BACK = {theirs: ours for ours, theirs in _TEXT_BLOCK.items()}
+_TEXT_TOP_INVERSE, _TEXT_BLOCK_INVERSE = _inverse(_TEXT_TOP), _inverse(_TEXT_BLOCK)
 _HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.*)\.(weight|bias)$")
 _OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.*?)[._](weight|bias)$")
 
 
 def hf_text_to_openclip(state: State) -> State:
-    """Names of CLIPTextModel, with or without `text_model.`, to those of OpenCLIP; q, k and v are joined.
+    """Rename CLIPTextModel, with or without `text_model.`, to OpenCLIP; q, k and v are joined.
 
-    Names that it does not know (position_ids, a projection, a vision tower) stay as they are.
+    Unknown names (position_ids, a projection, a vision tower) are left unchanged.
     """
     result = {}
     for full, tensor in state.items():
@@ -154,7 +160,7 @@ def hf_text_to_openclip(state: State) -> State:
         elif match and match[2] in _TEXT_BLOCK:
             result[f"transformer.resblocks.{match[1]}.{_TEXT_BLOCK[match[2]]}.{match[3]}"] = tensor
         elif match and match[2] == "self_attn.q_proj":
-            parts = [_must(state, full.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+            parts = [_get(state, full.replace("q_proj", f"{x}_proj")) for x in "qkv"]
             result[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = _join(full, *parts)
         elif not (match and match[2] in ("self_attn.k_proj", "self_attn.v_proj")):
             result[full] = tensor
@@ -162,17 +168,17 @@ def hf_text_to_openclip(state: State) -> State:
 
 
 def openclip_text_to_hf(state: State) -> State:
-    """The inverse of `hf_text_to_openclip`, with `text_model.` in front; names it does not know stay as they are."""
+    """Invert `hf_text_to_openclip`, with the prefix `text_model.`; unknown names are left unchanged."""
     result = {}
     for full, tensor in state.items():
         match = _OPENCLIP_BLOCK.match(full)
-        if full in _TEXT_TOP_BACK:
-            result[f"text_model.{_TEXT_TOP_BACK[full]}"] = tensor
-        elif match and match[2] in _TEXT_BLOCK_BACK:
-            result[f"text_model.encoder.layers.{match[1]}.{_TEXT_BLOCK_BACK[match[2]]}.{match[3]}"] = tensor
+        layer = f"text_model.encoder.layers.{match[1]}" if match else ""
+        if full in _TEXT_TOP_INVERSE:
+            result[f"text_model.{_TEXT_TOP_INVERSE[full]}"] = tensor
+        elif match and match[2] in _TEXT_BLOCK_INVERSE:
+            result[f"{layer}.{_TEXT_BLOCK_INVERSE[match[2]]}.{match[3]}"] = tensor
         elif match and match[2] == "attn.in_proj":
-            for x, part in zip("qkv", tensor.chunk(3)):
-                result[f"text_model.encoder.layers.{match[1]}.self_attn.{x}_proj.{match[3]}"] = part
+            result.update({f"{layer}.self_attn.{x}_proj.{match[3]}": w for x, w in zip("qkv", tensor.chunk(3))})
         else:
             result[full] = tensor
     return result
@@ -182,32 +188,32 @@ def openclip_text_to_hf(state: State) -> State:
 
 
 def split_networks(state: State) -> tuple[dict[str, State], State]:
-    """Original layout (attention in either) -> ({unet, autoencoder, text_encoder}, all that belongs to none of them).
+    """Split an original or native-mha layout into {unet, autoencoder, text_encoder} and the remaining entries.
 
-    The networks get the names of the modules of `sd`; what is left over keeps its full name.
+    The networks get the names of the modules of `sd`; the remaining entries keep their full names.
     """
     if is_native_mha(state):
         state = native_to_original(state)
-    networks = {name: with_prefix(state, prefix) for name, prefix in PREFIXES.items()}
-    text = with_prefix(state, OPENCLIP)
-    networks["text_encoder"] = text if text else hf_text_to_openclip(with_prefix(state, CLIP))
-    used = (*PREFIXES.values(), OPENCLIP if text else CLIP)
+    networks = {network: with_prefix(state, prefix) for network, prefix in PREFIXES.items()}
+    openclip = with_prefix(state, OPENCLIP)
+    networks["text_encoder"] = openclip or hf_text_to_openclip(with_prefix(state, CLIP))
+    used = (*PREFIXES.values(), OPENCLIP if openclip else CLIP)
     return networks, {name: tensor for name, tensor in state.items() if not name.startswith(used)}
 
 
-def join_networks(networks: dict[str, State], kind: str) -> State:
-    """The inverse of `split_networks`: {unet, autoencoder, text_encoder} to the original layout of text kind `kind`."""
+def join_networks(networks: dict[str, State], kind: TextKind) -> State:
+    """Invert `split_networks`: {unet, autoencoder, text_encoder} to the original layout with text encoder `kind`."""
     result = {}
-    for name, prefix in PREFIXES.items():
-        result.update(add_prefix(networks[name], prefix))
+    for network, prefix in PREFIXES.items():
+        result.update(add_prefix(networks[network], prefix))
     text = networks["text_encoder"]
     result.update(add_prefix(text, OPENCLIP) if kind == "openclip" else add_prefix(openclip_text_to_hf(text), CLIP))
     return result
 
 
-# --- the UNet and the autoencoder of diffusers; the block numbers follow from the names in the state itself
+# --- the UNet of diffusers; the block numbers follow from the names in the state dict
 
-_RESNET = {
+_RESNET = {  # sd: diffusers
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -215,7 +221,6 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_RESNET_BACK = {theirs: ours for ours, theirs in _RESNET.items()}
 _UNET_TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -223,150 +228,144 @@ _UNET_TOP = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_UNET_TOP_BACK = {theirs: ours for ours, theirs in _UNET_TOP.items()}
-_STAGE = re.compile(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d+)\.(.*)$")
-_BLOCKS = re.compile(
-    r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)$"
+_RESNET_INVERSE, _UNET_TOP_INVERSE = _inverse(_RESNET), _inverse(_UNET_TOP)
+_STAGE = re.compile(r"(input_blocks|middle_block|output_blocks)\.(?:(\d{1,4})\.)?(\d{1,4})\.(.*)$")
+_BLOCK = re.compile(
+    r"(down_blocks|mid_block|up_blocks)\.(?:(\d{1,4})\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d{1,4})\.(.*)$"
 )
 
 
 def _unknown(name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} is no part of a Stable Diffusion 1 or 2 network; take the file again from its source"
-    )
+    return CheckpointError(f"{name} is no part of a Stable Diffusion 1 or 2 network; download the file again")
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
     module, _, leaf = name.rpartition(".")
-    try:
-        return f"{table[module]}.{leaf}"
-    except KeyError:
-        raise _unknown(name) from None
+    if module not in table:
+        raise _unknown(name)
+    return f"{table[module]}.{leaf}"
 
 
 def unet_to_diffusers(state: State) -> State:
-    """Names of sd.models.unet to those of diffusers' UNet2DConditionModel."""
-    # A level is `count` residual blocks and, in all but the last, a downsampling with a block number of its own.
-    downs = [
-        int(name.split(".")[1]) for name in state if name.startswith("input_blocks.") and name.endswith(".0.op.weight")
-    ]
-    inputs = [int(name.split(".")[1]) for name in state if name.startswith("input_blocks.")]
-    count = min(downs) - 1 if downs else max(inputs, default=1)
-    result = {}
-    for name, tensor in state.items():
-        match = _STAGE.match(name)
+    """Rename sd.models.unet to diffusers' UNet2DConditionModel."""
+    # A level is `count` residual blocks and, except in the last, a downsampling with a block number of its own.
+    stages = {name: _STAGE.match(name) for name in state}
+    inputs = [(int(m[2] or 0), m[4]) for m in stages.values() if m and m[1] == "input_blocks"]
+    downs = [block for block, rest in inputs if rest == "op.weight"]
+    count = min(downs) - 1 if downs else max((block for block, _ in inputs), default=1)
+
+    def rename(name: str) -> str:
+        match = stages[name]
         if not match or name.startswith("input_blocks.0."):
-            result[_rename(name, _UNET_TOP)] = tensor
-            continue
+            return _rename(name, _UNET_TOP)
         side, block, part, rest = match[1], int(match[2] or 0), int(match[3]), match[4]
-        kind = "resnets" if part == 0 or (side == "middle_block" and part == 2) else "attentions"
+        modules = "resnets" if part == 0 or (side == "middle_block" and part == 2) else "attentions"
+        renamed = _rename(rest, _RESNET) if modules == "resnets" and not rest.startswith("op.") else rest
         if side == "middle_block":
-            prefix = f"mid_block.{kind}.{part // 2}"
-        else:
-            level, inner = divmod(block - 1 if side == "input_blocks" else block, count + 1)
-            blocks = "down_blocks" if side == "input_blocks" else "up_blocks"
-            prefix = f"{blocks}.{level}.{kind}.{inner}"
-            if rest.startswith(("op.", "conv.")):
-                sampler = "downsamplers" if side == "input_blocks" else "upsamplers"
-                result[f"{blocks}.{level}.{sampler}.0.conv.{rest.partition('.')[2]}"] = tensor
-                continue
-        result[f"{prefix}.{_rename(rest, _RESNET) if kind == 'resnets' else rest}"] = tensor
-    return result
+            return f"mid_block.{modules}.{part // 2}.{renamed}"
+        down = side == "input_blocks"
+        level, inner = divmod(block - 1 if down else block, count + 1)
+        prefix = f"{'down' if down else 'up'}_blocks.{level}"
+        if rest.startswith(("op.", "conv.")):
+            return f"{prefix}.{'down' if down else 'up'}samplers.0.conv.{rest.partition('.')[2]}"
+        return f"{prefix}.{modules}.{inner}.{renamed}"
+
+    return {rename(name): tensor for name, tensor in state.items()}
 
 
 def unet_from_diffusers(state: State) -> State:
-    """The inverse of `unet_to_diffusers`."""
-    matches = {name: _BLOCKS.match(name) for name in state}
+    """Invert `unet_to_diffusers`."""
+    blocks = {name: _BLOCK.match(name) for name in state}
+    parts = [(m[1], int(m[2] or 0), m[3], int(m[4])) for m in blocks.values() if m]
     count = 1 + max(
-        (int(m[4]) for m in matches.values() if m and m[1] == "down_blocks" and m[3] == "resnets"), default=0
+        (inner for side, _, modules, inner in parts if (side, modules) == ("down_blocks", "resnets")), default=0
     )
-    attended = {int(m[2]) for m in matches.values() if m and m[1] == "up_blocks" and m[3] == "attentions"}
-    result = {}
-    for name, tensor in state.items():
-        match = matches[name]
+    attended = {level for side, level, modules, _ in parts if (side, modules) == ("up_blocks", "attentions")}
+
+    def rename(name: str) -> str:
+        match = blocks[name]
         if not match:
-            result[_rename(name, _UNET_TOP_BACK)] = tensor
-            continue
-        side, level, kind, inner, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-        if kind == "resnets":
-            rest = _rename(rest, _RESNET_BACK)
+            return _rename(name, _UNET_TOP_INVERSE)
+        side, level, modules, inner, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+        if modules == "resnets":
+            rest = _rename(rest, _RESNET_INVERSE)
         if side == "mid_block":
-            part = 2 * inner if kind == "resnets" else 1
-            result[f"middle_block.{part}.{rest}"] = tensor
-        elif kind == "downsamplers":
-            result[f"input_blocks.{(level + 1) * (count + 1)}.0.op.{rest.partition('.')[2]}"] = tensor
-        elif kind == "upsamplers":
-            result[f"output_blocks.{level * (count + 1) + count}.{2 if level in attended else 1}.{rest}"] = tensor
-        else:
-            part = 0 if kind == "resnets" else 1
-            block = level * (count + 1) + inner
-            prefix = f"input_blocks.{block + 1}" if side == "down_blocks" else f"output_blocks.{block}"
-            result[f"{prefix}.{part}.{rest}"] = tensor
+            return f"middle_block.{2 * inner if modules == 'resnets' else 1}.{rest}"
+        first = level * (count + 1)
+        if modules == "downsamplers":
+            return f"input_blocks.{first + count + 1}.0.op.{rest.partition('.')[2]}"
+        if modules == "upsamplers":
+            return f"output_blocks.{first + count}.{2 if level in attended else 1}.{rest}"
+        prefix = f"input_blocks.{first + inner + 1}" if side == "down_blocks" else f"output_blocks.{first + inner}"
+        return f"{prefix}.{0 if modules == 'resnets' else 1}.{rest}"
+
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+# --- the autoencoder of diffusers, whose attention has matrices instead of 1x1 convolutions
+
+_FIELDS = {
+    "stack": r"encoder\.down|decoder\.up",
+    "side": "encoder|decoder",
+    "level": r"\d{1,4}",  # diffusers counts the levels of the decoder from the other end
+    "n": r"\d{1,4}",
+    "qkv": "q|k|v",
+    "same": r"(?:encoder|decoder)\.conv_(?:in|out)|(?:post_)?quant_conv",
+    "rest": ".*",
+}
+_VAE = [  # sd, diffusers
+    ("{stack}.{level}.block.{n}.nin_shortcut.{rest}", "{stack}_blocks.{level}.resnets.{n}.conv_shortcut.{rest}"),
+    ("{stack}.{level}.block.{n}.{rest}", "{stack}_blocks.{level}.resnets.{n}.{rest}"),
+    ("encoder.down.{level}.downsample.{rest}", "encoder.down_blocks.{level}.downsamplers.0.{rest}"),
+    ("decoder.up.{level}.upsample.{rest}", "decoder.up_blocks.{level}.upsamplers.0.{rest}"),
+    ("{side}.mid.block_1.{rest}", "{side}.mid_block.resnets.0.{rest}"),
+    ("{side}.mid.block_2.{rest}", "{side}.mid_block.resnets.1.{rest}"),
+    ("{side}.mid.attn_1.norm.{rest}", "{side}.mid_block.attentions.0.group_norm.{rest}"),
+    ("{side}.mid.attn_1.{qkv}.{rest}", "{side}.mid_block.attentions.0.to_{qkv}.{rest}"),
+    ("{side}.mid.attn_1.proj_out.{rest}", "{side}.mid_block.attentions.0.to_out.0.{rest}"),
+    ("{side}.norm_out.{rest}", "{side}.conv_norm_out.{rest}"),
+    ("{same}.{rest}", "{same}.{rest}"),
+]
+_VAE_BEFORE_0_15 = [  # older diffusers
+    ("{side}.mid.attn_1.q.{rest}", "{side}.mid_block.attentions.0.query.{rest}"),
+    ("{side}.mid.attn_1.k.{rest}", "{side}.mid_block.attentions.0.key.{rest}"),
+    ("{side}.mid.attn_1.v.{rest}", "{side}.mid_block.attentions.0.value.{rest}"),
+    ("{side}.mid.attn_1.proj_out.{rest}", "{side}.mid_block.attentions.0.proj_attn.{rest}"),
+]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    fields = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{_FIELDS[m[1]]})", re.escape(template))
+    return re.compile(f"{fields}$")
+
+
+_VAE_TO_DIFFUSERS = [(_pattern(ours), theirs) for ours, theirs in _VAE]
+_VAE_FROM_DIFFUSERS = [(_pattern(theirs), ours) for ours, theirs in _VAE + _VAE_BEFORE_0_15]
+
+
+def _rename_autoencoder(state: State, rules: list[tuple[re.Pattern[str], str]]) -> State:
+    matches: dict[str, tuple[dict[str, Any], str]] = {}
+    for name in state:
+        rule = next(((m.groupdict(), template) for pattern, template in rules if (m := pattern.match(name))), None)
+        if rule is None:
+            raise _unknown(name)
+        matches[name] = rule
+    levels = 1 + max((int(fields["level"]) for fields, _ in matches.values() if "level" in fields), default=0)
+    result = {}
+    for name, (fields, template) in matches.items():
+        if "level" in fields and name.startswith("decoder."):
+            fields["level"] = levels - 1 - int(fields["level"])
+        result[template.format(**fields)] = state[name]
     return result
-
-
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_VAE_ATTENTION_BACK = {theirs: ours for ours, theirs in _VAE_ATTENTION.items()}
-_VAE_ATTENTION_BACK.update(query="q", key="k", value="v", proj_attn="proj_out")  # diffusers before 0.15
-_VAE_TOP = re.compile(r"((encoder|decoder)\.conv_(in|out)|(post_)?quant_conv)\.(weight|bias)$")
-_VAE_OURS = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:block\.(\d+)\.(.*)|(?:down|up)sample\.(conv\..*))$")
-_VAE_THEIRS = re.compile(
-    r"(encoder\.down_blocks|decoder\.up_blocks)\.(\d+)\.(?:resnets\.(\d+)\.(.*)|(?:down|up)samplers\.0\.(conv\..*))$"
-)
-_VAE_MID_OURS = re.compile(r"(encoder|decoder)\.mid\.(block_[12]|attn_1)\.(.*)$")
-_VAE_MID_THEIRS = re.compile(r"(encoder|decoder)\.mid_block\.(resnets\.[01]|attentions\.0)\.(.*)$")
 
 
 def autoencoder_to_diffusers(state: State) -> State:
-    """Names of sd.models.autoencoder to those of diffusers' AutoencoderKL; its attention is linear, not 1x1 convolutions."""
-    levels = 1 + max((int(m[2]) for m in map(_VAE_OURS.match, state) if m), default=0)
-    result = {}
-    for name, tensor in state.items():
-        block, mid = _VAE_OURS.match(name), _VAE_MID_OURS.match(name)
-        if block:
-            level = int(block[2]) if block[1] == "encoder.down" else levels - 1 - int(block[2])
-            if block[3] is not None:
-                part = f"resnets.{block[3]}.{block[4].replace('nin_shortcut', 'conv_shortcut')}"
-            else:
-                part = f"{'down' if block[1] == 'encoder.down' else 'up'}samplers.0.{block[5]}"
-            result[f"{block[1]}_blocks.{level}.{part}"] = tensor
-        elif mid and mid[2] == "attn_1":
-            matrix = tensor.flatten(1) if tensor.dim() == 4 else tensor
-            result[f"{mid[1]}.mid_block.attentions.0.{_rename(mid[3], _VAE_ATTENTION)}"] = matrix
-        elif mid:
-            result[f"{mid[1]}.mid_block.resnets.{int(mid[2][-1]) - 1}.{mid[3]}"] = tensor
-        elif name.startswith(("encoder.norm_out.", "decoder.norm_out.")):
-            result[name.replace("norm_out", "conv_norm_out")] = tensor
-        elif _VAE_TOP.match(name):
-            result[name] = tensor
-        else:
-            raise _unknown(name)
-    return result
+    """Rename sd.models.autoencoder to diffusers' AutoencoderKL; the 1x1 convolutions of its attention become matrices."""
+    renamed = _rename_autoencoder(state, _VAE_TO_DIFFUSERS)
+    return {name: w.flatten(1) if ".attentions." in name and w.dim() == 4 else w for name, w in renamed.items()}
 
 
 def autoencoder_from_diffusers(state: State) -> State:
-    """The inverse of `autoencoder_to_diffusers`; also takes the older names (query, key, value, proj_attn)."""
-    levels = 1 + max((int(m[2]) for m in map(_VAE_THEIRS.match, state) if m), default=0)
-    result = {}
-    for name, tensor in state.items():
-        block, mid = _VAE_THEIRS.match(name), _VAE_MID_THEIRS.match(name)
-        if block:
-            side = "encoder.down" if block[1] == "encoder.down_blocks" else "decoder.up"
-            level = int(block[2]) if side == "encoder.down" else levels - 1 - int(block[2])
-            if block[3] is not None:
-                part = f"block.{block[3]}.{block[4].replace('conv_shortcut', 'nin_shortcut')}"
-            else:
-                part = f"{'down' if side == 'encoder.down' else 'up'}sample.{block[5]}"
-            result[f"{side}.{level}.{part}"] = tensor
-        elif mid and mid[2] == "attentions.0":
-            matrix = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-            result[f"{mid[1]}.mid.attn_1.{_rename(mid[3], _VAE_ATTENTION_BACK)}"] = matrix
-        elif mid:
-            result[f"{mid[1]}.mid.block_{int(mid[2][-1]) + 1}.{mid[3]}"] = tensor
-        elif name.startswith(("encoder.conv_norm_out.", "decoder.conv_norm_out.")):
-            result[name.replace("conv_norm_out", "norm_out")] = tensor
-        elif _VAE_TOP.match(name):
-            result[name] = tensor
-        else:
-            raise _unknown(name)
-    return result
+    """Invert `autoencoder_to_diffusers`; the older names (query, key, value, proj_attn) are accepted too."""
+    renamed = _rename_autoencoder(state, _VAE_FROM_DIFFUSERS)
+    return {name: w[:, :, None, None] if ".attn_1." in name and w.dim() == 2 else w for name, w in renamed.items()}

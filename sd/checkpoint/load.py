@@ -1,31 +1,34 @@
-"""An untrusted file in, a validated state dict out.
+"""Load an untrusted checkpoint into validated state dicts.
 
-`read` takes any container apart, `load` holds the result against the networks of a ModelConfig, `materialise` puts it
-into a module. Each tensor is read once into memory of its own, which the module then keeps: loading takes the size of
-the weights that are used, and no second copy of the model.
+`read` reads any file format, `load` validates the result against the networks of a ModelConfig, `materialise` puts it into
+a module. Each tensor is read once into memory of its own, which the module then keeps: loading takes the size of the
+weights that are used, without a second copy of the model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sd.checkpoint import layouts
 from sd.checkpoint.diffusers_folder import parameterization, read_folder, require_settings
 from sd.checkpoint.file_formats import index, read_tensors
-from sd.config.presets import PRESETS, ModelConfig
+from sd.config.presets import OTHER_INPUTS, PRESETS, ModelConfig, Parameterization, TextKind
 from sd.errors import CheckpointError
 from sd.features import has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 
-SHOWN = 10  # names in a message, before "and N more"
+LISTED = 10  # names in a message, before "and N more"
 
 _SCHEDULE_BUFFERS = (
     "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
@@ -33,7 +36,7 @@ _SCHEDULE_BUFFERS = (
     "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 lvlb_weights logvar "
     "scale_factor global_step epoch lr num_timesteps"
 ).split()
-# What published files hold beside the networks, none of which inference uses.
+# Entries of published files that inference does not use.
 _IGNORABLE = re.compile(
     "|".join(
         [
@@ -49,91 +52,92 @@ _IGNORABLE = re.compile(
         ]
     )
 )
-# Weights only a released OpenCLIP tower has; its last block is trained but not used.
+# Weights that only a released OpenCLIP tower has; its last block is trained but not used.
 _RELEASED_OPENCLIP = (f"{layouts.OPENCLIP}text_projection", f"{layouts.OPENCLIP}logit_scale")
 _FIRST_CONV = f"{layouts.UNET}input_blocks.0.0.weight"
-_CROSS_KEY = re.compile(rf"{re.escape(layouts.UNET)}.*\.attn2\.(to_k\.weight|mha\.k_proj_weight)$")
-_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+# The second name is of joined matrices, for a context as wide as the block.
+_CROSS_KEYS = [
+    re.compile(rf"{re.escape(layouts.UNET)}.*\.attn2\.{name}$")
+    for name in (r"(to_k\.weight|mha\.k_proj_weight)", r"mha\.in_proj_weight")
+]
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.")
 
-_OTHER_MODELS = (  # a key that only this kind of file has, and what to say
+_OTHER_MODELS = (  # a name that only this model type has, and its description
     (r"conditioner\.embedders\.", "is a Stable Diffusion XL checkpoint"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "is a Flux checkpoint"),
-    (r"model\.diffusion_model\.label_emb\.", "has class embeddings, as unCLIP and Stable Diffusion XL have"),
-    (r".*(\.lora_(up|down|A|B)\.|\.hada_w)", "is a LoRA, a change to a model and not a model"),
-    (r"(control_model\.|controlnet_cond_embedding\.)", "is a ControlNet, a part added to a model"),
-    (r"(string_to_param|emb_params$)", "is a textual inversion embedding, not a model"),
+    (r"model\.diffusion_model\.label_emb\.", "has class embeddings, like unCLIP and Stable Diffusion XL"),
+    (r".*(\.lora_(up|down|A|B)\.|\.hada_w)", "is a LoRA, which modifies a model"),
+    (r"(control_model\.|controlnet_cond_embedding\.)", "is a ControlNet, which extends a model"),
+    (r"(string_to_param|emb_params$)", "is a textual inversion embedding"),
     (r"(down_blocks|time_embedding)\.", "is the UNet of a diffusers folder: give the folder itself"),
     (r"(encoder|decoder)\.(down|up|mid|conv_in)", "is an autoencoder alone"),
     (r"text_model\.", "is a text encoder alone"),
 )
-_OTHER_CHANNELS = {5: "depth-to-image", 7: "x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
+_FAMILIES = {768: "an SD1", 1024: "an SD2"}  # by the width of the context
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A state dict in the original layout, and what its file says beside the weights."""
+class Checkpoint:
+    """A state dict in the original layout, and the metadata of its file."""
 
-    state: dict[str, torch.Tensor]
+    state: dict[str, Tensor]
     global_step: int | None = None
-    parameterization: str | None = None  # only a diffusers folder says it
-    others: tuple[str, ...] = ()  # names of what is no tensor
+    parameterization: Parameterization | None = None  # only a diffusers folder has it
+    others: tuple[str, ...] = ()  # names of entries that are not tensors
 
 
-def read_contents(path, progress: bool | None = None, names=None) -> Loaded:
-    """As `read`, with what the file says beside its weights. names: a function that says which tensors are wanted."""
+def read_checkpoint(
+    path: str | Path, progress: bool | None = None, select: Callable[[str], bool] | None = None
+) -> Checkpoint:
+    """Read a checkpoint like `read`, with its metadata. select: predicate of the names to read; folders are read whole."""
     path = Path(path)
     if path.is_dir():
-        predicts = parameterization(path)  # refuse before gigabytes are read
-        return Loaded(read_folder(path, progress), parameterization=predicts)
-    contents = index(path)
-    wanted = [name for name in contents.tensors if names is None or names(name)]
-    return Loaded(read_tensors(contents, wanted, progress), contents.global_step, others=contents.others)
+        predicted = parameterization(path)  # an invalid value is rejected before gigabytes are read
+        return Checkpoint(read_folder(path, progress), parameterization=predicted)
+    file_index = index(path)
+    names = [name for name in file_index.tensors if select is None or select(name)]
+    return Checkpoint(read_tensors(file_index, names, progress), file_index.global_step, others=file_index.others)
 
 
-def read(path, progress: bool | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by its name in the file, on the CPU in the file's dtype.
+def read(path: str | Path, progress: bool | None = None) -> dict[str, Tensor]:
+    """Read every tensor of a checkpoint, by its name in the file, on the CPU in the file's dtype.
 
-    path: a .safetensors or torch file (its content decides, not its extension), of which a `state_dict` inside is
-    taken, or a diffusers folder, which comes back in the original layout. progress: True shows a bar on stderr, None
-    only on a terminal. Nothing in the file is executed. Raises CheckpointError naming the file and the way out.
+    path: a .safetensors or torch file (detected from its content, not its extension; a nested `state_dict` is used), or
+    a diffusers folder, which is returned in the original layout. progress: True shows a bar on stderr, None only on a
+    terminal. Nothing in the file is executed. Raises CheckpointError naming the file and a remedy.
     """
-    return read_contents(path, progress).state
+    return read_checkpoint(path, progress).state
 
 
-def _list(names) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-def _kind(width: int) -> str:
-    return {768: "an SD1", 1024: "an SD2"}.get(width, "a")
+# --- detecting the model
 
 
-def refuse_other_models(path, state) -> None:
-    """Raise CheckpointError, by its name, for another kind of model or a part of one; state: by original names."""
-    for pattern, what in _OTHER_MODELS:
+def reject_other_models(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError, naming the model type, unless `state` (original names) is a whole SD1 or SD2 model."""
+    for pattern, description in _OTHER_MODELS:
         if any(re.match(pattern, name) for name in state):
-            raise CheckpointError(f"{path}: {what}; only whole Stable Diffusion 1 and 2 models can be loaded")
+            raise CheckpointError(f"{path}: {description}; only whole Stable Diffusion 1 and 2 models can be loaded")
     if _FIRST_CONV not in state:
-        raise CheckpointError(f"{path}: holds no Stable Diffusion UNet ({_FIRST_CONV} is missing); give a whole model")
+        raise CheckpointError(f"{path}: has no Stable Diffusion UNet ({_FIRST_CONV} is missing); give a whole model")
     if state[_FIRST_CONV].dim() != 4:
-        raise CheckpointError(f"{path}: {_FIRST_CONV} is no convolution; take the file again from its source")
+        raise CheckpointError(f"{path}: {_FIRST_CONV} is not a convolution; download the file again")
 
 
-def _context_width(path, state) -> int:
-    for name, tensor in state.items():
-        if _CROSS_KEY.match(name) and tensor.dim() == 2:
-            return tensor.shape[1]
-    for name, tensor in state.items():  # packed, where the context is as wide as the block
-        if name.startswith(layouts.UNET) and name.endswith(".attn2.mha.in_proj_weight") and tensor.dim() == 2:
-            return tensor.shape[1]
+def _context_width(path: str | Path, state: Mapping[str, Tensor]) -> int:
+    for pattern in _CROSS_KEYS:
+        for name, tensor in state.items():
+            if pattern.match(name) and tensor.dim() == 2:
+                return int(tensor.shape[1])
     raise CheckpointError(f"{path}: its UNet has no cross-attention to a prompt; give a text-to-image model")
 
 
-def _detect(path, state) -> ModelConfig:
-    """The preset whose sizes the file has; eps for SD2, since the weights do not say eps or v."""
+def _detect(path: str | Path, state: Mapping[str, Tensor]) -> ModelConfig:
+    """The preset whose sizes the file has; eps for SD2, since the weights do not show eps or v."""
     width, channels = _context_width(path, state), state[_FIRST_CONV].shape[0]
     for name in ("sd1", "sd2", "tiny"):
         unet = PRESETS[name].unet
@@ -144,54 +148,55 @@ def _detect(path, state) -> ModelConfig:
     )
 
 
-def _refuse_contradiction(path, state, config: ModelConfig) -> None:
+def _reject_contradiction(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig) -> None:
     channels = state[_FIRST_CONV].shape[1]
     if channels != config.unet.in_channels:
-        what = _OTHER_CHANNELS.get(channels, "another")
         raise CheckpointError(
-            f"{path}: is of {'an' if what[0] in 'aeiou' else 'a'} {what} model, whose UNet takes {channels} channels, "
+            f"{path}: is of {OTHER_INPUTS.get(channels, 'another')} model, whose UNet takes {channels} channels, "
             f"not {config.unet.in_channels}; only text-to-image models can be loaded"
         )
-    width, wanted = _context_width(path, state), config.unet.context_dim
-    kind = layouts.text_kind(state)
-    if width != wanted or (kind is not None and kind != config.text.kind):
-        fitting = {768: "pass config='sd1'", 1024: "pass config='sd2' or 'sd2-v'"}.get(
-            width, "pass the model's own YAML file"
-        )
+    width, expected = _context_width(path, state), config.unet.context_dim
+    text = layouts.text_kind(state)
+    if width != expected or text not in (None, config.text.kind):
+        remedies = {768: "pass config='sd1'", 1024: "pass config='sd2' or 'sd2-v'"}
         raise CheckpointError(
-            f"{path}: is {_kind(width)} checkpoint (context of {width}, {kind or 'no'} text encoder), but the config "
-            f"{config.name} describes {_kind(wanted)} model (context of {wanted}, {config.text.kind} text encoder): "
-            f"{fitting}, or no config"
+            f"{path}: is {_FAMILIES.get(width, 'a custom')} checkpoint (context of {width}, {text or 'no'} text encoder), "
+            f"but the config {config.name} describes {_FAMILIES.get(expected, 'a custom')} model (context of {expected}, "
+            f"{config.text.kind} text encoder): "
+            f"{remedies.get(width, 'pass the YAML file of the model')}, or no config"
         )
 
 
-def _text_layers(path, text, config: ModelConfig, released: bool) -> int:
-    """Number of text blocks that run; 0 in the config means that the file says it.
+def _text_layers(path: str | Path, text: Iterable[str], config: ModelConfig, released: bool) -> int:
+    """Number of text blocks that run; 0 in the config means that it depends on the file.
 
-    A released OpenCLIP tower is known by its text_projection or logit_scale, and its last block is not used; without
-    them (tiny, diffusers folders) every block of the file is.
+    released: a released OpenCLIP tower, whose last block is not used; of other files (tiny, diffusers) every block is.
     """
-    found = len({match[1] for match in map(_BLOCK.match, text) if match})
     if config.text.layers:
         return config.text.layers
-    layers = found - 1 if released and config.text.kind == "openclip" else found
+    layers = len({match[1] for match in map(_BLOCK.match, text) if match})
+    if released and config.text.kind == "openclip":
+        layers -= 1
     if layers < 1:
-        raise CheckpointError(f"{path}: its text encoder has no blocks to run; take the file again from its source")
+        raise CheckpointError(f"{path}: its text encoder has no blocks to run; download the file again")
     return layers
 
 
-def meta_device():
-    """A context in which modules are made of shapes alone, without memory, on every torch."""
+# --- networks on the meta device
+
+
+def meta_device() -> contextlib.AbstractContextManager[Any]:
+    """Context manager that makes the current thread build modules of shapes alone, without memory, on every torch."""
     return _shapes_only() if has("device_context") else _meta_empty()
 
 
-def _shapes_only():
-    from torch.overrides import TorchFunctionMode  # not in torch 1.12
+def _shapes_only() -> contextlib.AbstractContextManager[Any]:
+    from torch.overrides import TorchFunctionMode  # as a context manager not in torch 1.12
 
     class ShapesOnly(TorchFunctionMode):
-        """As torch.device("meta"), but initialisers do nothing: on meta tensors they import 900 modules."""
+        """Like torch.device("meta"), without initialisers: on meta tensors they import 900 modules."""
 
-        def __torch_function__(self, function, types, args=(), kwargs=None):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs, name = kwargs or {}, getattr(function, "__name__", "")
             if name.endswith("_") and not name.endswith("__"):
                 return args[0] if args else kwargs["tensor"]
@@ -200,23 +205,32 @@ def _shapes_only():
     return ShapesOnly()
 
 
+_EMPTY_LOCK = threading.RLock()
+
+
 @contextlib.contextmanager
-def _meta_empty():
-    # The layers of torch.nn all take their memory from torch.empty. For one thread at a time.
-    empty = torch.empty
+def _meta_empty() -> Iterator[None]:
+    """Replace torch.empty, from which all layers of torch.nn allocate, for torch < 2.0.
 
-    def on_meta(*size, dtype=None, device=None):
-        return empty(*size, dtype=dtype, device="meta")
+    Thread-safe: the lock admits one thread at a time, and calls from other threads still allocate memory.
+    """
+    with _EMPTY_LOCK:
+        empty, owner = torch.empty, threading.get_ident()
 
-    torch.empty = on_meta
-    try:
-        yield
-    finally:
-        torch.empty = empty
+        def empty_on_meta(*size: Any, **kwargs: Any) -> Tensor:
+            if threading.get_ident() == owner:
+                kwargs["device"] = "meta"
+            return empty(*size, **kwargs)
+
+        torch.empty = empty_on_meta
+        try:
+            yield
+        finally:
+            torch.empty = empty
 
 
-def factories(config: ModelConfig) -> dict:
-    """The three networks of a config, by the names under which `load` returns their weights: functions to make them."""
+def factories(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
+    """Constructors of the three networks of a config, by the names under which `load` returns their weights."""
     return {
         "unet": lambda: UNet(config.unet),
         "autoencoder": lambda: Autoencoder(config.autoencoder),
@@ -228,13 +242,16 @@ def expected_shapes(config: ModelConfig) -> dict[str, dict[str, torch.Size]]:
     """Shape of every weight of {unet, autoencoder, text_encoder}."""
     with meta_device():
         return {
-            name: {key: weight.shape for key, weight in make().state_dict().items()}
-            for name, make in factories(config).items()
+            network: {name: weight.shape for name, weight in make().state_dict().items()}
+            for network, make in factories(config).items()
         }
 
 
-def _name_in_file(network: str, name: str, kind: str) -> str:
-    """The name under which the original layout has a weight of a network."""
+# --- validating
+
+
+def _name_in_file(network: str, name: str, kind: TextKind) -> str:
+    """Name of a network's weight in the original layout."""
     if network != "text_encoder":
         return layouts.PREFIXES[network] + name
     if kind == "openclip":
@@ -242,8 +259,8 @@ def _name_in_file(network: str, name: str, kind: str) -> str:
     return layouts.CLIP + next(iter(layouts.openclip_text_to_hf({name: torch.zeros(3)})))
 
 
-def _validate(path, networks, rest, config: ModelConfig) -> None:
-    """Drop what is known to be ignorable from `networks`; refuse what is missing, of wrong shape or dtype, unknown."""
+def _validate(path: str | Path, networks: dict[str, layouts.State], rest: Iterable[str], config: ModelConfig) -> None:
+    """Remove ignorable entries from `networks`; reject missing and unknown ones, and wrong shapes and dtypes."""
     missing, shapes, dtypes, unknown = [], [], [], [name for name in rest if not _IGNORABLE.match(name)]
     kind = config.text.kind
     for network, expected in expected_shapes(config).items():
@@ -259,54 +276,45 @@ def _validate(path, networks, rest, config: ModelConfig) -> None:
         for name in [name for name in state if name not in expected]:
             block = _BLOCK.match(name) if network == "text_encoder" and kind == "openclip" else None
             full = _name_in_file(network, name, kind)
-            # One block after those that run: the last of a released tower.
+            # The last block of a released tower follows those that run.
             if not _IGNORABLE.match(full) and not (block and int(block[1]) == config.text.layers):
                 unknown.append(full)
             del state[name]
-    faults = [
-        f"{len(names)} {what}: {_list(names)}"
-        for names, what in (
-            (missing, "missing"),
-            (shapes, "of a wrong shape"),
-            (dtypes, "not floating point"),
-            (unknown, "unknown"),
-        )
-        if names
-    ]
-    if faults:
+    faults = {"missing": missing, "of a wrong shape": shapes, "not floating point": dtypes, "unknown": unknown}
+    if any(faults.values()):
+        summary = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
         raise CheckpointError(
-            f"{path}: its weights do not fit the config {config.name} ({'; '.join(faults)}); "
-            f"give the config that belongs to it, or take the file again from its source"
+            f"{path}: its weights do not fit the config {config.name} ({summary}); "
+            f"give the config of this model, or download the file again"
         )
 
 
-def load(path, config: ModelConfig | None = None, progress: bool | None = None):
-    """Read a checkpoint and hold it against a config.
+def load(
+    path: str | Path, config: ModelConfig | None = None, progress: bool | None = None
+) -> tuple[ModelConfig, dict[str, layouts.State]]:
+    """Read a checkpoint and validate it against a config.
 
-    Returns (config, {"unet": state, "autoencoder": state, "text_encoder": state}), the names and shapes of each state
+    Returns (config, {"unet": state, "autoencoder": state, "text_encoder": state}); the names and shapes of each state are
     exactly those of UNet, Autoencoder and TextEncoder, the tensors on the CPU in the file's floating dtype.
-    config None: sd1, sd2 or tiny by the sizes in the file; eps or v is not in the weights, so SD2 is then taken for
-    eps unless it is a diffusers folder, which says. A config with text.layers = 0 takes their number from the file.
-    Raises CheckpointError, naming the file and the way out, for anything else than a whole model of that config.
+    config None: sd1, sd2 or tiny by the sizes in the file; the weights do not show eps or v, so SD2 is then loaded as eps
+    unless it is a diffusers folder, whose scheduler has the setting. text.layers = 0: the number depends on the file.
+    Raises CheckpointError, naming the file and a remedy, unless the file is a whole model of that config.
     """
     used = (*layouts.PREFIXES.values(), layouts.OPENCLIP, layouts.CLIP)
-
-    def wanted(name: str) -> bool:  # leaves a second set of weights (model_ema) and what else is never used on the disk
-        return name.startswith(used) or not _IGNORABLE.match(name)
-
-    contents = read_contents(path, progress, wanted)
-    state = contents.state
-    refuse_other_models(path, state)
+    # A second set of weights (model_ema) and other unused entries are not read.
+    checkpoint = read_checkpoint(path, progress, lambda name: name.startswith(used) or not _IGNORABLE.match(name))
+    state, predicted = checkpoint.state, checkpoint.parameterization
+    reject_other_models(path, state)
     if config is None:
         config = _detect(path, state)
-        if config.name == "sd2" and contents.parameterization == "v":
+        if config.name == "sd2" and predicted == "v":
             config = PRESETS["sd2-v"]
-    elif contents.parameterization not in (None, config.parameterization):
+    elif predicted not in (None, config.parameterization):
         raise CheckpointError(
-            f"{path}: its scheduler says that the UNet predicts {contents.parameterization}, and the config "
-            f"{config.name} says {config.parameterization}: pass a config with that parameterization, or none"
+            f"{path}: its scheduler is for a UNet that predicts {predicted}, but the config {config.name} is for "
+            f"{config.parameterization}: pass a config with that parameterization, or none"
         )
-    _refuse_contradiction(path, state, config)
+    _reject_contradiction(path, state, config)
     if Path(path).is_dir():
         require_settings(Path(path), config)
     released = any(name in state for name in _RELEASED_OPENCLIP)
@@ -322,12 +330,15 @@ def load(path, config: ModelConfig | None = None, progress: bool | None = None):
 
 
 def materialise(
-    module_factory, state: dict[str, torch.Tensor], device="cpu", dtype: torch.dtype | None = None
+    module_factory: Callable[[], nn.Module],
+    state: dict[str, Tensor],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Make the module that `module_factory` returns, with the tensors of `state` as its weights and no other memory.
+    """Build the module of `module_factory` with the tensors of `state` as its weights, without allocating others.
 
-    `state` must hold every weight of the module and is emptied, each tensor freed once it is on `device` in `dtype`
-    (None: as it is). Tensors that need no move are taken over and not copied. Returns the module in eval mode.
+    `state` must contain every weight of the module and is emptied; each tensor is freed once it is on `device` in `dtype`
+    (None: unchanged). Tensors that need no conversion are used without a copy. Returns the module in eval mode.
     """
     with meta_device():
         module = module_factory()

@@ -1,24 +1,26 @@
-"""The pickles of torch files, read without running them: a small machine that knows the opcodes and calls nothing.
+"""Read the pickles of torch files without executing them.
 
-A pickle is a program whose opcodes name Python objects and call them; `pickle.Unpickler`, however restricted, still
-calls and still sets attributes. Here no name is ever imported: a name is a `Global`, a piece of text, and "calling" one
-is a lookup in CALLS, whose few functions build dicts, tuples and descriptions of tensors. Names of libraries whose
-objects real checkpoints carry along (callbacks, hyper-parameters, numbers) become `Inert`; every other name is refused.
-The result is the same on every torch, of which torch.load(weights_only=True) is only in the newer ones.
+A pickle is a program whose opcodes import Python objects and call them; `pickle.Unpickler`, even when restricted, still
+calls and still sets attributes. This reader interprets the opcodes itself and imports nothing: a name becomes a `Global`,
+which is text, and a call is a lookup in CALLS, whose few functions build dicts, tuples and descriptions of tensors. Names
+of libraries whose objects real checkpoints contain (callbacks, hyper-parameters, numbers) become `Inert`; every other name
+is rejected. The result is the same on every torch version; torch.load(weights_only=True) exists only in the newer ones.
 
-Opcodes: the documentation of CPython's pickletools. Files: torch/serialization.py.
+Opcodes: CPython's pickletools. File structure: torch/serialization.py.
 """
 
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import IO, Any
 
 import torch
 
 from sd.errors import CheckpointError
 
-# Real files stay below 2 MB; without a limit a file could be all index and no weights.
+# Real files stay below 2 MB; without a limit a file could consist of an index alone.
 MAX_PICKLE_BYTES = 256 << 20
 
 STORAGE_DTYPES = {
@@ -35,7 +37,7 @@ STORAGE_DTYPES = {
 }
 DTYPE_NAMES = tuple(str(dtype).partition(".")[2] for dtype in STORAGE_DTYPES.values())
 
-# Packages whose objects training frameworks leave in checkpoints. Nothing of theirs is imported or run.
+# Packages whose objects training frameworks leave in checkpoints. They are neither imported nor executed.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy", "torchmetrics")
 _INERT_BUILTINS = (
     "bool bytearray bytes complex dict float frozenset int list long object range set slice str tuple unicode"
@@ -61,25 +63,22 @@ INERT_NAMES = {
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the file mentions; text, never an object."""
+    """A name in the pickle; text, never an object."""
 
     module: str
     name: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
 
 class Inert:
-    """What a harmless call would have made; it takes every state and keeps none."""
-
-    def __init__(self, made_by: Global):
-        self.made_by = made_by
+    """Placeholder for the result of a harmless call; it discards every state."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage that the file holds elsewhere, under `key`."""
+    """A storage that the file holds elsewhere, under `key`; `numel` in elements."""
 
     dtype: torch.dtype
     key: str
@@ -96,292 +95,261 @@ class PickledTensor:
     stride: tuple[int, ...]
 
 
-class _Mark:
-    pass
+_MARK = object()
 
 
-_MARK = _Mark()
+def _damaged(fault: str) -> CheckpointError:
+    return CheckpointError(f"its pickle is damaged ({fault})")
 
 
-def _damaged(what: str) -> CheckpointError:
-    return CheckpointError(f"its pickle is damaged ({what})")
+def _check(condition: bool, fault: str) -> None:
+    if not condition:
+        raise _damaged(fault)
 
 
-def _is_count(value) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _ordered_dict(args):
+def _ordered_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
+    fault = "an OrderedDict of something other than pairs"
+    _check(not args or (len(args) == 1 and type(args[0]) is list), fault)
     result = {}
-    if args:
-        if len(args) != 1 or type(args[0]) is not list:
-            raise _damaged("an OrderedDict of something else than pairs")
-        for pair in args[0]:
-            if type(pair) not in (tuple, list) or len(pair) != 2:
-                raise _damaged("an OrderedDict of something else than pairs")
-            result[_key(pair[0])] = pair[1]
+    for pair in args[0] if args else ():
+        _check(type(pair) in (tuple, list) and len(pair) == 2, fault)
+        result[_key(pair[0])] = pair[1]
     return result
 
 
-def _tensor(args):
-    if not 4 <= len(args) <= 7:
-        raise _damaged("a tensor with a wrong number of arguments")
+def _tensor(args: tuple[Any, ...]) -> PickledTensor:
+    _check(4 <= len(args) <= 7, "a tensor with a wrong number of arguments")
     storage, offset, size, stride = args[:4]
-    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
-        raise _damaged("a tensor without a storage, size and stride")
-    if len(size) > 32 or not _is_count(offset) or not all(_is_count(number) for number in (*size, *stride)):
-        raise _damaged("a tensor of an impossible size")
+    typed = type(storage) is Storage and type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
+    _check(typed, "a tensor without a storage, size and stride")
+    counts = len(size) <= 32 and _is_count(offset) and all(_is_count(number) for number in (*size, *stride))
+    _check(counts, "a tensor of an impossible size")
     elements, last = 1, offset
     for length, step in zip(size, stride):
         elements *= length
         last += (length - 1) * step
-    # A view may not repeat elements either: a stride of 0 would let a small file ask for any amount of memory.
-    if elements and (last >= storage.numel or elements > storage.numel):
-        raise _damaged("a tensor that reaches outside its storage")
+    # A view must not repeat elements either: a stride of 0 would let a small file allocate any amount of memory.
+    inside = not elements or (last < storage.numel and elements <= storage.numel)
+    _check(inside, "a tensor that reaches outside its storage")
     return PickledTensor(storage, offset, size, stride)
 
 
-def _parameter(args):
-    if not args or type(args[0]) is not PickledTensor:
-        raise _damaged("a parameter that is not a tensor")
-    return args[0]
+def _parameter(args: tuple[Any, ...]) -> PickledTensor:
+    _check(bool(args) and type(args[0]) is PickledTensor, "a parameter that is not a tensor")
+    tensor: PickledTensor = args[0]
+    return tensor
 
 
-def _from_type(args):  # a tensor or parameter with attributes of its own: (function, class, arguments, state)
-    if len(args) != 4 or type(args[0]) is not Global or type(args[2]) is not tuple:
-        raise _damaged("a tensor subclass without its function and arguments")
+def _from_type(args: tuple[Any, ...]) -> Any:
+    """A tensor or parameter with attributes; args: (function, class, arguments, state)."""
+    typed = len(args) == 4 and type(args[0]) is Global and type(args[2]) is tuple
+    _check(typed, "a tensor subclass without its function and arguments")
     return _call(args[0], args[2], nested=True)
 
 
-def _size(args):
-    if len(args) != 1 or type(args[0]) not in (tuple, list):
-        raise _damaged("a torch.Size of something else than numbers")
+def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    _check(len(args) == 1 and type(args[0]) in (tuple, list), "a torch.Size of something other than numbers")
     return tuple(args[0])
 
 
-CALLS = {
+CALLS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch", "Size"): _size,
 }
-# Names that stand for themselves: the classes of storages in persistent ids, torch.Tensor in _rebuild_from_type_v2.
-QUIET_NAMES = {
+# Names that may be mentioned but not called: storage classes in persistent ids, torch.Tensor in _rebuild_from_type_v2.
+UNCALLED_NAMES = {
     *((module, name) for name in STORAGE_DTYPES for module in ("torch", "torch.cuda")),
     ("torch", "Tensor"),
     ("torch.nn.parameter", "Parameter"),
 }
 
 
-def _inert(module: str, name: str) -> bool:
-    # A dotted name would reach through a module to what it imported (protocol 4), so it is no class of its package.
+def _is_inert(module: str, name: str) -> bool:
+    # A dotted name (protocol 4) could reach through a module to the modules that it imports.
     return (module, name) in INERT_NAMES or (module.split(".")[0] in INERT_PACKAGES and name.isidentifier())
 
 
-def _global(module, name) -> Global:
-    if type(module) is not str or type(name) is not str:
-        raise _damaged("a name that is no text")
-    if (module, name) in CALLS or (module, name) in QUIET_NAMES or _inert(module, name):
+def _global(module: Any, name: Any) -> Global:
+    _check(type(module) is str and type(name) is str, "a name that is not text")
+    if (module, name) in CALLS or (module, name) in UNCALLED_NAMES or _is_inert(module, name):
         return Global(module, name)
     raise CheckpointError(
-        f"it asks to import {f'{module}.{name}'[:200]!r}, which no checkpoint needs, and was not loaded: "
-        f"do not trust it; take the weights as .safetensors from their author"
+        f"its pickle imports {f'{module}.{name}'[:200]!r}, which no checkpoint needs, and it was not loaded: "
+        f"do not trust it; get the weights as .safetensors from their author"
     )
 
 
-def _call(function, args, nested: bool = False):
-    if type(function) is not Global or type(args) is not tuple:
-        raise _damaged("a call of something that is no function")
+def _call(function: Any, args: Any, nested: bool = False) -> Any:
+    _check(type(function) is Global and type(args) is tuple, "a call of something that is not a function")
     handler = CALLS.get((function.module, function.name))
-    if handler is not None and not (nested and handler is _from_type):  # no recursion as deep as the file likes
+    if handler is not None and not (nested and handler is _from_type):  # the file must not choose a recursion depth
         return handler(args)
-    if _inert(function.module, function.name):
-        return Inert(function)
-    raise _damaged(f"a call of {function}")
+    _check(_is_inert(function.module, function.name), f"a call of {function}")
+    return Inert()
 
 
 _PLAIN_KEYS = (str, int, float, bool, bytes, type(None), Global, Inert)
 
 
-def _key(value):
-    # Only what hashes without recursion: hashing tuples nested a million deep would overflow the C stack.
-    if type(value) in _PLAIN_KEYS or (type(value) is tuple and all(type(item) in _PLAIN_KEYS for item in value)):
-        return value
-    raise _damaged("a dict with a key that is no text or number")
+def _key(value: Any) -> Any:
+    # Only types that hash without recursion: hashing tuples nested a million deep would overflow the C stack.
+    plain = type(value) in _PLAIN_KEYS or (type(value) is tuple and all(type(item) in _PLAIN_KEYS for item in value))
+    _check(plain, "a dict with a key that is not text or a number")
+    return value
 
 
-def _persistent(pid) -> Storage:
-    if (
-        type(pid) is not tuple
-        or len(pid) not in (5, 6)
-        or pid[0] != "storage"
-        or (len(pid) == 6 and pid[5] is not None)
-    ):
-        raise _damaged("a reference that is no storage")
-    kind, key, numel = pid[1], pid[2], pid[4]
-    if type(kind) is not Global or kind.name not in STORAGE_DTYPES or type(key) is not str or not _is_count(numel):
-        raise _damaged("a storage without type, key and length")
-    return Storage(STORAGE_DTYPES[kind.name], key, numel)
-
-
-def _build(target, state) -> None:
-    # The attributes of dicts (`_metadata` of a state dict) and of inert objects do not matter here.
-    if type(target) not in (dict, Inert, PickledTensor):
-        raise _damaged("attributes for something that has none")
-
-
-def _append(target, items) -> None:
-    if type(target) is list:
-        target.extend(items)
-    elif type(target) is not Inert:
-        raise _damaged("items for something that is no list")
-
-
-def _set_items(target, items) -> None:
-    if len(items) % 2:
-        raise _damaged("a key without a value")
-    if type(target) is dict:
-        for key, value in zip(items[::2], items[1::2]):
-            target[_key(key)] = value
-    elif type(target) is not Inert:
-        raise _damaged("keys for something that is no dict")
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = set(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
-    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
-)
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+def _persistent(pid: Any) -> Storage:
+    well_formed = type(pid) is tuple and len(pid) in (5, 6) and pid[0] == "storage" and pid[5:] in ((), (None,))
+    _check(well_formed, "a reference that is not a storage")
+    storage_class, key, numel = pid[1], pid[2], pid[4]
+    known = type(storage_class) is Global and storage_class.name in STORAGE_DTYPES
+    _check(known and type(key) is str and _is_count(numel), "a storage without type, key and length")
+    return Storage(STORAGE_DTYPES[storage_class.name], key, numel)
 
 
 class _Machine:
-    """Stack and memo of one pickle."""
+    """Stack and memo of one pickle. Too short a stack or memo raises LookupError."""
 
-    def __init__(self):
-        self.stack, self.memo = [], {}
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
 
-    def pop(self):
-        value = self.stack.pop()
-        if value is _MARK:
-            raise _damaged("a mark in the place of a value")
-        return value
-
-    def top(self):
-        if self.stack[-1] is _MARK:
-            raise _damaged("a mark in the place of a value")
+    def top(self) -> Any:
+        _check(self.stack[-1] is not _MARK, "a mark in place of a value")
         return self.stack[-1]
 
-    def pop_to_mark(self) -> list:
+    def pop(self) -> Any:
+        value = self.top()
+        self.stack.pop()
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
         items = []
         while self.stack[-1] is not _MARK:
             items.append(self.stack.pop())
         self.stack.pop()
         return items[::-1]
 
-    def pop_some(self, count: int) -> tuple:
+    def pop_many(self, count: int) -> tuple[Any, ...]:
         return tuple(self.pop() for _ in range(count))[::-1]
 
-    def step(self, name: str, arg) -> None:
-        """Do one opcode. Raises CheckpointError for what is refused, LookupError where the stack or memo is short."""
-        stack = self.stack
-        if name in _LITERALS:
-            # LONG4 may hold millions of digits, and nothing here is larger than a byte count.
-            if type(arg) is int and arg.bit_length() > 256:
-                raise _damaged("a number of an impossible size")
-            stack.append(arg)
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self.memo[int(arg)] = self.top()
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = self.top()
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(self.memo[int(arg)])
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name in _TUPLES:
-            stack.append(self.pop_some(_TUPLES[name]))
-        elif name == "TUPLE":
-            stack.append(tuple(self.pop_to_mark()))
-        elif name == "LIST":
-            stack.append(self.pop_to_mark())
-        elif name == "DICT":
-            items, target = self.pop_to_mark(), {}
-            _set_items(target, items)
-            stack.append(target)
-        elif name == "APPEND":
-            value = self.pop()
-            _append(self.top(), [value])
-        elif name == "APPENDS":
-            items = self.pop_to_mark()
-            _append(self.top(), items)
-        elif name == "SETITEM":
-            items = self.pop_some(2)
-            _set_items(self.top(), items)
-        elif name == "SETITEMS":
-            items = self.pop_to_mark()
-            _set_items(self.top(), items)
-        elif name in ("EMPTY_SET", "FROZENSET"):
-            if name == "FROZENSET":
-                self.pop_to_mark()
-            stack.append(Inert(Global("builtins", "set")))
-        elif name == "ADDITEMS":
-            self.pop_to_mark()
-            if type(self.top()) is not Inert:
-                raise _damaged("items for something that is no set")
-        elif name == "GLOBAL":
-            stack.append(_global(*arg.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(_global(*self.pop_some(2)))
-        elif name == "INST":
-            args = tuple(self.pop_to_mark())
-            stack.append(_call(_global(*arg.split(" ", 1)), args))
-        elif name == "OBJ":
-            function, *args = self.pop_to_mark()
-            stack.append(_call(function, tuple(args)))
-        elif name in ("REDUCE", "NEWOBJ"):
-            function, args = self.pop_some(2)
-            stack.append(_call(function, args))
-        elif name == "NEWOBJ_EX":
-            function, args, _ = self.pop_some(3)
-            stack.append(_call(function, args))
-        elif name == "BUILD":
-            state = self.pop()
-            _build(self.top(), state)
-        elif name == "BINPERSID":
-            stack.append(_persistent(self.pop()))
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            self.pop_to_mark()
-        elif name == "DUP":
-            stack.append(self.top())
-        elif name not in ("PROTO", "FRAME"):
-            # EXT1..4 look names up in a registry of the process, PERSID and buffers are not used by torch.
-            raise CheckpointError(
-                f"its pickle uses {name}, which no checkpoint needs, and was not loaded: do not trust it"
-            )
+    def pop_call(self) -> Any:
+        function, *args = self.pop_to_mark()
+        return _call(function, tuple(args))
+
+    def pop_set(self) -> Inert:
+        self.pop_to_mark()
+        return Inert()
+
+    def store(self, key: int) -> None:
+        self.memo[key] = self.top()
 
 
-def unpickle(data):
-    """Read one pickle from `data`, bytes or a file that stands at its beginning and is left at its end.
+def _extend(items: list[Any], target: Any) -> None:
+    _check(type(target) in (list, Inert), "items for something that is not a list")
+    if type(target) is list:
+        target.extend(items)
 
-    Returns dicts, lists, tuples, numbers, text, Inert, Global, Storage and PickledTensor; runs and imports nothing.
-    Raises CheckpointError, without a file name, where the pickle is damaged or asks for what no checkpoint needs.
+
+def _add(items: list[Any], target: Any) -> None:
+    _check(type(target) is Inert, "items for something that is not a set")
+
+
+def _set_items(items: list[Any] | tuple[Any, ...], target: Any) -> Any:
+    _check(len(items) % 2 == 0, "a key without a value")
+    _check(type(target) in (dict, Inert), "keys for something that is not a dict")
+    if type(target) is dict:
+        target.update((_key(key), value) for key, value in zip(items[::2], items[1::2]))
+    return target
+
+
+def _build(state: Any, target: Any) -> None:
+    # The attributes of dicts (`_metadata` of a state dict), inert objects and tensors are not needed.
+    _check(type(target) in (dict, Inert, PickledTensor), "attributes for something that has none")
+
+
+def _literal(machine: _Machine, arg: Any) -> Any:
+    # LONG4 may hold millions of digits, and no number in a checkpoint is larger than a byte count.
+    _check(type(arg) is not int or arg.bit_length() <= 256, "a number of an impossible size")
+    return arg
+
+
+_LITERALS = (
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
+).split()
+# Opcodes that push the value which the function returns for (machine, argument of the opcode).
+_PUSHES: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(_LITERALS, _literal),
+    **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), lambda m, arg: m.memo[int(arg)]),
+    "MARK": lambda m, _: _MARK,
+    "DUP": lambda m, _: m.top(),
+    "NONE": lambda m, _: None,
+    "NEWTRUE": lambda m, _: True,
+    "NEWFALSE": lambda m, _: False,
+    "EMPTY_LIST": lambda m, _: [],
+    "EMPTY_DICT": lambda m, _: {},
+    "EMPTY_TUPLE": lambda m, _: (),
+    "EMPTY_SET": lambda m, _: Inert(),
+    "TUPLE1": lambda m, _: m.pop_many(1),
+    "TUPLE2": lambda m, _: m.pop_many(2),
+    "TUPLE3": lambda m, _: m.pop_many(3),
+    "TUPLE": lambda m, _: tuple(m.pop_to_mark()),
+    "LIST": lambda m, _: m.pop_to_mark(),
+    "FROZENSET": lambda m, _: m.pop_set(),
+    "DICT": lambda m, _: _set_items(m.pop_to_mark(), {}),
+    "GLOBAL": lambda m, arg: _global(*arg.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: _global(*m.pop_many(2)),
+    "INST": lambda m, arg: _call(_global(*arg.split(" ", 1)), tuple(m.pop_to_mark())),
+    "OBJ": lambda m, _: m.pop_call(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: _call(*m.pop_many(2))),
+    "NEWOBJ_EX": lambda m, _: _call(*m.pop_many(3)[:2]),
+    "BINPERSID": lambda m, _: _persistent(m.pop()),
+}
+# Opcodes that change the machine and push nothing.
+_CHANGES: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), lambda m, arg: m.store(int(arg))),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    "MEMOIZE": lambda m, _: m.store(len(m.memo)),
+    "APPEND": lambda m, _: _extend([m.pop()], m.top()),
+    "APPENDS": lambda m, _: _extend(m.pop_to_mark(), m.top()),
+    "SETITEM": lambda m, _: _set_items(m.pop_many(2), m.top()),
+    "SETITEMS": lambda m, _: _set_items(m.pop_to_mark(), m.top()),
+    "ADDITEMS": lambda m, _: _add(m.pop_to_mark(), m.top()),
+    "BUILD": lambda m, _: _build(m.pop(), m.top()),
+    "POP": lambda m, _: m.stack.pop(),
+    "POP_MARK": lambda m, _: m.pop_to_mark(),
+}
+
+
+def unpickle(data: bytes | IO[bytes]) -> Any:
+    """Read one pickle from bytes, or from a file at its current position, which moves to the end of the pickle.
+
+    Returns dicts, lists, tuples, numbers, text, Inert, Global, Storage and PickledTensor; executes and imports nothing.
+    Raises CheckpointError, without a file name, if the pickle is damaged or uses a name or opcode no checkpoint needs.
     """
     machine = _Machine()
     try:
         for opcode, arg, position in pickletools.genops(data):
-            if position > MAX_PICKLE_BYTES:
-                raise _damaged("an index of more than 256 MB")
+            _check((position or 0) <= MAX_PICKLE_BYTES, "an index of more than 256 MB")
             if opcode.name == "STOP":
                 return machine.pop()
-            machine.step(opcode.name, arg)
+            if opcode.name in _PUSHES:
+                machine.stack.append(_PUSHES[opcode.name](machine, arg))
+            elif opcode.name in _CHANGES:
+                _CHANGES[opcode.name](machine, arg)
+            else:
+                # EXT1 to EXT4 look names up in a registry of the process; torch uses neither PERSID nor buffers.
+                raise CheckpointError(
+                    f"its pickle uses {opcode.name}, which no checkpoint needs, and it was not loaded: do not trust it"
+                )
     except CheckpointError:
         raise
     except (LookupError, ValueError, TypeError, OverflowError, MemoryError) as error:

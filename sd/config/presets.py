@@ -1,15 +1,20 @@
-"""Model presets: frozen descriptions of the networks. YAML files in the original layout are read by sd.config.yaml_reader."""
+"""Model presets: frozen descriptions of the networks. sd.config.yaml_reader reads YAML files in the original layout."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sd.errors import ConfigError
+
+TextKind = Literal["openclip", "clip"]  # SD2, SD1: parameter names, activation and padding differ
+Parameterization = Literal["eps", "v"]  # prediction type of the UNet: noise, or v of arXiv 2202.00512
+OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaler", 8: "an instruct-pix2pix", 9: "an inpainting"}  # by channels
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the denoising network (compare `unet_config` of the original YAML files)."""
+    """Shape of the UNet (`unet_config` of the original YAML files)."""
 
     context_dim: int
     in_channels: int = 4
@@ -18,19 +23,19 @@ class UNetConfig:
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors that have attention
-    num_heads: int | None = None  # either a number of heads ...
-    num_head_channels: int | None = None  # ... or their width
+    num_heads: int | None = None  # exactly one of these two is set
+    num_head_channels: int | None = None
     transformer_depth: int = 1
     use_linear_in_transformer: bool = False
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.num_head_channels is None):
-            raise ConfigError("unet: give num_heads or num_head_channels, one of the two")
+            raise ConfigError("unet: give either num_heads or num_head_channels")
 
     def heads(self, channels: int) -> int:
-        """Number of attention heads at a block of `channels` channels."""
-        divisor = self.num_heads or self.num_head_channels or 1  # one of the two is given
+        """Number of attention heads in a block of `channels` channels."""
+        divisor = self.num_heads or self.num_head_channels or 1
         if channels % divisor:
             split = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.num_head_channels} channels"
             raise ConfigError(f"unet: {channels} channels cannot be split into {split}")
@@ -39,7 +44,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of the KL autoencoder (compare `first_stage_config.params.ddconfig`)."""
+    """Shape of the KL autoencoder (`first_stage_config.params.ddconfig` of the original YAML files)."""
 
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -57,9 +62,9 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the text tower. `layers` counts the blocks that run: SD2 leaves out the last of its 24."""
+    """Shape of the text encoder. `layers` counts the blocks that run: SD2 skips the last of its 24."""
 
-    kind: str  # "openclip" (SD2) or "clip" (SD1): which key layout, activation and padding
+    kind: TextKind
     width: int
     layers: int
     vocab_size: int = 49408
@@ -71,13 +76,13 @@ class TextConfig:
 
     @property
     def heads(self) -> int:
-        """Attention heads: width / 64 in every released model, one below that width."""
+        """Number of attention heads: width / 64, as in every released model, and 1 below that width."""
         return max(1, self.width // 64)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The forward process: betas linear in sqrt space."""
+    """Noise schedule of the forward process: betas linear in sqrt space."""
 
     linear_start: float = 0.00085
     linear_end: float = 0.0120
@@ -86,17 +91,17 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that a checkpoint does not say about itself."""
+    """Description of a model: the networks, and the settings that its weights do not show."""
 
     name: str
     unet: UNetConfig
     text: TextConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    parameterization: str = "eps"  # what the UNet predicts: "eps" or "v"
-    scale_factor: float = 0.18215  # latents are encoder outputs times this
+    parameterization: Parameterization = "eps"
+    scale_factor: float = 0.18215  # latents = encoder output * scale_factor
     image_size: int = 512  # native height and width in pixels
-    native_mha: bool = False  # the YAML asked for nn.MultiheadAttention
+    native_mha: bool = False  # the YAML file selects nn.MultiheadAttention
 
     def __post_init__(self) -> None:
         if self.parameterization not in ("eps", "v"):
@@ -115,7 +120,7 @@ PRESETS = {
     "sd1": ModelConfig("sd1", _SD1_UNET, TextConfig("clip", width=768, layers=12)),
     "sd2": ModelConfig("sd2", _SD2_UNET, _OPENCLIP_H),
     "sd2-v": ModelConfig("sd2-v", _SD2_UNET, _OPENCLIP_H, parameterization="v", image_size=768),
-    # The embedded model: SD2's architecture at a hundredth of its width, trained by sd.tiny.train.
+    # The embedded model: the architecture of SD2 with about 4 million parameters, trained by sd.tiny.train.
     "tiny": ModelConfig(
         "tiny",
         UNetConfig(
@@ -132,14 +137,13 @@ PRESETS = {
         AutoencoderConfig(channels=16, channel_mult=(1, 2, 2, 3), num_res_blocks=1, norm_groups=8),
         parameterization="v",
         image_size=64,
-        scale_factor=1.0,  # folded into the autoencoder's own last and first convolutions
+        scale_factor=1.0,  # folded into the last and first convolutions of the autoencoder
     ),
 }
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset `name`, or a ConfigError that lists those there are."""
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise ConfigError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}, or give a YAML file") from None
+    """Return the preset `name`; ConfigError lists the valid names."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}, or give a YAML file")
+    return PRESETS[name]

@@ -1,27 +1,37 @@
-"""YAML files in the original layout, checked key by key: a file that is read says exactly one known model.
+"""Read YAML files in the original layout, with every key checked, into a ModelConfig.
 
-Everything in the file is data. A `target` is compared with the names known here and never imported, and an
-interpolation (`${oc.env:HOME}`) is refused and never resolved.
+The file is data. A `target` is compared with known names and never imported, and an interpolation (`${oc.env:HOME}`) is
+rejected and never resolved.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
-from sd.config.presets import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from sd.config.presets import (
+    OTHER_INPUTS,
+    AutoencoderConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    TextKind,
+    UNetConfig,
+)
 from sd.errors import ConfigError
 
-CONFIGS = Path(__file__).parent  # the files that come with this package
-LARGEST = 1 << 20  # bytes; released files have under 5,000
-DEEPEST = 50  # levels; released files have 7
+CONFIGS = Path(__file__).parent  # the YAML files of this package
+MAX_BYTES = 1 << 20  # released files have under 5,000
+MAX_DEPTH = 50  # released files have 7 levels
 
 MODEL_TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 AUTOENCODER_TARGET = "ldm.models.autoencoder.AutoencoderKL"
 OPENCLIP_TARGET = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
 CLIP_TARGET = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
-TEXT_KINDS = {OPENCLIP_TARGET: "openclip", CLIP_TARGET: "clip"}
+TEXT_KINDS: dict[str, TextKind] = {OPENCLIP_TARGET: "openclip", CLIP_TARGET: "clip"}
 
 _OTHER_MODELS = {
     "LatentInpaintDiffusion": "an inpainting model",
@@ -31,12 +41,11 @@ _OTHER_MODELS = {
     "LatentUpscaleFinetuneDiffusion": "an upscaler",
     "ImageEmbeddingConditionedLatentDiffusion": "an unCLIP model",
 }
-_OTHER_CHANNELS = {5: "a depth-to-image", 7: "an upscaler", 8: "an instruct-pix2pix", 9: "an inpainting"}
-# The width of the one embedder is never that of the other; other widths are custom models.
-_FOREIGN_WIDTH = {"openclip": (768, CLIP_TARGET), "clip": (1024, OPENCLIP_TARGET)}
+# The released width of the other text encoder, and its class; further widths belong to custom models.
+_WRONG_WIDTH = {"openclip": (768, "FrozenCLIPEmbedder"), "clip": (1024, "FrozenOpenCLIPEmbedder")}
 
-# What only training needs, or what is chosen by an option here, by section.
-_TRAINING = {
+# Keys that only training uses, or that are options of `sd`, by section.
+_IGNORED = {
     "": "data lightning",
     "model": "base_learning_rate",
     "model.params": "num_timesteps_cond log_every_t first_stage_key cond_stage_key cond_stage_trainable use_ema "
@@ -54,90 +63,90 @@ _REQUIRED = object()
 
 
 class _Section:
-    """One mapping of the file: what is taken is checked, and `close` refuses what is left unless it may be."""
+    """One mapping of the file: values are checked when taken, and `close` rejects the keys that were not."""
 
-    def __init__(self, path: Path, name: str, mapping):
+    def __init__(self, path: Path, name: str, mapping: Any) -> None:
         self.path, self.name = path, name
         if not isinstance(mapping, dict):
             raise ConfigError(f"{path}: {name or 'the file'} is {_describe(mapping)} where keys and values are needed")
-        self.left = dict(mapping)
+        self.remaining = dict(mapping)
 
     def key(self, key: str) -> str:
-        """The dotted path of a key."""
         return f"{self.name}.{key}" if self.name else key
 
-    def fail(self, key: str, what: str):
-        """ConfigError that names the file and the dotted path of the key."""
-        raise ConfigError(f"{self.path}: {self.key(key)}: {what}")
+    def fail(self, key: str, fault: str) -> NoReturn:
+        raise ConfigError(f"{self.path}: {self.key(key)}: {fault}")
 
-    def take(self, key: str, default=_REQUIRED):
-        if key not in self.left and default is _REQUIRED:
+    def take(self, key: str, default: Any = _REQUIRED) -> Any:
+        if key not in self.remaining and default is _REQUIRED:
             self.fail(key, "is missing, and the model cannot be built without it")
-        return self.left.pop(key, default)
+        return self.remaining.pop(key, default)
 
     def section(self, key: str, optional: bool = False) -> _Section:
         value = self.take(key, None if optional else _REQUIRED)
         return _Section(self.path, self.key(key), {} if value is None and optional else value)
 
-    def integer(self, key: str, default=_REQUIRED, least: int = 1) -> int:
+    def checked(self, key: str, valid: Callable[[Any], bool], expected: str, default: Any = _REQUIRED) -> Any:
         value = self.take(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.fail(key, f"must be a whole number of at least {least}, and is {_describe(value)}")
+        if not valid(value):
+            self.fail(key, f"must be {expected}, not {_describe(value)}")
         return value
 
+    def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
+        def valid(value: Any) -> bool:
+            return type(value) is int and value >= minimum
+
+        return int(self.checked(key, valid, f"a whole number of at least {minimum}", default))
+
     def count(self, key: str) -> int | None:
-        """A positive whole number, or None where it is absent or the original's -1, which means the same."""
-        if self.left.get(key, -1) == -1:
-            self.left.pop(key, None)
+        """A positive whole number, or None if it is absent or -1, the original's value for absent."""
+        if self.remaining.get(key, -1) == -1:
+            self.remaining.pop(key, None)
             return None
         return self.integer(key)
 
     def number(self, key: str) -> float:
-        value = self.take(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            self.fail(key, f"must be a positive number, and is {_describe(value)}")
-        return float(value)
+        return float(
+            self.checked(
+                key, lambda value: type(value) in (int, float) and 0 < value < float("inf"), "a positive number"
+            )
+        )
 
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            self.fail(key, f"must be True or False, and is {_describe(value)}")
-        return value
+    def boolean(self, key: str) -> bool:
+        return bool(self.checked(key, lambda value: type(value) is bool, "True or False", default=False))
 
     def integers(self, key: str) -> tuple[int, ...]:
-        value = self.take(key)
-        if not isinstance(value, list) or not value or not all(type(item) is int and item > 0 for item in value):
-            self.fail(key, f"must be a list of positive whole numbers, and is {_describe(value)}")
-        return tuple(value)
+        def valid(value: Any) -> bool:
+            return type(value) is list and bool(value) and all(type(item) is int and item > 0 for item in value)
 
-    def choice(self, key: str, choices: tuple, why: str, default=_REQUIRED):
+        return tuple(self.checked(key, valid, "a list of positive whole numbers"))
+
+    def choice(self, key: str, choices: tuple[Any, ...], reason: str, default: Any = _REQUIRED) -> Any:
         value = self.take(key, default)
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            one_of = " or ".join(_describe(choice) for choice in choices)
-            self.fail(key, f"is {_describe(value)} and can only be {one_of}: {why}")
+            supported = " or ".join(_describe(choice) for choice in choices)
+            self.fail(key, f"is {_describe(value)} and can only be {supported}: {reason}")
         return value
 
     def close(self) -> None:
-        ignored = _TRAINING[self.name].split()
-        unknown = [self.key(str(key)) for key in self.left if key not in ignored]
+        ignored = _IGNORED[self.name].split()
+        unknown = [self.key(str(key)) for key in self.remaining if key not in ignored]
         if unknown:
-            raise ConfigError(
-                f"{self.path}: unknown key {', '.join(unknown)}: misspelt, or of a model that cannot be run here"
-            )
+            raise ConfigError(f"{self.path}: unknown key {', '.join(unknown)}: misspelt, or of an unsupported model")
 
 
-def _describe(value) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_yaml(path) -> ModelConfig:
-    """The model that a YAML file in the original layout describes, named after the file.
+def read_yaml(path: str | Path) -> ModelConfig:
+    """Read the model that a YAML file in the original layout describes; it is named after the file.
 
-    `text.layers` is 0: the file does not say it, the checkpoint does. Raises ConfigError naming the file, and the key
-    by its dotted path, for anything unknown, missing, contradictory or of a model that cannot be run here.
+    `text.layers` is 0: the checkpoint determines it. Raises ConfigError naming the file, and the key by its dotted path,
+    for anything unknown, missing, contradictory or unsupported.
     """
     path = Path(path)
     top = _Section(path, "", _parse(path))
@@ -145,8 +154,8 @@ def read_yaml(path) -> ModelConfig:
     target = model.take("target")
     if target != MODEL_TARGET:
         other = _OTHER_MODELS.get(str(target).rpartition(".")[2])
-        what = f"{_describe(target)} is {other}, and" if other else f"{_describe(target)} is unknown:"
-        model.fail("target", f"{what} only {MODEL_TARGET} can be run here")
+        reason = f"is {other}, and" if other else "is unknown:"
+        model.fail("target", f"{_describe(target)} {reason} only {MODEL_TARGET} is supported")
     params = model.section("params")
     unet, native_mha = _unet(params)
     autoencoder = _autoencoder(params)
@@ -157,67 +166,67 @@ def read_yaml(path) -> ModelConfig:
     return config
 
 
-def _parse(path: Path) -> dict:
+def _parse(path: Path) -> dict[Any, Any]:
     try:
-        if path.stat().st_size > LARGEST:
-            raise ConfigError(f"{path}: has more than {LARGEST} bytes, give the YAML file of the model")
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_BYTES} bytes, give the YAML file of the model")
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): give a YAML file or a preset") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text: give the YAML file of the model, not its checkpoint") from None
     if "${" in text:
-        raise ConfigError(f"{path}: has an interpolation (${{...}}), which is refused: write the value itself")
+        raise ConfigError(f"{path}: has an interpolation (${{...}}), which is rejected: write the value itself")
 
-    import yaml  # which OmegaConf brings
+    import yaml  # a dependency of OmegaConf
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        _refuse_bombs(path, text)
+        _reject_bombs(path, text)
         contents = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(contents, dict):
         raise ConfigError(f"{path}: is a list where `model:` is needed: give the YAML file of a model")
     return contents
 
 
-def _refuse_bombs(path: Path, text: str) -> None:
-    """A few nested aliases can stand for more values than memory holds; deep nesting takes more time than there is."""
+def _reject_bombs(path: Path, text: str) -> None:
+    """Reject aliases, a few of which can expand beyond the memory, and deep nesting, whose parsing takes too long."""
     import yaml
 
     depth = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{path}: has an alias (*name), which is refused: write the value itself")
+            raise ConfigError(f"{path}: has an alias (*name), which is rejected: write the value itself")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ConfigError(f"{path}: is nested more than {DEEPEST} deep, which no model's file is")
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{path}: is nested more than {MAX_DEPTH} deep")
 
 
 def _unet(params: _Section) -> tuple[UNetConfig, bool]:
     config = params.section("unet_config")
-    config.choice("target", (UNET_TARGET,), "no other network can be run here")
+    config.choice("target", (UNET_TARGET,), "no other network is supported")
     section = config.section("params")
     in_channels = section.integer("in_channels")
-    if in_channels in _OTHER_CHANNELS:
+    if in_channels in OTHER_INPUTS:
         section.fail(
-            "in_channels", f"{in_channels} are those of {_OTHER_CHANNELS[in_channels]} model, which cannot be run here"
+            "in_channels", f"{in_channels} are those of {OTHER_INPUTS[in_channels]} model, which is unsupported"
         )
     if section.integer("out_channels") != in_channels:
         section.fail("out_channels", f"must be in_channels, {in_channels}")
     num_heads, num_head_channels = section.count("num_heads"), section.count("num_head_channels")
     if num_heads and num_head_channels:
-        section.fail("num_head_channels", "contradicts num_heads: give one of the two")
+        section.fail("num_head_channels", "contradicts num_heads: give only one of them")
     if not num_heads and not num_head_channels:
-        section.fail("num_heads", "is missing, and so is num_head_channels: give one of the two")
+        section.fail("num_heads", "is missing, and so is num_head_channels: give one of them")
     section.choice("use_spatial_transformer", (True,), "without it there is no cross-attention to the prompt")
-    section.choice("legacy", (False,), "that head layout is of models before Stable Diffusion", default=False)
-    section.choice("num_classes", (None,), "a model with class embeddings cannot be run here", default=None)
-    # These names choose an attention implementation in some forks; here an option does.
+    section.choice("legacy", (False,), "that head layout predates Stable Diffusion", default=False)
+    section.choice("num_classes", (None,), "class embeddings are not supported", default=None)
+    # Some forks select the attention backend by these names; `sd` has an option for it.
     attention = ("softmax", "softmax-xformers")
     section.choice("spatial_transformer_attn_type", attention, "no other attention is known", default="softmax")
     unet = UNetConfig(
@@ -231,30 +240,35 @@ def _unet(params: _Section) -> tuple[UNetConfig, bool]:
         num_heads=num_heads,
         num_head_channels=num_head_channels,
         transformer_depth=section.integer("transformer_depth", 1),
-        use_linear_in_transformer=section.boolean("use_linear_in_transformer", False),
+        use_linear_in_transformer=section.boolean("use_linear_in_transformer"),
         norm_groups=section.integer("norm_groups", 32),
     )
-    factors = [2**level for level in range(len(unet.channel_mult))]
-    if not set(unet.attention_resolutions) <= set(factors):
-        section.fail("attention_resolutions", f"{list(unet.attention_resolutions)} are not all among {factors}")
-    if unet.model_channels % unet.norm_groups:
-        section.fail("model_channels", f"{unet.model_channels} is no multiple of norm_groups, {unet.norm_groups}")
-    for factor, mult in zip(factors, unet.channel_mult):
-        # The middle block, at the last level, always has attention.
-        if factor in unet.attention_resolutions or factor == factors[-1]:
-            channels = unet.model_channels * mult
-            key, value = ("num_heads", num_heads) if num_heads else ("num_head_channels", num_head_channels)
-            if value and channels % value:
-                section.fail(key, f"{value} does not divide the {channels} channels of the level {factor}")
-    native_mha = section.boolean("use_native_mha", False)
+    native_mha = section.boolean("use_native_mha")
+    _check_unet(section, unet)
     section.close()
     config.close()
     return unet, native_mha
 
 
+def _check_unet(section: _Section, unet: UNetConfig) -> None:
+    factors = [2**level for level in range(len(unet.channel_mult))]
+    if not set(unet.attention_resolutions) <= set(factors):
+        section.fail("attention_resolutions", f"{list(unet.attention_resolutions)} are not all among {factors}")
+    if unet.model_channels % unet.norm_groups:
+        section.fail("model_channels", f"{unet.model_channels} is no multiple of norm_groups, {unet.norm_groups}")
+    key = "num_heads" if unet.num_heads else "num_head_channels"
+    divisor = unet.num_heads or unet.num_head_channels or 1
+    for factor, multiplier in zip(factors, unet.channel_mult):
+        channels = unet.model_channels * multiplier
+        # The middle block, at the last level, always has attention.
+        attended = factor in unet.attention_resolutions or factor == factors[-1]
+        if attended and channels % divisor:
+            section.fail(key, f"{divisor} does not divide the {channels} channels of the level {factor}")
+
+
 def _autoencoder(params: _Section) -> AutoencoderConfig:
     config = params.section("first_stage_config")
-    config.choice("target", (AUTOENCODER_TARGET,), "no other autoencoder can be run here")
+    config.choice("target", (AUTOENCODER_TARGET,), "no other autoencoder is supported")
     section = config.section("params")
     shape = section.section("ddconfig")
     shape.choice("double_z", (True,), "without it the encoder gives no variance")
@@ -263,6 +277,8 @@ def _autoencoder(params: _Section) -> AutoencoderConfig:
     image_channels = shape.integer("in_channels")
     if shape.integer("out_ch") != image_channels:
         shape.fail("out_ch", f"must be in_channels, {image_channels}")
+    if image_channels != 3:
+        shape.fail("in_channels", f"must be 3, for RGB images, not {image_channels}")
     autoencoder = AutoencoderConfig(
         channels=shape.integer("ch"),
         channel_mult=shape.integers("ch_mult"),
@@ -272,8 +288,6 @@ def _autoencoder(params: _Section) -> AutoencoderConfig:
         embed_dim=section.integer("embed_dim"),
         norm_groups=shape.integer("norm_groups", 32),
     )
-    if autoencoder.image_channels != 3:
-        shape.fail("in_channels", f"must be 3, for colour pictures, and is {autoencoder.image_channels}")
     if autoencoder.channels % autoencoder.norm_groups:
         shape.fail("ch", f"{autoencoder.channels} is no multiple of norm_groups, {autoencoder.norm_groups}")
     for part in (shape, section, config):
@@ -283,39 +297,45 @@ def _autoencoder(params: _Section) -> AutoencoderConfig:
 
 def _text(params: _Section, unet: UNetConfig) -> TextConfig:
     config = params.section("cond_stage_config")
-    target = config.choice("target", tuple(TEXT_KINDS), "no other text encoder can be run here")
-    kind = TEXT_KINDS[target]
+    kind = TEXT_KINDS[config.choice("target", tuple(TEXT_KINDS), "no other text encoder is supported")]
     section = config.section("params", optional=True)
-    section.choice("max_length", (77,), "the tokenizer makes 77 tokens", default=77)
-    # The weights come from the checkpoint, so that a name of pretrained ones is only compared.
+    section.choice("max_length", (77,), "the tokenizer returns 77 tokens", default=77)
+    # The weights come from the checkpoint, so names of pretrained weights are only compared.
     if kind == "openclip":
-        section.choice("layer", ("penultimate",), "Stable Diffusion 2 was trained on the last but one")
+        section.choice("layer", ("penultimate",), "Stable Diffusion 2 was trained on the last layer but one")
         section.choice("arch", ("ViT-H-14",), "it is the tower of Stable Diffusion 2", default="ViT-H-14")
         section.choice("version", ("laion2b_s32b_b79k",), "it is the tower of SD2", default="laion2b_s32b_b79k")
     else:
         name = "openai/clip-vit-large-patch14"
-        section.choice("layer", ("last",), "Stable Diffusion 1 was trained on the last", default="last")
+        section.choice("layer", ("last",), "Stable Diffusion 1 was trained on the last layer", default="last")
         section.choice("version", (name,), "it is the tower of Stable Diffusion 1", default=name)
-    foreign, owner = _FOREIGN_WIDTH[kind]
-    if unet.context_dim == foreign:
-        config.fail("target", f"contradicts unet_config's context_dim {foreign}, which is {owner.rpartition('.')[2]}'s")
+    wrong_width, other = _WRONG_WIDTH[kind]
+    if unet.context_dim == wrong_width:
+        config.fail("target", f"contradicts unet_config's context_dim {wrong_width}, which is {other}'s")
     section.close()
     config.close()
     return TextConfig(kind, width=unet.context_dim, layers=0)
 
 
-def _model(path, params, unet, autoencoder, text, native_mha) -> ModelConfig:
+def _model(
+    path: Path,
+    params: _Section,
+    unet: UNetConfig,
+    autoencoder: AutoencoderConfig,
+    text: TextConfig,
+    native_mha: bool,
+) -> ModelConfig:
     if {params.integer("channels", unet.in_channels), autoencoder.embed_dim} != {unet.in_channels}:
         params.fail(
             "channels",
-            f"the latents must have as many in unet_config (in_channels {unet.in_channels}) as in first_stage_config "
-            f"(embed_dim {autoencoder.embed_dim}) and here",
+            f"must be the same number of latent channels as in unet_config (in_channels {unet.in_channels}) and in "
+            f"first_stage_config (embed_dim {autoencoder.embed_dim})",
         )
     params.choice("beta_schedule", ("linear",), "Stable Diffusion 1 and 2 use no other", default="linear")
-    params.choice("conditioning_key", ("crossattn",), "no other input can be given here", default="crossattn")
+    params.choice("conditioning_key", ("crossattn",), "no other input is supported", default="crossattn")
     params.choice("scale_by_std", (False,), "give the scale_factor of the trained model", default=False)
     schedule = ScheduleConfig(
-        params.number("linear_start"), params.number("linear_end"), params.integer("timesteps", 1000, least=2)
+        params.number("linear_start"), params.number("linear_end"), params.integer("timesteps", 1000, minimum=2)
     )
     if not schedule.linear_start < schedule.linear_end < 1:
         params.fail("linear_end", f"{schedule.linear_end} must lie between linear_start {schedule.linear_start} and 1")

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.config.presets import preset
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
@@ -34,7 +35,6 @@ from sd.models.tokenizer import tokenize
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
 from sd.sampling.schedule import Schedule
-from sd.tiny import WEIGHTS
 from sd.tiny.shapes import COLOURS, HELD_OUT, SHAPES, SIZE, TEMPLATES, TRAINED, Subject, draw, recognise
 
 CONFIG = preset("tiny")
@@ -265,7 +265,7 @@ def score(model: StableDiffusion, subjects: Sequence[Subject], seed: int, scale:
     return ", ".join(f"{name} {count}/{len(subjects)}" for name, count in counts.items())
 
 
-def export(autoencoder: Autoencoder, text: TextEncoder, unet: UNet, path: Path = WEIGHTS) -> None:
+def export(autoencoder: Autoencoder, text: TextEncoder, unet: UNet, path: Path = EMBEDDED_WEIGHTS) -> None:
     """Write the networks to a safetensors file in the original layout, fp16."""
     from safetensors.torch import save_file
 
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--unet-steps", type=int, default=12000)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--output", type=Path, default=WEIGHTS)
+    parser.add_argument("--output", type=Path, default=EMBEDDED_WEIGHTS)
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Small random models in the layouts of the released files, for the tests of reading and converting."""
+"""Small random models in the layouts of the released files, for tests of loading and converting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AUTOENCODER = AutoencoderConfig(channels=16, channel_mult=(1, 2), num_res_blocks
 
 
 def small(kind: str = "openclip", layers: int = 2, **unet) -> ModelConfig:
-    """A model of SD2's kind (openclip) or SD1's (clip), in two levels."""
+    """A two-level model of SD2 (openclip) or SD1 (clip) architecture; keyword arguments change its UNetConfig."""
     heads = {"num_head_channels": 8, "use_linear_in_transformer": True} if kind == "openclip" else {"num_heads": 4}
     return ModelConfig(
         f"small-{kind}",
@@ -34,7 +34,7 @@ def small(kind: str = "openclip", layers: int = 2, **unet) -> ModelConfig:
 
 
 def random_networks(config: ModelConfig, dtype=torch.float32, seed: int = 0) -> dict:
-    """{unet, autoencoder, text_encoder}: random weights under the names of the modules."""
+    """Random weights of {unet, autoencoder, text_encoder} by the names of the modules."""
     generator = torch.Generator().manual_seed(seed)
     return {
         network: {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
@@ -43,15 +43,15 @@ def random_networks(config: ModelConfig, dtype=torch.float32, seed: int = 0) -> 
 
 
 def original(config: ModelConfig, dtype=torch.float32, released: bool = True) -> dict:
-    """The same in the original layout; as a released file, with all that comes beside the weights that are used."""
+    """Random weights in the original layout; `released` adds the unused entries of a released file."""
     state = layouts.join_networks(random_networks(config, dtype), config.text.kind)
     if not released:
         return state
     generator = torch.Generator().manual_seed(1)
     if config.text.kind == "openclip":
-        last = f"{layouts.OPENCLIP}transformer.resblocks."
-        first = layouts.with_prefix(state, f"{last}0.")
-        state.update({f"{last}{config.text.layers}.{name}": tensor * 2 for name, tensor in first.items()})
+        blocks = f"{layouts.OPENCLIP}transformer.resblocks."
+        first = layouts.with_prefix(state, f"{blocks}0.")
+        state.update({f"{blocks}{config.text.layers}.{name}": tensor * 2 for name, tensor in first.items()})
         state[f"{layouts.OPENCLIP}text_projection"] = torch.randn(config.text.width, 8, generator=generator).to(dtype)
         state[f"{layouts.OPENCLIP}logit_scale"] = torch.tensor(4.6)
         state[f"{layouts.OPENCLIP}attn_mask"] = torch.zeros(77, 77)
@@ -73,22 +73,20 @@ def original(config: ModelConfig, dtype=torch.float32, released: bool = True) ->
     return state
 
 
-def same(one: dict, other: dict) -> bool:
+def same(a: dict, b: dict) -> bool:
     """Whether two state dicts have the same names, dtypes, shapes and bits."""
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def write_pickle(path, data: bytes) -> None:
-    """A torch zip file around the pickle `data`."""
+    """Write a torch zip file with the pickle `data`."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", data)
         archive.writestr("archive/version", "3\n")
 
 
 class Calls:
-    """An object whose pickle calls `function(*args)` when an ordinary unpickler reads it."""
+    """An object whose pickle calls `function(*args)` in an ordinary unpickler."""
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -97,6 +95,6 @@ class Calls:
         return self.reduced
 
 
-def torch_file_calling(path, function, *args, protocol: int = 2, **how) -> None:
-    """A torch zip file whose state dict calls `function(*args)`."""
-    write_pickle(path, pickle.dumps({"state_dict": {"x": Calls(function, *args, **how)}}, protocol=protocol))
+def torch_file_calling(path, function, *args, protocol: int = 2, **options) -> None:
+    """Write a torch zip file whose state dict calls `function(*args)`."""
+    write_pickle(path, pickle.dumps({"state_dict": {"x": Calls(function, *args, **options)}}, protocol=protocol))

@@ -1,4 +1,4 @@
-"""The converter: every layout there and back bit for bit, nothing overwritten, nothing left half written."""
+"""Converter: round trips of every layout are bit-identical, nothing is overwritten, no partial output remains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("openclip", "clip")
 
 @pytest.fixture
 def presets(monkeypatch):
-    """The small models as presets, so that command lines can name them."""
+    """Register the small models as presets for command lines."""
     for kind in KINDS:
         monkeypatch.setitem(PRESETS, f"small-{kind}", small(kind))
 
@@ -37,10 +37,10 @@ def make(path: Path, kind: str = "openclip", dtype=torch.float16, released: bool
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("container", [".ckpt", ".safetensors"])
-def test_native_mha_there_and_back_keeps_every_bit(tmp_path, kind, container):
-    source = make(tmp_path / f"model{container}", kind)
-    native, back = tmp_path / "model_native_mha.ckpt", tmp_path / f"back{container}"
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_native_mha_files_round_trip(tmp_path, kind, suffix):
+    source = make(tmp_path / f"model{suffix}", kind)
+    native, back = tmp_path / "model_native_mha.ckpt", tmp_path / f"back{suffix}"
     assert main([str(source), str(native), "--to", "native-mha"]) == 0
     assert layouts.is_native_mha(read(native))
     assert main([str(native), str(back), "--to", "original"]) == 0
@@ -49,7 +49,7 @@ def test_native_mha_there_and_back_keeps_every_bit(tmp_path, kind, container):
     assert torch.load(native)["global_step"] == 470000
 
 
-def test_containers_there_and_back(tmp_path):
+def test_file_formats_round_trip(tmp_path):
     source = make(tmp_path / "a.ckpt")
     convert(source, tmp_path / "b.safetensors", "safetensors")
     convert(tmp_path / "b.safetensors", tmp_path / "c.ckpt", "original")
@@ -62,41 +62,36 @@ def test_containers_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_there_and_back(tmp_path, presets, kind, capsys):
+def test_diffusers_folder_round_trip(tmp_path, presets, kind, capsys):
     config = small(kind)
     source = make(tmp_path / "a.safetensors", kind)
     folder = tmp_path / "folder"
     assert main([str(source), str(folder), "--to", "diffusers", "--config", f"small-{kind}"]) == 0
-    said = capsys.readouterr().err
-    assert (
-        "left out" in said
-        and "betas" in said
-        and "first_stage_model.encoder" not in said
-        and "model.diffusion_model" not in said
-    )
+    err = capsys.readouterr().err
+    assert "left out" in err and "betas" in err
+    assert "first_stage_model.encoder" not in err and "model.diffusion_model" not in err
     back = tmp_path / "back.ckpt"
     assert main([str(folder), str(back), "--to", "original"]) == 0
     assert same(read(back), original(config, torch.float16, released=False))
     assert same(read(folder), read(back))
     for path in (folder, back):
-        found, networks = load(path, config)
-        assert found == config and same(
-            networks["text_encoder"], random_networks(config, torch.float16)["text_encoder"]
-        )
+        loaded, networks = load(path, config)
+        assert loaded == config
+        assert same(networks["text_encoder"], random_networks(config, torch.float16)["text_encoder"])
     convert(folder, tmp_path / "native.safetensors", "native-mha")
     assert convert(tmp_path / "native.safetensors", tmp_path / "again", "diffusers", f"small-{kind}") == []
     assert same(read(tmp_path / "again"), read(folder))
 
 
-def test_the_tiny_model_by_its_name(tmp_path, monkeypatch):
+def test_embedded_model_is_converted_by_name(tmp_path, monkeypatch):
     config = PRESETS["tiny"]
     weights = tmp_path / "tiny.safetensors"
     write_safetensors(weights, layouts.join_networks(random_networks(config, torch.float16), "openclip"), {})
-    monkeypatch.setattr("sd.tiny.WEIGHTS", weights)
+    monkeypatch.setattr("sd.convert.EMBEDDED_WEIGHTS", weights)
     assert main(["tiny", str(tmp_path / "tiny.ckpt"), "--to", "original"]) == 0
     assert same(read(tmp_path / "tiny.ckpt"), read(weights))
     assert main(["tiny", str(tmp_path / "folder"), "--to", "diffusers"]) == 0
-    assert load(tmp_path / "folder")[0] == config  # v, as the scheduler in the folder says
+    assert load(tmp_path / "folder")[0] == config  # v, from the scheduler settings of the folder
     wrong = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
     wrong.write_text(wrong.read_text().replace("v_prediction", "epsilon"))
     with pytest.raises(CheckpointError, match="predicts eps"):
@@ -104,7 +99,7 @@ def test_the_tiny_model_by_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_and_transformers_load_what_we_write(tmp_path, presets, kind):
+def test_diffusers_and_transformers_load_the_folder(tmp_path, presets, kind):
     diffusers = pytest.importorskip("diffusers", reason="the folder is for diffusers")
     transformers = pytest.importorskip("transformers", reason="the folder is for transformers")
     from sd.checkpoint.load import factories, materialise
@@ -128,15 +123,15 @@ def test_diffusers_and_transformers_load_what_we_write(tmp_path, presets, kind):
     x, z, t = torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([1, 500])
     with torch.no_grad():
         context = ours["text_encoder"](tokens)
-        for one, other in (
+        for actual, expected in (
             (text(tokens).last_hidden_state, context),
             (unet(x, t, context).sample, ours["unet"](x, t, context)),
             (vae.decode(z).sample, ours["autoencoder"].decode(z)),
         ):
-            assert (one - other).norm() < 1e-4 * other.norm()
+            assert (actual - expected).norm() < 1e-4 * expected.norm()
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    # No exclamation mark: it is SD2's padding, which transformers cuts out of words, in released folders too.
+    # No exclamation mark: it is SD2's padding, which transformers removes from words, in released folders too.
     prompts = ["A photo of a red circle, on blue", "", "naïve café 123 isn't"]
     theirs = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(theirs, tokenize(prompts, kind))
@@ -148,10 +143,10 @@ def test_diffusers_and_transformers_load_what_we_write(tmp_path, presets, kind):
     assert abs(float(scheduler.alphas_cumprod[999]) - 0.0046600985) < 1e-7
 
 
-# --- refusals
+# --- rejections
 
 
-def test_damaged_folders(tmp_path, presets):
+def test_damaged_folders_are_rejected(tmp_path, presets):
     folder = tmp_path / "folder"
     convert(make(tmp_path / "a.safetensors"), folder, "diffusers", "small-openclip")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -190,45 +185,45 @@ def test_damaged_folders(tmp_path, presets):
         ("vae/config.json", "scaling_factor", 0.5),
     ],
 )
-def test_settings_of_a_folder_that_the_weights_do_not_show_are_refused(tmp_path, presets, file, key, value):
+def test_other_settings_in_a_folder_are_rejected(tmp_path, presets, file, key, value):
     folder = tmp_path / "folder"
     convert(make(tmp_path / "a.safetensors"), folder, "diffusers", "small-openclip")
     load(folder, PRESETS["small-openclip"])
     settings = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**settings, key: value}))
-    with pytest.raises(CheckpointError, match=f"{file}: {key} '{value}' is not offered, only "):
+    with pytest.raises(CheckpointError, match=f"{file}: {key} '{value}' is not supported, only "):
         load(folder, PRESETS["small-openclip"])
 
 
 @pytest.mark.parametrize(
-    ("name", "to", "what"),
+    ("name", "to", "reason"),
     [
         ("b.pt", "original", "safetensors or .ckpt"),
         ("b.ckpt", "safetensors", "ends in .safetensors"),
         ("b", "native-mha", "safetensors or .ckpt"),
         ("b.ckpt", "diffusers", "is a folder"),
-        ("b.ckpt", "original --config sd2", "--config sd2: is for --to diffusers alone"),
+        ("b.ckpt", "original --config sd2", "--config sd2: is only for --to diffusers"),
         ("nowhere/b.ckpt", "original", "does not exist"),
         ("a.ckpt", "original", "--force"),
     ],
 )
-def test_outputs_that_are_refused(tmp_path, capsys, name, to, what):
+def test_invalid_outputs_are_rejected(tmp_path, capsys, name, to, reason):
     source = make(tmp_path / "a.ckpt")
     before = source.read_bytes()
     assert main([str(source), str(tmp_path / name), "--to", *to.split()]) == 2
-    said = capsys.readouterr().err
-    assert what in said and said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
     assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
 
 
-def test_force_replaces_a_file_even_the_input(tmp_path):
+def test_force_replaces_a_file_or_the_input(tmp_path):
     source = make(tmp_path / "a.ckpt")
     state = read(source)
     assert main([str(source), str(source), "--to", "native-mha", "--force"]) == 0
     assert same(read(source), layouts.original_to_native(state))
 
 
-def test_force_replaces_a_diffusers_folder_and_no_other(tmp_path, presets):
+def test_force_replaces_only_a_diffusers_folder(tmp_path, presets):
     source = make(tmp_path / "a.ckpt")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -242,11 +237,11 @@ def test_force_replaces_a_diffusers_folder_and_no_other(tmp_path, presets):
         convert(source, folder, "diffusers", "small-openclip")
 
 
-def test_nothing_half_written_remains(tmp_path, monkeypatch):
+def test_no_partial_output_remains(tmp_path, monkeypatch):
     source = make(tmp_path / "a.ckpt")
 
     def fail(path, *_):
-        path.write_bytes(b"half")
+        path.write_bytes(b"partial")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sd.convert, "write_safetensors", fail)
@@ -254,7 +249,7 @@ def test_nothing_half_written_remains(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_inputs_that_are_refused(tmp_path, capsys):
+def test_invalid_inputs_are_rejected(tmp_path, capsys):
     for name, content in (("a.ckpt", None), ("b.ckpt", b"<html>"), ("c.ckpt", b"")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -266,7 +261,7 @@ def test_inputs_that_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out.ckpt").exists()
 
 
-def test_what_is_no_weight_is_said_to_be_left_out(tmp_path, capsys):
+def test_entries_left_out_are_listed(tmp_path, capsys):
     state = original(small())
     torch.save({"state_dict": state, "global_step": 3, "optimizer_states": [1], "epoch": 2}, tmp_path / "a.ckpt")
     assert main([str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors"), "--to", "safetensors"]) == 0

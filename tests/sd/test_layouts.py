@@ -1,4 +1,4 @@
-"""Key layouts: there and back is bit-identical, and the names are those that other libraries use."""
+"""Layouts: round trips are bit-identical, and the names are those of the other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {
     "small": {},
     "two blocks": {"num_res_blocks": 2, "channel_mult": (1, 2, 2)},
     "attention at one level": {"attention_resolutions": (2,), "channel_mult": (1, 2, 2)},
-    "as the released": {
+    "released": {
         "num_res_blocks": 2,
         "channel_mult": (1, 2, 4, 4),
         "attention_resolutions": (4, 2, 1),
@@ -29,7 +29,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_native_mha_there_and_back(kind, dtype):
+def test_native_mha_round_trip(kind, dtype):
     state = original(small(kind), dtype)
     native = layouts.original_to_native(state)
     assert layouts.is_native_mha(native) and not layouts.is_native_mha(state)
@@ -38,7 +38,7 @@ def test_native_mha_there_and_back(kind, dtype):
     assert same(layouts.original_to_native(native), native) and same(layouts.native_to_original(state), state)
 
 
-def test_native_mha_names_are_those_of_the_module():
+def test_native_mha_names_match_the_module():
     for context in (16, 12):
         separate = CrossAttention(16, context, 2, 8)
         prefix = f"{layouts.UNET}middle_block.1.transformer_blocks.0.attn1."
@@ -48,7 +48,7 @@ def test_native_mha_names_are_those_of_the_module():
         assert same(layouts.with_prefix(converted, prefix), expected)
 
 
-def test_native_mha_bias_is_dropped_if_zero_and_refused_if_not():
+def test_zero_native_mha_bias_is_dropped_and_others_rejected():
     state = original(small())
     native = layouts.original_to_native(state)
     name = f"{layouts.UNET}middle_block.1.transformer_blocks.0.attn1.mha.in_proj_bias"
@@ -62,14 +62,14 @@ def test_native_mha_bias_is_dropped_if_zero_and_refused_if_not():
         layouts.native_to_original(native)
 
 
-def test_native_mha_of_an_incomplete_file():
+def test_incomplete_attention_is_rejected():
     state = original(small())
     del state[f"{layouts.UNET}middle_block.1.transformer_blocks.0.attn1.to_k.weight"]
     with pytest.raises(CheckpointError, match=r"to_k\.weight is missing"):
         layouts.original_to_native(state)
 
 
-def test_matrices_that_cannot_be_joined_are_refused():
+def test_matrices_of_different_shape_or_dtype_are_rejected():
     name = f"{layouts.UNET}middle_block.1.transformer_blocks.0.attn1.to_v.weight"
     for wrong in (torch.zeros(3, 3), torch.zeros(()), torch.zeros(64, 64, dtype=torch.float16)):
         with pytest.raises(CheckpointError, match="differs"):
@@ -81,7 +81,7 @@ def test_matrices_that_cannot_be_joined_are_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("native", [False, True])
-def test_networks_there_and_back(kind, native):
+def test_networks_round_trip(kind, native):
     config = small(kind)
     state = original(config, released=False)
     networks, rest = layouts.split_networks(layouts.original_to_native(state) if native else state)
@@ -121,14 +121,14 @@ def test_names_of_the_released_text_encoders():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_unet_of_diffusers_there_and_back(kind, shape):
+def test_diffusers_unet_round_trip(kind, shape):
     unet = random_networks(small(kind, **SHAPES[shape]), torch.float16)["unet"]
-    there = layouts.unet_to_diffusers(unet)
-    assert len(there) == len(unet)
-    assert same(layouts.unet_from_diffusers(there), unet)
+    converted = layouts.unet_to_diffusers(unet)
+    assert len(converted) == len(unet)
+    assert same(layouts.unet_from_diffusers(converted), unet)
 
 
-def test_autoencoder_of_diffusers_there_and_back():
+def test_diffusers_autoencoder_round_trip():
     ours = random_networks(small(), torch.float16)["autoencoder"]
     theirs = layouts.autoencoder_to_diffusers(ours)
     assert theirs["encoder.mid_block.attentions.0.to_q.weight"].dim() == 2
@@ -153,16 +153,23 @@ def test_autoencoder_of_diffusers_there_and_back():
     ],
 )
 @pytest.mark.parametrize(
-    "name", ["extra.weight", "conv_in", "input_blocks.1.0.extra.weight", "down_blocks.0.resnets.0.extra.weight"]
+    "name",
+    [
+        "extra.weight",
+        "conv_in",
+        "input_blocks.1.0.extra.weight",
+        "down_blocks.0.resnets.0.extra.weight",
+        pytest.param(f"down_blocks.{'1' * 5000}.resnets.0.norm1.weight", id="a block number of 5000 digits"),
+    ],
 )
-def test_names_of_no_network_are_refused(convert, name):
+def test_unknown_names_are_rejected(convert, name):
     with pytest.raises(CheckpointError, match="no part of"):
         convert({name: torch.zeros(1)})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_names_and_shapes_are_those_of_diffusers(preset):
-    diffusers = pytest.importorskip("diffusers", reason="the names of diffusers are compared with diffusers itself")
+def test_names_and_shapes_match_diffusers(preset):
+    diffusers = pytest.importorskip("diffusers", reason="compares the names with diffusers")
     from sd.checkpoint.diffusers_folder import autoencoder_config, unet_config
     from sd.checkpoint.load import expected_shapes, meta_device
 

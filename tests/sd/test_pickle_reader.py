@@ -1,4 +1,4 @@
-"""Pickles are never executed: what real files carry loads, what a malicious one asks for is named and refused."""
+"""Pickles are never executed: contents of real files load, malicious names and calls are rejected by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sd.checkpoint.pickle_reader import Inert, PickledTensor, unpickle
 from sd.errors import CheckpointError
 
 
-def refused(path) -> str:
+def rejected(path) -> str:
     with pytest.raises(CheckpointError) as error:
         read(path)
     message = str(error.value)
@@ -46,45 +46,45 @@ def refused(path) -> str:
         (pathlib.Path.unlink, ""),
     ],
 )
-def test_a_malicious_call_is_refused_by_name(tmp_path, function, name, protocol):
-    path, made = tmp_path / "model.ckpt", tmp_path / "made"
+def test_malicious_call_is_rejected_by_name(tmp_path, function, name, protocol):
+    path, created = tmp_path / "model.ckpt", tmp_path / "created"
     try:
-        torch_file_calling(path, function, f"touch {made}", protocol=protocol)
+        torch_file_calling(path, function, f"touch {created}", protocol=protocol)
     except (pickle.PicklingError, AttributeError, TypeError):
-        pytest.skip("Python itself cannot write that one")
-    message = refused(path)
+        pytest.skip("Python cannot pickle this call")
+    message = rejected(path)
     assert name in message and "do not trust it" in message
-    assert not made.exists()
+    assert not created.exists()
 
 
-def test_a_pickle_that_would_create_a_file_does_not(tmp_path):
-    made = tmp_path / "made"
-    data = pickle.dumps({"state_dict": Calls(os.system, f"touch {made}")})
+def test_pickle_cannot_create_a_file(tmp_path):
+    created = tmp_path / "created"
+    data = pickle.dumps({"state_dict": Calls(os.system, f"touch {created}")})
     pickle.loads(data)
-    assert made.exists(), "the attack itself must work"
-    made.unlink()
+    assert created.exists(), "the attack itself must work"
+    created.unlink()
     write_pickle(tmp_path / "a.ckpt", data)
-    assert "system" in refused(tmp_path / "a.ckpt")
-    assert not made.exists()
+    assert "system" in rejected(tmp_path / "a.ckpt")
+    assert not created.exists()
 
 
-def test_a_legacy_file_that_would_create_a_file_does_not(tmp_path):
-    made, path = tmp_path / "made", tmp_path / "a.pt"
-    torch.save({"x": Calls(os.mkdir, str(made))}, path, _use_new_zipfile_serialization=False)
-    assert "mkdir" in refused(path)
-    assert not made.exists()
+def test_legacy_file_cannot_create_a_directory(tmp_path):
+    created, path = tmp_path / "created", tmp_path / "a.pt"
+    torch.save({"x": Calls(os.mkdir, str(created))}, path, _use_new_zipfile_serialization=False)
+    assert "mkdir" in rejected(path)
+    assert not created.exists()
 
 
 def test_state_never_reaches_a_function_or_class(tmp_path):
-    # BUILD sets attributes: of an imported function it would change the defaults for the whole process.
+    # BUILD sets attributes; on an imported function it would change the defaults for the whole process.
     for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cpytorch_lightning\nX\n"):
         write_pickle(tmp_path / "a.ckpt", b"\x80\x02" + target + b"}(X\x0c\x00\x00\x00__defaults__)ub.")
-        assert "damaged" in refused(tmp_path / "a.ckpt")
+        assert "damaged" in rejected(tmp_path / "a.ckpt")
     assert torch._utils._rebuild_tensor_v2.__defaults__ != ()
 
 
 class Stateful:
-    """Writes a file when its state is set."""
+    """Creates a file when its state is set."""
 
     def __init__(self, path):
         self.path = path
@@ -94,10 +94,10 @@ class Stateful:
 
 
 def test_setstate_is_not_called(tmp_path):
-    made = tmp_path / "made"
-    write_pickle(tmp_path / "a.ckpt", pickle.dumps({"x": Stateful(str(made))}))
-    assert "Stateful" in refused(tmp_path / "a.ckpt")
-    assert not made.exists()
+    created = tmp_path / "created"
+    write_pickle(tmp_path / "a.ckpt", pickle.dumps({"x": Stateful(str(created))}))
+    assert "Stateful" in rejected(tmp_path / "a.ckpt")
+    assert not created.exists()
 
 
 def stack_global(module: str, name: str) -> bytes:
@@ -121,9 +121,9 @@ def stack_global(module: str, name: str) -> bytes:
         ("", ""),
     ],
 )
-def test_dotted_and_lookalike_names(tmp_path, module, name):
+def test_dotted_and_lookalike_names_are_rejected(tmp_path, module, name):
     write_pickle(tmp_path / "a.ckpt", stack_global(module, name) + b").")
-    assert f"{module}.{name}" in refused(tmp_path / "a.ckpt")
+    assert f"{module}.{name}" in rejected(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_dotted_and_lookalike_names(tmp_path, module, name):
     [
         b"\x80\x02\x82\x01.",  # EXT1: a name from a registry of the process
         b"\x80\x02Pos.system\n.",  # PERSID
-        b"\x80\x02X\x01\x00\x00\x00aQ.",  # a persistent id that is no storage
+        b"\x80\x02X\x01\x00\x00\x00aQ.",  # a persistent id other than a storage
         b"\x80\x02)R.",  # a call of a tuple
         b"\x80\x02}}]s.",  # a list as a key
         b"\x80\x02.",
@@ -152,13 +152,15 @@ def test_dotted_and_lookalike_names(tmp_path, module, name):
         b"(cos\nsystem\nS'touch x'\no.",  # OBJ
     ],
 )
-def test_odd_pickles(tmp_path, data):
+def test_malformed_pickles_are_rejected(tmp_path, data):
     write_pickle(tmp_path / "a.ckpt", data)
-    refused(tmp_path / "a.ckpt")
+    rejected(tmp_path / "a.ckpt")
 
 
-def tensor_pickle(offset, size, stride, numel=6, kind=b"ctorch\nFloatStorage\n") -> bytes:
-    storage = b"(X\x07\x00\x00\x00storage" + kind + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + _int(numel) + b"tQ"
+def tensor_pickle(offset, size, stride, numel=6) -> bytes:
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + _int(numel) + b"tQ"
+    )
     numbers = b"".join(b"(" + b"".join(map(_int, values)) + b"t" for values in (size, stride))
     return (
         b"\x80\x02}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\n("
@@ -190,21 +192,21 @@ def _int(value: int) -> bytes:
         (0, (6,), (1,), -6),
     ],
 )
-def test_tensors_that_reach_outside_their_storage(tmp_path, offset, size, stride, numel):
+def test_tensors_outside_their_storage_are_rejected(tmp_path, offset, size, stride, numel):
     path = tmp_path / "a.ckpt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", tensor_pickle(offset, size, stride, numel))
         archive.writestr("archive/data/0", bytes(24))
-    refused(path)
+    rejected(path)
 
 
-def test_a_tensor_inside_its_storage_is_read():
+def test_tensor_inside_its_storage_is_read():
     value = unpickle(tensor_pickle(1, (2, 2), (2, 1)))["x"]
     assert type(value) is PickledTensor and value.size == (2, 2) and value.stride == (2, 1) and value.offset == 1
 
 
 def lightning():
-    """A stand-in for pytorch_lightning, there only while the file is written."""
+    """A substitute for pytorch_lightning, importable only while the file is written."""
     names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
     modules = {name: types.ModuleType(name) for name in names}
 
@@ -221,7 +223,7 @@ def lightning():
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_real_training_checkpoint_loads_without_lightning(tmp_path, monkeypatch, zipped):
+def test_training_checkpoint_loads_without_lightning(tmp_path, monkeypatch, zipped):
     modules, ModelCheckpoint = lightning()
     state = collections.OrderedDict(a=torch.randn(2, 3), b=torch.nn.Parameter(torch.randn(4)), c=torch.arange(5))
     state._metadata = {"": {"version": 1}}
@@ -247,7 +249,7 @@ def test_a_real_training_checkpoint_loads_without_lightning(tmp_path, monkeypatc
     assert not loaded["b"].requires_grad and "pytorch_lightning" not in sys.modules
 
 
-def test_inert_objects_hold_nothing():
+def test_inert_objects_are_not_callable():
     value = unpickle(pickle.dumps({"n": np.float32(1.5)}))["n"]
     assert type(value) is Inert and not callable(value)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd import StableDiffusion
-from sd.tiny import WEIGHTS
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.tiny.shapes import HELD_OUT, SUBJECTS, TRAINED, Subject, draw, recognise
 
 SCALE, STEPS = 4.0, 25
@@ -37,7 +37,7 @@ def test_held_out_subjects_were_not_trained_on():
 
 
 def test_weights_are_at_most_8_mb():
-    assert WEIGHTS.stat().st_size <= 8_000_000
+    assert EMBEDDED_WEIGHTS.stat().st_size <= 8_000_000
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""YAML files in the original layout: ours are the presets, and every other key and value is read or refused by name."""
+"""YAML files in the original layout: packaged files equal the presets, other keys and values are read or rejected."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TEXT = "model.params.cond_stage_config"
 
 @pytest.fixture(scope="module")
 def released():
-    """The contents of our v2-inference.yaml."""
+    """The contents of the packaged v2-inference.yaml."""
     return yaml.safe_load((CONFIGS / "v2-inference.yaml").read_text())
 
 
 def changed(contents: dict, dotted: str, value) -> dict:
-    """A copy with the value at a dotted path replaced, or taken out where it is `...`."""
+    """A copy with the value at a dotted path replaced, or removed if it is `...`."""
     result = copy.deepcopy(contents)
     *path, last = dotted.split(".")
     mapping = result
@@ -54,16 +54,16 @@ def write(folder, contents):
         ("tiny", "tiny", False),
     ],
 )
-def test_our_files_are_the_presets(name, preset, native_mha):
+def test_packaged_files_equal_the_presets(name, preset, native_mha):
     config, expected = read_yaml(CONFIGS / f"{name}.yaml"), PRESETS[preset]
     assert config.name == name
-    assert config.text.layers == 0  # the checkpoint says it
+    assert config.text.layers == 0  # determined by the checkpoint
     text = replace(config.text, layers=expected.text.layers)
     assert replace(config, name=expected.name, text=text) == replace(expected, native_mha=native_mha)
 
 
 def test_every_packaged_file_is_tested():
-    assert len(list(CONFIGS.glob("*"))) == 6
+    assert len(list(CONFIGS.glob("*.yaml"))) == 6
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_every_packaged_file_is_tested():
         ("lightning", {"trainer": {"benchmark": True}}),
     ],
 )
-def test_what_only_training_needs_is_ignored(tmp_path, released, dotted, value):
+def test_training_keys_are_ignored(tmp_path, released, dotted, value):
     config = read_yaml(write(tmp_path, changed(released, dotted, value)))
     assert replace(config, name="v2-inference") == read_yaml(CONFIGS / "v2-inference.yaml")
 
@@ -114,7 +114,7 @@ def test_what_only_training_needs_is_ignored(tmp_path, released, dotted, value):
         (f"{UNET}.context_dim", ..., f"{UNET}.context_dim: is missing"),
         (f"{DDCONFIG}.ch_mult", ..., f"{DDCONFIG}.ch_mult: is missing"),
         (f"{TEXT}.target", ..., f"{TEXT}.target: is missing"),
-        # of a wrong kind
+        # of a wrong type
         ("model.params", [1], "model.params is [1] where keys and values are needed"),
         (f"{UNET}.model_channels", "320", f"{UNET}.model_channels: must be a whole number"),
         (f"{UNET}.model_channels", True, "must be a whole number"),
@@ -134,10 +134,10 @@ def test_what_only_training_needs_is_ignored(tmp_path, released, dotted, value):
         (f"{UNET}.attention_resolutions", [3], "[3] are not all among [1, 2, 4, 8]"),
         (f"{UNET}.norm_groups", 33, "is no multiple of norm_groups, 33"),
         (f"{DDCONFIG}.norm_groups", 33, f"{DDCONFIG}.ch: 128 is no multiple of norm_groups, 33"),
-        ("model.params.channels", 3, "model.params.channels: the latents must have as many"),
+        ("model.params.channels", 3, "model.params.channels: must be the same number of latent channels"),
         ("model.params.first_stage_config.params.embed_dim", 8, "embed_dim 8"),
         ("model.params.linear_end", 0.0001, "model.params.linear_end: 0.0001 must lie between"),
-        # what cannot be run here
+        # unsupported
         (f"{UNET}.use_spatial_transformer", False, f"{UNET}.use_spatial_transformer: is False"),
         (f"{UNET}.use_spatial_transformer", ..., "is missing"),
         (f"{UNET}.legacy", True, f"{UNET}.legacy: is True and can only be False"),
@@ -165,7 +165,7 @@ def test_what_only_training_needs_is_ignored(tmp_path, released, dotted, value):
         (f"{TEXT}.target", {"target": 1}, "is a mapping and can only be"),
     ],
 )
-def test_refused(tmp_path, released, dotted, value, message):
+def test_invalid_values_are_rejected(tmp_path, released, dotted, value, message):
     path = write(tmp_path, changed(released, dotted, value))
     with pytest.raises(ConfigError) as error:
         read_yaml(path)
@@ -173,7 +173,7 @@ def test_refused(tmp_path, released, dotted, value, message):
     assert message in str(error.value)
 
 
-def test_sd1_embedder_is_not_sd2s(tmp_path):
+def test_sd1_embedder_contradictions_are_rejected(tmp_path):
     contents = yaml.safe_load((CONFIGS / "v1-inference.yaml").read_text())
     for dotted, value, message in [
         (f"{UNET}.context_dim", 1024, "contradicts unet_config's context_dim 1024, which is FrozenOpenCLIPEmbedder's"),
@@ -185,7 +185,7 @@ def test_sd1_embedder_is_not_sd2s(tmp_path):
 
 
 def test_a_small_model_keeps_the_released_structure(tmp_path, released):
-    """Its text width comes with context_dim; released sizes of the other kind alone are contradictions."""
+    """The text width follows context_dim; only the released width of the other text encoder is a contradiction."""
     config = read_yaml(write(tmp_path, changed(released, f"{UNET}.context_dim", 128)))
     assert (config.text.kind, config.text.width) == ("openclip", 128)
 
@@ -217,7 +217,7 @@ def test_file_errors_name_the_file(tmp_path, monkeypatch, text, message):
     assert not (tmp_path / "called").exists()
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
