@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sd.attention.functions import Attention
 
+KeysValues = tuple[Tensor, Tensor]  # each [B, T, H, D]
+# Keys and values of the prompt for all cross-attentions of a UNet: by SpatialTransformer, then by block.
+ProjectedContext = tuple[tuple[KeysValues, ...], ...]
+
 
 class CrossAttention(nn.Module):
-    """Attention with separate projections, as in the published checkpoints; self-attention when there is no context.
+    """Attention with separate projections, as in the published checkpoints; self-attention without a context.
 
-    `fused` is None, or the matrix of which the weights of q, k and v (self-attention) or k and v are views.
+    fused: None, or the matrix whose views are the weights of q, k and v (self-attention) or of k and v.
     """
+
+    fused: Tensor | None
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -26,33 +34,36 @@ class CrossAttention(nn.Module):
         self.register_buffer("fused", None, persistent=False)  # no key of the checkpoint
         self.attend = Attention().function()
 
-    def forward(self, x, context=None):
-        """x [B, S, C] -> [B, S, C]. context: None, [B, T, C'], or what `keys_values` made of it."""
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        """x [B, S, C] -> [B, S, C]. context: None, [B, T, C'], or the result of `keys_values`."""
         if context is None and self.fused is not None:
             q, k, v = F.linear(x, self.fused).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
         else:
             q = self._split(self.to_q(x))
             k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
-        return self.to_out(self.attend(q, k, v).flatten(2))
+        out: Tensor = self.to_out(self.attend(q, k, v).flatten(2))
+        return out
 
-    def keys_values(self, context):
-        """context [B, T, C'] -> its keys and values, each [B, T, H, D]; they depend on nothing else."""
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values [B, T, H, D] of the context [B, T, C'], which no other input changes."""
         if self.fused is not None:
-            return F.linear(context, self.fused).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
+            k, v = F.linear(context, self.fused).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
+            return k, v
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def _split(self, x):
-        return x.unflatten(-1, (self.heads, self.head_dim))
+    def _split(self, x: Tensor) -> Tensor:  # [B, T, H*D] -> [B, T, H, D]
+        heads: Tensor = x.unflatten(-1, (self.heads, self.head_dim))
+        return heads
 
     def fuse(self, names: str) -> None:
-        """Hold the weights of `names`, "qkv" or "kv", in one matrix, so that one product makes them; "" separates them.
+        """Join the weights of `names`, "qkv" or "kv", in one matrix for one product; "" separates them again.
 
-        The separate weights become views of it: no second copy is kept, and keys and values of the weights stay.
+        The separate weights become views of the matrix: no second copy remains, and the state dict keeps its keys.
         """
         linears = [getattr(self, f"to_{name}") for name in names]
         if not names:
             if self.fused is not None:
-                for linear in (self.to_q, self.to_k, self.to_v):  # those that are views get memory of their own
+                for linear in (self.to_q, self.to_k, self.to_v):  # copied, since some are views
                     linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             self.fused = None
             return
@@ -64,12 +75,20 @@ class CrossAttention(nn.Module):
 class NativeAttention(nn.Module):
     """The same attention by nn.MultiheadAttention, with the keys of the published experiment's native-MHA checkpoints.
 
-    Weights of the original layout fold into it as they are loaded; q, k and v have no bias there, so in_proj_bias is zero.
+    Loading folds weights of the original layout into it; q, k and v have no bias there, so in_proj_bias is zero.
     """
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, device=None, dtype=None):
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        assert heads * head_dim == query_dim, "nn.MultiheadAttention has no inner width of its own"
+        assert heads * head_dim == query_dim, "nn.MultiheadAttention requires heads * head_dim == query_dim"
         self.heads, self.head_dim = heads, head_dim
         self.mha = nn.MultiheadAttention(
             query_dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True, device=device, dtype=dtype
@@ -77,16 +96,18 @@ class NativeAttention(nn.Module):
         nn.init.zeros_(self.mha.in_proj_bias)
         self._register_load_state_dict_pre_hook(self._fold)
 
-    def forward(self, x, context=None):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, S, C], context [B, T, C'] or None for self-attention -> [B, S, C]."""
         context = x if context is None else context
-        return self.mha(x, context, context, need_weights=False)[0]
+        out: Tensor = self.mha(x, context, context, need_weights=False)[0]
+        return out
 
     @property
     def packed(self) -> bool:
-        """Whether q, k and v are one matrix (self-attention) or three (cross-attention)."""
+        """Whether q, k and v share one matrix (self-attention) or have three (cross-attention)."""
         return self.mha.in_proj_weight is not None
 
-    def _fold(self, state_dict, prefix, *_):
+    def _fold(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         names = [f"{prefix}to_{x}.weight" for x in "qkv"]
         if names[0] in state_dict:
             q, k, v = (state_dict.pop(name) for name in names)
@@ -102,25 +123,24 @@ class NativeAttention(nn.Module):
 
 
 def to_native(attention: CrossAttention) -> NativeAttention:
-    """nn.MultiheadAttention over the weights of `attention`: nothing is copied but q, k, v into one matrix, once."""
+    """nn.MultiheadAttention with the weights of `attention`, shared except for q, k, v of self-attention, joined once."""
     q, k, v, out = attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
-    shape = (q.in_features, k.in_features, attention.heads, attention.head_dim)
-    native = NativeAttention(*shape, device="meta", dtype=q.weight.dtype)
-    mha = native.mha
+    native = NativeAttention(
+        q.in_features, k.in_features, attention.heads, attention.head_dim, device="meta", dtype=q.weight.dtype
+    )
+    mha: Any = native.mha  # its annotations do not allow weights of another module
     if native.packed:
         mha.in_proj_weight = nn.Parameter(torch.cat([q.weight, k.weight, v.weight]), requires_grad=False)
     else:
         mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight = q.weight, k.weight, v.weight
-    mha.in_proj_bias = nn.Parameter(
-        torch.zeros(3 * q.out_features, device=q.weight.device, dtype=q.weight.dtype), False
-    )
+    mha.in_proj_bias = nn.Parameter(q.weight.new_zeros(3 * q.out_features), requires_grad=False)
     mha.out_proj.weight, mha.out_proj.bias = out.weight, out.bias
     return native.train(attention.training)
 
 
 def to_separate(native: NativeAttention) -> CrossAttention:
     """The inverse of `to_native`: the projections become views of the module's weights."""
-    mha = native.mha
+    mha: Any = native.mha
     if native.packed:
         weights = [nn.Parameter(weight, requires_grad=False) for weight in mha.in_proj_weight.detach().chunk(3)]
     else:
@@ -128,5 +148,6 @@ def to_separate(native: NativeAttention) -> CrossAttention:
     attention = CrossAttention(mha.embed_dim, mha.kdim, native.heads, native.head_dim)
     for linear, weight in zip((attention.to_q, attention.to_k, attention.to_v), weights):
         linear.weight = weight
-    attention.to_out[0].weight, attention.to_out[0].bias = mha.out_proj.weight, mha.out_proj.bias
+    out: Any = attention.to_out[0]
+    out.weight, out.bias = mha.out_proj.weight, mha.out_proj.bias
     return attention.train(native.training)

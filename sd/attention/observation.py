@@ -1,12 +1,14 @@
-"""Which attention kernels a network really ran, read from the profiler."""
+"""Attention kernels that a network really ran, read from the profiler."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-# Operator names that tell which kernel ran, as the profiler records them.
+# Kernel by the operator name that the profiler records.
 KERNEL_OPERATORS = {
     "aten::_scaled_dot_product_attention_math": "math",
     "aten::_scaled_dot_product_flash_attention": "flash",
@@ -23,8 +25,8 @@ KERNEL_OPERATORS = {
 }
 
 
-def kernels_in(operators) -> tuple[str, ...]:
-    """The attention kernels among profiled operator names; `softmax` when the scores were plain tensors, empty if compiled away."""
+def kernels_in(operators: Iterable[str]) -> tuple[str, ...]:
+    """Attention kernels among profiled operators; `softmax` for plain tensor operations, empty if compiled away."""
     operators = set(operators)
     kernels = {kernel for operator, kernel in KERNEL_OPERATORS.items() if operator in operators}
     if not kernels and operators & {"aten::softmax", "aten::_softmax"}:
@@ -33,23 +35,23 @@ def kernels_in(operators) -> tuple[str, ...]:
 
 
 class ObservedCall:
-    """A network's call, one of which runs under the profiler to see which attention kernels it really uses.
+    """A network's call, profiled once to record its attention kernels.
 
-    The second by default: under torch.compile the first one traces every candidate.
+    observe_call: number of the profiled call; 2 by default, since under torch.compile call 1 traces every candidate.
     """
 
-    def __init__(self, call, observe_call: int = 2):
+    def __init__(self, call: Callable[..., Any], observe_call: int = 2):
         self.call, self.observe_call = call, observe_call
-        self.calls, self.kernels = 0, ()
+        self.calls = 0
+        self.kernels: tuple[str, ...] = ()
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
         if self.calls != self.observe_call:
             return self.call(*arguments)
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "99"
-        )  # or the profiler writes a line to stderr at every start and stop
-        # Not torch.profiler.profile, whose start imports inductor and dynamo: 4 s of everybody's first picture.
+        # Without this the profiler writes a line to stderr at every start and stop.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        # Not torch.profiler.profile, which imports inductor and dynamo: 4 s in every process.
         with torch.autograd.profiler.profile() as profile:
             out = self.call(*arguments)
         self.kernels = kernels_in(event.key for event in profile.key_averages())

@@ -6,21 +6,23 @@ Block maths: CompVis/latent-diffusion (arXiv 2112.10752) and Stability-AI/stable
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sd.attention.functions import Attention
-from sd.attention.modules import CrossAttention, NativeAttention, to_native, to_separate
+from sd.attention.modules import CrossAttention, KeysValues, NativeAttention, to_native, to_separate
+from sd.config.presets import UNetConfig
 from sd.models.token_merging import merging
 
 
-def timestep_embedding(timesteps, channels: int, table_device=None):
+def timestep_embedding(timesteps: Tensor, channels: int, table_device: torch.device | None = None) -> Tensor:
     """Sinusoidal embedding, cosines first: timesteps [B], may be fractional -> [B, channels] float32.
 
-    table_device: where the frequencies are made, None for the timesteps' own device. The original makes them on the CPU
-    and copies them at every call, which waits for the device (Stability-AI/stablediffusion, pull request 375).
+    table_device: device that computes the frequencies, None for that of the timesteps. The original computes them on the CPU
+    and copies them at every call, which synchronises with the device (Stability-AI/stablediffusion, pull request 375).
     """
     half = channels // 2
     device = timesteps.device if table_device is None else table_device
@@ -31,57 +33,57 @@ def timestep_embedding(timesteps, channels: int, table_device=None):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in the dtype of its weights, which under autocast is fp32, and SiLU after it where `silu` says so.
+    """GroupNorm in the dtype of its weights, which under autocast is fp32, then SiLU if `silu`.
 
-    The output has the dtype of the input. Kernels for half weights accumulate their statistics in fp32 anyway.
+    The output has the dtype of the input. Kernels for half weights accumulate their statistics in fp32 in any case.
     """
 
-    kernel = None  # or sd.optimise.triton_kernels.group_norm, by sd.optimise.kernels
+    kernel: Callable[..., Tensor] | None = None  # or sd.optimise.triton_kernels.group_norm, set by sd.optimise.kernels
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, silu: bool = False):
         super().__init__(groups, channels, eps)
         self.silu = silu
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, ...]
         if self.kernel is not None:
             return self.kernel(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
         x = super().forward(x.to(self.weight.dtype)).to(x.dtype)
         return F.silu(x) if self.silu else x
 
-    def of_convolution(self, convolution, x, add=None):
-        """The norm of convolution(x) + add; add [B or 1, C, 1, 1].
+    def after_convolution(self, convolution: nn.Conv2d, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """The norm of convolution(x) + add, with add [B or 1, C, 1, 1].
 
-        A kernel adds what is the same at every cell for nothing, so it is also given the convolution's bias, which cuDNN
-        would add in a pass of its own.
+        A kernel adds per-channel values at no cost, so it also adds the bias of the convolution, for which cuDNN would
+        need another pass.
         """
         if self.kernel is None:
             x = convolution(x)
-            return self(x if add is None else x + add)
+            return self.forward(x if add is None else x + add)
         x = F.conv2d(x, convolution.weight, None, padding=convolution.padding)
         return self.kernel(x, self.weight, self.bias, self.num_groups, self.eps, convolution.bias, add, self.silu)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its weights, as autocast does by itself on a GPU; torch 1.13 raises on the CPU.
+    """LayerNorm in the dtype of its weights, as autocast does on a GPU; torch 1.13 raises on the CPU.
 
-    The output has the dtype of the input, which also keeps nn.MultiheadAttention off its fast path under autocast, which
-    cannot do that on the CPU of torch 2.0.
+    The output has the dtype of the input, which also disables nn.MultiheadAttention's fast path under autocast: torch 2.0
+    cannot run it on the CPU.
     """
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class GEGLU(nn.Module):
     """Gated linear unit with exact (erf) GELU (arXiv 2002.05202)."""
 
-    kernel = None  # or sd.optimise.triton_kernels.geglu, by sd.optimise.kernels
+    kernel: Callable[[Tensor], Tensor] | None = None  # or sd.optimise.triton_kernels.geglu, set by sd.optimise.kernels
 
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, C] -> [B, S, inner]
         x = self.proj(x)
         if self.kernel is not None:
             return self.kernel(x)
@@ -96,8 +98,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
-        return self.net(x)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
 
 
 class BasicTransformerBlock(nn.Module):
@@ -105,20 +108,19 @@ class BasicTransformerBlock(nn.Module):
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
-        self.attn1 = CrossAttention(width, width, heads, width // heads)
+        self.attn1: CrossAttention | NativeAttention = CrossAttention(width, width, heads, width // heads)
         self.ff = FeedForward(width)
-        self.attn2 = CrossAttention(width, context_dim, heads, width // heads)
+        self.attn2: CrossAttention | NativeAttention = CrossAttention(width, context_dim, heads, width // heads)
         self.norm1 = LayerNorm(width)
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
-        self.token_merging = 0.0  # part of the tokens; approximate
+        self.token_merging = 0.0  # fraction of the tokens; approximate
         self.kernels = ",".join(Attention().kernels)
 
-    def forward(self, x, context, size):
-        """x [B, S, C] of an image of `size` -> [B, S, C]. context: [B, T, C'] or its keys and values (CrossAttention)."""
-        if (
-            not self.kernels
-        ):  # never; read so that torch.compile guards on the choice, which is a context around the call
+    def forward(self, x: Tensor, context: Tensor | KeysValues, size: tuple[int, int]) -> Tensor:
+        """x [B, S, C] of an image of `size` (H, W) -> [B, S, C]. context: [B, T, C'] or its keys and values."""
+        # Never true; read so that torch.compile guards on the kernel choice, which is a context around the call.
+        if not self.kernels:
             raise ValueError("no kernel is allowed")
         if self.token_merging:
             tokens = self.norm1(x)
@@ -127,7 +129,13 @@ class BasicTransformerBlock(nn.Module):
         else:
             x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context) + x
-        return self.ff(self.norm3(x)) + x
+        x = self.ff(self.norm3(x)) + x
+        return x
+
+    def project_context(self, context: Tensor) -> KeysValues:
+        """Keys and values [B, T, H, D] of the cross-attention to the context [B, T, C']."""
+        assert isinstance(self.attn2, CrossAttention), "nn.MultiheadAttention projects by itself"
+        return self.attn2.keys_values(context)
 
     def use_attention(self, attention: Attention) -> None:
         """Switch both attentions to `attention`, over the same weights."""
@@ -144,26 +152,35 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the cells of an image; SD1 projects with 1x1 convolutions, SD2 with linear layers."""
+    """Transformer blocks over the positions of an image; SD1 projects with 1x1 convolutions, SD2 with linear layers.
 
-    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, use_linear: bool, norm_groups: int):
+    downsampling: how much smaller the image is than the UNet's input.
+    """
+
+    index: int  # among the UNet's SpatialTransformers
+
+    def __init__(self, config: UNetConfig, channels: int, downsampling: int):
         super().__init__()
-        self.use_linear = use_linear
-        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
-        projection = nn.Linear if use_linear else (lambda inner, outer: nn.Conv2d(inner, outer, 1))
-        self.proj_in = projection(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)
-        )
-        self.proj_out = projection(channels, channels)
+        self.use_linear, self.downsampling = config.use_linear_in_transformer, downsampling
+        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)
 
-    def forward(self, x, contexts):
-        """x [B, C, H, W] -> [B, C, H, W]; contexts: one for each block, as it takes it.
+        def projection() -> nn.Module:
+            return nn.Linear(channels, channels) if self.use_linear else nn.Conv2d(channels, channels, 1)
+
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, config.context_dim, config.heads(channels))
+            for _ in range(config.transformer_depth)
+        )
+        self.proj_out = projection()
+
+    def forward(self, x: Tensor, contexts: Sequence[Tensor | KeysValues]) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]; contexts: one for each block.
 
         Channels-last images become tokens and images again by views alone.
         """
         height, width = x.shape[2:]
-        h = self.norm(x)
+        h: Tensor = self.norm(x)
         if not self.use_linear:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # [B, H*W, C]
@@ -180,10 +197,13 @@ class SpatialTransformer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the timestep embedding added between them; the norms before them have the SiLUs."""
+    """Two 3x3 convolutions with the timestep embedding added between them; the norms before them include the SiLU."""
+
+    index: int  # among the UNet's ResBlocks
 
     def __init__(self, channels: int, out_channels: int, embedding: int, norm_groups: int):
         super().__init__()
+        self.out_channels = out_channels
         self.in_layers = nn.Sequential(
             GroupNorm(norm_groups, channels, silu=True),
             nn.Identity(),
@@ -193,19 +213,23 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm(norm_groups, out_channels, silu=True),
             nn.Identity(),
-            nn.Identity(),  # was a dropout of 0
+            nn.Identity(),  # a dropout of 0 in the original
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x, time):
-        """x [B, C, H, W] -> [B, C', H, W]; time [B or 1, C', 1, 1]: what `project_time` made of the embedding."""
-        h = self.out_layers[0].of_convolution(self.in_layers[2], self.in_layers[0](x), time)
-        return self.skip_connection(x) + self.out_layers[3](h)
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H, W]; time [B or 1, C', 1, 1]: the result of `project_time`."""
+        norm, convolution = self.out_layers[0], self.in_layers[2]
+        assert isinstance(norm, GroupNorm) and isinstance(convolution, nn.Conv2d)
+        h = norm.after_convolution(convolution, self.in_layers[0](x), time)
+        x = self.skip_connection(x) + self.out_layers[3](h)
+        return x
 
-    def project_time(self, emb):
-        """Time embedding [N, E] -> what is added at every cell [N, C', 1, 1]."""
-        return self.emb_layers(emb)[:, :, None, None]
+    def project_time(self, emb: Tensor) -> Tensor:
+        """Time embedding [N, E] -> the values added at every position [N, C', 1, 1]."""
+        projected: Tensor = self.emb_layers(emb)
+        return projected[:, :, None, None]
 
 
 class Downsample(nn.Module):
@@ -215,8 +239,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x):
-        return self.op(x)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.op(x)
+        return out
 
 
 class Upsample(nn.Module):
@@ -226,5 +251,6 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out

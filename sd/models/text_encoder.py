@@ -1,14 +1,16 @@
-"""The text tower of CLIP (SD1) and OpenCLIP (SD2), one class for both. Module names are OpenCLIP's keys.
+"""The text towers of CLIP (SD1) and OpenCLIP (SD2) in one class. Module names are OpenCLIP's keys.
 
-Architecture: CLIP (arXiv 2103.00020). SD1 uses the last of 12 layers and the sigmoid approximation of GELU; SD2 the
-last but one of 24 layers, both after the final LayerNorm. SD1's key names are folded at load (sd.checkpoint.layouts).
+Architecture: CLIP (arXiv 2103.00020). SD1 takes the output of the last of 12 layers, with the sigmoid approximation of GELU; SD2
+that of layer 23 of 24; both after the final LayerNorm. Loading renames SD1's keys (sd.checkpoint.layouts).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sd.attention.functions import causal
 from sd.config.presets import TextConfig
@@ -17,7 +19,7 @@ from sd.config.presets import TextConfig
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of the original CLIP."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -34,9 +36,10 @@ class SelfAttention(nn.Module):
             nn.init.normal_(self.in_proj_weight, std=width**-0.5)
             nn.init.zeros_(self.in_proj_bias)
 
-    def forward(self, x):  # [B, T, C]
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C]
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.out_proj(causal(q, k, v).flatten(2))
+        out: Tensor = self.out_proj(causal(q, k, v).flatten(2))
+        return out
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -47,14 +50,13 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = SelfAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", activation)
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=activation, c_proj=c_proj))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C]
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class TextEncoder(nn.Module):
@@ -67,18 +69,15 @@ class TextEncoder(nn.Module):
         activation = nn.GELU() if config.kind == "openclip" else QuickGELU()
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, config.heads, activation) for _ in range(config.layers)
-        )
+        blocks = (ResidualAttentionBlock(width, config.heads, activation) for _ in range(config.layers))
+        self.transformer = nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
         self.ln_final = nn.LayerNorm(width)
         if not self.positional_embedding.is_meta:
             nn.init.normal_(self.positional_embedding, std=0.01)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, 77] int64 -> [B, 77, width] in the dtype of the computation. Padding is attended to, as in training."""
         x = self.token_embedding(tokens) + self.positional_embedding
-        for block in self.transformer.resblocks:
-            x = block(x)
-        return self.ln_final(x)
+        out: Tensor = self.ln_final(self.transformer(x))
+        return out

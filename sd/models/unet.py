@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sd.attention.functions import Attention, allowed_kernels
-from sd.attention.modules import CrossAttention
+from sd.attention.modules import CrossAttention, KeysValues, ProjectedContext
 from sd.config.presets import UNetConfig
 from sd.models.layers import (
     BasicTransformerBlock,
@@ -18,12 +20,14 @@ from sd.models.layers import (
     timestep_embedding,
 )
 
+BlockContexts = Sequence[Sequence[Tensor | KeysValues]]  # by SpatialTransformer, then by block
+
 
 class Stage(nn.ModuleList):
-    """Modules that run one after the other, each given what it takes: its time projection, its contexts or neither."""
+    """Modules in sequence, with the time projection for ResBlocks and the contexts for SpatialTransformers."""
 
-    def forward(self, x, times, contexts):
-        """x [B, C, H, W] -> [B, C', H', W']; times, contexts: of all modules of the UNet, by `module.index`."""
+    def forward(self, x: Tensor, times: Sequence[Tensor], contexts: BlockContexts) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H', W']; times, contexts: for all modules of the UNet, by `module.index`."""
         for module in self:
             if isinstance(module, ResBlock):
                 x = module(x, times[module.index])
@@ -35,7 +39,7 @@ class Stage(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """UNet with cross-attention to the prompt (arXiv 2112.10752); its layout is that of openaimodel.UNetModel."""
+    """UNet with cross-attention to the prompt (arXiv 2112.10752), in the layout of openaimodel.UNetModel."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -43,42 +47,33 @@ class UNet(nn.Module):
         self.attention = Attention()
         groups = config.norm_groups
         embedding = 4 * config.model_channels
-
-        def transformer(channels):
-            module = SpatialTransformer(
-                channels,
-                config.context_dim,
-                config.heads(channels),
-                config.transformer_depth,
-                config.use_linear_in_transformer,
-                groups,
-            )
-            module.downsampling = factor
-            return module
-
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+
+        def blocks(channels: int, out_channels: int, downsampling: int) -> list[nn.Module]:
+            modules: list[nn.Module] = [ResBlock(channels, out_channels, embedding, groups)]
+            if downsampling in config.attention_resolutions:
+                modules.append(SpatialTransformer(config, out_channels, downsampling))
+            return modules
+
         channels = config.model_channels
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])])
-        skips, factor = [channels], 1
+        skips, downsampling = [channels], 1
         for level, multiplier in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
-                stage = [ResBlock(channels, multiplier * config.model_channels, embedding, groups)]
+                self.input_blocks.append(Stage(blocks(channels, multiplier * config.model_channels, downsampling)))
                 channels = multiplier * config.model_channels
-                if factor in config.attention_resolutions:
-                    stage.append(transformer(channels))
-                self.input_blocks.append(Stage(stage))
                 skips.append(channels)
             if level != len(config.channel_mult) - 1:
                 self.input_blocks.append(Stage([Downsample(channels)]))
                 skips.append(channels)
-                factor *= 2
+                downsampling *= 2
 
         self.middle_block = Stage(
             [
                 ResBlock(channels, channels, embedding, groups),
-                transformer(channels),
+                SpatialTransformer(config, channels, downsampling),
                 ResBlock(channels, channels, embedding, groups),
             ]
         )
@@ -86,56 +81,62 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.channel_mult))):
             for i in range(config.num_res_blocks + 1):
-                stage = [ResBlock(channels + skips.pop(), multiplier * config.model_channels, embedding, groups)]
+                stage = blocks(channels + skips.pop(), multiplier * config.model_channels, downsampling)
                 channels = multiplier * config.model_channels
-                if factor in config.attention_resolutions:
-                    stage.append(transformer(channels))
                 if level and i == config.num_res_blocks:
                     stage.append(Upsample(channels))
-                    factor //= 2
+                    downsampling //= 2
                 self.output_blocks.append(Stage(stage))
 
         self.out = nn.Sequential(
             GroupNorm(groups, channels, silu=True),
-            nn.Identity(),  # the norm has the SiLU
+            nn.Identity(),  # a SiLU in the original, part of the norm here
             nn.Conv2d(channels, config.out_channels, 3, padding=1),
         )
-        self.frequencies_device = None  # see sd.models.layers.timestep_embedding
+        self.frequencies_device: torch.device | None = None  # see sd.models.layers.timestep_embedding
         self.quantisation = "none"  # see sd.optimise.approximate
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
-        for modules in (self.res_blocks, self.transformers):
-            for i, module in enumerate(modules):
-                module.index = i
+        for i, block in enumerate(self.res_blocks):
+            block.index = i
+        for i, transformer in enumerate(self.transformers):
+            transformer.index = i
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the weights, to which the inputs are cast."""
-        return self.out[2].weight.dtype
+        convolution = self.out[2]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight.dtype
 
-    def forward(self, x, timesteps, context):
-        """Predict eps or v.
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
+        """Predict the noise (eps) or v.
 
         x [B, in_channels, h, w], h and w multiples of 2^(levels - 1); timesteps [B], of any number type, may be
-        fractional; context [B, T, context_dim]. Returns [B, out_channels, h, w] in the dtype of the computation.
-        In place of timesteps, a row of `time_table`; in place of context, what `project_context` made of it.
+        fractional, or a row of `time_table`; context [B, T, context_dim], or the result of `project_context`.
+        Returns [B, out_channels, h, w] in the dtype of the computation.
         """
         with allowed_kernels(self.attention):
             return self.denoise(x, timesteps, context)
 
-    def forward_with_features(self, x, timesteps, context, deep):
-        """`denoise_with_features` under the kernel choice."""
+    def forward_with_features(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`denoise_with_features` in the kernel context."""
         with allowed_kernels(self.attention):
             return self.denoise_with_features(x, timesteps, context, deep)
 
-    def denoise(self, x, timesteps, context):
-        """What `forward` runs under its kernel choice; the part that torch.compile is given."""
+    def denoise(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
+        """`forward` without the kernel context; torch.compile replaces this method."""
         return self.denoise_with_features(x, timesteps, context)[0]
 
-    def denoise_with_features(self, x, timesteps, context, deep=None):
-        """(what `denoise` returns, what the last stage was given by the stage before it).
+    def denoise_with_features(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(output of `denoise`, deep features: the input of the last stage from the stage before it).
 
-        deep: the latter from an earlier call, near in time, in place of all stages between (see sd.optimise.approximate).
+        deep: such features of an earlier call at a near timestep, which replace all stages between the first and the last
+        (see sd.optimise.approximate).
         """
         times, contexts = self._times(timesteps), self._contexts(context)
         first = self.input_blocks[0](x.to(self.dtype), times, contexts)
@@ -150,59 +151,61 @@ class UNet(nn.Module):
             deep = h
         return self.out(self.output_blocks[-1](torch.cat([deep, first], dim=1), times, contexts)), deep
 
-    def _times(self, timesteps):
-        """What every ResBlock adds, by its index: split off a row of the table, or computed."""
+    def _times(self, timesteps: Tensor) -> Sequence[Tensor]:
+        """Time projections [B or 1, C, 1, 1] of all ResBlocks: split from a row of the table, or computed."""
         if timesteps.dim() == 4:
-            return timesteps.split([block.emb_layers[1].out_features for block in self.res_blocks], dim=1)
+            times: Sequence[Tensor] = timesteps.split([block.out_channels for block in self.res_blocks], dim=1)
+            return times
         emb = timestep_embedding(timesteps, self.config.model_channels, self.frequencies_device)
         emb = self.time_embed(emb.to(self.dtype))
         return [block.project_time(emb) for block in self.res_blocks]
 
-    def _contexts(self, context):
-        """What every SpatialTransformer's blocks take, by its index."""
+    def _contexts(self, context: Tensor | ProjectedContext) -> BlockContexts:
         if isinstance(context, tuple):
             return context
         context = context.to(self.dtype)
         return [[context] * len(transformer.transformer_blocks) for transformer in self.transformers]
 
-    def time_table(self, timesteps):
-        """timesteps [N] -> [N, P, 1, 1]: the time embedding's projections for all ResBlocks, side by side.
+    def time_table(self, timesteps: Tensor) -> Tensor:
+        """timesteps [N] -> [N, P, 1, 1]: the time projections of all ResBlocks, concatenated.
 
-        A row [1, P, 1, 1] may be given to `forward` in place of its timesteps.
+        `forward` accepts a row [1, P, 1, 1] in place of its timesteps.
         """
-        return torch.cat(self._times(timesteps), dim=1)
+        return torch.cat(list(self._times(timesteps)), dim=1)
 
-    def project_context(self, context):
+    def project_context(self, context: Tensor) -> ProjectedContext:
         """context [B, T, context_dim] -> keys and values of all cross-attentions, each [B, T, H, D].
 
-        They may be given to `forward` in place of the context. Not where attention is `mha`, which projects by itself.
+        `forward` accepts them in place of the context. Not for attention `mha`, which projects by itself.
         """
         context = context.to(self.dtype)
         return tuple(
-            tuple(block.attn2.keys_values(context) for block in transformer.transformer_blocks)
+            tuple(block.project_context(context) for block in _transformer_blocks(transformer))
             for transformer in self.transformers
         )
 
     def fuse_projections(self, self_attention: bool, cross_attention: bool) -> None:
-        """Compute q, k, v of self-attention, or k and v of cross-attention, by one product over one matrix; or not."""
+        """Fuse the projections q, k, v of self-attention, and k, v of cross-attention, into one product; or separate them."""
         for block in self.transformer_blocks():
-            for attention, names, fused in (
-                (block.attn1, "qkv", self_attention),
-                (block.attn2, "kv", cross_attention),
-            ):
-                if isinstance(attention, CrossAttention):
-                    attention.fuse(names if fused else "")
+            if isinstance(block.attn1, CrossAttention):
+                block.attn1.fuse("qkv" if self_attention else "")
+            if isinstance(block.attn2, CrossAttention):
+                block.attn2.fuse("kv" if cross_attention else "")
 
     def transformer_blocks(self) -> list[BasicTransformerBlock]:
-        """Every transformer block, in the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
+        """All transformer blocks in execution order."""
+        return _transformer_blocks(self)
 
     def head_dims(self) -> set[int]:
-        """The head sizes that an attention kernel must take."""
+        """The head sizes that an attention backend must support."""
         return {block.attn1.head_dim for block in self.transformer_blocks()}
 
     def use_attention(self, attention: Attention) -> None:
-        """Switch every attention to `attention` over the same weights; no check that it runs here (see sd.optimise.optimisations)."""
+        """Switch every attention to `attention` over the same weights, without a check that it can run here."""
         for block in self.transformer_blocks():
             block.use_attention(attention)
         self.attention = attention
+
+
+def _transformer_blocks(module: nn.Module) -> list[BasicTransformerBlock]:
+    return [block for block in module.modules() if isinstance(block, BasicTransformerBlock)]

@@ -1,15 +1,18 @@
-"""Where random numbers come from: per image, so that a picture is the same at any batch size, or as the original drew."""
+"""Sources of random numbers: one generator per image, or the draws of the original scripts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from sd.choices import RNGS
 from sd.errors import ConfigError
 
 
 class PerImageNoise:
-    """One CPU generator per image, seeded seed + i: image i is the same at any batch size and on any device."""
+    """One CPU generator per image with seed + i: image i is the same at any batch size and on any device."""
 
     def __init__(self, seed: int, batch: int):
         self.generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
@@ -21,61 +24,56 @@ class PerImageNoise:
         source.generators = generators
         return source
 
-    def initial(self, shape, device):
-        """x_T [B, ...] float32 on `device`."""
+    def initial(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """Unit Gaussian noise [B, ...] float32 on `device`, such as x_T."""
         return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(device)
 
-    def step(self, x, used: bool):
-        """One sampler step's noise, like x; None where its factor is 0."""
-        return self.initial(x.shape, x.device) if used else None
-
-    def steps(self, x, used: list[bool]):
-        """The noise of many steps in their order [steps, B, ...], copied to x's device at once; None where all are unused."""
+    def steps(self, x: Tensor, used: Sequence[bool]) -> Tensor | None:
+        """Noise [steps, B, ...] of all steps on x's device in one copy, drawn only where used; None if no step uses it."""
         if not any(used):
             return None
-        blank = torch.zeros(x.shape)
-        return torch.stack([self.initial(x.shape, "cpu") if one else blank for one in used]).to(x.device)
+        zeros = torch.zeros(x.shape)
+        return torch.stack([self.initial(x.shape, "cpu") if draws else zeros for draws in used]).to(x.device)
 
-    def posterior(self, shape, device):
-        """Noise of the autoencoder's posterior, for img2img."""
+    def posterior(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """Noise [B, ...] of the autoencoder's posterior, for img2img."""
         return self.initial(shape, device)
 
 
 class OriginalNoise:
-    """The draws of the original scripts, in their order, after seed_everything(seed): one for the whole batch on the device.
+    """The draws of the original scripts after seed_everything(seed), in their order: one generator for the batch, on the device.
 
-    The original DDIM draws once a step and PLMS once per UNet call even where the noise is multiplied by 0, so a second
-    iteration depends on it; DPM-Solver draws nothing. The posterior is drawn on the CPU (compatibility with
-    Stability-AI's distributions.py). On a CPU the original seeds before it builds the model, whose random
-    initialisation then consumes draws: that is not reproduced. Keep one object over all iterations of a script.
+    The original DDIM draws once per step and PLMS once per UNet call even where the noise is multiplied by 0, and a second
+    iteration depends on these draws; DPM-Solver draws nothing. The posterior is drawn on the CPU (Stability-AI's
+    distributions.py). Not reproduced: on a CPU the original seeds before it builds the model, whose random initialisation
+    then consumes draws. Use one object for all iterations of a script.
     """
 
-    def __init__(self, seed: int, device):
+    def __init__(self, seed: int, device: torch.device | str):
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        # On a CPU there is one generator for everything.
+        # On a CPU all draws share one generator.
         self.cpu = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(seed)
 
-    def initial(self, shape, device=None):
-        """x_T [B, ...] float32 on the device."""
+    def initial(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """Unit Gaussian noise [B, ...] float32 on the generator's device, such as x_T; `device` is ignored."""
         return torch.randn(shape, generator=self.generator, device=self.device)
 
-    def step(self, x, used: bool):
-        """One sampler step's noise: drawn whether it is used or not."""
-        return self.initial(x.shape)
+    def steps(self, x: Tensor, used: Sequence[bool]) -> Tensor | None:
+        """Noise [steps, B, ...] of all steps, drawn for every step; None if no step uses it."""
+        noises = [self.initial(x.shape) for _ in used]
+        return torch.stack(noises) if any(used) else None
 
-    def steps(self, x, used: list[bool]):
-        """The noise of many steps in their order [steps, B, ...]: drawn whether it is used or not; None if it is not."""
-        drawn = [self.initial(x.shape) for _ in used]
-        return torch.stack(drawn) if any(used) else None
-
-    def posterior(self, shape, device=None):
-        """Noise of the autoencoder's posterior, drawn on the CPU."""
+    def posterior(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """Noise [B, ...] of the autoencoder's posterior, drawn on the CPU."""
         return torch.randn(shape, generator=self.cpu).to(self.device)
 
 
-def noise_source(rng, seed: int, batch: int, device):
-    """The source named by `rng` ("per-image" or "original"), or `rng` itself if it is a source already."""
+NoiseSource = PerImageNoise | OriginalNoise
+
+
+def noise_source(rng: str | NoiseSource, seed: int, batch: int, device: torch.device | str) -> NoiseSource:
+    """The source named `per-image` or `original`, or `rng` itself if it is a source. Raises ConfigError for other names."""
     if isinstance(rng, (PerImageNoise, OriginalNoise)):
         return rng
     if rng == "per-image":

@@ -1,4 +1,4 @@
-"""The same model under another attention, precision or device: what it gives, for tests on the CPU and on a GPU alike."""
+"""Outputs of a model with another attention, precision or device, and their bounds; on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED = int(os.environ.get("SD_PERF_SEED") or random.SystemRandom().getrandbits(3
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
-# name: (precision, whether matrix products and convolutions in fp32 may use TF32, which only a GPU has)
+# Name -> (precision, whether fp32 products and convolutions of a GPU may use TF32)
 SETTINGS = {
     "full": ("full", False),
     "full-tf32": ("full", True),
@@ -31,7 +31,7 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def tf32(allowed: bool):
-    """Allow or forbid TF32 in matrix products and, where PyTorch allows it by default, in convolutions."""
+    """Context that allows or forbids TF32 in matrix products and convolutions."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
@@ -42,13 +42,13 @@ def tf32(allowed: bool):
 
 
 def optimisations(name: str, precision: str = "full") -> Optimisations:
-    """The attention called `name` in sd.attention.functions.CHOICES, in that precision."""
+    """The attention `name` of sd.attention.functions.CHOICES in that precision."""
     choice = CHOICES[name]
     return Optimisations(choice.implementation, choice.kernels, precision=precision)
 
 
 def unet_output(model: StableDiffusion, seed: int, size: int, batch: int = 2):
-    """The UNet on random input: (float32 [B, 4, size, size] on the CPU, names of the attention kernels that ran)."""
+    """The UNet on random input: (float32 [B, 4, size, size] on the CPU, attention kernels that ran)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 4, size, size, generator=generator)
     context = torch.randn(batch, 77, model.config.unet.context_dim, generator=generator)
@@ -60,10 +60,10 @@ def unet_output(model: StableDiffusion, seed: int, size: int, batch: int = 2):
 
 
 def unet_bound(setting: str, device: str) -> float:
-    """Largest relative error that a UNet may have against `original` in fp32, full size or small.
+    """Largest relative error of a UNet of any size against `original` in fp32.
 
-    SD2's UNet with random weights at 32x32, on a CPU: 9e-7 in fp32, 1.6e-3 in fp16, 1.3e-2 in bf16 under autocast, which
-    is 1.6 of their epsilons; the bounds are 8. TF32 rounds the factors of products to the 11 bits of fp16.
+    Measured for SD2's UNet with random weights at 32x32 on a CPU: 9e-7 in fp32, 1.6e-3 in fp16, 1.3e-2 in bf16 under
+    autocast, 1.6 epsilons of the half types; the bound is 8 epsilons. TF32 rounds inputs of products to the 11 bits of fp16.
     """
     if setting == "full" or (setting == "full-tf32" and device == "cpu"):
         return 1e-5
@@ -71,8 +71,8 @@ def unet_bound(setting: str, device: str) -> float:
     return 8 * torch.finfo(torch.bfloat16 if bf16 else torch.float16).eps
 
 
-def only_the_allowed_ran(name: str, kernels: tuple[str, ...]) -> bool:
-    """Whether the kernels that were seen are those that the attention called `name` allows.
+def only_allowed_kernels(name: str, kernels: tuple[str, ...]) -> bool:
+    """Whether the recorded kernels are among those that the attention `name` allows.
 
     `native_mha` is nn.MultiheadAttention's fused self-attention, which runs an allowed kernel, or on a CPU its own `math`.
     """
@@ -80,7 +80,7 @@ def only_the_allowed_ran(name: str, kernels: tuple[str, ...]) -> bool:
     if choice.implementation == "original":
         return kernels == ("softmax",)
     if choice.implementation not in ("xformers", *ATTENTION_WITH_KERNELS):
-        return True  # of one that was added, this table does not know what to expect
+        return True  # a backend added later, without an expected kernel
     if choice.restricted:
         return bool(kernels) and set(kernels) <= {*choice.kernels, "native_mha"}
     if choice.implementation == "mha" and not has("sdpa"):
@@ -88,16 +88,16 @@ def only_the_allowed_ran(name: str, kernels: tuple[str, ...]) -> bool:
     return bool(kernels) and "softmax" not in kernels
 
 
-def picture(model: StableDiffusion):
-    """Two pictures of one prompt, int32 [2, 64, 64, 3].
+def images_of(model: StableDiffusion):
+    """Two images of one prompt, int32 [2, 64, 64, 3].
 
-    Of 8 steps: after 4, bf16 with `original` itself was seen to move them to 23 dB, after 8 never below 40 dB.
+    After 8 steps: after 4, bf16 with `original` itself had a PSNR down to 23 dB, after 8 never below 40 dB.
     """
     return model.txt2img(
         "a red star on a white background", steps=8, sampler="ddim", scale=4.0, seed=2, batch=2
     ).images.int()
 
 
-def psnr(ours, theirs, peak: float = 255.0) -> float:
+def psnr(actual, expected, peak: float = 255.0) -> float:
     """Peak signal-to-noise ratio in dB."""
-    return (20 * torch.log10(peak / (ours.double() - theirs.double()).pow(2).mean().sqrt())).item()
+    return (20 * torch.log10(peak / (actual.double() - expected.double()).pow(2).mean().sqrt())).item()

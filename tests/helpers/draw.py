@@ -1,7 +1,7 @@
-"""Pictures by the embedded model, for a test that runs this file under another torch: python draw.py FOLDER.
+"""Images of the embedded model, for a test that runs this file under another torch: python draw.py FOLDER.
 
-Reads latents.npy [B, 4, 8, 8] float32 from the folder; writes one uint8 array [B, 64, 64, 3] for each of CASES into
-pictures.npz, and prints the version of torch.
+Reads latents.npy [B, 4, 8, 8] float32 from the folder; writes a uint8 array [B, 64, 64, 3] for each of CASES to
+images.npz, and prints the torch version.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ CASES = {
 
 
 def draw(latents: np.ndarray) -> dict[str, np.ndarray]:
-    """Name of a case -> pictures from those latents, and under `seed` the pictures from a seed alone."""
+    """Images from those latents by case, and under `seed` the images from a seed alone."""
     model = StableDiffusion.tiny()
     options = {"steps": 8, "scale": 4.0, "seed": SEED, "batch": len(latents)}
-    pictures = {}
+    images = {}
     for name, (sampler, attention) in CASES.items():
         model.optimise(Optimisations(attention=attention))
-        pictures[name] = model.txt2img(PROMPT, sampler=sampler, latents=torch.from_numpy(latents), **options).images
-    pictures["seed"] = model.txt2img(PROMPT, sampler="ddim", **options).images
-    return {name: images.numpy() for name, images in pictures.items()}
+        images[name] = model.txt2img(PROMPT, sampler=sampler, latents=torch.from_numpy(latents), **options).images
+    images["seed"] = model.txt2img(PROMPT, sampler="ddim", **options).images
+    return {name: tensor.numpy() for name, tensor in images.items()}
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    np.savez(folder / "pictures.npz", **draw(np.load(folder / "latents.npy")))
+    np.savez(folder / "images.npz", **draw(np.load(folder / "latents.npy")))
     print(torch.__version__)

@@ -1,4 +1,4 @@
-"""Small configurations of every kind that was released, and models of them with seeded weights."""
+"""Small configurations with the topologies of the released models, and networks with seeded weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from sd import Optimisations, StableDiffusion
 from sd.config.presets import PRESETS, AutoencoderConfig, UNetConfig
 
-# Every head-count and projection variant at sizes that take milliseconds.
+# Every variant of head count and projection, at sizes that run in milliseconds.
 UNETS = {
     "sd1": UNetConfig(
         context_dim=24,
@@ -47,7 +47,7 @@ AUTOENCODERS = {
 }
 
 
-# The least that has every kind of block, for torch.compile, whose time goes with the number of kernels.
+# The smallest model with every block type, for torch.compile, whose time grows with the number of kernels.
 SMALLEST = replace(
     PRESETS["tiny"],
     name="smallest",
@@ -66,12 +66,12 @@ SMALLEST = replace(
 
 
 def smallest(optimisations: Optimisations = Optimisations()) -> StableDiffusion:
-    """A model of SMALLEST with seeded random weights; its pictures are noise."""
+    """A model of SMALLEST with seeded random weights; its images are noise."""
     return StableDiffusion.random(SMALLEST, optimisations=optimisations)
 
 
 def seeded(factory, config, seed: int = 0) -> nn.Module:
-    """The network of `config` in eval mode; norms and biases are random too, so that none of them can be forgotten."""
+    """The network of `config` in eval mode; norms and biases are random too, so that a dropped one changes the output."""
     torch.manual_seed(seed)
     module = factory(config).eval().requires_grad_(False)
     for parameter in module.parameters():
@@ -80,6 +80,6 @@ def seeded(factory, config, seed: int = 0) -> nn.Module:
     return module
 
 
-def relative_error(ours, theirs) -> float:
+def relative_error(actual, expected) -> float:
     """Norm of the difference over the norm."""
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    return ((actual - expected).norm() / expected.norm()).item()

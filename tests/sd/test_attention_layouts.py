@@ -1,4 +1,4 @@
-"""Any shape and memory layout that a caller may give to an attention function, against the original in float64."""
+"""Attention functions on arbitrary shapes and memory layouts, against the original in float64."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from agreement import DEVICES
 
-pytest.importorskip("hypothesis")  # a borrowed GPU may not have it, and must not miss the other tests for it
+pytest.importorskip("hypothesis")  # a GPU machine may lack it and still runs the other tests
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import FUNCTIONS, not_usable
+from test_attention import FUNCTIONS, skip_reason
 
 from sd.attention.accuracy import DTYPES, bound, function_error
 from sd.attention.functions import CHOICES
 
-# How the networks, and callers, lay out [B, S, H, D]: from sizes to a view of a larger tensor of random numbers.
+# Memory layouts of [B, S, H, D]: functions of a random generator and the sizes.
 LAYOUTS = {
     "contiguous": lambda normal, b, s, h, d: normal(b, s, h, d),
     "heads first": lambda normal, b, s, h, d: normal(b, h, s, d).transpose(1, 2),
@@ -22,7 +22,7 @@ LAYOUTS = {
     "channels first, as in the VAE": lambda normal, b, s, h, d: normal(b, h, d, s).permute(0, 3, 1, 2),
     "part of a packed projection": lambda normal, b, s, h, d: normal(b, s, 3, h, d)[:, :, 1],
     "every other token": lambda normal, b, s, h, d: normal(b, 2 * s, h, d)[:, ::2],
-    "one for the whole batch": lambda normal, b, s, h, d: normal(1, s, h, d).expand(b, s, h, d),
+    "expanded over the batch": lambda normal, b, s, h, d: normal(1, s, h, d).expand(b, s, h, d),
 }
 
 
@@ -39,10 +39,10 @@ LAYOUTS = {
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape_and_layout(device, name, data, batch, queries, keys, heads, layouts, seed):
-    kinds = [(dtype, head_dim) for dtype in DTYPES for head_dim in range(8, 97, 8)]
-    usable = [kind for kind in kinds if not not_usable(name, device, *kind)]
+    cases = [(dtype, head_dim) for dtype in DTYPES for head_dim in range(8, 97, 8)]
+    usable = [case for case in cases if not skip_reason(name, device, *case)]
     if not usable:
-        pytest.skip(not_usable(name, device, *kinds[0]))
+        pytest.skip(skip_reason(name, device, *cases[0]))
     dtype, head_dim = data.draw(st.sampled_from(usable))
     generator = torch.Generator().manual_seed(seed)
 

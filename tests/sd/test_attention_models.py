@@ -1,4 +1,4 @@
-"""Whole networks and whole pictures under every attention, kernel and precision; on a GPU at full size too."""
+"""Networks and images with every attention backend, kernel and precision; on a GPU at full size too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from agreement import (
     GPU,
     SEED,
     SETTINGS,
-    only_the_allowed_ran,
+    images_of,
+    only_allowed_kernels,
     optimisations,
-    picture,
     psnr,
     tf32,
     unet_bound,
@@ -25,15 +25,15 @@ from sd.errors import BadImage, Unavailable
 from sd.features import has
 
 
-def optimise_or_skip(model, wanted: Optimisations):
+def optimise_or_skip(model, choice: Optimisations):
     try:
-        model.optimise(wanted)
+        model.optimise(choice)
     except Unavailable as reason:
         pytest.skip(str(reason))
 
 
 def model_of(case: str, device: str) -> StableDiffusion:
-    """A new one in fp32: the embedded model, or a preset of full size with random weights."""
+    """A new fp32 model: the embedded one, or a full-size preset with random weights."""
     original = Optimisations(attention="original")
     if case == "tiny":
         return StableDiffusion.tiny(device, original)
@@ -49,9 +49,9 @@ def model_of(case: str, device: str) -> StableDiffusion:
     ],
 )
 def network(request):
-    """(model in some precision, what its UNet gave in fp32 with `original` and without TF32, size, the rest of the id).
+    """(model, its UNet's output in fp32 with `original` and without TF32, latent size, device, setting).
 
-    One model for each precision, since pure half weights cannot be made whole again.
+    One model for each precision, since weights rounded to a half type cannot be restored.
     """
     case, device, setting = request.param
     model = model_of(case, device)
@@ -62,7 +62,7 @@ def network(request):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_whole_unet_agrees_with_fp32(seed, network, name):
+def test_unet_agrees_with_fp32(seed, network, name):
     model, reference, size, device, setting = network
     precision, allow_tf32 = SETTINGS[setting]
     optimise_or_skip(model, optimisations(name, precision))
@@ -70,21 +70,21 @@ def test_the_whole_unet_agrees_with_fp32(seed, network, name):
         out, kernels = unet_output(model, seed, size)
     assert relative_error(out, reference) <= unet_bound(setting, device)
     assert psnr(out, reference, peak=(reference.max() - reference.min()).item()) >= 35
-    assert only_the_allowed_ran(name, kernels), kernels
+    assert only_allowed_kernels(name, kernels), kernels
 
 
 @pytest.mark.parametrize("name", [name for name in CHOICES if name != "original"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_whole_pictures_agree(device, name):
+def test_images_agree(device, name):
     model = model_of("tiny", device)
     with tf32(False):
-        reference = picture(model)
+        reference = images_of(model)
         optimise_or_skip(model, optimisations(name))
-        assert (picture(model) - reference).abs().max() <= 2
-    assert only_the_allowed_ran(name, model.kernels["unet"]), model.kernels
+        assert (images_of(model) - reference).abs().max() <= 2
+    assert only_allowed_kernels(name, model.kernels["unet"]), model.kernels
 
 
-# fp16 on a CPU is in the tests of large scores below: it takes seconds there.
+# The tests of large scores below cover fp16 on the CPU, which takes seconds.
 HALF = [("cpu", "autocast"), ("cpu", "bf16")] + [
     pytest.param("cuda", precision, marks=GPU) for precision in ("autocast", "fp16", "bf16")
 ]
@@ -92,19 +92,19 @@ HALF = [("cpu", "autocast"), ("cpu", "bf16")] + [
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("device, precision", HALF)
-def test_whole_pictures_agree_in_half_precision(device, name, precision):
+def test_images_agree_in_half_precision(device, name, precision):
     model = model_of("tiny", device)
     with tf32(False):
-        reference = picture(model)
+        reference = images_of(model)
     optimise_or_skip(model, optimisations(name, precision))
-    assert psnr(picture(model), reference) >= 35
+    assert psnr(images_of(model), reference) >= 35
 
 
 # --- scores beyond fp16
 
 
 def with_large_scores(device: str) -> StableDiffusion:
-    """The embedded model with one attention whose q.k, up to 117 000 where measured, is infinite in fp16."""
+    """The embedded model with one attention whose scores (up to 117 000 in fp32) overflow fp16."""
     model = model_of("tiny", device)
     blocks = model.unet.transformer_blocks()
     attention = blocks[len(blocks) // 2].attn1
@@ -114,36 +114,36 @@ def with_large_scores(device: str) -> StableDiffusion:
 
 
 @pytest.mark.parametrize(
-    "device, precision",  # autocast on a CPU is bf16, which overflows as late as fp32
+    "device, precision",  # autocast on a CPU is bf16, which has the range of fp32
     [("cpu", "fp16"), pytest.param("cuda", "fp16", marks=GPU), pytest.param("cuda", "autocast", marks=GPU)],
 )
 def test_upcast_prevents_the_black_image(device, precision):
     model = with_large_scores(device)
     optimise_or_skip(model, Optimisations(attention="original", precision=precision, attention_precision="input"))
     with pytest.raises(BadImage, match="attention_precision fp32"):
-        picture(model)
+        images_of(model)
     model.optimise(Optimisations(attention="original", precision=precision))
-    assert picture(model).float().std() > 5
+    assert images_of(model).float().std() > 5
 
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_large_scores_in_fp16_give_the_picture_of_fp32(device, name):
+def test_large_scores_in_fp16_give_the_image_of_fp32(device, name):
     model = with_large_scores(device)
     with tf32(False):
-        reference = picture(model)
+        reference = images_of(model)
     optimise_or_skip(model, optimisations(name, "fp16"))
-    assert psnr(picture(model), reference) >= 40
+    assert psnr(images_of(model), reference) >= 40
 
 
-# --- compiling, switching and observing
+# --- compiling, switching and recording kernels
 
 
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="this torch has no torch.compile")
 @pytest.mark.parametrize("name", ["original", "mha", "sdpa"])
 def test_attention_is_one_graph(name):
-    """Captured whole, without a graph break, by the part of torch.compile that comes before any code is generated."""
+    """Captured without a graph break; aot_eager stops before code generation."""
     model = model_of("tiny", "cpu")
     model.optimise(optimisations(name))
     block, vae = model.unet.transformer_blocks()[0], model.autoencoder.decoder.mid.attn_1
@@ -163,32 +163,32 @@ def model():
     return model_of("tiny", "cpu")
 
 
-def test_switching_shares_the_weights_and_comes_back(model):
-    names = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
-    before = picture(model)
+def test_switching_backends_shares_the_weights(model):
+    weights = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
+    before = images_of(model)
     model.optimise(Optimisations(attention="mha"))
     attention = model.unet.transformer_blocks()[0].attn2
     pointer = attention.mha.k_proj_weight.data_ptr()
     model.optimise(Optimisations(attention="original"))
     assert model.unet.transformer_blocks()[0].attn2.to_k.weight.data_ptr() == pointer
-    assert all(torch.equal(weight, names[name]) for name, weight in model.unet.state_dict().items())
-    assert torch.equal(picture(model), before)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.unet.state_dict().items())
+    assert torch.equal(images_of(model), before)
 
 
-def test_kernels_are_observed_in_both_networks(model):
-    picture(model)
+def test_kernels_are_recorded_for_both_networks(model):
+    images_of(model)
     assert model.kernels == {"unet": ("softmax",), "autoencoder": ("softmax",)}
     if has("cpu_flash"):
         for kernel in ("math", "flash"):
             model.optimise(Optimisations(attention="sdpa", sdpa_kernels=(kernel,)))
-            picture(model)
+            images_of(model)
             assert model.kernels == {"unet": (kernel,), "autoencoder": (kernel,)}
 
 
-def test_the_vae_says_what_it_took(model):
-    """xFormers on a CPU takes at most 32 numbers a head, and the VAE's has 48."""
+def test_vae_reports_its_fallback(model):
+    """xFormers on a CPU supports head sizes up to 32; the VAE's is 48."""
     optimise_or_skip(model, Optimisations(attention="xformers"))
-    picture(model)
+    images_of(model)
     assert model.kernels["unet"] == ("small_k",)
-    taken = model.autoencoder.attention.implementation
-    assert taken == ("sdpa" if has("sdpa") else "original") and model.kernels["autoencoder"]
+    fallback = model.autoencoder.attention.implementation
+    assert fallback == ("sdpa" if has("sdpa") else "original") and model.kernels["autoencoder"]

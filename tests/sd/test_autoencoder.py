@@ -1,4 +1,4 @@
-"""The autoencoder: its released size, and diffusers' AutoencoderKL with the same weights."""
+"""The autoencoder: released size, and equality with diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from models import AUTOENCODERS, relative_error, seeded
 
 from sd.checkpoint import diffusers_folder, layouts
-from sd.checkpoint import load as checkpoint
+from sd.checkpoint.load import meta_device
 from sd.config.presets import AutoencoderConfig, preset
 from sd.models.autoencoder import Autoencoder
 
 
 def test_released_size():
-    with checkpoint.meta_device():
+    with meta_device():
         autoencoder = Autoencoder(AutoencoderConfig())
     assert sum(p.numel() for p in autoencoder.parameters()) == 83_653_863
     assert sum(p.numel() for p in autoencoder.encoder.parameters()) == 34_163_592

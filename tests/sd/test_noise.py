@@ -1,4 +1,4 @@
-"""Noise: the same picture at any batch size, and the draws of the original scripts in their order."""
+"""Noise sources: independence of the batch size, and the draws of the original scripts."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from sd.sampling.schedule import Schedule
 SHAPE = (3, 4, 8, 8)
 
 
-def test_image_i_has_the_noise_of_seed_plus_i_at_any_batch_size():
+def test_noise_of_image_i_depends_on_seed_plus_i_alone():
     together = PerImageNoise(5, 4)
     alone = [PerImageNoise(5 + i, 1) for i in range(4)]
     x = together.initial((4, 4, 8, 8), "cpu")
     assert torch.equal(x, torch.cat([noise.initial((1, 4, 8, 8), "cpu") for noise in alone]))
-    step = together.step(x, used=True)
-    assert torch.equal(step, torch.cat([noise.step(x[:1], used=True) for noise in alone]))
-    assert together.step(x, used=False) is None
+    assert together.steps(x, [False]) is None
+    step = together.steps(x, [True])[0]
+    assert torch.equal(step, torch.cat([noise.steps(x[:1], [True])[0] for noise in alone]))
 
 
-def test_the_noise_of_many_steps_is_that_of_one_after_the_other():
+def test_noise_of_many_steps_equals_successive_draws():
     x = torch.zeros(2, 4, 8, 8)
-    at_once, one_by_one = PerImageNoise(3, 2).steps(x, [True, False, True]), PerImageNoise(3, 2)
-    assert torch.equal(at_once[0], one_by_one.step(x, used=True))
-    assert torch.equal(at_once[2], one_by_one.step(x, used=True))
+    noises, source = PerImageNoise(3, 2).steps(x, [True, False, True]), PerImageNoise(3, 2)
+    assert torch.equal(noises[0], source.initial(x.shape, "cpu"))
+    assert torch.equal(noises[2], source.initial(x.shape, "cpu"))
     assert PerImageNoise(3, 2).steps(x, [False, False]) is None
 
 
-def test_unknown_source():
+def test_unknown_source_raises():
     with pytest.raises(ConfigError, match="per-image, original"):
         noise_source("philox", 1, 1, "cpu")
 
 
 def scripted(name: str, steps: int, iterations: int, eta: float):
-    """The draws of a script by name: after one seed, x_T, then what its sampler consumes; returns x_T and the steps' noise."""
+    """The used draws of an original script after one seed: per iteration x_T, then the noise of its sampler's steps."""
     torch.manual_seed(42)
-    seen = []
+    expected = []
     for _ in range(iterations):
-        seen.append(torch.randn(SHAPE))
+        expected.append(torch.randn(SHAPE))
         draws = {"ddim": steps, "plms": steps + 1, "dpm_solver": 0}[name]
         noises = [torch.randn(SHAPE) for _ in range(draws)]
         if eta:
-            seen.extend(noises)
-    return seen
+            expected.extend(noises)
+    return expected
 
 
 @pytest.mark.parametrize("name, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm_solver", 0.0)])
 def test_original_draws_over_two_iterations(name, eta):
-    """Bit for bit, the second iteration included: its x_T depends on what the sampler drew, used or not."""
+    """Bit for bit; x_T of the second iteration depends on every draw of the first, used or not."""
     noise, used = OriginalNoise(42, "cpu"), []
     plan = SAMPLERS[name](Schedule(), 20, eta)
     for _ in range(2):
         x = noise.initial(SHAPE)
         used.append(x)
-        drawn = plan.noises(noise, x)
-        assert (drawn is None) == (eta == 0)
-        used.extend(drawn if eta else [])
+        noises = plan.noises(noise, x)
+        assert (noises is None) == (eta == 0)
+        used.extend(noises if eta else [])
     expected = scripted(name, 20, 2, eta)
     assert len(used) == len(expected)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(used, expected))
+    assert all(map(torch.equal, used, expected))
 
 
 def test_original_img2img_draws_share_the_generator_on_a_cpu():
@@ -73,7 +73,7 @@ def test_original_img2img_draws_share_the_generator_on_a_cpu():
     assert torch.equal(noise.initial(SHAPE), encode)
 
 
-def test_no_global_state_is_touched():
+def test_global_generator_is_unchanged():
     torch.manual_seed(0)
     expected = torch.randn(2)
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from sd.errors import ConfigError
 from sd.sampling import samplers
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.noise import PerImageNoise
-from sd.sampling.samplers import ADAMS_BASHFORTH, SAMPLERS, sampler, unet_calls
+from sd.sampling.samplers import ADAMS_BASHFORTH, SAMPLERS, sampler
 from sd.sampling.schedule import Schedule
 
 SCHEDULE = Schedule()
@@ -19,12 +19,12 @@ SHAPE = (2, 4, 8, 8)
 
 
 def toy(x, t):
-    """A prediction that depends on everything, nonlinearly, and is of the size of noise."""
+    """A nonlinear noise prediction that depends on x and t, of the magnitude of noise."""
     return torch.tanh(0.7 * x + 0.3 * x.roll(1, -1)) + 0.1 * math.cos(t / 100)
 
 
 class Calls:
-    """A denoiser of eps that counts."""
+    """A noise prediction that records its timesteps."""
 
     def __init__(self, eps=toy):
         self.eps, self.times = eps, []
@@ -47,13 +47,13 @@ def x():
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [2, 8, 20, 50])
 def test_number_of_unet_calls(name, steps, x):
-    denoise, seen = Calls(), []
-    run(name, denoise, steps, x, on_step=lambda step, count: seen.append((step, count)))
-    assert len(denoise.times) == unet_calls(name, SCHEDULE, steps)
-    assert [step for step, _ in seen] == list(range(1, seen[-1][1] + 1))
+    denoise, progress = Calls(), []
+    run(name, denoise, steps, x, on_step=lambda step, count: progress.append((step, count)))
+    assert len(denoise.times) == len(SAMPLERS[name](SCHEDULE, steps).evaluations)
+    assert [step for step, _ in progress] == list(range(1, progress[-1][1] + 1))
 
 
-def test_plms_calls_the_second_timestep_twice(x):
+def test_plms_evaluates_the_second_timestep_twice(x):
     denoise = Calls()
     run("plms", denoise, 50, x)
     assert denoise.times[:4] == [981, 961, 961, 941]
@@ -61,7 +61,7 @@ def test_plms_calls_the_second_timestep_twice(x):
 
 
 def test_adams_bashforth_weights_integrate_polynomials():
-    """The k-point rule integrates polynomials through the points 0, -1, -2, ... exactly over one step ahead."""
+    """The k-point rule integrates polynomials of degree k - 1 exactly over the next step."""
     for weights in ADAMS_BASHFORTH:
         for power in range(len(weights)):
             predicted = sum(weight * (-float(i)) ** power for i, weight in enumerate(weights))
@@ -69,12 +69,12 @@ def test_adams_bashforth_weights_integrate_polynomials():
 
 
 @pytest.mark.parametrize("name", ["plms", "dpm_solver", "euler"])
-def test_eta_is_refused_by_name(name, x):
+def test_eta_raises_for_deterministic_samplers(name, x):
     with pytest.raises(ConfigError, match=f"{name}: eta"):
         run(name, Calls(), 10, x, eta=0.5)
 
 
-def test_bad_names_and_counts(x):
+def test_invalid_names_and_counts_raise(x):
     with pytest.raises(ConfigError, match="ddim, plms"):
         sampler("heun")
     for name, steps in (("dpm_solver", 1), ("euler", 0)):
@@ -84,21 +84,21 @@ def test_bad_names_and_counts(x):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_eps_and_v_give_the_same_trajectory(name, x):
-    """v = alpha eps - sigma x_0 of the same prediction: with each call's own x and t, no sampler may differ."""
+    """v = alpha eps - sigma x_0 of the same prediction, converted with the x and t of each call."""
     x = x.float()
     context = torch.zeros(2, 77, 8)
 
-    def levels(t):
-        # The signal level that the sampler means: k-diffusion's interpolation differs between integer times.
+    def coefficients(t):
+        # Between integer timesteps, Euler interpolates log sigma and the others log alpha.
         t = t[0].item()
-        alpha = (1 + SCHEDULE.noise_to_signal(t) ** 2) ** -0.5 if name == "euler" else SCHEDULE.alpha(t)
+        alpha = (1 + SCHEDULE.sigma(t) ** 2) ** -0.5 if name == "euler" else SCHEDULE.alpha(t)
         return t, alpha, (1 - alpha**2) ** 0.5
 
     def eps_unet(x, t, context):
-        return toy(x, levels(t)[0])
+        return toy(x, coefficients(t)[0])
 
     def v_unet(x, t, context):
-        t, alpha, sigma = levels(t)
+        t, alpha, sigma = coefficients(t)
         eps = toy(x, t)
         return alpha * eps - sigma * (x - sigma * eps) / alpha
 
@@ -107,34 +107,34 @@ def test_eps_and_v_give_the_same_trajectory(name, x):
     assert (by_eps - by_v).norm() < 1e-4 * by_eps.norm()
 
 
-SPREAD = 0.6  # deviation of the data
+DATA_STD = 0.6  # standard deviation of the data
 
 
-def gaussian_eps(x, t, level=SCHEDULE.alpha):
-    """The exact noise prediction for data ~ N(0, SPREAD^2)."""
-    alpha = level(t)
-    variance = alpha**2 * SPREAD**2 + 1 - alpha**2
+def gaussian_eps(x, t):
+    """The exact noise prediction for data ~ N(0, DATA_STD^2)."""
+    alpha = SCHEDULE.alpha(t)
+    variance = alpha**2 * DATA_STD**2 + 1 - alpha**2
     return math.sqrt(1 - alpha**2) * x / variance
 
 
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("dpm_solver", 2), ("plms", 1)])
 def test_converges_to_the_exact_solution(name, order, x):
-    """Where the flow has a closed form, errors fall with the square of the step for second order, in proportion for first."""
+    """On Gaussian data, whose flow has a closed form, the error falls with the order-th power of the step."""
 
     def deviation(alpha):
-        return math.sqrt(alpha**2 * SPREAD**2 + 1 - alpha**2)
+        return math.sqrt(alpha**2 * DATA_STD**2 + 1 - alpha**2)
 
     def error(steps):
         x0 = run(name, Calls(gaussian_eps), steps, x)
         if name == "euler":  # from x_T = sigma_max * x to data without noise
-            sigma = SCHEDULE.noise_to_signal(999)
-            truth = x * sigma * SPREAD / math.sqrt(SPREAD**2 + sigma**2)
+            sigma = SCHEDULE.sigma(999)
+            truth = x * sigma * DATA_STD / math.sqrt(DATA_STD**2 + sigma**2)
         else:
             first = 999 if name == "dpm_solver" else SCHEDULE.uniform_timesteps(steps)[-1]
             truth = x * deviation(SCHEDULE.alpha(0)) / deviation(SCHEDULE.alpha(first))
         return ((x0 - truth).norm() / truth.norm()).item()
 
-    # Ten times the steps: 10^order times less error in the limit; the exponent seen is to be near it.
+    # Ten times the steps divide the error by 10^order in the limit.
     coarse, fine = error(50), error(500)
     assert fine < 0.006
     assert math.log10(coarse / fine) > 0.8 * order
@@ -154,7 +154,7 @@ BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, 
 
 @pytest.mark.peers
 class TestAgainstDiffusers:
-    """The same trajectory where both define the same one; diffusers' tables are float32."""
+    """Equal trajectories where the definitions agree; diffusers' tables are float32."""
 
     @pytest.fixture
     def diffusers(self):
@@ -173,13 +173,15 @@ class TestAgainstDiffusers:
         )
         source = PerImageNoise(7, len(x))
         peer.set_timesteps(20)
-        theirs = x
+        expected = x
         for t in peer.timesteps:
-            noise = source.step(theirs, used=True)
-            theirs = peer.step(toy(theirs, t.item()), t, theirs, eta=1.0, variance_noise=noise).prev_sample
-        assert (run("ddim", Calls(), 20, x, eta=1.0) - theirs).abs().max() < 1e-4
+            noise = source.initial(expected.shape, expected.device)
+            expected = peer.step(toy(expected, t.item()), t, expected, eta=1.0, variance_noise=noise).prev_sample
+        assert (run("ddim", Calls(), 20, x, eta=1.0) - expected).abs().max() < 1e-4
 
-    @pytest.mark.parametrize("steps", [9, 27, 37])  # where even times are integers, and both sides of the rule for < 15
+    @pytest.mark.parametrize(
+        "steps", [9, 27, 37]
+    )  # where the timesteps are integers, on both sides of the rule for < 15
     def test_dpm_solver(self, diffusers, steps, x):
         peer = diffusers.DPMSolverMultistepScheduler(
             **BETAS,
@@ -192,7 +194,9 @@ class TestAgainstDiffusers:
         )
         assert (run("dpm_solver", Calls(), steps, x) - _diffusers_run(peer, x, steps, toy)).abs().max() < 1e-4
 
-    @pytest.mark.parametrize("steps", [10, 28])  # where even times are integers: between them the interpolations differ
+    @pytest.mark.parametrize(
+        "steps", [10, 28]
+    )  # where the timesteps are integers: between them the interpolations differ
     def test_euler(self, diffusers, steps, x):
         peer = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace")
         assert (run("euler", Calls(), steps, x) - _diffusers_run(peer, x, steps, toy)).abs().max() < 1e-3

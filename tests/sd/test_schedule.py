@@ -1,4 +1,4 @@
-"""Closed forms of the schedule and of the timesteps that samplers visit."""
+"""The noise schedule and the timesteps of the samplers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from sd.errors import ConfigError
-from sd.sampling.samplers import unet_calls
+from sd.sampling.samplers import SAMPLERS
 from sd.sampling.schedule import Schedule
 
 SCHEDULE = Schedule()
@@ -20,11 +20,11 @@ def test_alphas_cumprod(t, expected):
 
 
 def test_k_diffusion_sigmas():
-    assert SCHEDULE.noise_to_signal(0) == pytest.approx(0.0291672, rel=1e-5)
-    assert SCHEDULE.noise_to_signal(999) == pytest.approx(14.6146412, rel=1e-6)
+    assert SCHEDULE.sigma(0) == pytest.approx(0.0291672, rel=1e-5)
+    assert SCHEDULE.sigma(999) == pytest.approx(14.6146412, rel=1e-6)
 
 
-def test_fractional_times_are_interpolated_in_the_logarithm():
+def test_fractional_timesteps_interpolate_log_alpha():
     between = SCHEDULE.alpha(500.25)
     assert math.log(between) == pytest.approx(
         0.75 * math.log(SCHEDULE.alpha(500)) + 0.25 * math.log(SCHEDULE.alpha(501))
@@ -46,7 +46,7 @@ def test_uniform_timesteps(steps, count, last):
 IMPOSSIBLE = {3, 9, 27, 36, 37, *range(101, 112), *range(251, 334), *range(501, 1001)}
 
 
-def test_every_count_is_in_range_or_refused():
+def test_every_count_is_in_range_or_raises():
     for steps in range(1, 1001):
         if steps in IMPOSSIBLE:
             with pytest.raises(ConfigError):
@@ -58,7 +58,7 @@ def test_every_count_is_in_range_or_refused():
 @pytest.mark.parametrize(
     "steps, nearest", [(27, "26 or 28"), (0, "use 1"), (-1, "use 1"), (105, "100 or 112"), (5000, "use 500")]
 )
-def test_an_impossible_count_names_the_nearest(steps, nearest):
+def test_impossible_count_names_the_nearest(steps, nearest):
     with pytest.raises(ConfigError, match=nearest):
         SCHEDULE.uniform_timesteps(steps)
 
@@ -68,4 +68,4 @@ def test_an_impossible_count_names_the_nearest(steps, nearest):
     [("plms", 50, 51), ("ddim", 50, 50), ("ddim", 30, 31), ("dpm_solver", 20, 20), ("euler", 9, 9)],
 )
 def test_unet_calls(sampler, steps, calls):
-    assert unet_calls(sampler, SCHEDULE, steps) == calls
+    assert len(SAMPLERS[sampler](SCHEDULE, steps).evaluations) == calls

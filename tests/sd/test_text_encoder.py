@@ -1,4 +1,4 @@
-"""The text towers: released sizes, tokens, and two independent implementations with the same weights."""
+"""The text towers: released sizes, tokens, and equality with two independent implementations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from models import relative_error, seeded
 
 from sd.checkpoint import layouts
-from sd.checkpoint import load as checkpoint
+from sd.checkpoint.load import meta_device
 from sd.config.presets import TextConfig, preset
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import END, tokenize
@@ -19,7 +19,7 @@ PROMPTS = ["", "A photo", "a  RED café, très joli &amp; 漢字", "word " * 200
 
 @pytest.mark.parametrize("name, parameters", [("sd1", 123_060_480), ("sd2", 340_387_840)])
 def test_released_size(name, parameters):
-    with checkpoint.meta_device():
+    with meta_device():
         tower = TextEncoder(preset(name).text)
     assert sum(p.numel() for p in tower.parameters()) == parameters
 
@@ -30,12 +30,12 @@ def test_tokens(kind, padding):
     assert empty.tolist() == [START, END] + [padding] * 75
     assert short.tolist() == [START, 320, 1125, END] + [padding] * 73  # "a", "photo"
     assert long[0] == START
-    assert long[-1] == END  # cut to 77, the last one the end
+    assert long[-1] == END  # truncated to 77 tokens, of which the last is the end token
     assert long[1:-1].unique().numel() == 1
 
 
-def test_tokens_are_those_of_the_whole_package():
-    open_clip = pytest.importorskip("open_clip")  # which is imported here, and not by sd
+def test_tokens_equal_those_of_open_clip():
+    open_clip = pytest.importorskip("open_clip")  # sd loads its tokenizer module without the package
     assert torch.equal(tokenize(PROMPTS, "openclip"), open_clip.tokenize(PROMPTS))
 
 
@@ -55,7 +55,7 @@ def test_equals_transformers(kind):
         )
     ).eval()
     state = layouts.openclip_text_to_hf(tower.state_dict())
-    own = peer.state_dict()  # newer releases have dropped the prefix
+    own = peer.state_dict()  # newer releases have no prefix
     if not any(name.startswith("text_model.") for name in own):
         state = layouts.with_prefix(state, "text_model.")
     peer.load_state_dict(state, strict=False)
@@ -66,7 +66,7 @@ def test_equals_transformers(kind):
 
 
 def test_equals_open_clip():
-    """The tower of the installed open_clip_torch, built without its last block, through its constructor and call alone."""
+    """The installed open_clip_torch, through its constructor and call alone, with as many blocks as ours."""
     transformer = pytest.importorskip("open_clip.transformer")
     config = SMALL["openclip"]
     try:
@@ -86,5 +86,5 @@ def test_equals_open_clip():
     peer.load_state_dict(tower.state_dict())
     tokens = tokenize(PROMPTS, "openclip")
     with torch.no_grad():
-        theirs = peer(tokens)
-        assert relative_error(tower(tokens), theirs[0] if isinstance(theirs, tuple) else theirs) < 1e-5
+        output = peer(tokens)
+        assert relative_error(tower(tokens), output[0] if isinstance(output, tuple) else output) < 1e-5

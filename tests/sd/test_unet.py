@@ -1,4 +1,4 @@
-"""The UNet: sizes of the released models, and diffusers' UNet with the same weights."""
+"""The UNet: sizes of the released models, and equality with diffusers' UNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from models import UNETS, relative_error, seeded
 
 from sd.checkpoint import diffusers_folder, layouts
-from sd.checkpoint import load as checkpoint
+from sd.checkpoint.load import meta_device
 from sd.config.presets import TextConfig, preset
 from sd.models.layers import timestep_embedding
 from sd.models.unet import UNet
@@ -17,19 +17,19 @@ from sd.models.unet import UNet
 
 @pytest.mark.parametrize("name, parameters", [("sd1", 859_520_964), ("sd2", 865_910_724), ("sd2-v", 865_910_724)])
 def test_released_size(name, parameters):
-    with checkpoint.meta_device():
+    with meta_device():
         unet = UNet(preset(name).unet)
     assert sum(p.numel() for p in unet.parameters()) == parameters
     assert len(unet.state_dict()) == 686
 
 
 def test_inpainting_size():
-    with checkpoint.meta_device():
+    with meta_device():
         unet = UNet(replace(preset("sd2").unet, in_channels=9))
     assert sum(p.numel() for p in unet.parameters()) == 865_925_124
 
 
-def test_timestep_embedding_has_cosines_first_and_takes_fractions():
+def test_timestep_embedding_has_cosines_first_and_accepts_fractions():
     at_zero = timestep_embedding(torch.tensor([0]), 320)
     assert torch.equal(at_zero, torch.cat([torch.ones(1, 160), torch.zeros(1, 160)], dim=1))
     half = timestep_embedding(torch.tensor([0.5]), 320)
