@@ -16,8 +16,8 @@ from sd.choices import COMPILE_BACKENDS
 from sd.choices import INDUCTOR_OPTIONS as INDUCTOR_NAMES
 from sd.errors import ConfigError, Unavailable
 from sd.features import has, require
-from sd.sampling.denoiser import noise_in
-from sd.sampling.samplers import MEMORY, Plan
+from sd.sampling.denoiser import predict_noise
+from sd.sampling.samplers import HISTORY_LENGTH, Plan
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # these record CUDA graphs by themselves
 # By the name under which each can be measured alone: the setting of torch._inductor.config that it is.
@@ -144,17 +144,18 @@ def restore(unet, autoencoder, text_encoder) -> None:
         vars(owner).pop(name, None)
 
 
-# Columns of a plan's table, then one weight for each kept quantity.
-COLUMNS = ("t", "scale", "factor", "alpha", "sigma", "kept_x", "kept_e", "spread", "guidance")
+# Columns of a plan's table (see sd.sampling.samplers.Evaluation), then the weights of the history. sigma: sqrt(1 - alpha^2).
+COLUMNS = ("t", "c_in", "c_x", "alpha", "sigma", "c_skip", "c_out", "sigma_up", "guidance")
 
 
 def plan_table(plan: Plan, guidance: float | None, device, dtype=torch.float32):
-    """The numbers of a plan [evaluations, 16] on `device`: rows of one size, COLUMNS first, then 1 + MEMORY weights."""
+    """Coefficients of a plan [evaluations, 16] on `device`: COLUMNS, then 1 + HISTORY_LENGTH weights, then zeros."""
     rows = []
-    for one in plan.evaluations:
-        weights = [*one.weights, *[0.0] * (1 + MEMORY - len(one.weights))]
-        sigma = (1 - one.alpha**2) ** 0.5
-        rows.append([one.t, one.scale, one.factor, one.alpha, sigma, *one.kept, one.spread, guidance or 0.0, *weights])
+    for call in plan.evaluations:
+        weights = [*call.weights, *[0.0] * (1 + HISTORY_LENGTH - len(call.weights))]
+        sigma = (1 - call.alpha**2) ** 0.5
+        coefficients = [call.t, call.c_in, call.c_x, call.alpha, sigma, call.c_skip, call.c_out, call.sigma_up]
+        rows.append([*coefficients, guidance or 0.0, *weights])
     # 16 numbers: a row then starts where inductor's kernels need no copy to align it.
     padding = [0.0] * (16 - len(rows[0]))
     return torch.tensor([[*row, *padding] for row in rows], dtype=torch.float64).to(device, dtype)
@@ -173,36 +174,39 @@ class CompiledStep:
         self.tables = {}
 
     def _step(self, x, timesteps, context, row, history, noise, guided: bool, predicts_v: bool):
-        """x and what it keeps after one evaluation; row [16] of the plan's table, history: MEMORY tensors like x."""
-        t, scale, factor, alpha, sigma, kept_x, kept_e, spread, guidance, *weights = row[: len(COLUMNS) + 1 + MEMORY]
+        """(x, output) after one evaluation. row [16]: of the plan's table; history: HISTORY_LENGTH outputs, newest first."""
+        size = len(COLUMNS) + 1 + HISTORY_LENGTH
+        t, c_in, c_x, alpha, sigma, c_skip, c_out, sigma_up, guidance, *weights = row[:size]
         if timesteps is None:
             timesteps = t.expand(len(x) * (2 if guided else 1))
-        signal = (alpha, sigma) if predicts_v else None
-        e = noise_in(self.unet.denoise, scale * x, timesteps, context, guidance if guided else None, signal)
-        kept = kept_x * x + kept_e * e
-        x = factor * x
-        for weight, past in zip(weights, (kept, *history)):
+        alpha_sigma = (alpha, sigma) if predicts_v else None
+        e = predict_noise(self.unet.denoise, c_in * x, timesteps, context, guidance if guided else None, alpha_sigma)
+        output = c_skip * x + c_out * e
+        x = c_x * x
+        for weight, past in zip(weights, (output, *history)):
             x = x + weight * past
-        return x if noise is None else x + spread * noise, kept
+        return x if noise is None else x + sigma_up * noise, output
 
     def __call__(self, plan: Plan, denoise, x, noises=None, on_step=None):
         """As sd.sampling.samplers.run."""
         if not plan.evaluations:  # img2img of a strength that leaves no step: there is no table to make
-            return plan.initial * x
+            return plan.init_noise_sigma * x
         key = (plan, denoise.guidance, x.device, x.dtype)
         if key not in self.tables:  # copied to the device at the first run alone
             self.tables[key] = plan_table(plan, denoise.guidance, x.device, x.dtype)
         table = self.tables[key]
-        x = plan.initial * x
-        history = tuple(torch.zeros_like(x) for _ in range(MEMORY))
+        x = plan.init_noise_sigma * x
+        history = tuple(torch.zeros_like(x) for _ in range(HISTORY_LENGTH))
         step = 0
         for i, evaluation in enumerate(plan.evaluations):
             timesteps = None if denoise.time_table is None else denoise.timesteps(evaluation.t, x)
             noise = None if noises is None else noises[i]
             guided = denoise.guidance is not None
             with allowed_kernels(self.attention):
-                x, kept = self.call(x, timesteps, denoise.context, table[i], history, noise, guided, denoise.predicts_v)
-            history = (kept, *history[:-1])
+                x, output = self.call(
+                    x, timesteps, denoise.context, table[i], history, noise, guided, denoise.predicts_v
+                )
+            history = (output, *history[:-1])
             if evaluation.ends_step:
                 step += 1
                 if on_step is not None:

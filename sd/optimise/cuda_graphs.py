@@ -83,7 +83,7 @@ class GraphedLoop:
         if key not in self.graphs:
 
             def recorded(x, noises, context, time_table):
-                return self.loop(plan, denoise.over(context, time_table), x, noises)
+                return self.loop(plan, denoise.with_tensors(context, time_table), x, noises)
 
             self.graphs[key] = Graphed(recorded)
         x = self.graphs[key](x, noises, denoise.context, denoise.time_table)

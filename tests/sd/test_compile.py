@@ -186,27 +186,27 @@ def test_group_norm_of_a_large_mean_in_nhwc(counters):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_plans_table_says_what_the_plan_says(name):
+def test_plan_table_reproduces_the_plan(name):
     """The update rule by rows of the table, in float64 on a linear denoiser, against the loop of Python floats."""
     from sd.optimise.compile import COLUMNS
-    from sd.sampling.samplers import MEMORY, run
+    from sd.sampling.samplers import HISTORY_LENGTH, run
 
     plan = SAMPLERS[name](Schedule(), 20)
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = run(plan, lambda x, t, alpha: 0.3 * x + t / 1000, x)
     table = plan_table(plan, 7.5, "cpu", torch.float64)
     assert table.shape[1] % 4 == 0  # rows begin aligned to 16 bytes in float32
-    x, history = plan.initial * x, [torch.zeros_like(x)] * MEMORY
+    x, history = plan.init_noise_sigma * x, [torch.zeros_like(x)] * HISTORY_LENGTH
     for evaluation, row in zip(plan.evaluations, table):
         columns = dict(zip(COLUMNS, row))
         assert columns["guidance"] == 7.5
         assert float(columns["alpha"] ** 2 + columns["sigma"] ** 2) == pytest.approx(1, abs=1e-12)
-        e = 0.3 * columns["scale"] * x + columns["t"] / 1000
-        kept = columns["kept_x"] * x + columns["kept_e"] * e
-        weights = row[len(COLUMNS) : len(COLUMNS) + 1 + MEMORY]
-        x = columns["factor"] * x + sum(weight * past for weight, past in zip(weights, (kept, *history)))
-        history = [kept, *history[:-1]]
-        assert evaluation.spread == columns["spread"] == 0
+        e = 0.3 * columns["c_in"] * x + columns["t"] / 1000
+        output = columns["c_skip"] * x + columns["c_out"] * e
+        weights = row[len(COLUMNS) : len(COLUMNS) + 1 + HISTORY_LENGTH]
+        x = columns["c_x"] * x + sum(weight * past for weight, past in zip(weights, (output, *history)))
+        history = [output, *history[:-1]]
+        assert evaluation.sigma_up == columns["sigma_up"] == 0
     assert relative_error(x, expected) <= 1e-12
 
 

@@ -8,7 +8,7 @@ from counting import Counting, needs_counting
 from models import relative_error
 
 from sd import Optimisations, StableDiffusion
-from sd.attention.availability import why_not
+from sd.attention.availability import unavailable_reason
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION
 from sd.errors import ConfigError, Unavailable
@@ -82,7 +82,7 @@ def _count(model, **fields) -> Counting:
 @pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in ("mha", "xformers")])
 @pytest.mark.parametrize("name", EXACT)
 def test_equals_the_original_and_comes_back_bit_for_bit(model, reference, name, attention):
-    reason = why_not(Attention(attention), head_dim=8)
+    reason = unavailable_reason(Attention(attention), head_dim=8)
     if reason:
         pytest.skip(reason)
     plain = Optimisations(attention=attention)

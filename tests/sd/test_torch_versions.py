@@ -38,7 +38,7 @@ def both(tmp_path_factory):
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].startswith("1.12.")
-    with np.load(folder / "pictures.npz") as theirs:
+    with np.load(folder / "images.npz") as theirs:
         return dict(theirs), draw(latents)
 
 
