@@ -100,7 +100,7 @@ def test_images_agree_in_half_precision(device, name, precision):
     assert psnr(images_of(model), reference) >= 35
 
 
-# --- scores beyond fp16
+# --- scores that overflow fp16
 
 
 def with_large_scores(device: str) -> StableDiffusion:

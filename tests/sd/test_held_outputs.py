@@ -9,8 +9,8 @@ import pytest
 from held_outputs import CASES, HASHES, LATENTS, machine_key, make, sha256
 from safetensors.torch import load_file
 
-# Rounding differs between torch versions and processors, and guidance and the sampler steps amplify it: 5e-5 between torch 1.12
-# and 2.15. A wrong coefficient or a wrong timestep moves latents, which are of magnitude 1, by more than 1e-2.
+# Rounding differs between torch versions and processors, and guidance and the steps amplify it: 5e-5 between torch 1.12 and
+# 2.15. An error of 0.1 % in one sampler weight of one step changes the latents by 7e-3 or more, a timestep off by one by 8e-2.
 TOLERANCE = 1e-3
 
 outputs = functools.cache(make)
