@@ -14,7 +14,7 @@ from sd.choices import ATTENTION, ATTENTION_WITH_KERNELS, SDPA_KERNELS
 from sd.errors import Unavailable
 from sd.features import has, missing
 
-# SD1's UNet: 40, 80, 160; SD2's: 64; the VAE: 512; 32 is the largest that xFormers' CPU kernel takes.
+# SD1's UNet: 40, 80, 160; SD2's: 64; the VAE: 512; 32 is the largest that xFormers' CPU kernel supports.
 HEAD_DIMS = (32, 40, 64, 80, 160, 512)
 
 

@@ -58,7 +58,7 @@ class Attention:
         return self.kernels != SDPA_KERNELS
 
     def function(self) -> AttentionFunction:
-        """The attention function; for `mha`, the one that replaces the module where no module can be used."""
+        """The attention function; for `mha`, the SDPA function that replaces the module in the VAE."""
         if self.implementation == "original" and self.precision == "input":
             return functools.partial(original, upcast=False)
         return FUNCTIONS[self.implementation]

@@ -1,7 +1,7 @@
 """The text towers of CLIP (SD1) and OpenCLIP (SD2) in one class. Module names are OpenCLIP's keys.
 
-Architecture: CLIP (arXiv 2103.00020). SD1 takes the output of the last of 12 layers, with the sigmoid approximation of GELU; SD2
-that of layer 23 of 24; both after the final LayerNorm. Loading renames SD1's keys (sd.checkpoint.layouts).
+Architecture: CLIP (arXiv 2103.00020). SD1 uses the last of 12 layers and the sigmoid approximation of GELU; SD2 uses the
+penultimate of 24 layers; both apply the final LayerNorm. Loading renames SD1's keys (sd.checkpoint.layouts).
 """
 
 from __future__ import annotations

@@ -29,14 +29,14 @@ def _open_clip_tokenizer() -> ModuleType:
     return module
 
 
-def tokenize(prompts: list[str], kind: str = "openclip") -> Tensor:
+def tokenize(prompts: list[str], encoder: str = "openclip") -> Tensor:
     """prompts -> [B, 77] int64: start, at most 75 tokens, end, padding.
 
-    kind: `openclip` (SD2) pads with 0, `clip` (SD1) with the end token. A longer prompt is truncated, and its last token
+    encoder: `openclip` (SD2) pads with 0, `clip` (SD1) with the end token. A longer prompt is truncated, and its last token
     becomes the end token, as in both originals.
     """
     tokens: Tensor = _open_clip_tokenizer().tokenize(list(prompts))
-    if kind == "clip":
+    if encoder == "clip":
         after_end = (tokens == END).cumsum(dim=1) > 0
         tokens = tokens.masked_fill(after_end, END)
     return tokens

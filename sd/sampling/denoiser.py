@@ -39,7 +39,7 @@ def predict_noise(
 
 
 class Denoiser:
-    """Guided noise prediction for one prompt batch.
+    """Guided noise prediction for a batch of prompts.
 
     unet: callable (x [N, 4, h, w], timesteps [N], context [N, T, C]) -> [N, 4, h, w]. context, unconditional:
     [B, T, C], concatenated once; without `unconditional`, or at scale 1, the unconditional half is not computed.
