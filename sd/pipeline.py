@@ -393,7 +393,7 @@ class StableDiffusion:
             )
             return out
         denoise = Denoiser(self._calls.unet_of_run(), *contexts, scale, self.config.parameterization)
-        if chosen.cache_context_kv:
+        if chosen.cache_context_kv and isinstance(denoise.context, Tensor):
             denoise.context = self.unet.project_context(denoise.context)
         if chosen.cache_time_embeddings and plan.evaluations:
             denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
