@@ -53,10 +53,10 @@ QUIET = CpuFacts(
     memory_bytes=64 * GIB,
     memory_available_bytes=60 * GIB,
     swap_used_bytes=0,
-    jiffies=1000,
-    steal_jiffies=0,
+    cpu_seconds=1000,
+    steal_seconds=0,
 )
-LATER = replace(QUIET, jiffies=2000)
+LATER = replace(QUIET, cpu_seconds=2000)
 # A package that stands for torch in the process that is asked, so that asking takes milliseconds and can go wrong.
 FAKE_TORCH = """
 import math, os, signal, subprocess, sys, time

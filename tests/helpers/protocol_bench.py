@@ -12,7 +12,7 @@ from fake_worker import Fake
 
 from perf.configurations.configuration import Configuration
 from perf.session.measurements import Measurements
-from perf.session.plan import ROUND_APART, Plan, Slot
+from perf.session.plan import SEED_STRIDE, Plan, Slot
 from perf.session.runner import Limits, Runner
 from perf.worker.wire import WorkerError, parse_response
 
@@ -108,7 +108,7 @@ class Asked:
 
 
 def seeds(count: int) -> list[int]:
-    return [1 + ROUND_APART * number for number in range(count)]
+    return [1 + SEED_STRIDE * number for number in range(count)]
 
 
 def result(measurements: Measurements) -> dict:
@@ -117,7 +117,7 @@ def result(measurements: Measurements) -> dict:
         "slots": {
             name: {
                 "failure": one.failure,
-                "thrown_away": one.thrown_away,
+                "discarded": one.discarded,
                 "launches": {
                     number: (launch.load, launch.first_call_seconds, launch.rounds)
                     for number, launch in sorted(one.launches.items())
@@ -135,7 +135,7 @@ WRONG = {
     "not_finite": {"finite": False},
     "constant": {"constant": True},
     "latents": {"latent_relative_error": 0.5, "psnr_db": 90.0},
-    "picture": {"latent_relative_error": 0.0, "psnr_db": 10.0},
+    "image": {"latent_relative_error": 0.0, "psnr_db": 10.0},
     "repeated_output": {"sha256": "the same"},
 }
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from perf.configurations.configuration import Configuration
-from perf.session.image_check import BOUNDS, computing_type, image_seeds, reference_path, repeated, wrong
+from perf.session.image_check import BOUNDS, computing_type, image_failure, repeated_output
+from perf.session.references import image_seeds, reference_path
 from perf.worker import images
 
 RIGHT = {"sha256": "0", "finite": True, "constant": False, "latent_relative_error": 1e-6, "psnr_db": 90.0}
@@ -75,7 +76,7 @@ def test_one_number_that_is_none_is_found_in_any_image(kept, value, image):
     found = images.examine(made, paths)
     assert not found["finite"]
     assert all(not isinstance(one, float) or math.isfinite(one) for one in found.values())  # JSON has no other
-    assert wrong(found, "full", "cpu").startswith("not_finite: ")
+    assert image_failure(found, "full", "cpu").startswith("not_finite: ")
 
 
 @pytest.mark.parametrize("image", [0, 2])
@@ -83,7 +84,7 @@ def test_a_picture_of_one_value_is_found_in_any_image(kept, image):
     made, paths = kept
     made.images[image] = 77
     found = images.examine(made, paths)
-    assert found["constant"] and wrong(found, "full", "cpu").startswith("constant: ")
+    assert found["constant"] and image_failure(found, "full", "cpu").startswith("constant: ")
     stage = output(3, pictures=False)
     stage.latents[image] = 0.5
     assert images.examine(stage, None)["constant"]
@@ -94,7 +95,7 @@ def test_a_reference_of_a_stage_has_no_picture(tmp_path):
     images.write(stage, path)
     found = images.examine(stage, [path])
     assert (found["latent_relative_error"], found["psnr_db"]) == (0.0, None)
-    assert wrong(found, "full", "cpu") is None
+    assert image_failure(found, "full", "cpu") is None
 
 
 def test_a_damaged_reference_is_named_with_the_way_out(kept):
@@ -158,12 +159,12 @@ def test_the_bounds_of_what_computes(precision, device, computing):
     bounds = BOUNDS[computing]
 
     def judged(error: float, psnr: float | None) -> str | None:
-        said = wrong({**RIGHT, "latent_relative_error": error, "psnr_db": psnr}, precision, device)
+        said = image_failure({**RIGHT, "latent_relative_error": error, "psnr_db": psnr}, precision, device)
         return said and said.partition(":")[0]
 
     assert judged(bounds.latent_relative_error, bounds.psnr_db) is None
     assert judged(1.001 * bounds.latent_relative_error, bounds.psnr_db) == "latents"
-    assert judged(bounds.latent_relative_error, bounds.psnr_db - 0.001) == "picture"
+    assert judged(bounds.latent_relative_error, bounds.psnr_db - 0.001) == "image"
     assert judged(bounds.latent_relative_error, None) is None
     assert judged(0.0, 100.0) == (None if computing == "fp32" else "suspiciously_equal")
 
@@ -180,24 +181,26 @@ def test_bounds_are_wider_for_fewer_bits():
 @pytest.mark.parametrize("precision", ["full", "fp16", "bf16"])
 def test_what_is_approximate_differs_but_is_still_of_the_same_prompt(precision):
     def judged(error: float) -> str:
-        said = wrong({**RIGHT, "latent_relative_error": error, "psnr_db": 5.0}, precision, "cpu", approximate=True)
+        said = image_failure(
+            {**RIGHT, "latent_relative_error": error, "psnr_db": 5.0}, precision, "cpu", approximate=True
+        )
         return str(said).partition(":")[0]
 
     assert [judged(error) for error in (0.0, 9e-5, 0.02, 1.2, 1.5)] == [
         *("suspiciously_equal", "suspiciously_equal", "None", "None", "latents")
     ]
-    assert wrong({**RIGHT, "constant": True}, precision, "cpu", approximate=True).startswith("constant")
+    assert image_failure({**RIGHT, "constant": True}, precision, "cpu", approximate=True).startswith("constant")
 
 
 def test_without_a_reference_only_what_is_wrong_by_itself_is_found():
     alone = {**RIGHT, "latent_relative_error": None, "psnr_db": None}
-    assert wrong(alone, "fp16", "cuda") is None
-    assert wrong({**alone, "finite": False}, "fp16", "cuda").startswith("not_finite")
+    assert image_failure(alone, "fp16", "cuda") is None
+    assert image_failure({**alone, "finite": False}, "fp16", "cuda").startswith("not_finite")
 
 
 def test_the_same_output_twice_is_suspicious():
-    assert repeated([]) is None and repeated(["a"]) is None and repeated(["a", "b", "c"]) is None
-    assert repeated(["a", "b", "a"]).startswith("repeated_output: ")
+    assert repeated_output([]) is None and repeated_output(["a"]) is None and repeated_output(["a", "b", "c"]) is None
+    assert repeated_output(["a", "b", "a"]).startswith("repeated_output: ")
 
 
 # --- names

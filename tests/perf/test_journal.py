@@ -148,7 +148,7 @@ def test_a_line_that_is_missing_or_comes_twice_is_noticed(book):
     without = prefix(path, b"".join(lines[:2] + lines[3:]))
     twice = prefix(path, b"".join(lines[:2] + lines[1:]))
     assert [len(without.events), len(twice.events)] == [1, 1]
-    assert without.damage == twice.damage == "line 3 is damaged; it and what follows is measured again"
+    assert without.damage == twice.damage == "line 3 is damaged; its round and later ones are measured again"
 
 
 def test_going_on_cuts_the_damage_off(book):
@@ -167,11 +167,11 @@ def test_going_on_cuts_the_damage_off(book):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "holds no plan"),
-        (b"\n", "holds no plan"),
-        (b"{}\n", "holds no plan"),
-        (b'{"event": "plan", "schema": 1}\n', "holds no plan"),  # without its checksum
-        (b"\x89PNG\r\n\x1a\n", "holds no plan"),
+        (b"", "no plan"),
+        (b"\n", "no plan"),
+        (b"{}\n", "no plan"),
+        (b'{"event": "plan", "schema": 1}\n', "no plan"),  # without its checksum
+        (b"\x89PNG\r\n\x1a\n", "no plan"),
     ],
 )
 def test_what_is_no_journal(tmp_path, content, said):
@@ -186,7 +186,7 @@ def test_another_version_or_no_plan_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "SCHEMA", 2)
     written(path)
     monkeypatch.undo()
-    with pytest.raises(JournalError, match="holds no plan of this version"):
+    with pytest.raises(JournalError, match="no plan of this version"):
         read(path)
 
 
@@ -196,7 +196,7 @@ def test_one_that_is_missing_a_folder_or_too_large_is_refused(tmp_path):
     with pytest.raises(JournalError, match="Is a directory"):
         read(tmp_path)
     with open(tmp_path / "2.jsonl", "wb") as file:
-        file.truncate(journal.LARGEST + 1)
+        file.truncate(journal.LARGEST_BYTES + 1)
     with pytest.raises(JournalError, match="too large"):
         read(tmp_path / "2.jsonl")
 
@@ -238,7 +238,7 @@ def fill(path: Path, limit: int, padding: int = 10) -> list[str]:
 
 
 def assert_safe(path: Path, said: list[str], reason: str) -> None:
-    assert said[-1] == (f"{path}: {reason}; free some space and go on with --perf-resume: the rounds before are safe")
+    assert said[-1] == (f"{path}: {reason}; free some space and continue with --perf-resume: earlier rounds are safe")
     recorded = read(path)
     assert [event["number"] for event in recorded.events][: len(said) - 1] == list(map(int, said[:-1]))
     with Journal(path, after=recorded) as again:

@@ -101,7 +101,7 @@ def test_an_error_is_an_answer_and_the_worker_goes_on():
         (
             {"do": "signal", "number": 9},
             "died",
-            "was ended by SIGKILL (if you did not do it, the system ran out of memory)",
+            "was ended by SIGKILL (probably by the system for lack of memory, unless you did it)",
         ),
         ({"do": "signal", "number": 11, "words": "\n"}, "died", "was ended by SIGSEGV"),
         ({"do": "signal", "number": 40}, "died", "was ended by signal 40"),
@@ -117,19 +117,23 @@ def test_an_error_is_an_answer_and_the_worker_goes_on():
         ({"do": "exit", "words": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "died", "status 3: "),
         ({"do": "close", "then": 0.2}, "died", "ended with status 5: the last words"),
         ({"do": "partial"}, "died", "was ended by SIGKILL"),
-        ({"do": "print", "text": "loading ...\n"}, "rubbish", "printed what is no answer: 'loading ...\\n'"),
-        ({"do": "print", "text": "\x00\xff\n"}, "rubbish", "printed what is no answer: '\\x00"),
-        ({"do": "print", "text": "\n"}, "rubbish", "printed what is no answer: '\\n'"),
-        ({"do": "print", "text": "[" * 9999 + "\n"}, "rubbish", "printed what is no answer: '[["),
-        ({"do": "print", "text": "9" * 9999 + "\n"}, "rubbish", "printed what is no answer: '99"),
-        ({"do": "print", "text": "spam ", "times": 1 << 20}, "rubbish", "printed what is no answer: 'spam spam"),
-        ({"do": "print", "text": '{"ok": {"seconds": NaN}}\n'}, "rubbish", "printed what is no answer"),
-        ({"do": "print", "text": '{"ok": 1}\n'}, "rubbish", "printed what is no answer"),
-        ({"do": "print", "text": '{"error": "x"}\n'}, "rubbish", "printed what is no answer"),
+        ({"do": "print", "text": "loading ...\n"}, "invalid_response", "sent an invalid response: 'loading ...\\n'"),
+        ({"do": "print", "text": "\x00\xff\n"}, "invalid_response", "sent an invalid response: '\\x00"),
+        ({"do": "print", "text": "\n"}, "invalid_response", "sent an invalid response: '\\n'"),
+        ({"do": "print", "text": "[" * 9999 + "\n"}, "invalid_response", "sent an invalid response: '[["),
+        ({"do": "print", "text": "9" * 9999 + "\n"}, "invalid_response", "sent an invalid response: '99"),
+        (
+            {"do": "print", "text": "spam ", "times": 1 << 20},
+            "invalid_response",
+            "sent an invalid response: 'spam spam",
+        ),
+        ({"do": "print", "text": '{"ok": {"seconds": NaN}}\n'}, "invalid_response", "sent an invalid response"),
+        ({"do": "print", "text": '{"ok": 1}\n'}, "invalid_response", "sent an invalid response"),
+        ({"do": "print", "text": '{"error": "x"}\n'}, "invalid_response", "sent an invalid response"),
         (
             {"do": "print", "text": '{"error": {"kind": "new", "message": "x"}}\n'},
-            "rubbish",
-            "printed what is no answer",
+            "invalid_response",
+            "sent an invalid response",
         ),
     ],
 )
@@ -156,14 +160,14 @@ def test_half_a_line_and_no_more_is_a_hang():
 
 
 def test_half_a_line_and_an_answer_on_it_is_rubbish():
-    assert failure(at(do="print", text='{"ok": ')).kind == "rubbish"
+    assert failure(at(do="print", text='{"ok": ')).kind == "invalid_response"
 
 
 def test_one_that_closes_its_pipe_and_lives_on_is_ended(monkeypatch):
     monkeypatch.setattr(launcher, "EXIT_SECONDS", 0.2)
     error = failure(at(do="close"))
     assert error.kind == "died"
-    assert "closed its pipe without ending" in str(error) and "SIGKILL" not in str(error)
+    assert "closed its pipe without exiting" in str(error) and "SIGKILL" not in str(error)
 
 
 def test_what_is_said_unasked_is_not_taken_for_an_answer():
@@ -173,16 +177,16 @@ def test_what_is_said_unasked_is_not_taken_for_an_answer():
         deadline = time.monotonic() + 20
         while worker._lines.empty() and time.monotonic() < deadline:
             time.sleep(0.005)
-        with pytest.raises(WorkerError, match="no answer") as caught:
+        with pytest.raises(WorkerError, match="invalid response") as caught:
             worker.ask("probe", 20.0, **PROBE)
-    assert caught.value.kind == "rubbish"
+    assert caught.value.kind == "invalid_response"
 
 
 @pytest.mark.parametrize("protocol", [None, 0, 2, "1", "x" * 5000])
 def test_another_protocol_is_refused(protocol):
     error = failure(command(protocol=protocol))
-    assert error.kind == "rubbish"
-    assert "the worker speaks protocol" in str(error) and str(error).endswith("not 1") and len(str(error)) < 150
+    assert error.kind == "invalid_response"
+    assert "the worker uses protocol" in str(error) and str(error).endswith("not 1") and len(str(error)) < 150
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "/dev/null", str(FAKE.parent)])
@@ -210,7 +214,7 @@ def test_an_interpreter_that_is_not_python_says_what_it_said():
 
 @pytest.mark.parametrize("how", ["context", "death"])
 def test_children_end_with_the_worker(how, monkeypatch):
-    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.1)
     mishaps = [{"op": "probe", "nth": 0, "do": "child"}, {"op": "probe", "nth": 1, "do": "signal", "number": 9}]
     with ProcessLaunch(Interpreter(), command(at=mishaps)) as worker:
         child = worker.ask("probe", 20.0, **PROBE)["child"]

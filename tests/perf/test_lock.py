@@ -78,7 +78,7 @@ def test_kill_9_frees_the_device_though_a_child_lives_and_says_whose_it_was(hold
     holder.kill()
     holder.wait()
     with DeviceLock("GPU-1", tmp_path) as held:
-        assert f"cleared the lock of GPU-1 that was left by pid {holder.pid}, since" in held.notice
+        assert f"cleared the stale lock of GPU-1, left by pid {holder.pid}, since" in held.notice
     with DeviceLock("GPU-1", tmp_path) as held:
         assert held.notice is None  # released in order: nothing was left
 
@@ -106,7 +106,7 @@ def test_kill_9_between_fork_and_exec_is_waited_for_but_not_for_long(tmp_path, m
     try:
         if seconds < lock.DEAD_HOLDER_SECONDS:
             with DeviceLock("GPU-1", tmp_path) as held:
-                assert f"was left by pid {process.pid}, since" in held.notice
+                assert f"left by pid {process.pid}, since" in held.notice
         else:
             monkeypatch.setattr(lock, "DEAD_HOLDER_SECONDS", 0.2)
             with pytest.raises(DeviceBusy, match=f"pid {process.pid}"), DeviceLock("GPU-1", tmp_path):
@@ -180,10 +180,10 @@ def test_a_damaged_file_is_cleared_and_said_so(tmp_path, content):
     (tmp_path / file_name("cpu")).write_bytes(content)
     (tmp_path / file_name("cpu")).chmod(0o600)
     with DeviceLock("cpu", tmp_path) as held:
-        assert "left by a session that did not say who it is" in held.notice
+        assert "left by an unidentified session" in held.notice
         assert json.loads(held.path.read_text())["pid"] == os.getpid()
         held.path.write_bytes(content)  # damaged while it is held
-        with pytest.raises(DeviceBusy, match="a process that did not say who it is"), DeviceLock("cpu", tmp_path):
+        with pytest.raises(DeviceBusy, match="an unidentified process"), DeviceLock("cpu", tmp_path):
             pass
 
 
@@ -203,7 +203,7 @@ def test_a_linked_file_is_refused_and_its_target_untouched(tmp_path):
         pass
     (folder / file_name("gpu")).hardlink_to(victim)
     victim.chmod(0o600)
-    with pytest.raises(PermissionError, match="no plain file"), DeviceLock("gpu", folder):
+    with pytest.raises(PermissionError, match="not a regular file"), DeviceLock("gpu", folder):
         pass
     assert victim.read_text() == "precious"
 
@@ -214,7 +214,10 @@ def test_a_linked_or_foreign_folder_is_refused(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
     for name in ("link", "dangling", "file"):
-        with pytest.raises(PermissionError, match="cannot be the folder"), DeviceLock("cpu", tmp_path / name):
+        with (
+            pytest.raises(PermissionError, match="cannot be used as the lock folder"),
+            DeviceLock("cpu", tmp_path / name),
+        ):
             pass
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)

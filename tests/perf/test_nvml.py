@@ -19,8 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_suite_without_nvml_imports_neither_torch_nor_pytest():
-    modules = "telemetry, nvml, machine, stack, checks, doctor, lock"
-    code = f"import sys; from perf import {modules}; print(sorted({{'torch', 'pytest', 'pynvml'}} & set(sys.modules)))"
+    machine, commands = "telemetry, nvml, facts, stack", "checks, doctor"
+    code = (
+        f"import sys; from perf.machine import {machine}; from perf.commands import {commands}; import perf.session.lock; "
+        "print(sorted({'torch', 'pytest', 'pynvml'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -34,7 +37,7 @@ def test_a_missing_library_is_a_reason(monkeypatch):
 def test_a_missing_driver_is_a_reason_and_all_else_works(install):
     install(init_error=LIBRARY_NOT_FOUND)
     device = open_device(UUID)
-    assert device == NoTelemetry("no NVIDIA driver answers (NVML Shared Library Not Found)")
+    assert device == NoTelemetry("the NVIDIA driver does not respond (NVML Shared Library Not Found)")
     assert gpu_facts(device) == GpuFacts()
     clock = Steps()
     monitor = Monitor(device, clock=clock)

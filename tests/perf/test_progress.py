@@ -84,7 +84,7 @@ def test_without_a_terminal_there_is_a_line_a_launch():
         watched.launch(0, A, 0.0)
         watched.launch(0, B, 30.0)
         watched.launch(1, B, 330.0)
-        watched.progress.say("perf: [red]words[/red] with " + "x" * 300)
+        watched.progress.log("perf: [red]words[/red] with " + "x" * 300)
     assert watched.lines == [
         f"perf: launch 1, {A.name}",
         f"perf: launch 1, {B.name}, 2 min left",

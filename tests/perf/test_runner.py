@@ -10,8 +10,8 @@ from fake_worker import Fake
 from protocol_bench import THREE, WRONG, A, Asked, B, Bench, C, result, seeds, wrong
 
 from perf.configurations.configuration import Configuration
-from perf.session.measurements import PASSING, RETRIES, Measurements, paired_medians
-from perf.session.plan import ROUND_APART, WARM_UP, Plan, Slot
+from perf.session.measurements import MAX_RETRIES, TRANSIENT_FAILURES, Measurements, paired_medians
+from perf.session.plan import SEED_STRIDE, WARM_UP_ROUND, Plan, Slot
 
 
 def test_turns_are_mirrored_every_other_launch():
@@ -46,7 +46,7 @@ def test_side_by_side_the_variants_of_a_configuration_take_turns_round_by_round(
     measurements = bench.run()
     a, aa, b, bb = (slot.name for slot in slots)
     assert bench.turns == [(0, a), (0, aa), (0, b), (0, bb), (1, bb), (1, b), (1, aa), (1, a)]
-    timed = [name for name, launch, seed in bench.asked if launch == 0 and seed < ROUND_APART * WARM_UP]
+    timed = [name for name, launch, seed in bench.asked if launch == 0 and seed < SEED_STRIDE * WARM_UP_ROUND]
     assert timed == [aa, a, a, aa, aa, a, bb, b, b, bb, bb, b]
     seeds_of_a = [seed for name, launch, seed in bench.asked if (name, launch) == (a, 0)]
     assert seeds_of_a[1:] == seeds(3)
@@ -70,7 +70,7 @@ def test_side_by_side_a_failure_leaves_the_other_one(operation):
 def test_a_launch_is_a_load_a_warm_up_and_rounds_with_latents_of_their_own():
     bench = Bench(Plan(THREE[:1], launches=2, rounds=3))
     measured = bench.run().by_name[A.id]
-    warm_up = 1 + ROUND_APART * WARM_UP
+    warm_up = 1 + SEED_STRIDE * WARM_UP_ROUND
     assert [seed for _, launch, seed in bench.asked if launch == 1] == [warm_up, *seeds(3)]
     assert [event["event"] for event in bench.events] == 2 * ["load", "round", "round", "round", "round"]
     assert [event["round"] for event in bench.events[1:5]] == [None, 0, 1, 2]
@@ -79,18 +79,18 @@ def test_a_launch_is_a_load_a_warm_up_and_rounds_with_latents_of_their_own():
     assert first not in [one["seconds"] for one in measured.launches[0].rounds]
 
 
-@pytest.mark.parametrize("times", range(RETRIES + 2))
+@pytest.mark.parametrize("times", range(MAX_RETRIES + 2))
 def test_an_invalid_round_is_repeated_and_then_kept_as_invalid(times):
     plan = Plan(THREE[:1], launches=1, rounds=3)
     bench = Bench(plan, bad={(A.id, 0, seeds(3)[1]): times})
     measurements = bench.run()
     launch = measurements.by_name[A.id].launches[0]
-    stayed = times > RETRIES
-    assert [seed for _, _, seed in bench.asked].count(seeds(3)[1]) == min(times, RETRIES) + 1
+    stayed = times > MAX_RETRIES
+    assert [seed for _, _, seed in bench.asked].count(seeds(3)[1]) == min(times, MAX_RETRIES) + 1
     assert [one["round"] for one in launch.rounds] == [0, 1, 2]
     assert [one["invalid"] for one in launch.rounds] == [None, "throttled" if stayed else None, None]
     assert len(launch.valid()) == 3 - stayed
-    assert measurements.counts() == (min(times, RETRIES + 1), min(times, RETRIES + 1) + 3 - stayed)
+    assert measurements.counts() == (min(times, MAX_RETRIES + 1), min(times, MAX_RETRIES + 1) + 3 - stayed)
 
 
 def test_more_than_a_fifth_invalid_is_an_invalid_session():
@@ -149,7 +149,7 @@ def test_another_interpreter_with_another_anchor_is_no_drift():
 
 
 @pytest.mark.parametrize(
-    "kind", ["died", "hung", "rubbish", "failed", "out_of_memory", "unavailable", "usage", "bad_image"]
+    "kind", ["died", "hung", "invalid_response", "failed", "out_of_memory", "unavailable", "usage", "bad_image"]
 )
 @pytest.mark.parametrize("operation", ["load", "round"])
 def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
@@ -161,7 +161,7 @@ def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
     assert (2, B.id) not in bench.turns
     again = Bench(plan, events=bench.events)
     resumed = again.run()
-    if kind in PASSING:  # may not happen again
+    if kind in TRANSIENT_FAILURES:  # may not happen again
         assert resumed.by_name[B.id].failure is None
         assert len(resumed.by_name[B.id].rounds()) == 6
         assert again.turns == [(1, B.id), (2, B.id)]
@@ -176,7 +176,7 @@ def test_a_wrong_picture_stops_that_slot_only_and_stays_wrong(code):
     bench = Bench(plan, wrong(WRONG[code]))
     measurements = bench.run()
     kind, message = measurements.by_name[B.id].failure
-    assert kind == "wrong_picture" and message.startswith(f"{code}: ")
+    assert kind == "wrong_image" and message.startswith(f"{code}: ")
     assert [len(measurements.by_name[one.id].rounds()) for one in (A, C)] == [4, 4]
     assert bench.turns.count((1, B.id)) == 0
     resumed = Bench(plan, events=bench.events).run()  # even by a worker that would be right now
@@ -207,7 +207,7 @@ def test_a_wrong_picture_stays_wrong_when_the_runner_is_killed_at_once():
     plan = Plan(THREE[1:2], launches=1, rounds=2)
     whole = Bench(plan, wrong(WRONG["constant"], seed=1))
     expected = result(whole.run())
-    assert expected["slots"][B.id]["failure"][0] == "wrong_picture"
+    assert expected["slots"][B.id]["failure"][0] == "wrong_image"
     assert [event["event"] for event in whole.events] == ["load", "round", "round"]  # nothing comes after the picture
     for cut in range(len(whole.events) + 1):
         assert result(Bench(plan, whole.script, whole.events[:cut]).run()) == expected, cut

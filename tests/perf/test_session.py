@@ -20,7 +20,7 @@ from perf.configurations.configuration import Configuration
 from perf.launch.process import ROOT, Interpreter
 from perf.session import journal
 from perf.session.lock import DeviceBusy, DeviceLock
-from perf.session.measurements import RETRIES
+from perf.session.measurements import MAX_RETRIES
 from perf.session.plan import Slot
 from perf.session.run import judge_pairs, run
 from perf.session.runner import Limits
@@ -110,11 +110,11 @@ def test_a_whole_session(fake, tmp_path):
 
 
 def test_references_are_made_once_and_shared(fake, tmp_path, capsys):
-    assert "making 1 reference picture(s) with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
+    assert "rendering 1 reference image(s) with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
     made = list((tmp_path / "references").iterdir())
     assert [path.suffix for path in made] == [".npz"]
     assert "reference" not in _stderr_of(capsys, tmp_path)
-    assert "making 2 reference picture(s)" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
+    assert "rendering 2 reference image(s)" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
     assert len(list((tmp_path / "references").iterdir())) == 3
 
 
@@ -131,7 +131,7 @@ def test_without_a_reference_the_session_says_so(fake, tmp_path):
     fake()
     session, _ = measure(tmp_path, resume=True)  # what was measured without it stays unchecked
     assert set(session.unchecked) == {A.id, B.id}
-    assert "before its reference picture" in session.unchecked[B.id]
+    assert "before its reference image" in session.unchecked[B.id]
     missing = replace(A, checkpoint=str(tmp_path / "none.ckpt"))
     session, _ = measure(tmp_path, [missing], launches=1)
     assert session.unchecked == {missing.id: f"{tmp_path / 'none.ckpt'}: No such file or directory"}
@@ -140,7 +140,9 @@ def test_without_a_reference_the_session_says_so(fake, tmp_path):
 def test_a_wrong_reference_is_none(fake, tmp_path):
     fake(at=[{"op": "round", "id": A.id, "nth": 0, "do": "change", "image": {"constant": True}}])
     session, _ = measure(tmp_path)
-    assert session.unchecked[B.id] == "the reference itself is wrong: constant: a picture of one colour"
+    assert (
+        session.unchecked[B.id] == "the reference image is wrong: constant: every pixel of the image has the same value"
+    )
     assert list((tmp_path / "references").iterdir()) == []
 
 
@@ -185,7 +187,7 @@ def test_an_interrupt_keeps_what_was_measured_and_is_gone_on_with(fake, tmp_path
     assert len(events(tmp_path)) == after + 1
     session, said = measure(tmp_path, resume=True)
     assert summary(session) == whole
-    assert any(line.startswith("perf: going on from ") for line in said)
+    assert any(line.startswith("perf: resuming from ") for line in said)
 
 
 def test_a_configuration_without_rounds_says_why(fake, tmp_path, monkeypatch):
@@ -224,7 +226,7 @@ def test_a_journal_with_foreign_events_is_refused(fake, tmp_path):
     path = journal.newest(tmp_path / "journal")
     with journal.Journal(path, after=journal.read(path)) as book:
         book.write("round", {"slot": "another", "launch": 0})
-    with pytest.raises(SessionError, match=r"cannot be gone on from .* start again without --perf-resume"):
+    with pytest.raises(SessionError, match=r"cannot be resumed .* start again without --perf-resume"):
         measure(tmp_path, resume=True)
 
 
@@ -235,7 +237,7 @@ def test_a_damaged_journal_is_gone_on_from_and_that_is_said(fake, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + b"\0" * 500)
     session, said = measure(tmp_path, resume=True)
-    assert any("is damaged; it and what follows is measured again" in line for line in said)
+    assert any("is damaged; its round and later ones are measured again" in line for line in said)
     assert summary(session) == whole
     assert journal.read(path).damage is None
 
@@ -251,7 +253,7 @@ def test_a_full_disk_is_one_line_and_gone_on_from(fake, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.os, "fsync", full)
-        with pytest.raises(journal.JournalError, match=r"No space left on device; free some space and go on with"):
+        with pytest.raises(journal.JournalError, match=r"No space left on device; free some space and continue with"):
             measure(tmp_path)
     assert len(events(tmp_path)) == 7
     assert summary(measure(tmp_path, resume=True)[0]) == whole
@@ -287,7 +289,7 @@ def test_another_commit_is_measured_beside_and_once_more_as_much_where_undecided
         assert sorted(session.measurements.by_name[name].launches) == list(range(12))
     assert session.measurements.by_name[A.id].launches[0].load["sd"] == str(ROOT)
     assert session.measurements.by_name[f"{A.id}@base"].launches[0].load["sd"] == str(other)
-    assert f"undecided after 6 launches, doubling them: {A.id}" in capsys.readouterr().err
+    assert f"inconclusive after 6 launches, doubling them: {A.id}" in capsys.readouterr().err
     resumed, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1, resume=True)
     assert summary(resumed) == summary(session)
     assert resumed.decisions == session.decisions
@@ -304,8 +306,8 @@ def test_an_invalid_session_has_no_verdict(fake, tmp_path):
     fake(noise=0.001, counter=str(tmp_path / "count"))
     session, _ = measure(tmp_path, [A], aa=True, launches=6, rounds=1)
     for measured in session.measurements.by_name.values():
-        measured.thrown_away = RETRIES
-    decision = judge_pairs(session.settings, session.measurements)[A.id]
+        measured.discarded = MAX_RETRIES
+    decision = judge_pairs(session.measurements, "aa", "itself", 0.01)[A.id]
     assert (decision.verdict, decision.code) == (Verdict.INVALID, "invalid_rounds")
 
 
@@ -314,7 +316,7 @@ def test_an_invalid_session_has_no_verdict(fake, tmp_path):
 
 @pytest.fixture(scope="module")
 def runner():
-    with SessionRunner([str(ROOT), str(FAKE.parent)]) as started:
+    with SessionRunner([str(ROOT), str(FAKE.parent), str(Path(__file__).parent)]) as started:
         yield started
 
 
@@ -369,7 +371,7 @@ def test_a_resumed_session_says_whose_lock_it_cleared(runner, tmp_path):
     os.kill(started[0], signal.SIGKILL)
     assert runner.end(started) is None
     answer = runner.end(runner.start(tmp_path, {}, resume=journal.newest(tmp_path / "journal") is not None))
-    assert f"cleared the lock of cpu that was left by pid {started[0]}, since" in answer["said"][0]
+    assert f"cleared the stale lock of cpu, left by pid {started[0]}, since" in answer["said"][0]
 
 
 def test_ctrl_c_at_random_moments_keeps_what_was_measured(runner, tmp_path):

@@ -178,7 +178,7 @@ def test_a_driver_that_blocks_holds_the_round_up_no_longer_than_that(install, mo
     assert blocked.wait(10)
     round_ = monitor.stop()
     free.set()
-    assert invalid_reason(round_) == "device lost: NVML does not answer"
+    assert invalid_reason(round_) == "device lost: NVML does not respond"
 
 
 @pytest.mark.parametrize("after, changed", [(700_000, False), (695_000, False), (500_000, True), (900_000, True)])
