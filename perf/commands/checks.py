@@ -250,9 +250,9 @@ def _load(cpu: CpuFacts) -> Check:
 
 
 def _steal(before: CpuFacts, after: CpuFacts) -> Check:
-    if None in (before.steal_jiffies, after.steal_jiffies) or after.jiffies <= before.jiffies:
+    if None in (before.steal_seconds, after.steal_seconds) or after.cpu_seconds <= before.cpu_seconds:
         return Check("steal", WARNING, "unreadable")
-    fraction = (after.steal_jiffies - before.steal_jiffies) / (after.jiffies - before.jiffies)
+    fraction = (after.steal_seconds - before.steal_seconds) / (after.cpu_seconds - before.cpu_seconds)
     fact = f"{fraction:.1%} of the CPU time went to other machines"
     if fraction <= STEAL_FRACTION:
         return Check("steal", OK, fact)
