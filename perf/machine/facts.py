@@ -6,43 +6,14 @@ import os
 import platform
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
-from perf.machine.nvml import Device, NoTelemetry
-
 NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number near 2^63
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """One GPU or MIG instance, with a field for each reading of perf.machine.nvml.Device."""
-
-    name: str | None = None
-    uuid: str | None = None
-    driver: str | None = None
-    cuda_driver: tuple[int, int] | None = None
-    compute_capability: tuple[int, int] | None = None
-    memory_bytes: int | None = None
-    memory_used_bytes: int | None = None
-    power_limit_watts: float | None = None
-    power_limit_default_watts: float | None = None
-    sm_clock_mhz: int | None = None
-    sm_clock_max_mhz: int | None = None
-    memory_clock_max_mhz: int | None = None
-    application_sm_clock_mhz: int | None = None
-    application_sm_clock_default_mhz: int | None = None
-    clocks_event_reasons: frozenset[str] | None = None
-    temperature_celsius: int | None = None
-    temperature_slowdown_celsius: int | None = None
-    persistence_mode: bool | None = None
-    mig_mode: bool | None = None
-    is_mig_instance: bool = False
-    compute_pids: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +35,6 @@ class CpuFacts:
     cpu_seconds: float | None = None
     steal_seconds: float | None = None
     clocksource: str | None = None
-
-
-def gpu_facts(device: Device | NoTelemetry) -> GpuFacts:
-    """Read the facts of a GPU; all None for a NoTelemetry."""
-    if isinstance(device, NoTelemetry):
-        return GpuFacts()
-    return GpuFacts(**{field.name: getattr(device, field.name)() for field in fields(GpuFacts)})
 
 
 def cpu_facts(root: Path | str = "/") -> CpuFacts:

@@ -49,10 +49,45 @@ INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux ker
 
 
 @dataclass(frozen=True)
+class GpuFacts:
+    """The facts of a GPU or MIG instance, None for unsupported readings.
+
+    cuda_driver: the newest CUDA version that the driver supports. application_sm_clock_mhz: set by `nvidia-smi -ac`.
+    power_limit_watts: the enforced limit. mig_mode: whether the GPU is partitioned, None for models without MIG.
+    """
+
+    name: str | None = None
+    uuid: str | None = None
+    driver: str | None = None
+    cuda_driver: tuple[int, int] | None = None
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    power_limit_watts: float | None = None
+    power_limit_default_watts: float | None = None
+    sm_clock_mhz: int | None = None
+    sm_clock_max_mhz: int | None = None
+    memory_clock_max_mhz: int | None = None
+    application_sm_clock_mhz: int | None = None
+    application_sm_clock_default_mhz: int | None = None
+    clocks_event_reasons: frozenset[str] | None = None
+    temperature_celsius: int | None = None
+    temperature_slowdown_celsius: int | None = None
+    persistence_mode: bool | None = None
+    mig_mode: bool | None = None
+    is_mig_instance: bool = False
+    compute_pids: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
 class NoTelemetry:
     """The absence of NVML readings. reason: one line."""
 
     reason: str
+
+    def facts(self) -> GpuFacts:
+        """No facts."""
+        return GpuFacts()
 
 
 class Device:
@@ -67,8 +102,8 @@ class Device:
         self._library = library
         self._handle = handle
         self._gpu = handle
-        self._is_mig_instance = bool(self._read("nvmlDeviceIsMigDeviceHandle", handle))
-        if self._is_mig_instance:
+        self.is_mig_instance = bool(self._read("nvmlDeviceIsMigDeviceHandle", handle))
+        if self.is_mig_instance:
             self._gpu = self._read("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle) or handle
 
     def close(self) -> None:
@@ -76,37 +111,43 @@ class Device:
         self._read("nvmlShutdown")
         self.lost = self.lost or "closed"  # NVML counts its users: a second shutdown would affect another user
 
-    def name(self) -> str | None:
-        """Model, such as `NVIDIA H200`; for a MIG instance followed by its profile."""
-        return _text(self._read("nvmlDeviceGetName", self._handle))
+    def facts(self) -> GpuFacts:
+        """Read all facts."""
+        memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
+        cuda = self._read("nvmlSystemGetCudaDriverVersion_v2")
+        capability = self._read("nvmlDeviceGetCudaComputeCapability", self._gpu)
+        default_limit = self._read("nvmlDeviceGetPowerManagementDefaultLimit", self._gpu)
+        persistence = self._read("nvmlDeviceGetPersistenceMode", self._gpu)
+        mig_modes = self._read("nvmlDeviceGetMigMode", self._gpu)
+        return GpuFacts(
+            name=_text(self._read("nvmlDeviceGetName", self._handle)),
+            uuid=self.uuid(),
+            driver=_text(self._read("nvmlSystemGetDriverVersion")),
+            cuda_driver=None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
+            compute_capability=None if capability is None else tuple(capability),
+            memory_bytes=None if memory is None else memory.total,
+            memory_used_bytes=None if memory is None else memory.used,
+            power_limit_watts=self.power_limit_watts(),
+            power_limit_default_watts=_thousandth(default_limit),
+            sm_clock_mhz=self.sm_clock_mhz(),
+            sm_clock_max_mhz=self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_SM),
+            memory_clock_max_mhz=self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_MEMORY),
+            application_sm_clock_mhz=self._read("nvmlDeviceGetApplicationsClock", self._gpu, CLOCK_SM),
+            application_sm_clock_default_mhz=self._read("nvmlDeviceGetDefaultApplicationsClock", self._gpu, CLOCK_SM),
+            clocks_event_reasons=self.clocks_event_reasons(),
+            temperature_celsius=self.temperature_celsius(),
+            temperature_slowdown_celsius=self._read(
+                "nvmlDeviceGetTemperatureThreshold", self._gpu, TEMPERATURE_THRESHOLD_SLOWDOWN
+            ),
+            persistence_mode=None if persistence is None else bool(persistence),
+            mig_mode=None if mig_modes is None else bool(mig_modes[0]),
+            is_mig_instance=self.is_mig_instance,
+            compute_pids=self.compute_pids(),
+        )
 
     def uuid(self) -> str | None:
         """`GPU-...` or `MIG-...`."""
         return _text(self._read("nvmlDeviceGetUUID", self._handle))
-
-    def driver(self) -> str | None:
-        """Version of the kernel driver, such as `580.65.06`."""
-        return _text(self._read("nvmlSystemGetDriverVersion"))
-
-    def cuda_driver(self) -> tuple[int, int] | None:
-        """Newest CUDA version (major, minor) that the driver supports."""
-        version = self._read("nvmlSystemGetCudaDriverVersion_v2")
-        return None if version is None else (version // 1000, version % 1000 // 10)
-
-    def compute_capability(self) -> tuple[int, int] | None:
-        """(major, minor)."""
-        capability = self._read("nvmlDeviceGetCudaComputeCapability", self._gpu)
-        return None if capability is None else tuple(capability)
-
-    def memory_bytes(self) -> int | None:
-        """Total memory."""
-        memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
-        return None if memory is None else memory.total
-
-    def memory_used_bytes(self) -> int | None:
-        """Used memory."""
-        memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
-        return None if memory is None else memory.used
 
     def sm_clock_mhz(self) -> int | None:
         """The current SM clock."""
@@ -115,22 +156,6 @@ class Device:
     def memory_clock_mhz(self) -> int | None:
         """The current memory clock."""
         return self._read("nvmlDeviceGetClockInfo", self._gpu, CLOCK_MEMORY)
-
-    def sm_clock_max_mhz(self) -> int | None:
-        """The highest SM clock of this model."""
-        return self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_SM)
-
-    def memory_clock_max_mhz(self) -> int | None:
-        """The highest memory clock of this model."""
-        return self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_MEMORY)
-
-    def application_sm_clock_mhz(self) -> int | None:
-        """The applications clock (`nvidia-smi -ac`)."""
-        return self._read("nvmlDeviceGetApplicationsClock", self._gpu, CLOCK_SM)
-
-    def application_sm_clock_default_mhz(self) -> int | None:
-        """The default applications clock."""
-        return self._read("nvmlDeviceGetDefaultApplicationsClock", self._gpu, CLOCK_SM)
 
     def power_watts(self) -> float | None:
         """Power drawn: momentary up to GA100, averaged over a second on newer cards (NVML reference)."""
@@ -144,20 +169,12 @@ class Device:
         """The enforced power limit, the lowest of all limits."""
         return _thousandth(self._read("nvmlDeviceGetEnforcedPowerLimit", self._gpu))
 
-    def power_limit_default_watts(self) -> float | None:
-        """The card's default power limit."""
-        return _thousandth(self._read("nvmlDeviceGetPowerManagementDefaultLimit", self._gpu))
-
     def temperature_celsius(self) -> int | None:
         """Temperature of the GPU die."""
         temperature = self._read("nvmlDeviceGetTemperatureV", self._gpu, TEMPERATURE_GPU)
         if temperature is None:  # its name before driver 575
             temperature = self._read("nvmlDeviceGetTemperature", self._gpu, TEMPERATURE_GPU)
         return temperature
-
-    def temperature_slowdown_celsius(self) -> int | None:
-        """The temperature at which the hardware slows down."""
-        return self._read("nvmlDeviceGetTemperatureThreshold", self._gpu, TEMPERATURE_THRESHOLD_SLOWDOWN)
 
     def clocks_event_reasons(self) -> frozenset[str] | None:
         """What limits the clocks, by the names in CLOCKS_EVENT_REASONS; empty if nothing does."""
@@ -184,20 +201,6 @@ class Device:
         if processes is None:  # driver 470 and older
             processes = self._read("nvmlDeviceGetComputeRunningProcesses_v2", self._handle)
         return None if processes is None else frozenset(process.pid for process in processes)
-
-    def persistence_mode(self) -> bool | None:
-        """Whether the driver stays loaded between processes."""
-        mode = self._read("nvmlDeviceGetPersistenceMode", self._gpu)
-        return None if mode is None else bool(mode)
-
-    def mig_mode(self) -> bool | None:
-        """Whether the GPU is partitioned; None for models without MIG."""
-        modes = self._read("nvmlDeviceGetMigMode", self._gpu)
-        return None if modes is None else bool(modes[0])
-
-    def is_mig_instance(self) -> bool:
-        """Whether the device is a MIG instance."""
-        return self._is_mig_instance
 
     def _read(self, function: str, *arguments):
         call = getattr(self._library, function, None)

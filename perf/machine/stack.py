@@ -8,7 +8,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from perf.machine.facts import cpu_facts, gpu_facts
+from perf.machine.facts import cpu_facts
 from perf.machine.nvml import Device, NoTelemetry
 
 CEILINGS = ("matmul_flops_per_second", "copy_bytes_per_second")
@@ -35,7 +35,7 @@ def stack(device: str, gpu: Device | NoTelemetry) -> dict:
         **dict.fromkeys(CEILINGS),
     }
     if device == "cuda":
-        facts.update({name: value for name, value in vars(gpu_facts(gpu)).items() if name in facts})
+        facts.update({name: value for name, value in vars(gpu.facts()).items() if name in facts})
     return facts
 
 

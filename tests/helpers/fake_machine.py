@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from perf.commands.torch_probe import StackFacts
-from perf.machine.facts import CpuFacts, GpuFacts
+from perf.machine.facts import CpuFacts
+from perf.machine.nvml import GpuFacts
 
 GIB = 1 << 30
 HELD = frozenset({"applications_clocks_setting"})

@@ -11,8 +11,7 @@ import pytest
 from fake_nvml import LIBRARY_NOT_FOUND, MIG_UUID, UUID, FakeNvml, NVMLError, Steps, install_fixture  # noqa: F401
 
 from perf.machine import nvml
-from perf.machine.facts import GpuFacts, gpu_facts
-from perf.machine.nvml import NoTelemetry, in_initial_pid_namespace, open_device, open_visible_device
+from perf.machine.nvml import GpuFacts, NoTelemetry, in_initial_pid_namespace, open_device, open_visible_device
 from perf.machine.telemetry import Monitor, RoundTelemetry, invalid_reason
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +37,7 @@ def test_a_missing_driver_is_a_reason_and_all_else_works(install):
     install(init_error=LIBRARY_NOT_FOUND)
     device = open_device(UUID)
     assert device == NoTelemetry("the NVIDIA driver does not respond (NVML Shared Library Not Found)")
-    assert gpu_facts(device) == GpuFacts()
+    assert device.facts() == GpuFacts()
     clock = Steps()
     monitor = Monitor(device, clock=clock)
     monitor.start([1])

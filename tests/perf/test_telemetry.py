@@ -20,8 +20,7 @@ from fake_nvml import (
     install_fixture,  # noqa: F401
 )
 
-from perf.machine.facts import GpuFacts, gpu_facts
-from perf.machine.nvml import NoTelemetry, open_device, open_visible_device
+from perf.machine.nvml import GpuFacts, NoTelemetry, open_device, open_visible_device
 from perf.machine.telemetry import (
     Monitor,
     RoundTelemetry,
@@ -104,7 +103,7 @@ def test_what_is_not_supported_is_null_and_makes_nothing_invalid(install):
     round_ = monitor.stop()
     assert round_ == RoundTelemetry(seconds=round_.seconds) and round_.seconds > 0
     assert invalid_reason(round_) is None
-    facts = gpu_facts(open_device(UUID))
+    facts = open_device(UUID).facts()
     assert facts == GpuFacts(driver="580.65.06", cuda_driver=(13, 0))
 
 
@@ -191,7 +190,7 @@ def test_a_power_limit_that_moved_is_invalid(install, after, changed):
 def test_a_mig_instance_has_its_gpus_clocks_but_not_its_energy(install):
     library = install({"ComputeRunningProcesses_v3": [4]})
     device = open_device(MIG_UUID)
-    facts = gpu_facts(device)
+    facts = device.facts()
     assert facts.is_mig_instance and facts.uuid == MIG_UUID and facts.name == "NVIDIA H200 MIG 1g.18gb"
     round_ = watched(library, allowed_pids=[4], uuid=MIG_UUID)
     assert round_.sm_clock_mhz == 1980 and round_.temperature_celsius == 55 and round_.throttle_reasons == ()
@@ -232,4 +231,4 @@ def test_this_machine_whatever_it_has():
     round_ = monitor.stop()
     assert round_.seconds > 0 and round_.joules != 0
     assert json.loads(json.dumps(round_.as_dict())) == round_.as_dict()
-    assert (gpu_facts(device).uuid is None) == isinstance(device, NoTelemetry)
+    assert (device.facts().uuid is None) == isinstance(device, NoTelemetry)
