@@ -15,7 +15,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
 from perf.commands.torch_probe import CompileTrial, StackFacts, runs_on
-from perf.machine.facts import CpuFacts, GpuFacts, cpu_facts
+from perf.machine.facts import CpuFacts, cpu_facts
+from perf.machine.nvml import GpuFacts
 from perf.machine.telemetry import THROTTLE_REASONS
 
 OK, WARNING, CANNOT = "ok", "warning", "cannot"

@@ -12,7 +12,8 @@ from fake_machine import GIB, H200, HELD, LATER, QUIET, STACK
 from perf.commands import checks
 from perf.commands.checks import CANNOT, OK, WARNING
 from perf.commands.torch_probe import StackFacts
-from perf.machine.facts import CpuFacts, GpuFacts
+from perf.machine.facts import CpuFacts
+from perf.machine.nvml import GpuFacts
 
 
 def statuses(found: list[checks.Check]) -> dict[str, str]:
