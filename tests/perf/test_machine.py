@@ -69,7 +69,7 @@ def test_cpu_facts(tmp_path):
     assert facts.cores >= 1
 
 
-def test_cgroup_version_1_and_a_path_that_only_the_host_has(tmp_path):
+def test_cgroup_version_1_with_a_path_of_the_host(tmp_path):
     plant(
         tmp_path,
         {
