@@ -293,5 +293,5 @@ def test_import_path_has_the_source_before_this_tree(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("answer", [None, [], {}, {"ok": []}, {"error": {}}, {"error": {"kind": [], "message": ""}}])
 def test_invalid_responses_are_rejected(answer):
-    with pytest.raises(ValueError, match="no answer"):
+    with pytest.raises(ValueError, match="invalid response"):
         parse_response(answer)
