@@ -1,8 +1,8 @@
-"""The class of a GPU kernel or of an operator, by its name. Pure.
+"""Classification of GPU kernels and operators by name. Pure.
 
-Names of NVIDIA's libraries, of Inductor and of ATen are no contract: what is not known is `other` and not hidden. Kernels of
-cuDNN, cuBLAS and CUTLASS say what they compute; ATen's generic ones say it in their template arguments; Inductor names a
-fused kernel after every operator that went into it, so that there the kind of kernel decides first.
+The names of NVIDIA's libraries, Inductor and ATen are not stable interfaces: unknown ones are classified as `other`. Kernels
+of cuDNN, cuBLAS and CUTLASS are named after their operation, ATen's generic kernels contain it in their template arguments,
+and Inductor's fused kernels list all fused operators, so that their prefix (pointwise or reduction) decides first.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 
 COPIES = "to_copy|clone|cat|copy|view|transpose|permute|unsqueeze|expand|slice|constant_pad_nd"
-# The first pattern that a name has decides. The products of a written-out attention are `gemm`.
+# The first matching pattern decides. The matrix products of non-fused attention are `gemm`.
 CLASSES = (
-    # Inductor: pointwise (poi, foreach), then reductions (red, per), which in these networks are norms and softmax.
+    # Inductor: pointwise (poi, foreach), then reductions (red, per), which are norms and softmax in these networks.
     ("copy", rf"(?:triton_poi|cpp)_fused_(?:_*(?:{COPIES})_*)+\d*$"),
     ("elementwise", r"triton_(?:poi|for)_fused"),
     ("attention", r"(?:triton_(?:red|per)|cpp)_fused_\w*softmax"),
     ("norm", r"(?:triton_(?:red|per)|cpp)_fused_\w*(?:norm(?!al_)|var_mean)"),
     ("elementwise", r"cpp_fused"),
     ("attention", r"flash|fmha|attention|attn|sdpa|softmax|efficient_attn"),
-    # Before `copy`, for template arguments of CUTLASS name the copies inside a product.
+    # Before `copy`, since CUTLASS template arguments name the copies inside a product.
     ("conv", r"cutlass::conv|fprop|winograd"),
     ("gemm", r"cutlass::gemm|gemm_universal|gemmuniversal"),
     (
@@ -45,5 +45,5 @@ PATTERNS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in
 
 
 def kernel_class(name: str) -> str:
-    """The class of a kernel or operator by its name, `other` where it is not known."""
-    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), "other")
+    """The class of a kernel or operator, `other` if unknown."""
+    return next((label for label, pattern in PATTERNS if pattern.search(name)), "other")

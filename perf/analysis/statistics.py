@@ -1,8 +1,8 @@
-"""Intervals of measured ratios, and what is known about the machine's own noise. Pure: the standard library only.
+"""Confidence intervals of measured ratios, and the machine's own noise. Pure: the standard library only.
 
-A ratio is always new / old in seconds, so that more than 1 means slower. Logarithms make x 2 and / 2 equally far from 1.
-The unit of replication is the launch: rounds of one process share what its start has drawn, and more of them make an
-interval narrower without making it right.
+A ratio is new / old in seconds, so that more than 1 means slower; in logarithms x 2 and / 2 are equally far from 1.
+The unit of replication is the launch: rounds of one process share its initial state, so that more of them narrow an
+interval without making it more accurate.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from functools import lru_cache
 
 RESAMPLES = 9_999
 CONFIDENCE = 0.95
-MIN_VALUES = 6  # of 5 values no two order statistics enclose the median with 95 % confidence: 1 - 2 / 2^5 is 93.75 %
+MIN_VALUES = 6  # the range of 5 values encloses the median with 1 - 2 / 2^5 = 93.75 % confidence only
 MIN_SESSIONS = 6
-MARGIN_FLOOR = 0.01  # a change under 1 % is never called one, however quiet the machine
+MARGIN_FLOOR = 0.01  # smaller changes are not reported, however quiet the machine
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the bounds of its 95 % confidence interval; bounds of 0 and infinity mean that none are known."""
+    """An estimate with its 95 % confidence interval; bounds of 0 and infinity stand for unknown."""
 
     estimate: float
     low: float
@@ -32,16 +32,16 @@ class Interval:
 
     @classmethod
     def point(cls, estimate: float) -> Interval:
-        """A ratio about whose uncertainty the data say nothing."""
+        """A ratio of unknown uncertainty."""
         return cls(estimate, 0.0, math.inf)
 
     @property
     def bounded(self) -> bool:
-        """False where only the estimate is known."""
+        """Whether the bounds are known."""
         return self.high < math.inf
 
     def as_dict(self) -> dict[str, float | None]:
-        """Ready for JSON, which has no infinity: unknown bounds are null."""
+        """The interval as JSON types; unknown bounds are null, since JSON has no infinity."""
         low, high = (self.low, self.high) if self.bounded else (None, None)
         return {"estimate": self.estimate, "low": low, "high": high}
 
@@ -51,26 +51,26 @@ class Interval:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """After how many images compiling has paid, with its 95 % interval; None stands for never."""
+    """The number of images after which compiling pays off, with its 95 % interval; None stands for never."""
 
     estimate: int | None
     low: int | None
     high: int | None
 
     def as_dict(self) -> dict[str, int | None]:
-        """Ready for JSON."""
+        """The fields as JSON types."""
         return {"estimate": self.estimate, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
 class SelfComparison:
-    """What identical configurations looked like when compared (A/A): the machine's own noise, as ratios."""
+    """Ratios of identical configurations (A/A): the machine's own noise. p95: 95th percentile of |ratio - 1|."""
 
     ratios: tuple[float, ...]
     p95: float
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
+        """The fields as JSON types."""
         return {"comparisons": len(self.ratios), "p95": self.p95, "ratios": list(self.ratios)}
 
 
@@ -96,11 +96,11 @@ def _exponential(logs: Interval) -> Interval:
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int | str = 0) -> Interval:
-    """How many times larger the first series is, from values measured in pairs: bootstrap of the median log ratio.
+    """The ratio of two paired series: percentile bootstrap of the median log ratio (Efron 1979).
 
-    The bootstrap is the percentile one (Efron 1979); `seed` makes it repeat, so name it after the pair. Of 10 values its
-    true confidence is about 94 % (simulated, with outliers); `sign_interval` of the ratios is exact, and a little wider.
-    Raises ValueError for series of different or too small length, or with values that are not positive.
+    seed: makes the result reproducible; name it after the pair. For 10 values the true confidence is about 94 %
+    (simulated, with outliers); `sign_interval` of the ratios is exact and slightly wider. Raises ValueError for series of
+    different length or fewer than 6 values, and for values that are not positive.
     """
     if len(numerators) != len(denominators) or len(numerators) < MIN_VALUES:
         raise ValueError(
@@ -111,35 +111,36 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], see
 
 
 def unpaired_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int | str = 0) -> Interval:
-    """How many times larger the median of the first series is, from two independent series; percentile bootstrap.
+    """The ratio of the medians of two independent series: percentile bootstrap.
 
-    Of two sessions this is the interval of what these two did, without the offset that a third session would have:
-    no verdict may rest on it. Raises ValueError for fewer than 6 values, or values that are not positive.
+    For two sessions the interval excludes the variation between sessions, so that no verdict may rest on it. Raises
+    ValueError for fewer than 6 values, and for values that are not positive.
     """
     if min(len(numerators), len(denominators)) < MIN_VALUES:
         raise ValueError(f"needs at least {MIN_VALUES} values each: got {len(numerators)} and {len(denominators)}")
     _require_durations(numerators, denominators)
     draw = random.Random(seed)
     above, below = [math.log(value) for value in numerators], [math.log(value) for value in denominators]
-    differences = [
-        statistics.median(draw.choices(above, k=len(above))) - statistics.median(draw.choices(below, k=len(below)))
-        for _ in range(RESAMPLES)
-    ]
+
+    def resampled_median(values: list[float]) -> float:
+        return statistics.median(draw.choices(values, k=len(values)))
+
+    differences = [resampled_median(above) - resampled_median(below) for _ in range(RESAMPLES)]
     return _exponential(_percentile_interval(statistics.median(above) - statistics.median(below), differences))
 
 
 def sign_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Median of `values`, in their unit, with the exact distribution-free interval of the sign test (two of the values).
+    """The median with the exact distribution-free interval of the sign test, whose bounds are two of the values.
 
-    Nothing is drawn at random and nothing assumed but independence; the true confidence is at least `confidence`:
-    96.9 % for 6 values, 97.9 % for 10, 95.9 % for 20. Raises ValueError where no two values reach it (5 and fewer at 95 %).
+    Deterministic; assumes only independence. The true confidence is at least `confidence`: 96.9 % for 6 values, 97.9 %
+    for 10, 95.9 % for 20. Raises ValueError if no interval reaches it (5 and fewer values at 95 %).
     """
     n = len(values)
-    tail = int((1 - confidence) / 2 * 2**53) * 2**n >> 53  # in whole numbers, since 2^n passes the largest float
+    tail = int((1 - confidence) / 2 * 2**53) * 2**n >> 53  # in integers, since 2^n exceeds the largest float
     outside, rank = (
         1,
         -1,
-    )  # `outside` of the 2^n equally likely sign patterns leave the median below value number `rank`
+    )  # in `outside` of the 2^n equally likely sign patterns the median is below value number `rank`
     while outside <= tail and rank + 1 < n // 2:
         rank += 1
         outside += math.comb(n, rank + 1)
@@ -150,7 +151,7 @@ def sign_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def _student_probability(angle: float, degrees: int) -> float:
-    """P(|t| < sqrt(degrees) * tan(angle)) of Student's t: the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """P(|t| < sqrt(degrees) * tan(angle)) of Student's t, by the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     sine, cosine = math.sin(angle), math.cos(angle)
     if degrees == 1:
         return 2 * angle / math.pi
@@ -164,10 +165,10 @@ def _student_probability(angle: float, degrees: int) -> float:
 
 @lru_cache(maxsize=256)
 def student_quantile(probability: float, degrees: int) -> float:
-    """The t below which Student's distribution with `degrees` whole degrees of freedom has `probability` (Student 1908).
+    """The quantile of Student's t distribution with `degrees` integer degrees of freedom (Student 1908).
 
-    Solved by bisection of the exact series, to about 1e-12 of the angle. Raises ValueError outside 0 < probability < 1
-    or under 1 degree.
+    Solved by bisection of the exact series, to about 1e-12 of the angle. Raises ValueError unless 0 < probability < 1
+    and degrees >= 1.
     """
     if not 0 < probability < 1 or degrees < 1:
         raise ValueError(f"needs 0 < probability < 1 and at least 1 degree of freedom: got {probability}, {degrees}")
@@ -184,13 +185,12 @@ def student_quantile(probability: float, degrees: int) -> float:
 def prediction_ratio(
     current: float, history: Sequence[float], confidence: float = CONFIDENCE, base: float | None = None
 ) -> Interval:
-    """A new session's value over the geometric mean of stored sessions, with Student's prediction interval for one more.
+    """The ratio of a new session to the geometric mean of stored ones, with Student's prediction interval.
 
-    With `base`, one session's value, it is the ratio to that session, which has a session's own offset as well.
-
-    The values are one per session, each divided by the frozen anchor's seconds of its own session. The interval holds 1
-    in `confidence` of sessions in which nothing has changed, whatever sessions differ in. Raises ValueError for fewer than
-    6 sessions or values that are not positive.
+    Each session has one value: its median divided by the reference workload's seconds in the same session. With `base`,
+    the value of one session, the ratio is to that session, whose own offset then widens the interval. For unchanged
+    code the interval includes 1 in `confidence` of sessions. Raises ValueError for fewer than 6 sessions and for values
+    that are not positive.
     """
     if len(history) < MIN_SESSIONS:
         raise ValueError(f"needs at least {MIN_SESSIONS} stored sessions: got {len(history)}")
@@ -204,10 +204,10 @@ def prediction_ratio(
 
 
 def drift(seconds: Sequence[float], parts: int = 3) -> float:
-    """How far the frozen anchor moved within a session, as a fraction: the part whose median is farthest from all's.
+    """The drift of the reference workload within a session: the largest deviation of a part's median, as a fraction.
 
-    The series, in the order of measuring, is cut into `parts` runs of nearly equal length; medians keep a single
-    disturbed round from looking like drift. Raises ValueError for fewer than 2 values a part.
+    The series, in measuring order, is cut into `parts` of nearly equal length; medians are robust to single disturbed
+    rounds. Raises ValueError for fewer than 2 values a part.
     """
     if len(seconds) < 2 * parts:
         raise ValueError(f"needs at least {2 * parts} values: got {len(seconds)}")
@@ -218,7 +218,7 @@ def drift(seconds: Sequence[float], parts: int = 3) -> float:
 
 
 def self_comparison(ratios: Sequence[float]) -> SelfComparison:
-    """Summary of A/A ratios; `p95` is the 95th percentile of |ratio - 1| by nearest rank, which for few is the largest."""
+    """Summarise A/A ratios; the percentile is by nearest rank. Raises ValueError without ratios."""
     if not ratios:
         raise ValueError("needs at least one A/A ratio")
     _require_durations(ratios)
@@ -227,18 +227,18 @@ def self_comparison(ratios: Sequence[float]) -> SelfComparison:
 
 
 def margin(aa_ratios: Sequence[float] = ()) -> float:
-    """The change, as a fraction, up to which this machine cannot be trusted: 1 %, or p95 of its A/A ratios if more."""
+    """The smallest change that this machine can resolve, as a fraction: 1 %, or the p95 of its A/A ratios if larger."""
     return max(MARGIN_FLOOR, self_comparison(aa_ratios).p95) if aa_ratios else MARGIN_FLOOR
 
 
 def break_even(
     compile_seconds: float, eager: Sequence[float], compiled: Sequence[float], seed: int | str = 0
 ) -> BreakEven:
-    """Images after which `compile_seconds` of compiling have been won back, from seconds per image measured in pairs.
+    """The number of images after which compiling pays off, from seconds per image measured in pairs.
 
-    The saving per image is the median difference with its bootstrap interval. Where that includes 0 compiling has not
-    been shown to pay, and the estimate is never; `low` then is the count in the best case that the interval allows.
-    Raises ValueError as `paired_ratio` does, or for negative `compile_seconds`.
+    The saving per image is the median difference with its bootstrap interval. If the interval includes 0, the estimate is
+    None (never) and `low` is the count at the interval's upper bound. Raises ValueError as `paired_ratio` does, and for
+    negative `compile_seconds`.
     """
     if len(eager) != len(compiled) or len(eager) < MIN_VALUES:
         raise ValueError(f"needs two series of one length, at least {MIN_VALUES}: got {len(eager)} and {len(compiled)}")

@@ -1,4 +1,4 @@
-"""Slower, faster, the same, or not known: the rules, their reason codes and the exit codes. Pure: no torch, no pytest."""
+"""Verdicts on measured ratios: rules, reason codes and exit codes. Pure: no torch, no pytest."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from perf.analysis.statistics import (
     unpaired_ratio,
 )
 
-# Every reason that a verdict can have. A code may be followed by a detail, such as `anchor_drift 4.1 %`.
+# Reason codes of verdicts. A detail may follow a code, such as `anchor_drift 4.1 %`; the codes are stored in saved runs.
 REASONS = {
-    "beyond_margin": "the change is larger than the margin, and its interval says that it is no accident",
-    "within_margin": "the whole interval lies within twice the margin of no change",
-    "straddles_margin": "there may be a change of about the margin: neither inside nor outside it for certain",
-    "interval_too_wide": "the interval is wider than four margins: measure more launches, or a quieter machine",
+    "beyond_margin": "the change exceeds the margin and is statistically significant",
+    "within_margin": "the whole interval lies within twice the margin around no change",
+    "straddles_margin": "the interval includes changes both within and beyond the margin",
+    "interval_too_wide": "the interval is wider than four margins: measure more launches, or on a quieter machine",
     "too_few_rounds": "fewer than 6 pairs of launches: no 95 % interval of a median exists",
-    "too_few_sessions": "fewer than 6 stored sessions: how much sessions differ without a change is not known yet",
-    "no_baseline": "nothing is stored to compare with",
-    "no_anchor": "one side has no anchor beside its rounds, or another anchor, so that sessions cannot be compared",
-    "other_configuration": "what is stored under this id did other work",
-    "foreign_machine": "measured on another device or software stack: a difference says nothing about the code",
-    "wrong_image": "the picture of a timed round failed the image check: a wrong picture has no time",
-    "anchor_drift": "the frozen anchor moved within the session: so did everything else",
-    "invalid_rounds": "too many rounds were throttled or shared the device",
-    "invalid_session": "the session says itself that it cannot be trusted",
-    "invalid_baseline": "the baseline says itself that it cannot be trusted",
+    "too_few_sessions": "fewer than 6 stored sessions: the variation between unchanged sessions is unknown",
+    "no_baseline": "no stored run to compare with",
+    "no_anchor": "one side has no reference workload, or a different one, so that sessions cannot be compared",
+    "other_configuration": "the stored configuration with this id did different work",
+    "foreign_machine": "measured on another device or software stack: a difference is no evidence about the code",
+    "wrong_image": "the image of a timed round failed the image check, which invalidates the timing",
+    "anchor_drift": "the time of the reference workload drifted within the session",
+    "invalid_rounds": "too many rounds were throttled or shared the device with another process",
+    "invalid_session": "the session is marked as invalid",
+    "invalid_baseline": "the baseline is marked as invalid",
 }
 
 
 class Verdict(enum.Enum):
-    """What is known about a configuration's speed; the same words in terminal, JSON, JUnit and report."""
+    """The verdict on a configuration's speed, as written in the terminal, JSON, JUnit and reports."""
 
     SLOWER = "SLOWER"
     FASTER = "FASTER"
@@ -48,20 +48,21 @@ class Verdict(enum.Enum):
 
 
 class ExitCode(enum.IntEnum):
-    """Exit statuses of everything that judges."""
+    """Exit status of commands that give verdicts."""
 
     OK = 0
-    FAILED = 1  # a test or an image check failed, or something could not be measured
+    FAILED = 1  # a test or an image check failed, or a configuration could not be measured
     REFUSED = 4  # usage error, unreadable or foreign baseline
-    SLOWER = 20  # and nothing else is wrong
-    INCONCLUSIVE = 21  # only where asked to be strict
+    SLOWER = 20  # and no other failure
+    INCONCLUSIVE = 21  # only with --perf-strict
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict with what it rests on: ratio (new / old seconds, anchored where sessions differ), margin as a fraction.
+    """A verdict with its evidence.
 
-    `reason` begins with a code of REASONS, else ValueError; `against` names the baseline.
+    reason: begins with a code of REASONS, else ValueError. ratio: new / old seconds; between sessions each divided by the
+    reference workload's seconds. margin: a fraction. against: the name of the baseline.
     """
 
     verdict: Verdict
@@ -76,11 +77,11 @@ class Decision:
 
     @property
     def code(self) -> str:
-        """The reason without its detail."""
+        """The reason code without its detail."""
         return self.reason.partition(" ")[0]
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON, as a saved run has it under `verdict`."""
+        """The decision as JSON types, stored under `verdict` in a saved run."""
         return {
             "verdict": self.verdict.value,
             "reason": self.reason,
@@ -90,29 +91,29 @@ class Decision:
         }
 
     def __str__(self) -> str:
-        """Such as `SLOWER +6.2 % [4.9, 7.7] against 0007_nightly (beyond_margin)`."""
-        words = [self.verdict.value]
+        """For example `SLOWER +6.2 % [4.9, 7.7] against 0007_nightly (beyond_margin)`."""
+        parts = [self.verdict.value]
         if self.ratio:
-            words.append(f"{percent(self.ratio.estimate):+.1f} %")
+            parts.append(f"{percent(self.ratio.estimate):+.1f} %")
             if self.ratio.bounded:
-                words.append(f"[{percent(self.ratio.low):.1f}, {percent(self.ratio.high):.1f}]")
+                parts.append(f"[{percent(self.ratio.low):.1f}, {percent(self.ratio.high):.1f}]")
         if self.against:
-            words.append(f"against {self.against}")
-        return " ".join([*words, f"({self.reason})"])
+            parts.append(f"against {self.against}")
+        return " ".join([*parts, f"({self.reason})"])
 
 
 def percent(ratio: float) -> float:
-    """A ratio as a change in percent; rounded to a tenth, and never -0.0."""
+    """A ratio as a change in percent, rounded to a tenth and never -0.0."""
     return round(100 * (ratio - 1), 1) + 0.0
 
 
 def _require_margin(margin: float) -> None:
     if not 0 < margin < math.inf:
-        raise ValueError(f"the margin is a positive fraction such as 0.01, not {margin}")
+        raise ValueError(f"the margin must be a positive fraction such as 0.01, not {margin}")
 
 
 def _undecided(ratio: Interval, margin: float, against: str | None) -> Decision:
-    """SAME where the interval leaves no room for more than twice the margin, else INCONCLUSIVE with the reason."""
+    """SAME if the interval lies within twice the margin, else INCONCLUSIVE with the reason."""
     if 1 - 2 * margin <= ratio.low and ratio.high <= 1 + 2 * margin:
         return Decision(Verdict.SAME, "within_margin", ratio, margin, against)
     reason = "interval_too_wide" if ratio.high - ratio.low > 4 * margin else "straddles_margin"
@@ -120,10 +121,10 @@ def _undecided(ratio: Interval, margin: float, against: str | None) -> Decision:
 
 
 def decide_interval(ratio: Interval, margin: float, against: str | None = None) -> Decision:
-    """The rule within one session: SLOWER or FASTER if the whole interval lies beyond the margin.
+    """Judge a ratio within one session: SLOWER or FASTER if the whole interval lies beyond the margin.
 
-    Margin and interval together, as criterion.rs has them: an interval alone finds differences too small to matter,
-    a threshold alone calls noise a change.
+    Margin and interval are combined as in criterion.rs: an interval alone reports irrelevant differences, a threshold
+    alone reports noise. Raises ValueError for an impossible margin.
     """
     _require_margin(margin)
     if ratio.low > 1 + margin:
@@ -136,10 +137,10 @@ def decide_interval(ratio: Interval, margin: float, against: str | None = None) 
 def decide_paired(
     head: Sequence[float], base: Sequence[float], margin: float, seed: int | str = 0, against: str | None = None
 ) -> Decision:
-    """Judge two series of one interleave, in seconds, one value per launch; value i of both was measured side by side.
+    """Judge two interleaved series in seconds, with one value per launch; values i of both were measured in turns.
 
-    `seed` of the bootstrap is best made of the two names, so that judging again gives the same. Fewer than 6 pairs are
-    INCONCLUSIVE; raises ValueError for series of different lengths, values that are not positive, or an impossible margin.
+    seed: of the bootstrap; made of the two names it makes the verdict reproducible. Fewer than 6 pairs are INCONCLUSIVE.
+    Raises ValueError for series of different lengths, values that are not positive, or an impossible margin.
     """
     _require_margin(margin)
     if len(head) == len(base) < MIN_VALUES:
@@ -150,16 +151,16 @@ def decide_paired(
 def decide_against_history(
     current: float, history: Sequence[float], margin: float, against: str | None = None, base: float | None = None
 ) -> Decision:
-    """Judge a new session's anchored median against those of stored sessions, oldest first.
+    """Judge a new session against stored sessions, oldest first, by medians in units of the reference workload's time.
 
-    With `base` the ratio is to that session's median, and the history says how much sessions differ. SLOWER or FASTER
-    needs both: no change lies outside the prediction interval, and the estimate beyond the margin. Under 6 sessions it is
-    INCONCLUSIVE, with the ratio to the newest and no bounds. Raises ValueError for values that are not positive, or an
-    impossible margin.
+    With `base` the ratio is to that session's median, and the history gives the variation between sessions. SLOWER and
+    FASTER require a prediction interval that excludes no change, and an estimate beyond the margin. Fewer than 6 sessions
+    are INCONCLUSIVE, with the ratio to the newest and no bounds. Raises ValueError for values that are not positive, or
+    an impossible margin.
     """
     _require_margin(margin)
     if not all(0 < value < math.inf for value in (current, *history, *([] if base is None else [base]))):
-        raise ValueError("anchored medians must be positive and finite")
+        raise ValueError("medians must be positive and finite")
     if not history:
         return Decision(Verdict.INCONCLUSIVE, "no_baseline", None, margin, against)
     if len(history) < MIN_SESSIONS:
@@ -175,9 +176,9 @@ def decide_against_history(
 
 
 def ratio_of_sessions(current: Sequence[float], stored: Sequence[float], seed: int | str = 0) -> Interval:
-    """Ratio of two sessions' medians, one value per launch: with a bootstrap interval from 6 launches each, else without.
+    """The ratio of two sessions' medians of launches, with a bootstrap interval from 6 launches each on.
 
-    The offset between sessions is not in the interval. Raises ValueError for values that are not positive.
+    The interval excludes the variation between sessions. Raises ValueError for values that are not positive.
     """
     if min(len(current), len(stored)) >= MIN_VALUES:
         return unpaired_ratio(current, stored, seed)
@@ -185,7 +186,7 @@ def ratio_of_sessions(current: Sequence[float], stored: Sequence[float], seed: i
 
 
 def exit_code(decisions: Iterable[Decision], *, failed: bool = False, strict: bool = False) -> ExitCode:
-    """What to exit with: what could not be measured comes before what is slower, and that before what is not known."""
+    """The exit code of several decisions: failures precede regressions, which precede inconclusive verdicts."""
     verdicts = {decision.verdict for decision in decisions}
     if failed or Verdict.INVALID in verdicts:
         return ExitCode.FAILED

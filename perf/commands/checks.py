@@ -15,7 +15,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
 from perf.commands.torch_probe import CompileTrial, StackFacts, runs_on
-from perf.machine.facts import CpuFacts, GpuFacts, cpu_facts
+from perf.machine.facts import CpuFacts, cpu_facts
+from perf.machine.nvml import GpuFacts
 from perf.machine.telemetry import THROTTLE_REASONS
 
 OK, WARNING, CANNOT = "ok", "warning", "cannot"
@@ -250,9 +251,9 @@ def _load(cpu: CpuFacts) -> Check:
 
 
 def _steal(before: CpuFacts, after: CpuFacts) -> Check:
-    if None in (before.steal_jiffies, after.steal_jiffies) or after.jiffies <= before.jiffies:
+    if None in (before.steal_seconds, after.steal_seconds) or after.cpu_seconds <= before.cpu_seconds:
         return Check("steal", WARNING, "unreadable")
-    fraction = (after.steal_jiffies - before.steal_jiffies) / (after.jiffies - before.jiffies)
+    fraction = (after.steal_seconds - before.steal_seconds) / (after.cpu_seconds - before.cpu_seconds)
     fact = f"{fraction:.1%} of the CPU time went to other machines"
     if fraction <= STEAL_FRACTION:
         return Check("steal", OK, fact)

@@ -21,7 +21,7 @@ from perf.commands.checks import (
     suite_checks,
 )
 from perf.commands.torch_probe import compile_trial, stack_facts
-from perf.machine.facts import cpu_facts, gpu_facts
+from perf.machine.facts import cpu_facts
 from perf.machine.nvml import NoTelemetry, open_device, open_visible_device
 
 SCHEMA = 1
@@ -61,7 +61,7 @@ def examine(args: argparse.Namespace) -> list[Check]:
     checks, gpu = [], None
     if args.device != "cpu":
         device = open_device(stack.uuid) if stack.uuid else open_visible_device(index)
-        gpu = gpu_facts(device)
+        gpu = device.facts()
         if isinstance(device, NoTelemetry):
             checks.append(no_gpu_check(device.reason, stack, required=args.device != "auto"))
         else:

@@ -1,4 +1,4 @@
-"""What to run: frozen configurations with a string id, and the named sets of them. Imports neither torch nor pytest."""
+"""The configuration of a generation: an immutable dataclass with a string id. Imports neither torch nor pytest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 from sd import choices
 from sd.choices import APPROXIMATE, PRESETS
 
-PROMPT = "A photo"  # of the published experiment, like the seed, the sampler and the steps below
-
-
+PROMPT = "A photo"  # from the published experiment, like the default seed, sampler and steps
 CHOICES = {
     "model": choices.MODELS,
     "engine": ("sd", "diffusers"),
@@ -28,19 +26,19 @@ CHOICES = {
 
 
 class UnknownChoice(ValueError):
-    """A field of a configuration with a value that nothing here knows; the message lists those there are."""
+    """An invalid value of a configuration's field; the message lists the valid ones."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way of making a picture.
+    """A model with its options, workload and input. Raises UnknownChoice for invalid values.
 
-    sdpa_kernels: those allowed, empty for all. height, width: pixels, 0 for the model's own. device: None is the
-    machine's own. interpreter: the label of another Python (`--perf-python`), None for this one. checkpoint: a file or
-    folder of weights; without one `tiny` has its embedded weights and the others seeded random ones, which cost the same
-    time. config: a YAML file in the original layout, when the weights do not say enough. optimise: what `--optimise` of the
-    command lines takes: a preset (`fast`, `original`, `none`), which then decides on attention, precision and compile,
-    or names of techniques, which are added to them; with commas between.
+    sdpa_kernels: allowed kernels, empty for all. height, width: pixels, 0 for the model's native size. device: None for
+    the machine's default. interpreter: the label of another Python (`--perf-python`), None for this one. checkpoint: file
+    or folder of weights; without one `tiny` has its embedded weights and the other models seeded random ones, which take
+    the same time. config: YAML file in the original layout, where the weights do not determine it. optimise: as
+    `--optimise`, a comma-separated list: a preset (`fast`, `original`, `none`), which sets attention, precision and
+    compile, or techniques to add to them.
     """
 
     model: str = "tiny"
@@ -66,47 +64,41 @@ class Configuration:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        kernels = CHOICES["sdpa_kernels"]
-        for name, known in CHOICES.items():
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                if one not in known and not (name == "device" and one is None):
-                    raise UnknownChoice(f"{name.replace('_', '-')} {one!r}: choose from {', '.join(known)}")
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if item not in allowed and not (name == "device" and item is None):
+                    raise UnknownChoice(f"{name.replace('_', '-')} {item!r}: choose from {', '.join(allowed)}")
         for name in ("batch", "steps"):
             if getattr(self, name) < 1:
                 raise UnknownChoice(f"{name} {getattr(self, name)}: must be at least 1")
-        # One order and one spelling, so that equal configurations are equal.
-        chosen = tuple(kernel for kernel in kernels if kernel in self.sdpa_kernels)
-        if self.attention not in ("mha", "sdpa") or chosen == kernels:
-            chosen = ()
-        object.__setattr__(self, "sdpa_kernels", chosen)
+        # Canonical values of fields without effect, so that equivalent configurations compare equal.
+        canonical: dict[str, Any] = {}
+        kernels = tuple(kernel for kernel in CHOICES["sdpa_kernels"] if kernel in self.sdpa_kernels)
+        unrestricted = self.attention not in ("mha", "sdpa") or kernels == CHOICES["sdpa_kernels"]
+        canonical["sdpa_kernels"] = () if unrestricted else kernels
         if self.preset and self.engine == "sd":
-            usual = {
-                "attention": "sdpa",
-                "sdpa_kernels": (),
-                "precision": usual_precision(self.model),
-                "compile": "none",
-            }
-            for name, value in usual.items():
-                object.__setattr__(self, name, value)
-        if self.compile == "none":
-            object.__setattr__(self, "compile_scope", "unet")
+            canonical.update(attention="sdpa", sdpa_kernels=(), precision=usual_precision(self.model), compile="none")
+        if canonical.get("compile", self.compile) == "none":
+            canonical["compile_scope"] = "unet"
+        for name, value in canonical.items():
+            object.__setattr__(self, name, value)
 
     @property
     def preset(self) -> str | None:
-        """The preset with which `optimise` begins, if any."""
+        """The preset at the start of `optimise`, if any."""
         return preset_of(self.optimise)
 
     @property
     def approximate(self) -> bool:
-        """Whether its picture is another one by intent."""
+        """Whether a technique changes the image by intent."""
         return is_approximate(self.optimise)
 
     @property
     def id(self) -> str:
-        """Such as `sd2-mha-mem_efficient-compile-b1`: parts at their usual values are left out.
+        """For example `sd2-mha-mem_efficient-compile-b1`; default values are omitted.
 
-        Attention by xFormers is `original-xformers`, as the published experiment names it: its first code with that kernel.
+        xFormers attention is `original-xformers`, as in the published experiment: the original code with that kernel.
         """
         parts = [self.model] if self.checkpoint is None else [self.model, PurePath(self.checkpoint).stem]
         if self.engine != "sd":
@@ -125,11 +117,11 @@ class Configuration:
         return self.id
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields and the id, ready for JSON."""
+        """All fields and the id as JSON types."""
         return {**asdict(self), "sdpa_kernels": list(self.sdpa_kernels), "id": self.id}
 
     def reference(self) -> Configuration:
-        """What this one's pictures are compared with: fp32, original attention, nothing compiled, one image at a time."""
+        """The configuration of the reference image: fp32, original attention, not compiled, batch 1."""
         return replace(
             self,
             engine="sd",
@@ -143,24 +135,24 @@ class Configuration:
 
 
 def preset_of(optimise: str) -> str | None:
-    """The preset with which what `--optimise` takes begins, if any."""
+    """The preset at the start of an `--optimise` value, if any."""
     first = optimise.split(",")[0]
     return first if first in PRESETS else None
 
 
 def is_approximate(optimise: str) -> bool:
-    """Whether what `--optimise` takes names a technique that changes the picture."""
+    """Whether an `--optimise` value contains a technique that changes the image."""
     return not set(optimise.split(",")).isdisjoint(APPROXIMATE)
 
 
 def technique(values: Mapping[str, Any]) -> list[str]:
-    """How a picture is made, as parts of a name: attention, kernels, optimisations, compile mode, precision.
+    """The parts of an id for attention, kernels, optimisations, compile mode and precision.
 
-    values: the fields of a configuration by name, also of one from a file with values that nothing here knows.
+    values: a configuration's fields by name, possibly from a file with values unknown to this version.
     """
     ours, preset = values["engine"] == "sd", preset_of(values["optimise"])
     parts = []
-    if not preset or not ours:  # a preset of ours has its attention in it
+    if not preset or not ours:  # a preset of engine `sd` includes its attention
         xformers = ours and values["attention"] == "xformers"
         parts += ["original-xformers" if xformers else values["attention"], *values["sdpa_kernels"]]
     if values["optimise"]:
@@ -175,7 +167,7 @@ def technique(values: Mapping[str, Any]) -> list[str]:
 
 
 def from_dict(values: dict[str, Any]) -> Configuration:
-    """The inverse of `as_dict`; raises UnknownChoice for a field that there is not."""
+    """The inverse of `as_dict`. Raises UnknownChoice for an unknown field."""
     known = {field.name for field in fields(Configuration)}
     unknown = sorted(set(values) - known - {"id"})
     if unknown:
@@ -185,10 +177,10 @@ def from_dict(values: dict[str, Any]) -> Configuration:
 
 
 def usual_precision(model: str) -> str:
-    """The published experiment ran under autocast; the embedded model is a CPU's, where fp32 is what computes."""
+    """The default precision: autocast, as in the published experiment; fp32 for the embedded model, which is for CPUs."""
     return "full" if model == "tiny" else "autocast"
 
 
 def usual(model: str) -> Configuration:
-    """The configuration from which options start: PyTorch's own attention on `model` as it is usually run."""
+    """The default configuration of a model: PyTorch's SDPA at the default precision."""
     return Configuration(model=model, precision=usual_precision(model))

@@ -1,4 +1,4 @@
-"""A worker in this process."""
+"""Run a worker in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from perf.worker.wire import parse_response
 
 
 class InProcessLaunch:
-    """The same worker in this process: quick, but nothing is fresh, and a crash is this process's."""
+    """A worker in this process: it starts quickly, but shares this process's state and crashes with it."""
 
     pid = os.getpid()
 
@@ -17,15 +17,11 @@ class InProcessLaunch:
         self.worker = Worker()
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
-        """The answer to one request; the time limit cannot be kept here."""
+        """Return the response to one request. Raises WorkerError; the time limit cannot be enforced here."""
         return parse_response(self.worker.handle({"op": operation, **arguments}))
-
-    def close(self) -> None:
-        """Let go of the model."""
-        self.worker = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self.worker = None  # releases the model

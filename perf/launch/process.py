@@ -1,6 +1,6 @@
-"""A launch: one configuration in a fresh process, asked over pipes, with a time limit on every answer.
+"""Run a worker in a fresh process and exchange JSON lines with it over pipes, with a time limit on every response.
 
-Whatever a worker does - dies, hangs, prints rubbish, runs out of memory - comes back as one `WorkerError` with one line.
+Every failure of a worker (it dies, hangs, runs out of memory or sends an invalid response) is raised as a one-line WorkerError.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from perf.worker.wire import PROTOCOL, WorkerError, one_line, parse_response
 
-ROOT = Path(__file__).resolve().parents[2]  # where `perf` and this tree's `sd` are imported from
-START_SECONDS = 60.0  # for an interpreter to start and say so
-EXIT_SECONDS = 5.0  # for a process that has closed its pipe to end by itself, so that its own status is known
-LOOK_SECONDS = 1.0  # between looks at whether the process lives: a child of a dead one may hold its pipe open
-LONGEST_LINE = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]  # `perf` and this tree's `sd` are imported from here
+START_SECONDS = 60.0  # for an interpreter to start and send its greeting
+EXIT_SECONDS = 5.0  # for a process that has closed its pipe to exit by itself, which yields its exit status
+POLL_SECONDS = 1.0  # interval of liveness checks: a child of a dead worker may keep the pipe open
+MAX_LINE_BYTES = 1 << 20
+STDERR_BYTES = 4000  # read from the end of stderr for an error message
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Which Python a launch runs in, and which `sd` it measures.
+    """The Python of a launch and the `sd` to measure.
 
-    source: a folder that holds `sd`; the harness itself always comes from this tree, so that two commits are measured
-    by the same code. environment: variables to set.
+    source: a folder that contains `sd`; `perf` always comes from this tree, so that two commits are measured by the same
+    code. environment: variables to set.
     """
 
     python: str = sys.executable
@@ -40,21 +42,21 @@ class Interpreter:
     environment: tuple[tuple[str, str], ...] = ()
 
     def command(self) -> list[str]:
-        """What is started."""
+        """The command line of a worker."""
         return [self.python, "-m", "perf.worker"]
 
     def variables(self) -> dict[str, str]:
-        """The environment of the process: this one's, with `sd` and `perf` first on the import path."""
+        """The worker's environment: this process's, with `sd` and `perf` first on the import path."""
         path = [str(self.source), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), **dict(self.environment)}
 
 
 class ProcessLaunch:
-    """A worker process. Use as a context: it is ended on the way out, with all that it started."""
+    """A worker process; a context manager that kills it, with all its children, on exit. Raises WorkerError."""
 
     def __init__(self, interpreter: Interpreter, command: list[str] | None = None):
         try:
-            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         except OSError as error:
             raise WorkerError("died", f"a worker cannot be started: {error.strerror}") from None
         try:
@@ -65,7 +67,7 @@ class ProcessLaunch:
                 stderr=self._stderr,
                 cwd=interpreter.source,
                 env=interpreter.variables(),
-                start_new_session=True,  # so that it and its children can be ended together
+                start_new_session=True,  # to kill it together with its children
             )
         except OSError as error:
             self._stderr.close()
@@ -75,10 +77,10 @@ class ProcessLaunch:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            hello = self._answer(START_SECONDS)
-            if hello.get("protocol") != PROTOCOL:
-                spoken = repr(hello.get("protocol"))[:80]
-                raise WorkerError("rubbish", f"the worker speaks protocol {spoken}, not {PROTOCOL}")
+            protocol = self._response(START_SECONDS).get("protocol")
+            if protocol != PROTOCOL:
+                message = f"the worker uses protocol {repr(protocol)[:80]}, not {PROTOCOL}"
+                raise WorkerError("invalid_response", message)
         except BaseException:
             self.__exit__()
             raise
@@ -89,85 +91,76 @@ class ProcessLaunch:
         return self.process.pid
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
-        """The answer to one request. Raises WorkerError."""
+        """Return the response to one request."""
         line = json.dumps({"op": operation, **arguments}) + "\n"
-        with contextlib.suppress(queue.Empty):  # else what it said unasked would be taken for the answer to this
-            early = self._lines.get_nowait()
-            raise self._rubbish(early) if early is not None else self._died()
+        with contextlib.suppress(queue.Empty):  # an unsolicited line would be taken for the response to this request
+            self._fail(self._lines.get_nowait())
         try:
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
         except OSError:
-            raise self._died() from None
-        return self._answer(timeout_seconds)
+            self._fail(None)
+        return self._response(timeout_seconds)
 
-    def _answer(self, timeout_seconds: float) -> dict:
+    def _response(self, timeout_seconds: float) -> dict:
         line = self._line(timeout_seconds)
         if line is None:
-            raise self._died()
+            self._fail(None)
         try:
-            return parse_response(json.loads(line, parse_constant=_refuse))
+            return parse_response(json.loads(line, parse_constant=_reject_constant))
         except (ValueError, RecursionError):
-            raise self._rubbish(line) from None
+            self._fail(line)
 
     def _line(self, timeout_seconds: float) -> bytes | None:
-        """The next line, or None when the process has ended. Raises WorkerError after the time limit."""
+        """The next line, or None if the process has exited."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             left = deadline - time.monotonic()
-            ended = self.process.poll() is not None
+            exited = self.process.poll() is not None
             try:
-                return self._lines.get(timeout=max(0.0, min(left, LOOK_SECONDS)))
+                return self._lines.get(timeout=max(0.0, min(left, POLL_SECONDS)))
             except queue.Empty:
-                if ended:
+                if exited:
                     return None
-                if left <= LOOK_SECONDS:
+                if left <= POLL_SECONDS:
                     self.close()
-                    words = f"the worker gave no answer in {timeout_seconds:.0f} s and was ended"
-                    raise WorkerError("hung", words) from None
+                    message = f"the worker did not respond within {timeout_seconds:.0f} s and was killed"
+                    raise WorkerError("hung", message) from None
 
     def _read(self) -> None:
-        for line in iter(lambda: self.process.stdout.readline(LONGEST_LINE), b""):
-            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
-                break  # the process ended in the middle of it
+        for line in iter(lambda: self.process.stdout.readline(MAX_LINE_BYTES), b""):
+            if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                break  # the process exited in the middle of the line
             self._lines.put(line)
         self._lines.put(None)
 
-    def _rubbish(self, line: bytes) -> WorkerError:
-        self.close()
-        start = line[:80].decode("utf-8", "replace")
-        return WorkerError("rubbish", f"the worker printed what is no answer: {start!r}")
-
-    def _died(self) -> WorkerError:
+    def _fail(self, line: bytes | None) -> NoReturn:
+        """Kill the worker and raise the WorkerError for an invalid line, or for its exit where `line` is None."""
+        if line is not None:
+            self.close()
+            start = line[:80].decode("utf-8", "replace")
+            raise WorkerError("invalid_response", f"the worker sent an invalid response: {start!r}") from None
         try:
             code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             code = None
         self.close()
-        if code is None:
-            how = "closed its pipe without ending, and was ended"
-        elif code < 0:
-            how = f"was ended by {_signal_name(-code)}"
-        else:
-            how = f"ended with status {code}"
-        if code == -signal.SIGKILL:
-            how += " (if you did not do it, the system ran out of memory)"
-        said = self._last_words()
-        return WorkerError("died", f"the worker {how}" + (f": {said}" if said else ""))
+        last_line = self._last_stderr_line()
+        message = f"the worker {_exit_description(code)}" + (f": {last_line}" if last_line else "")
+        raise WorkerError("died", message) from None
 
-    def _last_words(self) -> str:
-        """The last line that the process wrote to stderr."""
+    def _last_stderr_line(self) -> str:
         self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - 4000))
-        lines = self._stderr.read().decode("utf-8", "replace").splitlines()  # at \r too, as of a progress bar
+        self._stderr.seek(max(0, self._stderr.tell() - STDERR_BYTES))
+        lines = self._stderr.read().decode("utf-8", "replace").splitlines()  # progress bars end lines with \r
         return next(filter(None, map(one_line, reversed(lines))), "")[:300]
 
     def close(self) -> None:
-        """End the process and its children; may be called again."""
-        if self._closed:  # the number may be another group's by now
+        """Kill the process and its children; further calls have no effect."""
+        if self._closed:  # the process group id may have been reused
             return
         self._closed = True
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # already gone
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # already exited
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -176,20 +169,26 @@ class ProcessLaunch:
 
     def __exit__(self, *_):
         self.close()
-        with contextlib.suppress(OSError):  # the buffer of a request that a dead worker did not take
+        with contextlib.suppress(OSError):  # flushing a request that a dead worker did not read
             self.process.stdin.close()
         self._reader.join(EXIT_SECONDS)
-        if not self._reader.is_alive():  # else something that left the process group still has the pipe
+        if not self._reader.is_alive():  # otherwise a process outside the group still holds the pipe
             self.process.stdout.close()
         self._stderr.close()
 
 
-def _refuse(constant: str):
+def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _signal_name(number: int) -> str:
+def _exit_description(code: int | None) -> str:
+    if code is None:
+        return "closed its pipe without exiting, and was killed"
+    if code >= 0:
+        return f"ended with status {code}"
     try:
-        return signal.Signals(number).name
+        name = signal.Signals(-code).name
     except ValueError:  # a real-time signal
-        return f"signal {number}"
+        name = f"signal {-code}"
+    hint = " (probably by the system for lack of memory, unless you did it)" if code == -signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"

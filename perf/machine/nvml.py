@@ -1,6 +1,6 @@
-"""One GPU as NVML shows it, read through `pynvml` (the package nvidia-ml-py). Imports neither torch nor pytest.
+"""Readings of one GPU through NVML (`pynvml` of the package nvidia-ml-py). Imports neither torch nor pytest.
 
-Every read may be refused, by the card, the driver's age, MIG or the container: it is then None, never 0.
+A reading that the card, driver, MIG mode or container does not support is None, never 0.
 Source: NVIDIA, NVML API Reference Guide.
 """
 
@@ -11,8 +11,8 @@ import itertools
 import os
 from dataclasses import dataclass
 
-# Bits of nvmlDeviceGetCurrentClocksEventReasons, by the names of `nvidia-smi --query-gpu=clocks_event_reasons.*`. They
-# are numbers here because the library renamed its constants (ThrottleReason became EventReason), not the bits.
+# Bits of nvmlDeviceGetCurrentClocksEventReasons, by the names of `nvidia-smi --query-gpu=clocks_event_reasons.*`.
+# Numbers, because the library renamed its constants (ThrottleReason became EventReason).
 CLOCKS_EVENT_REASONS = {
     0x001: "gpu_idle",
     0x002: "applications_clocks_setting",
@@ -39,23 +39,62 @@ VIOLATION_POLICIES = {  # nvmlPerfPolicyType_t
 CLOCK_SM, CLOCK_MEMORY = 1, 2  # nvmlClockType_t
 TEMPERATURE_GPU = 0  # nvmlTemperatureSensors_t
 TEMPERATURE_THRESHOLD_SLOWDOWN = 1  # nvmlTemperatureThresholds_t
-LOST = {9: "driver not loaded", 15: "GPU is lost", 16: "GPU requires restart"}  # nvmlReturn_t: no later read will work
-NOT_AVAILABLE = 1 << 63  # NVML_VALUE_NOT_AVAILABLE is all bits set; no counter gets half as far
-INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux kernel: that of no container
+LOST = {
+    9: "driver not loaded",
+    15: "GPU is lost",
+    16: "GPU requires restart",
+}  # nvmlReturn_t: every later read fails too
+NOT_AVAILABLE = 1 << 63  # NVML_VALUE_NOT_AVAILABLE has all bits set; no counter gets half as far
+INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux kernel, outside containers
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """The facts of a GPU or MIG instance, None for unsupported readings.
+
+    cuda_driver: the newest CUDA version that the driver supports. application_sm_clock_mhz: set by `nvidia-smi -ac`.
+    power_limit_watts: the enforced limit. mig_mode: whether the GPU is partitioned, None for models without MIG.
+    """
+
+    name: str | None = None
+    uuid: str | None = None
+    driver: str | None = None
+    cuda_driver: tuple[int, int] | None = None
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    power_limit_watts: float | None = None
+    power_limit_default_watts: float | None = None
+    sm_clock_mhz: int | None = None
+    sm_clock_max_mhz: int | None = None
+    memory_clock_max_mhz: int | None = None
+    application_sm_clock_mhz: int | None = None
+    application_sm_clock_default_mhz: int | None = None
+    clocks_event_reasons: frozenset[str] | None = None
+    temperature_celsius: int | None = None
+    temperature_slowdown_celsius: int | None = None
+    persistence_mode: bool | None = None
+    mig_mode: bool | None = None
+    is_mig_instance: bool = False
+    compute_pids: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
 class NoTelemetry:
-    """Stands for a device that NVML cannot show; `reason` says why, in one line."""
+    """The absence of NVML readings. reason: one line."""
 
     reason: str
 
+    def facts(self) -> GpuFacts:
+        """No facts."""
+        return GpuFacts()
+
 
 class Device:
-    """A GPU or MIG instance. Reads return None where they are refused; `lost` says if the GPU stopped answering.
+    """A GPU or MIG instance. Unsupported readings are None. lost: why the GPU stopped responding, or None.
 
-    The clocks, the temperature and the limits of a MIG instance are those of its GPU. Power and energy are asked of
-    the instance itself and mostly refused: the GPU's would include the neighbours'.
+    Clocks, temperature and limits of a MIG instance are those of its GPU. Power and energy are read from the instance
+    itself, where they are mostly unsupported, since the GPU's would include other instances.
     """
 
     def __init__(self, library, handle):
@@ -68,62 +107,58 @@ class Device:
             self._gpu = self._read("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle) or handle
 
     def close(self) -> None:
-        """Let NVML go. Reads after this are None."""
+        """Shut NVML down. Later readings are None."""
         self._read("nvmlShutdown")
-        self.lost = self.lost or "closed"  # NVML counts its users: a second close must not end another one's
+        self.lost = self.lost or "closed"  # NVML counts its users: a second shutdown would affect another user
 
-    def name(self) -> str | None:
-        """Model, such as `NVIDIA H200`; a MIG instance's has its profile behind it."""
-        return _text(self._read("nvmlDeviceGetName", self._handle))
+    def facts(self) -> GpuFacts:
+        """Read all facts."""
+        memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
+        cuda = self._read("nvmlSystemGetCudaDriverVersion_v2")
+        capability = self._read("nvmlDeviceGetCudaComputeCapability", self._gpu)
+        default_limit = self._read("nvmlDeviceGetPowerManagementDefaultLimit", self._gpu)
+        persistence = self._read("nvmlDeviceGetPersistenceMode", self._gpu)
+        mig_modes = self._read("nvmlDeviceGetMigMode", self._gpu)
+        return GpuFacts(
+            name=_text(self._read("nvmlDeviceGetName", self._handle)),
+            uuid=self.uuid(),
+            driver=_text(self._read("nvmlSystemGetDriverVersion")),
+            cuda_driver=None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
+            compute_capability=None if capability is None else tuple(capability),
+            memory_bytes=None if memory is None else memory.total,
+            memory_used_bytes=None if memory is None else memory.used,
+            power_limit_watts=self.power_limit_watts(),
+            power_limit_default_watts=_thousandth(default_limit),
+            sm_clock_mhz=self.sm_clock_mhz(),
+            sm_clock_max_mhz=self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_SM),
+            memory_clock_max_mhz=self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_MEMORY),
+            application_sm_clock_mhz=self._read("nvmlDeviceGetApplicationsClock", self._gpu, CLOCK_SM),
+            application_sm_clock_default_mhz=self._read("nvmlDeviceGetDefaultApplicationsClock", self._gpu, CLOCK_SM),
+            clocks_event_reasons=self.clocks_event_reasons(),
+            temperature_celsius=self.temperature_celsius(),
+            temperature_slowdown_celsius=self._read(
+                "nvmlDeviceGetTemperatureThreshold", self._gpu, TEMPERATURE_THRESHOLD_SLOWDOWN
+            ),
+            persistence_mode=None if persistence is None else bool(persistence),
+            mig_mode=None if mig_modes is None else bool(mig_modes[0]),
+            is_mig_instance=self.is_mig_instance,
+            compute_pids=self.compute_pids(),
+        )
 
     def uuid(self) -> str | None:
         """`GPU-...` or `MIG-...`."""
         return _text(self._read("nvmlDeviceGetUUID", self._handle))
 
-    def driver(self) -> str | None:
-        """Version of the kernel driver, such as `580.65.06`."""
-        return _text(self._read("nvmlSystemGetDriverVersion"))
-
-    def cuda_driver(self) -> tuple[int, int] | None:
-        """Newest CUDA (major, minor) that the driver speaks."""
-        version = self._read("nvmlSystemGetCudaDriverVersion_v2")
-        return None if version is None else (version // 1000, version % 1000 // 10)
-
-    def compute_capability(self) -> tuple[int, int] | None:
-        """(major, minor)."""
-        capability = self._read("nvmlDeviceGetCudaComputeCapability", self._gpu)
-        return None if capability is None else tuple(capability)
-
-    def memory_bytes(self) -> tuple[int | None, int | None]:
-        """Total and used."""
-        memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
-        return (None, None) if memory is None else (memory.total, memory.used)
-
     def sm_clock_mhz(self) -> int | None:
-        """The SM clock now."""
+        """The current SM clock."""
         return self._read("nvmlDeviceGetClockInfo", self._gpu, CLOCK_SM)
 
     def memory_clock_mhz(self) -> int | None:
-        """The memory clock now."""
+        """The current memory clock."""
         return self._read("nvmlDeviceGetClockInfo", self._gpu, CLOCK_MEMORY)
 
-    def sm_clock_max_mhz(self) -> int | None:
-        """The highest SM clock of this model."""
-        return self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_SM)
-
-    def memory_clock_max_mhz(self) -> int | None:
-        """The highest memory clock of this model."""
-        return self._read("nvmlDeviceGetMaxClockInfo", self._gpu, CLOCK_MEMORY)
-
-    def application_sm_clock_mhz(self) -> tuple[int | None, int | None]:
-        """The applications clock that is set (`nvidia-smi -ac`), and its default."""
-        return (
-            self._read("nvmlDeviceGetApplicationsClock", self._gpu, CLOCK_SM),
-            self._read("nvmlDeviceGetDefaultApplicationsClock", self._gpu, CLOCK_SM),
-        )
-
     def power_watts(self) -> float | None:
-        """Power drawn: of this moment up to GA100, of the last second on newer cards (NVML reference)."""
+        """Power drawn: momentary up to GA100, averaged over a second on newer cards (NVML reference)."""
         return _thousandth(self._read("nvmlDeviceGetPowerUsage", self._handle))
 
     def energy_joules(self) -> float | None:
@@ -131,28 +166,20 @@ class Device:
         return _thousandth(_counter(self._read("nvmlDeviceGetTotalEnergyConsumption", self._handle)))
 
     def power_limit_watts(self) -> float | None:
-        """The limit in force, the lowest of all that were set."""
+        """The enforced power limit, the lowest of all limits."""
         return _thousandth(self._read("nvmlDeviceGetEnforcedPowerLimit", self._gpu))
-
-    def power_limit_default_watts(self) -> float | None:
-        """The limit that the card came with."""
-        return _thousandth(self._read("nvmlDeviceGetPowerManagementDefaultLimit", self._gpu))
 
     def temperature_celsius(self) -> int | None:
         """Temperature of the GPU die."""
         temperature = self._read("nvmlDeviceGetTemperatureV", self._gpu, TEMPERATURE_GPU)
-        if temperature is None:  # what it was called before driver 575
+        if temperature is None:  # its name before driver 575
             temperature = self._read("nvmlDeviceGetTemperature", self._gpu, TEMPERATURE_GPU)
         return temperature
 
-    def temperature_slowdown_celsius(self) -> int | None:
-        """Where the hardware starts to slow down."""
-        return self._read("nvmlDeviceGetTemperatureThreshold", self._gpu, TEMPERATURE_THRESHOLD_SLOWDOWN)
-
     def clocks_event_reasons(self) -> frozenset[str] | None:
-        """Why the clocks are not higher, by the names in CLOCKS_EVENT_REASONS; empty where nothing holds them."""
+        """What limits the clocks, by the names in CLOCKS_EVENT_REASONS; empty if nothing does."""
         bits = self._read("nvmlDeviceGetCurrentClocksEventReasons", self._gpu)
-        if bits is None:  # what it was called before driver 535
+        if bits is None:  # its name before driver 535
             bits = self._read("nvmlDeviceGetCurrentClocksThrottleReasons", self._gpu)
         if bits is None:
             return None
@@ -161,7 +188,7 @@ class Device:
         return frozenset(named | {f"unknown_{unnamed:#x}"} if unnamed else named)
 
     def violation_nanoseconds(self) -> dict[str, int | None]:
-        """Time that each policy has held the clocks down since the driver was loaded."""
+        """Time for which each policy has limited the clocks since the driver was loaded."""
         counters = {}
         for name, policy in VIOLATION_POLICIES.items():
             status = self._read("nvmlDeviceGetViolationStatus", self._gpu, policy)
@@ -169,21 +196,11 @@ class Device:
         return counters
 
     def compute_pids(self) -> frozenset[int] | None:
-        """Processes with a compute context on the device (of a MIG instance: on the instance)."""
+        """Processes with a compute context on the GPU or MIG instance."""
         processes = self._read("nvmlDeviceGetComputeRunningProcesses_v3", self._handle)
         if processes is None:  # driver 470 and older
             processes = self._read("nvmlDeviceGetComputeRunningProcesses_v2", self._handle)
         return None if processes is None else frozenset(process.pid for process in processes)
-
-    def persistence_mode(self) -> bool | None:
-        """Whether the driver stays loaded between processes."""
-        mode = self._read("nvmlDeviceGetPersistenceMode", self._gpu)
-        return None if mode is None else bool(mode)
-
-    def mig_mode(self) -> bool | None:
-        """Whether the GPU is partitioned; None on models that cannot be."""
-        modes = self._read("nvmlDeviceGetMigMode", self._gpu)
-        return None if modes is None else bool(modes[0])
 
     def _read(self, function: str, *arguments):
         call = getattr(self._library, function, None)
@@ -197,11 +214,11 @@ class Device:
 
 
 def open_device(uuid: str | None, index: int = 0) -> Device | NoTelemetry:
-    """The device with this UUID, with or without `GPU-` or `MIG-` before it, or without a UUID the one at `index`.
+    """Open the device with this UUID (with or without `GPU-` or `MIG-`), or without a UUID the one at `index`.
 
-    Give the UUID wherever it is known (torch.cuda.get_device_properties has it since torch 2.4): NVML counts by PCI bus
-    and knows nothing of CUDA_VISIBLE_DEVICES, so that its index may be another GPU than torch's. Raises nothing:
-    whatever is missing, library, driver or device, is the reason of a NoTelemetry.
+    Give the UUID if it is known (torch.cuda.get_device_properties has it since torch 2.4): NVML orders GPUs by PCI bus and
+    ignores CUDA_VISIBLE_DEVICES, so that its index may differ from torch's. A missing library, driver or device is
+    returned as NoTelemetry, not raised.
     """
     try:
         library = importlib.import_module("pynvml")
@@ -210,23 +227,23 @@ def open_device(uuid: str | None, index: int = 0) -> Device | NoTelemetry:
     try:
         library.nvmlInit()
     except library.NVMLError as error:
-        return NoTelemetry(f"no NVIDIA driver answers ({error})")
-    refusals = []
+        return NoTelemetry(f"the NVIDIA driver does not respond ({error})")
+    errors = []
     for candidate in (None,) if uuid is None else (uuid, f"GPU-{uuid}", f"MIG-{uuid}"):
         try:
             if candidate is None:
                 return Device(library, library.nvmlDeviceGetHandleByIndex(index))
             return Device(library, library.nvmlDeviceGetHandleByUUID(candidate))
         except library.NVMLError as error:
-            refusals.append(str(error))
+            errors.append(str(error))
     library.nvmlShutdown()
-    return NoTelemetry(f"NVML has no device {index if uuid is None else uuid} ({refusals[0]})")
+    return NoTelemetry(f"NVML has no device {index if uuid is None else uuid} ({errors[0]})")
 
 
 def open_visible_device(index: int = 0) -> Device | NoTelemetry:
-    """What CUDA would call device `index` under this CUDA_VISIBLE_DEVICES, on a machine whose GPUs are alike.
+    """Open CUDA's device `index` under this CUDA_VISIBLE_DEVICES, on a machine with identical GPUs.
 
-    Among unlike GPUs CUDA counts by speed unless CUDA_DEVICE_ORDER=PCI_BUS_ID: there only a UUID is certain.
+    CUDA orders different GPUs by speed unless CUDA_DEVICE_ORDER=PCI_BUS_ID: only the UUID is then reliable.
     Source: NVIDIA, CUDA C++ Programming Guide, environment variables: the list ends at its first invalid entry.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -240,7 +257,7 @@ def open_visible_device(index: int = 0) -> Device | NoTelemetry:
 
 
 def in_initial_pid_namespace() -> bool:
-    """Whether this process numbers processes as the host does. True where that cannot be read."""
+    """Whether this process has the host's process ids; True if unreadable."""
     try:
         return os.readlink("/proc/self/ns/pid") == INITIAL_PID_NAMESPACE
     except OSError:

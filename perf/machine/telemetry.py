@@ -1,45 +1,45 @@
-"""What the GPU did during a round, and whether that makes the round invalid. Imports neither torch nor pytest."""
+"""GPU telemetry of a timed round, and the rules that invalidate a round. Imports neither torch nor pytest."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import statistics
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
+
+import psutil
 
 from perf.machine.nvml import Device, NoTelemetry, in_initial_pid_namespace
 
 SAMPLE_PERIOD_SECONDS = 0.02
-SAMPLES_PER_PID_CHECK = 25  # twice a second: listing the processes takes the driver longer than the other reads
-JOIN_SECONDS = 5.0  # NVML blocks while a GPU hangs: a round is not held up longer than this
+SAMPLES_PER_PID_CHECK = 25  # twice a second: the driver lists processes more slowly than it reads sensors
+JOIN_SECONDS = 5.0  # NVML blocks while a GPU hangs; the longest wait for it at the end of a round
 POWER_LIMIT_TOLERANCE = 0.01
 
-# A power cap (`sw_power_cap`, the policy `power`, `board_limit`) does not make a round invalid. GPU Boost raises the
-# clocks until it meets the power limit, so that a large GPU at full load is always capped, most so under the fastest
-# configuration, and in every round alike: the cap belongs to the answer "how fast is this on my GPU". What would
-# falsify a comparison is another limit, so that a limit which moved is invalid, and the saved run names the limit.
-# `reliability` (the voltage limit) is where a cool GPU with power to spare ends up: not a fault either.
+# A power cap (`sw_power_cap`, the policies `power` and `board_limit`) does not invalidate a round. GPU Boost raises the
+# clocks up to the power limit, so that a large GPU at full load is always capped, in every round alike: the cap belongs to
+# the result "how fast is this on my GPU". A changed limit would falsify a comparison and is therefore invalid; saved runs
+# contain the limit. `reliability` (the voltage limit) is the normal state of a cool GPU with power to spare.
 THROTTLE_REASONS = {
     "hw_slowdown",
     "hw_thermal_slowdown",
     "hw_power_brake_slowdown",
     "sw_thermal_slowdown",
-    "sync_boost",  # another GPU of the group decides on this one's clocks
-    "power_limit_changed",  # ours, not NVML's: see Monitor
+    "sync_boost",  # another GPU of the group limits the clocks
+    "power_limit_changed",  # determined by Monitor, not NVML
 }
 THROTTLE_POLICIES = ("thermal", "sync_boost")
-# Throttling for a fraction f of a round cannot have cost more than f of its time: this is a tenth of the smallest
-# margin of a verdict (1 %). The counters count spells that fall between two samples.
+# Throttling for a fraction of a round costs at most that fraction of its time; this is a tenth of the smallest margin of a
+# verdict (1 %). The counters include throttling between two samples.
 VIOLATION_FRACTION = 0.001
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at the device; None is what could not be read."""
+    """Readings at one moment; None if unreadable."""
 
     seconds: float
     sm_clock_mhz: int | None = None
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counters:
-    """What only ever grows, at one end of a round."""
+    """Monotonic counters at the start or end of a round."""
 
     seconds: float
     energy_joules: float | None = None
@@ -60,12 +60,12 @@ class Counters:
 
 @dataclass(frozen=True)
 class RoundTelemetry:
-    """The device during one round; None is what could not be read.
+    """The device during one round; None for unreadable values.
 
-    The clocks are medians, the temperature is the maximum, the power is the mean. `throttle_reasons` are all that were
-    seen, by nvidia-smi's names, harmless ones too. `joules_source` is `energy_counter`, or `power_samples` where the
-    card has no counter (P100) and the samples were integrated. The counter moves in steps of tens of milliseconds, so
-    that the joules of rounds under a second are coarse. `error` says how NVML ceased to answer.
+    Clocks are medians, the temperature is the maximum, the power is the mean. throttle_reasons: all observed, by
+    nvidia-smi's names, including harmless ones. joules_source: `energy_counter`, or `power_samples` where the card has no
+    counter (P100) and samples are integrated. The counter advances in steps of tens of milliseconds, so that the joules
+    of rounds under a second are coarse. error: why NVML stopped responding.
     """
 
     seconds: float | None = None
@@ -81,16 +81,15 @@ class RoundTelemetry:
     error: str | None = None
 
     def as_dict(self) -> dict:
-        """All fields, ready for JSON."""
+        """All fields as JSON types."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 class Monitor:
-    """Watches one device, a round at a time: `start`, the round, `stop`.
+    """Samples one device during a round, between `start` and `stop`.
 
-    The reads run on a thread and in the driver, outside the interpreter's lock. The enforced power limit of the moment
-    in which the monitor is made is the one that every round must have: another one is the reason
-    `power_limit_changed`. With a NoTelemetry it takes the time and leaves everything else None.
+    Readings run on a thread and in the driver, outside the interpreter lock. The enforced power limit at construction must
+    hold in every round; a change is the throttle reason `power_limit_changed`. With NoTelemetry only the duration is known.
     """
 
     def __init__(
@@ -103,24 +102,24 @@ class Monitor:
         self._round: _Round | None = None
 
     def start(self, allowed_pids: Collection[int] = ()) -> None:
-        """Begin a round. `allowed_pids` are the processes that may compute on the device: the workers.
+        """Begin a round. Raises RuntimeError during another one.
 
-        A process that has just ended may be listed a moment longer: name it too. RuntimeError if a round is running.
+        allowed_pids: processes that may compute on the device, including recently ended ones, which NVML may still list.
         """
         if self._round is not None:
-            raise RuntimeError("a round is being watched already: stop() comes first")
+            raise RuntimeError("a round is already being monitored: call stop() first")
         self._round = _Round(self._device, self._clock, self._period_seconds, frozenset(allowed_pids))
 
     def stop(self) -> RoundTelemetry:
-        """End the round that `start` began. RuntimeError without one."""
+        """End the round. Raises RuntimeError without one."""
         if self._round is None:
-            raise RuntimeError("no round is being watched: start() comes first")
-        ended, self._round = self._round, None
-        return ended.finish(self._power_limit_watts)
+            raise RuntimeError("no round is being monitored: call start() first")
+        finished, self._round = self._round, None
+        return finished.finish(self._power_limit_watts)
 
 
 class _Round:
-    """The state of one round, apart, so that a thread stuck in the driver cannot write into the next one's."""
+    """The state of one round, separate so that a thread blocked in the driver cannot write into the next round."""
 
     def __init__(self, device: Device | None, clock, period_seconds: float, allowed_pids: frozenset[int]):
         self._device = device
@@ -134,23 +133,23 @@ class _Round:
         if device is None:
             self._begin = Counters(clock())
             return
-        self._look_for_strangers()
+        self._check_foreign_processes()
         violations = device.violation_nanoseconds()
         self._begin = Counters(energy_joules=device.energy_joules(), seconds=clock(), violation_nanoseconds=violations)
-        self._thread = threading.Thread(target=self._watch, name="perf-telemetry", daemon=True)
+        self._thread = threading.Thread(target=self._sample_periodically, name="perf-telemetry", daemon=True)
         self._thread.start()
 
     def finish(self, power_limit_watts: float | None) -> RoundTelemetry:
         device = self._device
         if device is None:
             return RoundTelemetry(seconds=self._clock() - self._begin.seconds)
-        energy, seconds = device.energy_joules(), self._clock()  # first: they are the ends of the round
+        energy, seconds = device.energy_joules(), self._clock()  # first, since they end the round
         self._ended.set()
         self._thread.join(JOIN_SECONDS)
         if self._thread.is_alive():
-            return RoundTelemetry(seconds=seconds - self._begin.seconds, error="NVML does not answer")
-        self._samples.append(self._sample())  # the shortest round has one
-        self._look_for_strangers()
+            return RoundTelemetry(seconds=seconds - self._begin.seconds, error="NVML does not respond")
+        self._samples.append(self._sample())  # even the shortest round has a sample
+        self._check_foreign_processes()
         return summarise(
             self._begin,
             Counters(seconds, energy, device.violation_nanoseconds()),
@@ -160,11 +159,11 @@ class _Round:
             error=device.lost,
         )
 
-    def _watch(self) -> None:
+    def _sample_periodically(self) -> None:
         while True:
             self._samples.append(self._sample())
             if len(self._samples) % SAMPLES_PER_PID_CHECK == 0:
-                self._look_for_strangers()
+                self._check_foreign_processes()
             if self._ended.wait(self._period_seconds):
                 return
 
@@ -178,27 +177,27 @@ class _Round:
             throttle_reasons=self._device.clocks_event_reasons(),
         )
 
-    def _look_for_strangers(self) -> None:
+    def _check_foreign_processes(self) -> None:
         listed = self._device.compute_pids()
         if listed is not None:
-            living = [pid for pid in self._allowed_pids if os.path.exists(f"/proc/{pid}")]
-            found = foreign_pids(listed, self._allowed_pids, len(living), in_initial_pid_namespace())
-            self._foreign = (self._foreign or set()) | found
+            alive = sum(map(psutil.pid_exists, self._allowed_pids))
+            foreign = foreign_pids(listed, self._allowed_pids, alive, in_initial_pid_namespace())
+            self._foreign = (self._foreign or set()) | foreign
 
 
-def foreign_pids(listed: Collection[int], allowed: Collection[int], living: int, same_numbering: bool) -> set[int]:
-    """Those of the `listed` compute processes that are none of the `allowed`, of which so many are `living`.
+def foreign_pids(listed: Collection[int], allowed: Collection[int], alive: int, same_pid_namespace: bool) -> set[int]:
+    """Return the foreign processes among the `listed` compute processes. alive: number of `allowed` processes that exist.
 
-    In a container many drivers list the host's pids, which are other numbers for the same processes. So where
-    `same_numbering` is not certain and no allowed pid is listed, as many processes pass as allowed ones live, and only
-    the surplus is foreign (by number it cannot be told which: the highest stand for it). A stranger that comes while a
-    worker has no context yet is then missed. Used memory is no help: in a container drivers report 0 for each process
-    (NVIDIA/open-gpu-kernel-modules, pull request 614).
+    In a container many drivers list the host's process ids, which differ from the container's. Unless
+    `same_pid_namespace` or an allowed id is listed, as many processes are accepted as allowed ones are alive, and the
+    surplus is foreign, represented by the highest ids. A foreign process is then missed while a worker has no context yet.
+    Used memory does not help: in a container drivers report 0 for each process (NVIDIA/open-gpu-kernel-modules, pull
+    request 614).
     """
     listed, allowed = set(listed), set(allowed)
-    if same_numbering or listed & allowed:
+    if same_pid_namespace or listed & allowed:
         return listed - allowed
-    return set(sorted(listed)[living:])
+    return set(sorted(listed)[alive:])
 
 
 def summarise(
@@ -209,16 +208,16 @@ def summarise(
     power_limit_changed: bool = False,
     error: str | None = None,
 ) -> RoundTelemetry:
-    """One round from its two ends and the samples between them. A counter that ran backwards is None."""
+    """Summarise a round from its counters and samples. The difference of a counter that ran backwards is None."""
     seconds = end.seconds - begin.seconds
     joules, source = _difference(begin.energy_joules, end.energy_joules), "energy_counter"
     mean_watts = _mean_power_watts(samples)
-    if not joules:  # no GPU runs on nothing: a counter that stood still, or was reset, is no counter
+    if not joules:  # a counter that stood still or was reset
         joules, source = (None, None) if mean_watts is None else (mean_watts * seconds, "power_samples")
     elif seconds > 0:
         mean_watts = joules / seconds
     reasons = [sample.throttle_reasons for sample in samples if sample.throttle_reasons is not None]
-    seen = set().union(*reasons, {"power_limit_changed"} if power_limit_changed else ())
+    observed = set().union(*reasons, {"power_limit_changed"} if power_limit_changed else ())
     return RoundTelemetry(
         seconds=seconds,
         sm_clock_mhz=_over(samples, "sm_clock_mhz", statistics.median),
@@ -227,7 +226,7 @@ def summarise(
         temperature_celsius=_over(samples, "temperature_celsius", max),
         joules=joules,
         joules_source=source,
-        throttle_reasons=tuple(sorted(seen)) if reasons or seen else None,
+        throttle_reasons=tuple(sorted(observed)) if reasons or observed else None,
         violation_nanoseconds=_violations(begin.violation_nanoseconds, end.violation_nanoseconds),
         foreign_pids=None if foreign_pids is None else tuple(sorted(foreign_pids)),
         error=error,
@@ -235,9 +234,9 @@ def summarise(
 
 
 def invalid_reason(telemetry: RoundTelemetry) -> str | None:
-    """Why the round's time cannot be trusted, or None. The rules stand beside THROTTLE_REASONS above.
+    """Why the round is invalid, or None, by the rules at THROTTLE_REASONS.
 
-    What could not be read makes no round invalid: on a machine without NVML all rounds are valid.
+    Unreadable values do not invalidate a round: without NVML all rounds are valid.
     """
     reasons = [name for name in telemetry.throttle_reasons or () if name in THROTTLE_REASONS]
     for policy in THROTTLE_POLICIES:
@@ -283,32 +282,34 @@ def _mean_power_watts(samples: list[Sample]) -> float | None:
     return area / (points[-1][0] - points[0][0])
 
 
-class Watch:
-    """Telemetry around a round; use as `with watch(pid) as watched`."""
+@dataclass
+class WatchedRound:
+    """The saved telemetry of a round, and why it is invalid. Without telemetry every round is valid."""
 
-    def __init__(self, gpu):
-        self.monitor, self.seen = Monitor(gpu), set()
-        self.telemetry, self.invalid = None, None
+    telemetry: dict | None = None
+    invalid: str | None = None
+
+
+class Watch:
+    """Telemetry around a round: `with watch(pid) as watched` fills `watched` on exit. pid: of the worker."""
+
+    def __init__(self, gpu: Device | NoTelemetry):
+        self.monitor, self.worker_pids = Monitor(gpu), set()
 
     @contextlib.contextmanager
-    def __call__(self, pid: int):
-        self.seen.add(pid)  # one that has just ended may be listed a moment longer
-        self.telemetry, self.invalid = None, None
-        self.monitor.start(self.seen)
+    def __call__(self, pid: int) -> Iterator[WatchedRound]:
+        """Monitor one round."""
+        self.worker_pids.add(pid)  # NVML may list the earlier ones for a moment after their end
+        watched = WatchedRound()
+        self.monitor.start(self.worker_pids)
         try:
-            yield self
+            yield watched
         finally:
             telemetry = self.monitor.stop()
-            self.telemetry, self.invalid = telemetry.as_dict(), invalid_reason(telemetry)
-
-
-@dataclass
-class _Unwatched:
-    telemetry = None
-    invalid = None
+            watched.telemetry, watched.invalid = telemetry.as_dict(), invalid_reason(telemetry)
 
 
 @contextlib.contextmanager
-def no_watch(pid: int):
-    """Where there is no telemetry every round is valid."""
-    yield _Unwatched()
+def no_watch(pid: int) -> Iterator[WatchedRound]:
+    """A round without telemetry."""
+    yield WatchedRound()

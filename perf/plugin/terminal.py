@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from perf.analysis.ranking import fastest_line, sort_by_seconds
+from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict
 from perf.configurations.configuration import is_approximate
 from perf.report.text import size, span
@@ -43,7 +45,7 @@ def write(
 
 def ranked(infos: dict[str, dict]) -> list[str]:
     """Ids from the fastest image to the slowest."""
-    return sorted(infos, key=lambda id: infos[id]["seconds_per_image"])
+    return sort_by_seconds(infos, lambda id: infos[id]["seconds_per_image"])
 
 
 def session_failures(session: Session) -> dict[str, str]:
@@ -215,8 +217,8 @@ def _fastest(infos: dict[str, dict], session: Session) -> list[str]:
     if not exact:
         return []
     best = ranked(exact)[0]
-    speedup = infos[best]["speedup"]
-    words = f"fastest here: {best}, {_time(infos[best]['seconds_per_image'])} an image"
-    if speedup:
-        words += f", {speedup['estimate']:.2f}x {speedup['against']} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
-    return [words]
+    time, speedup = _time(infos[best]["seconds_per_image"]), infos[best]["speedup"]
+    if not speedup:
+        return [fastest_line(best, time)]
+    ratio = Interval(speedup["estimate"], speedup["low"], speedup["high"])
+    return [fastest_line(best, time, ratio, speedup["against"])]

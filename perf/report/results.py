@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from perf.analysis.ranking import sort_by_seconds
 from perf.analysis.statistics import Interval
 from perf.configurations.configuration import is_approximate, technique, usual_precision
 from perf.report.spread import Spread, over_launches, value_alone
@@ -358,4 +359,6 @@ def newest(results: Iterable[Result]) -> list[Result]:
 
 def ranked(results: Iterable[Result]) -> list[Result]:
     """From the fastest image to the slowest; those whose picture is wrong last, for they have no time."""
-    return sorted(results, key=lambda one: (one.benchmark.image_failure is not None, one.seconds_per_image))
+    return sort_by_seconds(
+        results, lambda result: result.seconds_per_image, lambda result: result.benchmark.image_failure is not None
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from perf.analysis.ranking import fastest_line
 from perf.analysis.verdicts import Verdict
 from perf.report import tables
 from perf.report.results import Result, Session, ranked
@@ -59,11 +60,8 @@ def fastest(results: Sequence[Result]) -> str | None:
     if not there:
         return None
     best = there[0]
-    words = f"fastest here: {best.id}, {span(best.seconds_per_image, *best.interval)} an image"
-    if best.speedup:
-        words += f", {best.speedup.estimate:.2f}x {best.speedup_against or 'original'}"
-        words += f" [{best.speedup.low:.2f}, {best.speedup.high:.2f}]" if best.speedup.bounded else ""
-    return words
+    time = span(best.seconds_per_image, *best.interval)
+    return fastest_line(best.id, time, best.speedup, best.speedup_against or "original")
 
 
 def markdown_summary(sessions: Sequence[Session], results: Sequence[Result], refused: Sequence[str] = ()) -> str:

@@ -1,8 +1,8 @@
-"""The journal of a session: every round is on the disk before the next one starts.
+"""The journal of a session: every round is on disk before the next one starts.
 
-A JSON line per event, each flushed and synced, so that a kill at any moment loses at most the round in flight;
-`--perf-resume` goes on from it. Every line ends with a checksum of the journal up to there, so that a number that changed
-on the disk, or a line that is missing, is noticed. A damaged line and what follows it are not read, and that is said.
+Each event is one JSON line, flushed and synced, so that a kill loses at most the round in progress; `--perf-resume`
+continues from it. Every line ends with a checksum of the journal up to that point, which detects changed and missing lines.
+Reading stops at the first damaged line and reports it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-KEPT = 5  # finished or not, older ones are deleted when a session starts
+KEPT = 5  # journals, complete or not; older ones are deleted when a session starts
 EVENTS = ("plan", "load", "round", "failure", "end")
-LARGEST = 1 << 28  # bytes
+LARGEST_BYTES = 1 << 28
 CHECKSUM = ', "crc32": "{:08x}"}}\n'
 CHECKSUM_BYTES = len(CHECKSUM.format(0))
 
 
 class JournalError(Exception):
-    """A journal that cannot be written or gone on from; the message names the file and the way out."""
+    """A journal that cannot be written or resumed; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a journal holds: the plan it belongs to, the events after it, and whether something in it was damaged."""
+    """The readable content of a journal: its plan and events. good_bytes, checksum: of the lines before any damage."""
 
     path: Path
     plan: dict[str, Any]
@@ -40,15 +40,15 @@ class Recorded:
 
     @property
     def ended(self) -> bool:
-        """Whether the session came to its end."""
+        """Whether the session was complete."""
         return any(event["event"] == "end" for event in self.events)
 
 
 class Journal:
-    """An open journal. Use as a context."""
+    """A journal open for appending; a context manager. Raises JournalError if it cannot be written."""
 
     def __init__(self, path: Path, plan: dict[str, Any] | None = None, after: Recorded | None = None):
-        """A new journal for `plan`, or going on `after` what was read, whose damaged end is cut off."""
+        """Create a journal for `plan`, or continue `after` the content read earlier, dropping its damaged end."""
         self.path = path
         self._checksum = after.checksum if after else 0
         try:
@@ -64,11 +64,11 @@ class Journal:
                 self.write("plan", {"schema": SCHEMA, **(plan or {})})
             except JournalError:
                 self.close()
-                path.unlink(missing_ok=True)  # else it would hide the one before it from --perf-resume
+                path.unlink(missing_ok=True)  # otherwise --perf-resume would take it instead of the journal before it
                 raise
 
     def write(self, event: str, content: dict[str, Any]) -> None:
-        """Add an event; on the disk when this returns. Raises JournalError, with what was there before still whole."""
+        """Append an event and sync it to disk. Raises JournalError; earlier events stay intact."""
         body = json.dumps({"event": event, **content}, allow_nan=False).encode()[:-1]
         self._checksum = zlib.crc32(body, self._checksum)
         try:
@@ -77,7 +77,7 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise JournalError(
-                f"{self.path}: {error.strerror}; free some space and go on with --perf-resume: the rounds before are safe"
+                f"{self.path}: {error.strerror}; free some space and continue with --perf-resume: earlier rounds are safe"
             ) from None
 
     def __enter__(self) -> Journal:
@@ -87,16 +87,16 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """No more events."""
-        with contextlib.suppress(OSError):  # the buffer of a write that failed above
+        """Close the file."""
+        with contextlib.suppress(OSError):  # flushing the buffer of a failed write
             self._file.close()
 
 
 def read(path: Path) -> Recorded:
-    """A journal as far as it is whole. Raises JournalError where not even its plan can be read."""
+    """Read a journal up to its first damaged line. Raises JournalError if its plan is unreadable."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise JournalError(f"{path}: is too large for a journal; delete it and start again without --perf-resume")
+        if path.stat().st_size > LARGEST_BYTES:
+            raise JournalError(f"{path}: too large for a journal; delete it and start again without --perf-resume")
         content = path.read_bytes()
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror}") from None
@@ -106,12 +106,12 @@ def read(path: Path) -> Recorded:
         after = zlib.crc32(body, checksum)
         event = _event(body + b"}") if line[len(body) :] == CHECKSUM.format(after).encode() else None
         if event is None:
-            damage = f"line {number} is damaged; it and what follows is measured again"
+            damage = f"line {number} is damaged; its round and later ones are measured again"
             break
         events.append(event)
         good, checksum = good + len(line), after
     if not events or events[0]["event"] != "plan" or events[0].get("schema") != SCHEMA:
-        raise JournalError(f"{path}: holds no plan of this version; delete it and start again without --perf-resume")
+        raise JournalError(f"{path}: no plan of this version; delete it and start again without --perf-resume")
     return Recorded(path, events[0], tuple(events[1:]), good, checksum, damage)
 
 
@@ -124,11 +124,11 @@ def _event(body: bytes) -> dict[str, Any] | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The journal of the last session in a folder."""
+    """The newest journal in a folder, or None."""
     return max(folder.glob("*.jsonl"), default=None, key=lambda path: path.name)
 
 
 def prune(folder: Path) -> None:
-    """Delete all but the newest few."""
+    """Delete all but the newest KEPT journals."""
     for path in sorted(folder.glob("*.jsonl"))[: -KEPT or None]:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One measuring session per device at a time. Imports neither torch nor pytest."""
+"""The lock that allows one measuring session per device. Imports neither torch nor pytest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-HOLDER_BYTES = 16_384  # more is no file of ours
-# A process that was killed while it started another one holds its lock until that one has come to its own program.
+import psutil
+
+HOLDER_BYTES = 16_384  # read from a lock file at most
+# If a session is killed between fork and exec of a worker, the child holds the lock until it execs.
 DEAD_HOLDER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a device, as its lock file says."""
+    """The session that holds a device, as stored in the lock file."""
 
     pid: int
     host: str
@@ -32,41 +34,36 @@ class Holder:
     command: str
 
     def is_alive(self) -> bool:
-        """Whether its process is there, as far as can be seen from here."""
-        if self.host != socket.gethostname():
-            return True
+        """Whether the process exists; True if that is unknown, as on another host."""
         try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except (PermissionError, OverflowError):  # another user's; no process id
-            pass
-        return True
+            return self.host != socket.gethostname() or psutil.pid_exists(self.pid)
+        except OverflowError:  # not a process id
+            return True
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started_unix_seconds))
         host = "" if self.host == socket.gethostname() else f" on {self.host}"
-        return " ".join(f"pid {self.pid}{host}, since {since}: {self.command}".split())  # one line, always
+        return " ".join(
+            f"pid {self.pid}{host}, since {since}: {self.command}".split()
+        )  # the command may contain newlines
 
 
 class DeviceBusy(RuntimeError):
-    """Another session measures on the device. `holder` is None where its file could not be read."""
+    """Another session holds the device. holder: None if the lock file is unreadable."""
 
     def __init__(self, device_key: str, holder: Holder | None):
         self.device_key = device_key
         self.holder = holder
-        super().__init__(f"{device_key} is being measured by {holder or 'a process that did not say who it is'}")
+        super().__init__(f"{device_key} is being measured by {holder or 'an unidentified process'}")
 
 
 class DeviceLock:
-    """Holds a device against other sessions of this user, as a context manager.
+    """An exclusive lock on a device among this user's sessions; a context manager.
 
-    The lock is flock(2)'s, so that the kernel gives it up however its holder dies; the file only says who that is.
-    What a dead holder left in it is cleared, and `notice` then says whose it was (one line to show; else None).
-    Raises DeviceBusy while another session holds the device, in this process too (one that was killed has a moment to
-    let go of it), and PermissionError where the folder or the file is not this user's own.
-
-    Another user's session has its own folder: on a GPU the telemetry sees it as a foreign process.
+    It is a flock(2) lock, which the kernel releases however its holder dies; the file content only identifies the holder.
+    If a dead holder left its content behind, it is cleared and `notice` has one line about it. Raises DeviceBusy while
+    another session holds the device, also within one process, and PermissionError if the folder or file belongs to
+    another user. Other users have folders of their own: telemetry reports them as foreign processes on a GPU.
     """
 
     def __init__(self, device_key: str, folder: Path | str | None = None):
@@ -81,12 +78,12 @@ class DeviceLock:
         try:
             self._lock(descriptor)
             if os.fstat(descriptor).st_size:
-                left = _read_holder(descriptor) or "a session that did not say who it is"
-                self.notice = f"cleared the lock of {self.device_key} that was left by {left}"
+                left = _read_holder(descriptor) or "an unidentified session"
+                self.notice = f"cleared the stale lock of {self.device_key}, left by {left}"
             command = shlex.join([os.path.basename(sys.executable or "python"), *sys.argv])
             holder = Holder(os.getpid(), socket.gethostname(), time.time(), command[: HOLDER_BYTES // 8])
             os.ftruncate(descriptor, 0)
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without its holder's name
                 os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
         except BaseException:
             os.close(descriptor)
@@ -95,9 +92,9 @@ class DeviceLock:
         return self
 
     def __exit__(self, *_) -> None:
-        # The file stays, empty: unlinking it would let a session that opened it a moment ago lock a name that is gone.
+        # The empty file stays: unlinking it would let a session that has just opened it lock a deleted name.
         os.ftruncate(self._descriptor, 0)
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing alone would leave the lock with a forked child
         os.close(self._descriptor)
         self._descriptor = None
 
@@ -114,12 +111,12 @@ class DeviceLock:
             time.sleep(0.01)
 
     def _open(self) -> int:
-        """The lock file, in a folder that nobody else can write to; a symbolic link in either place is refused."""
+        """Open the lock file in a folder that only this user can write to; refuses symbolic links."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
-            raise PermissionError(f"{self.folder} cannot be the folder of the locks ({error})") from None
+            raise PermissionError(f"{self.folder} cannot be used as the lock folder ({error})") from None
         try:
             _require_own(os.fstat(folder), self.folder)
             try:
@@ -132,7 +129,7 @@ class DeviceLock:
         try:
             _require_own(status, self.path)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise PermissionError(f"{self.path} is no plain file: remove it")
+                raise PermissionError(f"{self.path} is not a regular file: remove it")
         except PermissionError:
             os.close(descriptor)
             raise
@@ -140,16 +137,16 @@ class DeviceLock:
 
 
 def lock_folder() -> Path:
-    """Where this user's locks are.
+    """The folder of this user's locks.
 
-    Not XDG_RUNTIME_DIR: a login has it, a cron job and a CI runner of the same user have not, and the two would not see
-    each other; and it is emptied at logout under a session that goes on.
+    XDG_RUNTIME_DIR is unsuitable: it is not set for cron jobs and CI runners of the same user, and is emptied at logout
+    while sessions may still run.
     """
     return Path(tempfile.gettempdir()) / f"sd-perf-{os.getuid()}"
 
 
 def file_name(device_key: str) -> str:
-    """A file name for any key; keys that differ never share one."""
+    """A file name for any key, distinct for distinct keys."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", device_key):
         return f"{device_key}.lock"
     plain = re.sub(r"[^A-Za-z0-9.-]", "-", device_key).lstrip(".")[:40]
@@ -162,14 +159,14 @@ def _require_own(status: os.stat_result, path: Path) -> None:
 
 
 def _read_holder(descriptor: int) -> Holder | None:
-    """Who the file names; None for an empty or damaged one, such as that of a holder that is just writing it."""
+    """The holder in the file; None if it is empty or damaged, for example while the holder is writing it."""
     try:
         content = json.loads(os.pread(descriptor, HOLDER_BYTES, 0))
         types = {"pid": int, "host": str, "started_unix_seconds": (int, float), "command": str}
         values = {field.name: content[field.name] for field in fields(Holder)}
-        if not all(isinstance(values[name], kind) for name, kind in types.items()):
+        if not all(isinstance(values[name], type_) for name, type_ in types.items()):
             return None
-        str(holder := Holder(**values))  # a time that no calendar has
+        str(holder := Holder(**values))  # raises OverflowError for a time outside the calendar
     except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
         return None
     return holder

@@ -1,146 +1,154 @@
-"""Measured launches and rounds of each slot, from journal events."""
+"""Measured launches and rounds of each slot, built from journal events."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from perf.analysis.statistics import drift
 from perf.session.plan import Plan, Slot
 
-RETRIES = 3  # of an invalid round
+MAX_RETRIES = 3  # of an invalid round
+INVALID_SHARE_LIMIT = 0.2  # of all rounds
+DRIFT_LIMIT = 0.03  # of the reference workload
+MIN_DRIFT_ROUNDS = 9  # three for each third of a session; the median of fewer is no evidence of drift
+REFERENCE_SECONDS = "anchor_seconds"  # the key of the reference workload's time in a round, as first released
+TRANSIENT_FAILURES = ("died", "hung", "invalid_response", "failed", "out_of_memory")  # retried by --perf-resume
+FORMER_FAILURE_KINDS = {
+    "rubbish": "invalid_response",
+    "wrong_picture": "wrong_image",
+}  # in journals of earlier versions
 
 
-ANCHOR_DRIFT_LIMIT = 0.03
+class Failure(NamedTuple):
+    """Why a slot has no further rounds. kind: of a perf.worker.wire.WorkerError, or `wrong_image`."""
 
-
-FEWEST_ANCHORS = 9  # three for each third of a session; of fewer a median says nothing about drift
-
-
-INVALID_SHARE_LIMIT = 0.2
-
-
-# Failures that may not happen again, so that --perf-resume tries once more.
-PASSING = ("died", "hung", "rubbish", "failed", "out_of_memory")
+    kind: str
+    message: str
 
 
 @dataclass
 class Launch:
-    """What is known of one launch of one slot."""
+    """Measurements of one launch. rounds: the valid ones, and those that were invalid after all retries."""
 
     load: dict[str, Any]
     first_call_seconds: float | None = None
-    rounds: list[dict[str, Any]] = field(default_factory=list)  # valid ones, and those that stayed invalid
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def valid(self) -> list[dict[str, Any]]:
-        """The rounds that count."""
-        return [one for one in self.rounds if one["invalid"] is None]
+        """The valid rounds."""
+        return [round_ for round_ in self.rounds if round_["invalid"] is None]
 
 
 @dataclass
-class Measured:
-    """What is known of one slot. failure: (kind, message) once it cannot go on."""
+class SlotMeasurements:
+    """Measurements of one slot. discarded: number of invalid rounds, retries included."""
 
     slot: Slot
     launches: dict[int, Launch] = field(default_factory=dict)
-    failure: tuple[str, str] | None = None
-    thrown_away: int = 0
+    failure: Failure | None = None
+    discarded: int = 0
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in an event, just measured or read from a journal."""
+        """Apply an event, newly measured or read from a journal."""
         number = event["launch"]
         if event["event"] == "failure":
-            self.failure = event["kind"], event["message"]
+            self.failure = Failure(FORMER_FAILURE_KINDS.get(event["kind"], event["kind"]), event["message"])
         elif event["event"] == "load":
             self.launches.setdefault(number, Launch(event["answer"]))
         elif event["round"] is None:
             self.launches[number].first_call_seconds = event["answer"]["wall_seconds"]
         else:
             rounds = self.launches[number].rounds
-            if rounds and rounds[-1]["round"] == event["round"]:  # the repetition of an invalid one
+            if rounds and rounds[-1]["round"] == event["round"]:  # a retry replaces the invalid round
                 rounds.pop()
-            kept = {key: event[key] for key in ("round", "attempt", "invalid", "telemetry")}
-            rounds.append({**event["answer"], **kept})
-            self.thrown_away += event["invalid"] is not None
+            rounds.append(
+                {**event["answer"], **{key: event[key] for key in ("round", "attempt", "invalid", "telemetry")}}
+            )
+            self.discarded += event["invalid"] is not None
             if event["wrong"]:
-                self.failure = "wrong_picture", event["wrong"]
+                self.failure = Failure("wrong_image", event["wrong"])
 
-    def next(self, launch: int) -> tuple[int, int]:
-        """(round, attempt) of a launch with which it goes on; an invalid round is repeated RETRIES times."""
+    def next_round(self, launch: int) -> tuple[int, int]:
+        """The (round, attempt) with which a launch continues; an invalid round is repeated MAX_RETRIES times."""
         rounds = self.launches[launch].rounds if launch in self.launches else []
-        if rounds and rounds[-1]["invalid"] is not None and rounds[-1]["attempt"] < RETRIES:
+        if rounds and rounds[-1]["invalid"] is not None and rounds[-1]["attempt"] < MAX_RETRIES:
             return len(rounds) - 1, rounds[-1]["attempt"] + 1
         return len(rounds), 0
 
     def median(self, launch: int) -> float | None:
         """The median seconds of a launch's valid rounds: the launch is the unit of comparison."""
-        seconds = [one["seconds"] for one in self.launches[launch].valid()]
+        seconds = [round_["seconds"] for round_ in self.launches[launch].valid()]
         return statistics.median(seconds) if seconds else None
 
+    def ordered_launches(self) -> list[Launch]:
+        """The launches by number."""
+        return [launch for _, launch in sorted(self.launches.items())]
+
     def rounds(self) -> list[dict[str, Any]]:
-        """Every valid round, launch after launch."""
-        return [one for _, launch in sorted(self.launches.items()) for one in launch.valid()]
+        """The valid rounds of all launches, in order."""
+        return [round_ for launch in self.ordered_launches() for round_ in launch.valid()]
 
 
-def paired_medians(one: Measured, other: Measured) -> tuple[list[float], list[float]]:
-    """Median seconds of the launches, by number, in which both have a valid round."""
-    medians = [(one.median(n), other.median(n)) for n in sorted(one.launches) if n in other.launches]
+def paired_medians(first: SlotMeasurements, second: SlotMeasurements) -> tuple[list[float], list[float]]:
+    """Median seconds of the launches, by number, in which both slots have a valid round."""
+    medians = [(first.median(n), second.median(n)) for n in sorted(first.launches) if n in second.launches]
     both = [(a, b) for a, b in medians if a is not None and b is not None]
     return [a for a, _ in both], [b for _, b in both]
 
 
 class Measurements:
-    """What is known of every slot of a plan, from events."""
+    """Measurements of every slot of a plan. Raises ValueError for events that do not belong to the plan."""
 
     def __init__(self, plan: Plan, events: Iterable[dict[str, Any]] = ()):
         self.plan = plan
-        self.by_name = {slot.name: Measured(slot) for slot in plan.slots}
+        self.by_name = {slot.name: SlotMeasurements(slot) for slot in plan.slots}
         for event in events:
             if event["event"] in ("load", "round", "failure"):
                 self._check(event)
                 self.by_name[event["slot"]].add(event)
         for measured in self.by_name.values():
-            if measured.failure and measured.failure[0] in PASSING:
+            if measured.failure and measured.failure.kind in TRANSIENT_FAILURES:
                 measured.failure = None
 
     def _check(self, event: dict[str, Any]) -> None:
         known = event.get("slot") in self.by_name and isinstance(event.get("launch"), int)
-        if not known or not 0 <= event["launch"] < 2 * self.plan.launches:  # twice, when it was undecided
+        if not known or not 0 <= event["launch"] < 2 * self.plan.launches:  # an inconclusive plan is doubled
             raise ValueError(f"an event of no slot of this plan: {event.get('slot')!r}")
         if event["event"] == "round" and event["launch"] not in self.by_name[event["slot"]].launches:
             raise ValueError(f"a round of a launch that was never loaded: {event['slot']}")
 
     def drift(self) -> float | None:
-        """How far the anchor moved during the session: thirds of it against the whole, as a fraction; None if too short."""
-        anchors = [seconds for _, seconds in sorted(self._anchors())]
-        return drift(anchors) if len(anchors) >= FEWEST_ANCHORS else None
+        """The drift of the reference workload: thirds of the session against its median, as a fraction; None if too short."""
+        times = [seconds for _, seconds in sorted(self._reference_times())]
+        return drift(times) if len(times) >= MIN_DRIFT_ROUNDS else None
 
-    def _anchors(self) -> Iterator[tuple[float, float]]:
-        """(when, anchor) of every valid round, as a multiple of the median on the same device by the same interpreter.
+    def _reference_times(self) -> Iterator[tuple[float, float]]:
+        """Yield (start, reference workload's time) of every valid round, relative to the median of its device and interpreter.
 
-        Another torch computes the anchor at another speed, and which part of the session it has is no drift.
+        The reference workload's speed depends on the torch version, which is not drift.
         """
         groups: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
         for measured in self.by_name.values():
             configuration = measured.slot.configuration
             groups.setdefault((configuration.device, configuration.interpreter), []).extend(measured.rounds())
-        for rounds in groups.values():
-            middle = statistics.median(one["anchor_seconds"] for one in rounds) if rounds else None
-            yield from ((one["started_unix_seconds"], one["anchor_seconds"] / middle) for one in rounds)
+        for rounds in filter(None, groups.values()):
+            median = statistics.median(round_[REFERENCE_SECONDS] for round_ in rounds)
+            yield from ((round_["started_unix_seconds"], round_[REFERENCE_SECONDS] / median) for round_ in rounds)
 
     def counts(self) -> tuple[int, int]:
-        """(rounds thrown away as invalid, rounds measured)."""
-        thrown = sum(measured.thrown_away for measured in self.by_name.values())
-        return thrown, thrown + sum(len(measured.rounds()) for measured in self.by_name.values())
+        """(rounds discarded as invalid, all rounds)."""
+        discarded = sum(measured.discarded for measured in self.by_name.values())
+        return discarded, discarded + sum(len(measured.rounds()) for measured in self.by_name.values())
 
     def invalid(self) -> str | None:
-        """Why the session as a whole cannot be trusted, as `code words`, or None."""
+        """Why the whole session is invalid, as a reason code with its detail, or None."""
         drift = self.drift()
-        if drift is not None and drift > ANCHOR_DRIFT_LIMIT:
-            return f"anchor_drift {100 * drift:.1f} %, {100 * ANCHOR_DRIFT_LIMIT:g} % allowed"
-        thrown, total = self.counts()
-        if total and thrown > INVALID_SHARE_LIMIT * total:
-            return f"invalid_rounds {100 * thrown / total:.0f} %, {100 * INVALID_SHARE_LIMIT:g} % allowed"
+        if drift is not None and drift > DRIFT_LIMIT:
+            return f"anchor_drift {100 * drift:.1f} %, {100 * DRIFT_LIMIT:g} % allowed"
+        discarded, total = self.counts()
+        if total and discarded > INVALID_SHARE_LIMIT * total:
+            return f"invalid_rounds {100 * discarded / total:.0f} %, {100 * INVALID_SHARE_LIMIT:g} % allowed"
         return None

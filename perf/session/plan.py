@@ -1,4 +1,4 @@
-"""The order of launches and rounds."""
+"""The plan of a session: launches and rounds in order, and the seed of each round."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from typing import Any
 
 from perf.configurations.configuration import Configuration
 
+SEED_STRIDE = 1000  # between rounds; larger than any batch, since image i of a round has the round's seed + i
+WARM_UP_ROUND = 999  # no timed round has this number
+
 
 @dataclass(frozen=True)
 class Slot:
-    """What takes a turn: a configuration, as it is, of another commit (`base`), or the same once more (`aa`)."""
+    """A configuration under one label: the working tree (None), another commit (`base`) or an A/A repetition (`aa`)."""
 
     configuration: Configuration
     variant: str | None = None
 
     @property
     def name(self) -> str:
-        """The configuration's id, with the variant behind an @."""
+        """The configuration's id, followed by @ and the variant."""
         return self.configuration.id + (f"@{self.variant}" if self.variant else "")
+
+    def seed(self, round_number: int) -> int:
+        """The seed of a round's first image."""
+        return self.configuration.seed + SEED_STRIDE * round_number
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured of what. side_by_side: the variants of a configuration share their turn."""
+    """Launches of each slot and rounds of each launch. side_by_side: variants of a configuration run in one turn."""
 
     slots: tuple[Slot, ...]
     launches: int
@@ -33,34 +40,29 @@ class Plan:
     side_by_side: bool = False
 
     def turns(self, first: int = 0) -> Iterator[tuple[int, tuple[Slot, ...]]]:
-        """(launch, slots of one turn) in order; every odd launch runs backwards."""
+        """Yield (launch, slots of one turn) in order; odd launches run in reverse order."""
         for launch in range(first, self.launches):
             slots = self.slots if launch % 2 == 0 else self.slots[::-1]
             if not self.side_by_side:
                 yield from ((launch, (slot,)) for slot in slots)
                 continue
-            for _, together in itertools.groupby(slots, key=lambda slot: slot.configuration):
-                yield launch, tuple(together)
+            for _, variants in itertools.groupby(slots, key=lambda slot: slot.configuration):
+                yield launch, tuple(variants)
 
-    def doubled(self, names: Iterable[str]) -> Plan:
-        """The same with twice the launches, for the configurations of the given slots alone."""
-        ids = {self.slot(name).configuration.id for name in names}
-        slots = tuple(slot for slot in self.slots if slot.configuration.id in ids)
+    def doubled(self, ids: Iterable[str]) -> Plan:
+        """Return this plan with twice the launches, for the configurations with these ids only."""
+        chosen = set(ids)
+        slots = tuple(slot for slot in self.slots if slot.configuration.id in chosen)
         return replace(self, slots=slots, launches=2 * self.launches)
 
-    def slot(self, name: str) -> Slot:
-        """The slot of that name."""
-        return next(slot for slot in self.slots if slot.name == name)
+    @property
+    def own_slots(self) -> list[Slot]:
+        """The slots of the working tree itself."""
+        return [slot for slot in self.slots if slot.variant is None]
 
     def as_dict(self) -> dict[str, Any]:
-        """What a journal must agree with to be gone on from."""
+        """The plan as a journal stores it; a resumed session must have an equal one."""
+        # An id omits fields that most configurations share, such as the prompt and the path of the weights.
+        configurations = [slot.configuration.as_dict() for slot in self.own_slots]
         slots = [slot.name for slot in self.slots]
-        # A name leaves out what is the same for most: the prompt, the folder of the weights.
-        configurations = [slot.configuration.as_dict() for slot in self.slots if slot.variant is None]
         return {"slots": slots, "launches": self.launches, "rounds": self.rounds, "configurations": configurations}
-
-
-ROUND_APART = 1000  # seeds of neighbouring rounds differ by more than a batch, since image i has the round's seed + i
-
-
-WARM_UP = 999

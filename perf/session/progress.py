@@ -1,27 +1,29 @@
-"""What a person sees while a session runs: a bar with the time left on a terminal, a line a launch elsewhere."""
+"""Progress of a session on stderr: a bar with the remaining time on a terminal, one line per launch elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from perf.session.plan import Slot
+
 
 class SessionProgress:
-    """Counts launches. The time left is that of the launches so far, each configuration by its own mean.
+    """Counts launches. Estimates the remaining time from the mean duration of each configuration's launches so far.
 
-    A compiled configuration's first launch is not like its others, so that the first estimate is too long rather than
-    too short.
+    The first launch of a compiled configuration takes longer than the others, so that early estimates are too high.
     """
 
-    def __init__(self, console: Console | None = None, clock=time.monotonic):
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.console = console or Console(file=sys.stderr)
-        self.taken: dict[str, list[float]] = {}
+        self.durations: dict[str, list[float]] = {}
         self.total = 0
-        self.to_come: list[tuple[int, str]] = []
+        self.pending: list[tuple[int, str]] = []
         self.current, self.since = None, clock()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -42,40 +44,40 @@ class SessionProgress:
         if self.console.is_terminal:  # elsewhere it would print an empty line
             self.bar.stop()
 
-    def plan(self, turns) -> None:
-        """Which launches are to come, after those planned before; some may be left out, as measured already or failed."""
-        turns = [(launch, slot.name) for launch, slots in turns for slot in slots]
-        self.to_come += turns
-        self.total += len(turns)
+    def plan(self, turns: Iterable[tuple[int, tuple[Slot, ...]]]) -> None:
+        """Add planned launches; those that are already measured, or whose slot fails, may be left out later."""
+        launches = [(launch, slot.name) for launch, slots in turns for slot in slots]
+        self.pending += launches
+        self.total += len(launches)
 
-    def say(self, words: str) -> None:
-        """One line that stays."""
-        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+    def log(self, line: str) -> None:
+        """Print a line that stays."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __call__(self, launch: int, slot) -> None:
-        """A launch of a slot starts."""
+    def __call__(self, launch: int, slot: Slot) -> None:
+        """Record that a launch of a slot starts."""
         now = self.clock()
         if self.current is not None:
-            self.taken.setdefault(self.current, []).append(now - self.since)
+            self.durations.setdefault(self.current, []).append(now - self.since)
         self.current, self.since = slot.name, now
-        if (launch, slot.name) in self.to_come:
-            del self.to_come[: self.to_come.index((launch, slot.name)) + 1]
-        left = self.seconds_left()
-        words = "" if left is None else f"{_minutes(left)} left"
+        if (launch, slot.name) in self.pending:
+            del self.pending[: self.pending.index((launch, slot.name)) + 1]
+        seconds = self.seconds_left()
+        left = "" if seconds is None else f"{_minutes(seconds)} left"
         if self.console.is_terminal:
-            done = self.total - len(self.to_come) - 1
-            self.bar.update(self.task, description=slot.name, total=self.total, completed=done, left=words)
+            completed = self.total - len(self.pending) - 1
+            self.bar.update(self.task, description=slot.name, total=self.total, completed=completed, left=left)
         else:
-            self.say(f"perf: launch {launch + 1}, {slot.name}" + (f", {words}" if words else ""))
+            self.log(f"perf: launch {launch + 1}, {slot.name}" + (f", {left}" if left else ""))
 
     def seconds_left(self) -> float | None:
-        """An estimate, with the launch that has just started; None before the first one has ended."""
-        if not self.taken:
+        """The estimated remaining seconds, including the current launch; None before the first launch has ended."""
+        if not self.durations:
             return None
-        everything = [seconds for times in self.taken.values() for seconds in times]
-        usual = sum(everything) / len(everything)
-        mean = {name: sum(times) / len(times) for name, times in self.taken.items()}
-        return mean.get(self.current, usual) + sum(mean.get(name, usual) for _, name in self.to_come)
+        all_durations = [seconds for durations in self.durations.values() for seconds in durations]
+        default = sum(all_durations) / len(all_durations)
+        mean = {name: sum(durations) / len(durations) for name, durations in self.durations.items()}
+        return mean.get(self.current, default) + sum(mean.get(name, default) for _, name in self.pending)
 
 
 def _minutes(seconds: float) -> str:

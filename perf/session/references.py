@@ -1,98 +1,126 @@
-"""The pictures that timed rounds are compared with: made once by the fp32 original, and kept by content."""
+"""Reference images: rendered once by the original fp32 code and stored by content."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from perf.configurations.configuration import Configuration
-from perf.runs import fingerprints as weights
-from perf.session import image_check
+from perf.launch.process import Interpreter
+from perf.runs import fingerprints
+from perf.session.image_check import image_failure
 from perf.session.measurements import Measurements
-from perf.session.plan import Plan, Slot
-from perf.session.settings import SessionError, Settings
+from perf.session.plan import Slot
+from perf.session.runner import Limits
+from perf.session.settings import SessionError
 from perf.session.workers import Launches
 from perf.worker.wire import WorkerError
 
+WRITE_SECONDS = 60.0
 
+
+def image_seeds(configuration: Configuration, seed: int) -> list[int]:
+    """The seeds of a round's images: image i has seed + i, at any batch size."""
+    return [seed + i for i in range(configuration.batch)]
+
+
+def reference_path(folder: Path, configuration: Configuration, seed: int, weights: dict, origin: dict) -> Path:
+    """The file of one reference image, named by a hash of everything its pixels depend on.
+
+    weights: as perf.runs.fingerprints.identity. origin: `device` and `torch`, on which random weights depend besides
+    their seed.
+    """
+    inputs = {**configuration.reference().as_dict(), "seed": seed, "weights": weights, "format": 1}
+    if weights["sha256"] is not None:  # the same content under another path is the same
+        inputs.update(checkpoint=None, config=None)
+    del inputs["id"], inputs["interpreter"]
+    if weights["kind"] == "random":
+        inputs["origin"] = {key: origin.get(key) for key in ("device", "torch")}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return folder / f"{digest[:40]}.npz"
+
+
+@dataclass
 class References:
-    """The pictures that timed rounds are compared with, made once and kept by content."""
+    """The reference images of a session. unchecked: configurations without one, with the reason.
 
-    def __init__(self, settings: Settings, launches: Launches, facts: dict):
-        self.settings, self.launches, self.facts = settings, launches, facts
-        self.folder = settings.folder / "references"
-        self.unchecked: dict[str, str] = {}
+    facts: name and torch version of `device`. interpreters: as in perf.session.settings.Settings.
+    """
 
-    def of(self, slot: Slot, seed: int) -> list[str] | None:
-        """The files of a round's images, or None where there are none."""
+    folder: Path
+    launches: Launches
+    device: str
+    facts: dict
+    interpreters: dict[str, Interpreter]
+    limits: Limits
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+    def files(self, slot: Slot, seed: int) -> list[str] | None:
+        """The reference files of a round's images, or None if there are none."""
         if slot.configuration.id in self.unchecked:
             return None
-        return [str(self._path(slot.configuration, one)) for one in image_check.image_seeds(slot.configuration, seed)]
+        return [str(self._path(slot.configuration, each)) for each in image_seeds(slot.configuration, seed)]
 
-    def _path(self, configuration: Configuration, seed: int) -> Path:
-        label = configuration.interpreter
-        torch = self.settings.interpreters[label].python if label else self.facts["torch"]
-        origin = {"device": f"{configuration.device or self.settings.device} {self.facts['name']}", "torch": torch}
-        return image_check.reference_path(self.folder, configuration, seed, weights.identity(configuration), origin)
-
-    def prepare(self, plan: Plan, say) -> None:
-        """Make what is missing, one process a reference configuration."""
+    def prepare(self, slots: Sequence[Slot], log: Callable[[str], None]) -> None:
+        """Render the missing reference images, in one process per reference configuration. Raises SessionError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SessionError(f"{self.folder}: the reference pictures cannot be kept: {error.strerror}") from None
-        wanted: dict[Configuration, dict[Path, int]] = {}
+            raise SessionError(f"{self.folder}: the reference images cannot be stored: {error.strerror}") from None
+        missing: dict[Configuration, dict[Path, int]] = {}
         users: dict[Configuration, list[str]] = {}
-        for configuration in dict.fromkeys(slot.configuration for slot in plan.slots):
+        for configuration in dict.fromkeys(slot.configuration for slot in slots):
             try:
-                paths = {self._path(configuration, seed): seed for seed in _first_round(configuration)}
+                seeds = image_seeds(configuration, configuration.seed)
+                paths = {self._path(configuration, seed): seed for seed in seeds}
             except OSError as error:
                 self.unchecked[configuration.id] = f"{error.filename}: {error.strerror}"
                 continue
             reference = self._reference(configuration)
             users.setdefault(reference, []).append(configuration.id)
-            missing = {path: seed for path, seed in paths.items() if not path.exists()}
-            wanted.setdefault(reference, {}).update(missing)
-        for reference, missing in wanted.items():
-            if not missing:
+            absent = {path: seed for path, seed in paths.items() if not path.exists()}
+            missing.setdefault(reference, {}).update(absent)
+        for reference, paths in missing.items():
+            if not paths:
                 continue
-            say(f"perf: making {len(missing)} reference picture(s) with {reference.id}")
+            log(f"perf: rendering {len(paths)} reference image(s) with {reference.id}")
             try:
-                self._make(reference, missing)
+                self._render(reference, paths)
             except WorkerError as error:
                 self.unchecked.update(dict.fromkeys(users[reference], str(error)))
 
+    def add_unchecked_launches(self, measurements: Measurements) -> None:
+        """Add to `unchecked` the configurations with a launch that was not compared with a reference."""
+        for measured in measurements.by_name.values():
+            first_images = [launch.rounds[0]["image"] for launch in measured.launches.values() if launch.rounds]
+            if any(image["latent_relative_error"] is None for image in first_images):
+                reason = "measured before its reference image was available; start again without --perf-resume"
+                self.unchecked.setdefault(measured.slot.configuration.id, reason)
+
+    def _path(self, configuration: Configuration, seed: int) -> Path:
+        label = configuration.interpreter
+        torch = self.interpreters[label].python if label else self.facts["torch"]
+        origin = {"device": f"{configuration.device or self.device} {self.facts['name']}", "torch": torch}
+        return reference_path(self.folder, configuration, seed, fingerprints.identity(configuration), origin)
+
     def _reference(self, configuration: Configuration) -> Configuration:
-        """Whose picture is the right one; by this interpreter, unless the weights are random and so its own."""
+        """The reference configuration; it runs in this interpreter unless random weights depend on their own one."""
         reference = configuration.reference()
-        if weights.identity(configuration)["kind"] == "random":
+        if fingerprints.identity(configuration)["kind"] == "random":
             return reference
-        return Configuration(**{**vars(reference), "interpreter": None})
+        return replace(reference, interpreter=None)
 
-    def _make(self, reference: Configuration, missing: dict[Path, int]) -> None:
-        slot, limits = Slot(reference), self.settings.limits
+    def _render(self, reference: Configuration, paths: dict[Path, int]) -> None:
+        slot = Slot(reference)
+        arguments = {**self.launches.load_arguments(slot), "slowdown": 0.0}
         with self.launches.open(slot) as worker:
-            arguments = {**self.launches.load_arguments(slot), "slowdown": 0.0}
-            worker.ask("load", limits.load, **arguments)
-            for path, seed in missing.items():
-                examined = worker.ask("round", limits.first_round, seed=seed)["image"]
-                wrong = image_check.wrong(examined, "full", arguments["device"])
-                if wrong:
-                    raise WorkerError("wrong_picture", f"the reference itself is wrong: {wrong}")
-                worker.ask("write_reference", 60.0, path=str(path))
-
-
-def _first_round(configuration: Configuration) -> list[int]:
-    return image_check.image_seeds(configuration, configuration.seed)
-
-
-def unchecked(references: References, measurements: Measurements) -> dict[str, str]:
-    """Configurations of which a launch was not compared with a reference, and why."""
-    found = dict(references.unchecked)
-    for measured in measurements.by_name.values():
-        firsts = [launch.rounds[0]["image"] for launch in measured.launches.values() if launch.rounds]
-        if any(image["latent_relative_error"] is None for image in firsts):
-            id = measured.slot.configuration.id
-            found.setdefault(
-                id, "measured before its reference picture could be made; start again without --perf-resume"
-            )
-    return found
+            worker.ask("load", self.limits.load, **arguments)
+            for path, seed in paths.items():
+                image = worker.ask("round", self.limits.first_round, seed=seed)["image"]
+                failure = image_failure(image, "full", arguments["device"])
+                if failure:
+                    raise WorkerError("wrong_image", f"the reference image is wrong: {failure}")
+                worker.ask("write_reference", WRITE_SECONDS, path=str(path))

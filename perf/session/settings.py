@@ -1,4 +1,4 @@
-"""How a session measures, as its options say. Pure."""
+"""Settings of a measuring session."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ CLOCKS = ("wall", "cpu")  # perf.worker.clock.CLOCKS
 
 
 class SessionError(Exception):
-    """A session that cannot start or go on; the message says why and what to do."""
+    """A session that cannot start or resume; the message names the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a session measures.
+    """The options of a session, independent of the configurations to measure.
 
-    clock: `wall` or `cpu`. threads: of torch on the CPU, None for torch's own choice. isolated: each launch in a fresh
-    process. interpreters: other Pythons by label. against: (name, interpreter with its `sd`) of another commit. aa: every
-    configuration against itself. slowdown: a fraction by which the working tree is slowed, for tests of the gate.
-    margin: the change that counts, as a fraction. folder: where the journal and the reference pictures are.
-    trace: where a traced round of each configuration goes, None for none.
+    clock: `wall` or `cpu`. threads: torch's CPU threads, None for its default. isolated: each launch in a fresh process.
+    interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of another commit. aa: measure
+    every configuration against itself. slowdown: fraction by which the working tree is slowed, to test the verdicts.
+    margin: the smallest relevant change, as a fraction. folder: of the journal and the reference images. trace: folder
+    for profiler traces, None for none. compile_cache: a folder that persists between sessions; without one the first
+    launch of each configuration compiles from scratch.
     """
 
     device: str
@@ -41,14 +42,19 @@ class Settings:
     margin: float = 0.01
     limits: Limits = field(default_factory=Limits)
     trace: Path | None = None
-    compile_cache: Path | None = None  # kept between sessions; without it a configuration's first launch compiles anew
+    compile_cache: Path | None = None
 
     @property
     def variant(self) -> str | None:
-        """The second label that every configuration has in this session, if any."""
+        """The second label of every configuration in this session, if any."""
         return "base" if self.against else "aa" if self.aa else None
 
     @property
+    def against_name(self) -> str | None:
+        """The short hash of the other commit, if any."""
+        return self.against[0] if self.against else None
+
+    @property
     def side_by_side(self) -> bool:
-        """Whether variants are loaded together: not on a GPU, whose memory may hold one, and which is not so noisy."""
+        """Whether variants are loaded together: not on a GPU, which is less noisy and whose memory may hold only one."""
         return self.device == "cpu"

@@ -1,33 +1,38 @@
-"""Trace one round of each configuration in a worker of its own."""
+"""Record a profiler trace of one round of each configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from perf.report.text import file_name
+from perf.session.plan import Slot
+from perf.session.runner import Limits
+from perf.worker.wire import WorkerError
 
 TRACE_SEED = 500_000  # differs from the seeds of timed rounds
 
 
-def trace_all(launches, slots, folder: Path, limits, say) -> dict[str, dict]:
-    """Trace every slot of the working tree in a process of its own; returns `trace` by configuration id.
+def trace_all(
+    launches, slots: Iterable[Slot], folder: Path, limits: Limits, log: Callable[[str], None]
+) -> dict[str, dict]:
+    """Trace each slot in a process of its own; return the worker's `trace` responses by configuration id.
 
-    launches: as perf.session.workers.Launches. One that cannot be traced is said and left out. Raises OSError where the folder
-    cannot be made.
+    launches: a perf.session.workers.Launches. A configuration that cannot be traced is logged and omitted. Raises
+    OSError if the folder cannot be created.
     """
-    from perf.report.text import file_name
-    from perf.worker.wire import WorkerError
-
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
+    traces = {}
     for slot in slots:
         id = slot.configuration.id
-        say(f"perf: tracing {id}")
+        log(f"perf: tracing {id}")
         try:
             with launches.open(slot) as worker:
                 worker.ask("load", limits.load, **launches.load_arguments(slot))
                 worker.ask("round", limits.first_round, seed=TRACE_SEED + 1)
-                found[id] = worker.ask(
+                traces[id] = worker.ask(
                     "trace", limits.round, stem=str(folder.absolute() / file_name(id)), seed=TRACE_SEED
                 )
         except WorkerError as error:
-            say(f"perf: {id} was not traced: {error}")
-    return found
+            log(f"perf: {id} was not traced: {error}")
+    return traces

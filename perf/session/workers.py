@@ -1,4 +1,4 @@
-"""Which process a slot's launch is: its Python, its `sd`, and what it is told to load."""
+"""Open the worker of each slot: its interpreter, its `sd`, its compile cache and the arguments to load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from perf.configurations.configuration import Configuration
@@ -16,40 +17,42 @@ from perf.session.plan import Slot
 from perf.session.settings import SessionError, Settings
 from perf.worker.wire import WorkerError
 
+PROBE_SECONDS = 600.0
+
 
 class Launches:
-    """Opens workers: which interpreter, which `sd`, and what they are told to load."""
+    """Opens the workers of a session. compile_cache: the folder of torch.compile's caches."""
 
     def __init__(self, settings: Settings, compile_cache: str):
         self.settings, self.compile_cache = settings, compile_cache
         self.environment = ()
-        if sys.dont_write_bytecode:  # else every launch would compile the same source files once more, for seconds
+        if sys.dont_write_bytecode:  # otherwise every launch compiles all source files again, which takes seconds
             bytecode = str(Path(compile_cache, "bytecode"))
             self.environment = (("PYTHONDONTWRITEBYTECODE", ""), ("PYTHONPYCACHEPREFIX", bytecode))
         if settings.threads:
             self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
     def open(self, slot: Slot):
-        """A worker for a slot, as a context."""
+        """Return the worker of a slot, as a context. Raises WorkerError."""
         if not self.settings.isolated:
             return InProcessLaunch()
         return ProcessLaunch(self.interpreter(slot))
 
     def interpreter(self, slot: Slot) -> Interpreter:
-        """The Python of a slot, and where its `sd` is."""
+        """The interpreter of a slot, with the path of its `sd` and its environment."""
         label = slot.configuration.interpreter
         chosen = self.settings.interpreters[label] if label else Interpreter()
         if slot.variant == "base":
             chosen = Interpreter(chosen.python, self.settings.against[1].source)
-        compiled = self.compiled(slot.configuration)
-        caches = (("TORCHINDUCTOR_CACHE_DIR", compiled), ("TRITON_CACHE_DIR", str(Path(compiled, "triton"))))
+        cache = self._cache_folder(slot.configuration)
+        caches = (("TORCHINDUCTOR_CACHE_DIR", cache), ("TRITON_CACHE_DIR", str(Path(cache, "triton"))))
         return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment, *caches))
 
-    def compiled(self, configuration: Configuration) -> str:
-        """The folder of what torch.compile makes of a configuration.
+    def _cache_folder(self, configuration: Configuration) -> str:
+        """The compile cache of a configuration: one for all if the user keeps one, else a folder of its own.
 
-        Its first launch finds it empty and the others do not: cold and warm, both measured. One folder for all would
-        make most of them warm from the start, for they have kernels in common; so it is where the user keeps one.
+        A configuration's first launch then compiles with a cold cache and the others with a warm one. In a shared folder
+        most configurations would start warm, since they have kernels in common.
         """
         if self.settings.compile_cache is not None:
             return self.compile_cache
@@ -67,37 +70,37 @@ class Launches:
         }
 
     def probe(self, configurations: list[Configuration]) -> dict:
-        """What torch and the device are, asked of a process of its own. Raises SessionError.
+        """Return the facts of torch and the device, from a process of its own, and validate the `optimise` values.
 
-        So it does for techniques that no configuration of ours can have: a slip of the pen costs no measurement.
+        Raises SessionError, for unknown techniques before anything is measured.
         """
         settings = self.settings
-        named = {one.optimise for one in configurations if one.optimise and one.engine == "sd"}
+        techniques = {each.optimise for each in configurations if each.optimise and each.engine == "sd"}
         try:
             with self.open(Slot(Configuration())) as worker:
                 return worker.ask(
                     "probe",
-                    600.0,
+                    PROBE_SECONDS,
                     device=settings.device,
                     clock=settings.clock,
                     threads=settings.threads,
-                    optimise=sorted(named),
+                    optimise=sorted(techniques),
                 )
         except WorkerError as error:
             raise SessionError(f"nothing can be measured: {error}") from None
 
 
 @contextlib.contextmanager
-def compile_cache(kept: Path | None = None):
-    """The folder of torch.compile's cache: the one to keep, or a new one for this session. Raises SessionError."""
+def compile_cache(folder: Path | None = None) -> Iterator[str]:
+    """Yield the path of the compile cache: `folder`, or a temporary one. Raises SessionError."""
     try:
-        if kept is not None:
-            kept.mkdir(parents=True, exist_ok=True)
-        folder = str(kept.absolute()) if kept is not None else tempfile.mkdtemp(prefix="sd-perf-compile-")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        path = str(folder.absolute()) if folder is not None else tempfile.mkdtemp(prefix="sd-perf-compile-")
     except OSError as error:
-        raise SessionError(f"no folder for compiled code can be made: {error.strerror}") from None
+        raise SessionError(f"the folder of the compile cache cannot be created: {error.strerror}") from None
     try:
-        yield folder
+        yield path
     finally:
-        if kept is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder is None:
+            shutil.rmtree(path, ignore_errors=True)

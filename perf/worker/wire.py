@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 PROTOCOL = 1
-# Kinds of error that a worker reports itself; a launch adds `died`, `hung`, `rubbish` (an invalid response; the name is
-# stored in journals) and `wrong_picture` (a failed image check).
+# Kinds of error that a worker reports itself; a launch adds `died`, `hung` and `invalid_response`, and the session
+# `wrong_image` (a failed image check).
 KINDS = ("unavailable", "usage", "out_of_memory", "bad_image", "failed")
 MAX_MESSAGE_CHARACTERS = 2000
 

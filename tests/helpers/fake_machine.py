@@ -1,4 +1,4 @@
-"""A machine that is fit to measure, in facts, and a package that stands for torch in a process that is asked."""
+"""Facts of a machine fit to measure, and a fake torch package for the process that probes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from perf.commands.torch_probe import StackFacts
-from perf.machine.facts import CpuFacts, GpuFacts
+from perf.machine.facts import CpuFacts
+from perf.machine.nvml import GpuFacts
 
 GIB = 1 << 30
 HELD = frozenset({"applications_clocks_setting"})
@@ -53,11 +54,11 @@ QUIET = CpuFacts(
     memory_bytes=64 * GIB,
     memory_available_bytes=60 * GIB,
     swap_used_bytes=0,
-    jiffies=1000,
-    steal_jiffies=0,
+    cpu_seconds=1000,
+    steal_seconds=0,
 )
-LATER = replace(QUIET, jiffies=2000)
-# A package that stands for torch in the process that is asked, so that asking takes milliseconds and can go wrong.
+LATER = replace(QUIET, cpu_seconds=2000)
+# A fake torch for the probing process, which then takes milliseconds and can fail.
 FAKE_TORCH = """
 import math, os, signal, subprocess, sys, time
 from types import SimpleNamespace as Space
@@ -83,7 +84,7 @@ def compile(function):
 
 
 def stand_in(monkeypatch, folder: Path, modules: list[str]) -> None:
-    """Empty modules that the asked process imports before those that are installed, which take seconds."""
+    """Put empty modules first on the import path; the installed ones take seconds to import."""
     for module in modules:
         (folder / module).parent.mkdir(exist_ok=True)
         (folder / f"{module}.py").write_text("")
@@ -92,7 +93,7 @@ def stand_in(monkeypatch, folder: Path, modules: list[str]) -> None:
 
 @pytest.fixture(name="fake_torch")
 def fake_torch_fixture(tmp_path, monkeypatch):
-    """Write a torch that ends with these lines, in front of the one that is installed."""
+    """Write a torch that ends with these lines, first on the import path."""
     stand_in(monkeypatch, tmp_path, ["triton/__init__", "xformers/__init__", "xformers/ops"])
 
     def write(lines: str = "") -> None:

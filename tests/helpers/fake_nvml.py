@@ -1,6 +1,6 @@
-"""A stand-in for the module `pynvml`: NVML is the driver's, and there is none where these tests must run.
+"""A fake `pynvml` module, since NVML comes with a driver that test machines lack.
 
-It has the function names, units, shapes of results and errors of nvidia-ml-py, and one GPU whose state a test sets.
+It has the function names, units, result types and errors of nvidia-ml-py, and one GPU whose state a test sets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_SUPPORTED, NOT_FOUND, LIBRARY_NOT_FOUND, GPU_IS_LOST = 3, 6, 12, 15
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
 MIG_UUID = "MIG-66666666-7777-8888-9999-000000000000"
 GPU, MIG = "gpu handle", "mig handle"
-# Of a MIG instance NVML answers these and refuses all others.
+# The readings that NVML supports for a MIG instance.
 MIG_READS = {"Name", "UUID", "MemoryInfo", "ComputeRunningProcesses_v3", "DeviceHandleFromMigDeviceHandle"}
 STATE = {
     "Name": "NVIDIA H200",
@@ -50,7 +50,7 @@ STATE = {
 class FakeNvml:
     """`state[X]` is what nvmlDeviceGetX returns: a value, a dict by the last argument, or an NVMLError to raise.
 
-    A function that `state` lacks is refused as not supported. `reads` counts the calls by X; `on_read` is called with X.
+    A function missing in `state` is not supported. `reads` counts the calls by X; `on_read` is called with X.
     """
 
     NVMLError = NVMLError
@@ -103,7 +103,7 @@ class FakeNvml:
             try:
                 return self._answer(name, handle, *arguments)
             finally:
-                self.on_read(name)  # when the answer is settled: what a test changes now is seen by later reads only
+                self.on_read(name)  # after the reading: changes by the test affect later ones only
 
         return read
 
@@ -126,7 +126,7 @@ class FakeNvml:
 
 @pytest.fixture(name="install")
 def install_fixture(monkeypatch):
-    """Make a FakeNvml the module that `import pynvml` gives, on a machine that numbers processes as its host does."""
+    """Install a FakeNvml as `pynvml`, on a machine with the host's process ids."""
     monkeypatch.setattr("perf.machine.telemetry.in_initial_pid_namespace", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -139,7 +139,7 @@ def install_fixture(monkeypatch):
 
 
 class Steps:
-    """A clock that moves on by a second at each reading."""
+    """A clock that advances by a second at each reading."""
 
     now = 0.0
 

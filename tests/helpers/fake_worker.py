@@ -1,10 +1,10 @@
-"""A worker that measures nothing: what perf.launch.process, perf.session.runner and perf.session.run are tested against.
+"""A fake worker for tests of perf.launch.process, perf.session.runner and perf.session.run.
 
     python -I -S fake_worker.py SCRIPT
 
-Speaks the protocol of perf.worker.server with the standard library alone, so that it starts in tens of milliseconds. SCRIPT is
-JSON, or a file of it: how long rounds are said to take, and what goes wrong when (see `Fake` and `misbehave`). Durations
-come from a seeded noise, not from a clock. `Fake.handle` can be asked without a process too.
+It implements the protocol of perf.worker.server with the standard library alone, so that it starts in tens of milliseconds.
+SCRIPT is JSON, or a JSON file: the durations to report, and the errors to inject (see `Fake` and `misbehave`). Durations
+are seeded noise. `Fake.handle` also works without a process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ IDENTITY = {"device": "cpu", "torch": "fake", "name": "fake", "uuid": None}
 
 
 class Fake:
-    """Answers as a worker would, by a script with these keys, all optional:
+    """Responds as a worker does, by a script with these optional keys:
 
-    seconds: of a round, or {id: seconds}; noise: its standard deviation as a fraction; seed: of the noise; anchor: seconds,
-    or {id: seconds}; base: factor of what another commit (another working folder than the script's `head`) takes;
-    counter: a file that counts launches, so that they differ; sleep: seconds that a round really takes; at: what goes
-    wrong, a list of {"op", "do", and when: "nth" (from 0, in this process), "id", "seed", "once" (a file: not again)}.
+    seconds: of a round, or {id: seconds}; noise: its standard deviation as a fraction; seed: of the noise; anchor: seconds
+    of the reference workload, or {id: seconds}; base: factor of another commit (a working folder other than the script's
+    `head`); counter: a file that counts launches, so that they differ; sleep: the real seconds of a round; at: the errors,
+    a list of {"op", "do", and when: "nth" (from 0, in this process), "id", "seed", "once" (a file: not again)}.
     """
 
     def __init__(self, script: dict, launch: int = 0):
@@ -42,7 +42,7 @@ class Fake:
             os.close(descriptor)
 
     def mishap(self, operation: str, **arguments) -> dict | None:
-        """What the script has go wrong with this request; to be called once for each."""
+        """The scripted error of this request, if any; call once per request."""
         count = self.asked[operation] = self.asked.get(operation, -1) + 1
         for one in self.script.get("at", []):
             same = one.get("id", self._id()) == self._id() and one.get("seed", arguments.get("seed")) == arguments.get(
@@ -58,16 +58,16 @@ class Fake:
         return None
 
     def handle(self, request: dict) -> dict:
-        """The answer, as perf.worker.server's."""
+        """Return the response, as perf.worker.server does."""
         request = dict(request)
         operation = request.pop("op")
-        if operation == "load":  # the mishaps of a load may be by configuration
+        if operation == "load":  # errors of a load may depend on the configuration
             self.configuration, self.slowdown = request["configuration"], request["slowdown"]
         mishap = self.mishap(operation, **request)
         if mishap and mishap["do"] == "error":
             return {"error": {"kind": mishap["kind"], "message": mishap.get("message", "so the script says")}}
         answer = getattr(self, operation)(**request)
-        if mishap and mishap["do"] == "change":  # of what a round says about its picture
+        if mishap and mishap["do"] == "change":  # the image metrics of a round
             answer["image"].update(mishap["image"])
         return {"ok": answer}
 
@@ -77,9 +77,9 @@ class Fake:
 
     def load(self, configuration, device, threads, **_):
         facts = {**IDENTITY, "device": device, "threads": threads}
-        told = {"import_seconds": 0.01, "load_seconds": 0.02, "anchor": "fake-1", "sd": os.getcwd()}
-        told |= {"precision": configuration["precision"], "compiles": configuration["compile"] != "none"}
-        return {**told, "facts": facts, "pid": os.getpid()}
+        answer = {"import_seconds": 0.01, "load_seconds": 0.02, "anchor": "fake-1", "sd": os.getcwd()}
+        answer |= {"precision": configuration["precision"], "compiles": configuration["compile"] != "none"}
+        return {**answer, "facts": facts, "pid": os.getpid()}
 
     def round(self, seed, check=None):
         time.sleep(self.script.get("sleep", 0))
@@ -89,12 +89,12 @@ class Fake:
         seconds = self._of("seconds", 0.01) * (1 + self.slowdown) * wobble
         if other_commit:
             seconds *= self.script.get("base", 1.0)
-        picture = hashlib.sha256(repr((self._id(), seed)).encode()).hexdigest()
+        digest = hashlib.sha256(repr((self._id(), seed)).encode()).hexdigest()
         missing = [path for path in check or [] if not os.path.exists(path)]
         if missing:
             raise FileNotFoundError(missing[0])
         error, ratio = (1e-6, 90.0) if check else (None, None)
-        image = {"sha256": picture, "finite": True, "constant": False, "latent_relative_error": error, "psnr_db": ratio}
+        image = {"sha256": digest, "finite": True, "constant": False, "latent_relative_error": error, "psnr_db": ratio}
         return {
             "started_unix_seconds": time.time(),
             "seconds": seconds,
@@ -123,7 +123,7 @@ class Fake:
 
 
 def misbehave(mishap: dict, answer: dict) -> None:
-    """What only a process can do wrong. Returns where an ordinary answer is still to follow."""
+    """Inject an error of a process. Returns if an ordinary response follows."""
     doing = mishap["do"]
     if doing == "hang":
         time.sleep(600)
@@ -136,7 +136,7 @@ def misbehave(mishap: dict, answer: dict) -> None:
         sys.stderr.write(mishap.get("words", ""))
         sys.stderr.flush()
         os._exit(mishap.get("status", 3))
-    elif doing == "close":  # its answers, and live on
+    elif doing == "close":  # its stdout, and stay alive
         os.close(1)
         time.sleep(mishap.get("then", 600))
         sys.stderr.write("the last words\n")
@@ -146,22 +146,22 @@ def misbehave(mishap: dict, answer: dict) -> None:
         data = mishap["text"].encode() * mishap.get("times", 1)
         while data:
             data = data[os.write(1, data) :]
-    elif doing == "partial":  # the beginning of the right answer, and then the end
+    elif doing == "partial":  # the start of the correct response, then exit
         os.write(1, json.dumps(answer).encode()[: mishap.get("bytes", 20)])
         os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()
-    elif doing == "child":  # which holds the pipe and would outlive this process
+    elif doing == "child":  # it holds the pipe and would outlive this process
         child = os.fork()
         if child == 0:
             time.sleep(600)
         answer["ok"]["child"] = child
 
 
-# Of a SessionRunner. A job is a session, of which it writes the result and what was said.
+# The program of a SessionRunner. A job is a session; its result and its log lines are written to a file.
 RUNNER = """
 import json, os, signal, sys, tempfile
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests in the background ignores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
 from test_session import B, A, LIMITS, command_of, summary
 from perf.session.journal import JournalError
 from perf.launch.process import Interpreter
@@ -172,14 +172,14 @@ from perf.session.settings import SessionError, Settings
 def one(job):
     tempfile.tempdir = job["folder"]
     Interpreter.command = lambda self: command_of(job["script"])
-    said = []
+    logged = []
     settings = Settings("cpu", Path(job["folder"]), launches=2, rounds=2, resume=job["resume"], limits=LIMITS)
     try:
-        answer = summary(run(settings, [A, B], said.append))
+        answer = summary(run(settings, [A, B], logged.append))
     except (SessionError, DeviceBusy, JournalError, KeyboardInterrupt) as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     with open(job["result"], "w") as file:
-        json.dump({**answer, "said": said}, file)
+        json.dump({**answer, "logged": logged}, file)
 
 for line in sys.stdin:
     pid = os.fork()
@@ -197,7 +197,7 @@ for line in sys.stdin:
 class SessionRunner:
     """Runs sessions of tests/perf/test_session.py, each in a process of its own. Use as a context.
 
-    They are forked off one process, so that Python and its imports are started only once.
+    They are forked from one process, so that Python starts and imports only once.
     """
 
     def __init__(self, import_path: list[str]):
@@ -207,7 +207,7 @@ class SessionRunner:
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
 
     def start(self, folder, script: dict, resume: bool = False) -> tuple[int, str]:
-        """(process id, file of the result) of a session in `folder`, which is running when this returns."""
+        """Start a session in `folder`; return (process id, file of the result)."""
         result = os.path.join(folder, "result.json")
         if os.path.exists(result):
             os.unlink(result)
@@ -217,7 +217,7 @@ class SessionRunner:
         return int(self.process.stdout.readline()), result
 
     def end(self, started: tuple[int, str]) -> dict | None:
-        """What the session gave when it has ended, or None where it was killed."""
+        """Wait for a session; return its result, or None if it was killed."""
         status = int(self.process.stdout.readline())
         assert status in (0, signal.SIGKILL), f"a session ended with status {status}"
         if status:
@@ -233,7 +233,7 @@ class SessionRunner:
 
 
 def main() -> None:
-    """Answer until the pipe closes."""
+    """Respond until the pipe closes."""
     text = sys.argv[1]
     if not text.startswith("{"):
         with open(text) as file:
@@ -252,7 +252,7 @@ def main() -> None:
         except Exception as error:
             answer = {"error": {"kind": "failed", "message": f"{type(error).__name__}: {error}"}}
         operation = request.pop("op")
-        fake.asked[operation] -= 1  # the same request once more, for what a process can do wrong
+        fake.asked[operation] -= 1  # the same request again, for errors of a process
         mishap = fake.mishap(operation, **request)
         if mishap:
             misbehave(mishap, answer)

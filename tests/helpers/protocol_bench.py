@@ -1,4 +1,4 @@
-"""A machine on which launches cost nothing, for tests of the protocol: what is measured follows from slot, launch and round."""
+"""A simulated machine for tests of the measuring protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fake_worker import Fake
 
 from perf.configurations.configuration import Configuration
 from perf.session.measurements import Measurements
-from perf.session.plan import ROUND_APART, Plan, Slot
+from perf.session.plan import SEED_STRIDE, Plan, Slot
 from perf.session.runner import Limits, Runner
 from perf.worker.wire import WorkerError, parse_response
 
@@ -23,14 +23,14 @@ THREE = tuple(map(Slot, (A, B, C)))
 
 
 class Stopped(BaseException):
-    """A kill of the runner, as far as one process can have it."""
+    """A simulated kill of the runner."""
 
 
 class Bench:
-    """A machine on which launches cost nothing: the fake worker in this process, deterministic by slot, launch and round.
+    """The fake worker in this process, deterministic by slot, launch and round.
 
-    bad: {(slot name, launch, seed): how many times in a row the watch says that the round is invalid}. kill_after: events
-    after which the runner is stopped. errors: {(slot name, launch): (operation, kind)}.
+    bad: {(slot name, launch, seed): number of consecutive invalid tries}. kill_after: number of events after which the
+    runner is stopped. errors: {(slot name, launch): (operation, kind)}.
     """
 
     def __init__(self, plan: Plan, script: dict | None = None, events=(), bad=None, kill_after=None, errors=None):
@@ -38,7 +38,7 @@ class Bench:
         self.events, self.turns, self.asked = list(events), [], []
         self.bad, self.kill_after, self.errors = dict(bad or {}), kill_after, dict(errors or {})
         self.tries: dict = {}
-        for event in self.events:  # what the watch has said already
+        for event in self.events:  # tries before the kill
             if event["event"] == "round" and event["round"] is not None:
                 self._try(event["slot"], event["launch"], event["answer"]["seed"])
 
@@ -108,16 +108,16 @@ class Asked:
 
 
 def seeds(count: int) -> list[int]:
-    return [1 + ROUND_APART * number for number in range(count)]
+    return [1 + SEED_STRIDE * number for number in range(count)]
 
 
 def result(measurements: Measurements) -> dict:
-    """All that the rest reads."""
+    """Everything that later stages read from measurements."""
     return {
         "slots": {
             name: {
                 "failure": one.failure,
-                "thrown_away": one.thrown_away,
+                "discarded": one.discarded,
                 "launches": {
                     number: (launch.load, launch.first_call_seconds, launch.rounds)
                     for number, launch in sorted(one.launches.items())
@@ -135,7 +135,7 @@ WRONG = {
     "not_finite": {"finite": False},
     "constant": {"constant": True},
     "latents": {"latent_relative_error": 0.5, "psnr_db": 90.0},
-    "picture": {"latent_relative_error": 0.0, "psnr_db": 10.0},
+    "image": {"latent_relative_error": 0.0, "psnr_db": 10.0},
     "repeated_output": {"sha256": "the same"},
 }
 

@@ -12,7 +12,8 @@ from fake_machine import GIB, H200, HELD, LATER, QUIET, STACK
 from perf.commands import checks
 from perf.commands.checks import CANNOT, OK, WARNING
 from perf.commands.torch_probe import StackFacts
-from perf.machine.facts import CpuFacts, GpuFacts
+from perf.machine.facts import CpuFacts
+from perf.machine.nvml import GpuFacts
 
 
 def statuses(found: list[checks.Check]) -> dict[str, str]:
@@ -164,8 +165,8 @@ def test_what_is_wrong_with_a_machine(name, changes, status, words):
 
 @pytest.mark.parametrize("stolen, status", [(10, OK), (11, WARNING)])
 def test_steal_is_taken_between_the_two_looks(stolen, status):
-    before = replace(QUIET, steal_jiffies=500)  # since boot: long ago
-    check = the("steal", checks.cpu_checks(before, replace(LATER, steal_jiffies=500 + stolen)))
+    before = replace(QUIET, steal_seconds=500)  # since boot: long ago
+    check = the("steal", checks.cpu_checks(before, replace(LATER, steal_seconds=500 + stolen)))
     assert check.status == status and f"{stolen / 1000:.1%}" in check.fact
 
 

@@ -1,4 +1,4 @@
-"""Configurations: their ids, what makes two of them equal, and how options cross them."""
+"""Configurations: ids, equality, and combinations of options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sd.choices import APPROXIMATE
 
 
 def test_ids_of_the_published_five():
-    """As the article's table names them, behind the model and before the batch."""
+    """Named as in the article's table, between model and batch."""
     five = ["original", "original-xformers", "mha-math", "mha-mem_efficient", "mha-mem_efficient-compile"]
     assert [one.id for one in SETS["published"]] == [f"sd2-{name}-b{batch}" for batch in (1, 2, 4) for name in five]
     assert all(
@@ -54,8 +54,8 @@ def test_id(fields_given, id):
     assert Configuration(**fields_given).id == id == str(Configuration(**fields_given))
 
 
-def test_every_field_but_those_of_the_work_itself_is_in_the_id():
-    """Two configurations that may stand beside each other in one run never share an id."""
+def test_every_field_but_those_of_the_input_is_in_the_id():
+    """Configurations that can be in one run never share an id."""
     other = {
         "model": "sd1",
         "engine": "diffusers",
@@ -89,8 +89,7 @@ def test_ids_differ_within_and_between_sets():
     assert len(SETS["published"]) == 3 * len(PUBLISHED_FIVE)
 
 
-def test_one_spelling():
-    """What means the same is the same."""
+def test_equivalent_configurations_are_equal():
     kernels = CHOICES["sdpa_kernels"]
     assert Configuration(sdpa_kernels=("flash", "math")) == Configuration(sdpa_kernels=("math", "flash", "math"))
     assert Configuration(sdpa_kernels=kernels[::-1]) == Configuration()
@@ -101,7 +100,7 @@ def test_one_spelling():
         Configuration().batch = 2
 
 
-def test_attention_implementations_are_those_of_the_one_registry():
+def test_attention_choices_match_the_registry():
     from sd.attention.functions import FUNCTIONS
     from sd.choices import ATTENTION
 
@@ -109,7 +108,7 @@ def test_attention_implementations_are_those_of_the_one_registry():
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_unknown_value_is_refused_with_the_choices(name):
+def test_unknown_value_is_rejected_with_the_choices(name):
     value = ("nonsense",) if name == "sdpa_kernels" else "nonsense"
     with pytest.raises(UnknownChoice) as caught:
         Configuration(**{name: value})
@@ -130,7 +129,7 @@ def test_dict_and_back():
         from_dict({"taste": 1, "model": "tiny", "colour": 2})
 
 
-def test_reference_is_the_same_work_done_plainly():
+def test_reference_has_the_same_work_without_optimisations():
     one = Configuration(
         "sd2", "diffusers", attention="sdpa", sdpa_kernels=("math",), compile="default", precision="fp16", batch=4
     )
@@ -159,20 +158,20 @@ def test_cross():
     ]
 
 
-def test_another_model_brings_its_own_precision():
+def test_another_model_has_its_own_default_precision():
     assert cross([usual("sd2")], {"model": ["tiny"]}) == [usual("tiny")]
     assert cross([usual("tiny")], {"model": ["sd1"]})[0].precision == "autocast"
     assert cross([replace(usual("sd2"), precision="fp16")], {"model": ["tiny"]})[0].precision == "fp16"
     assert cross([usual("sd2")], {"model": ["tiny"], "precision": ["bf16"]})[0].precision == "bf16"
 
 
-def test_cross_refuses_as_a_configuration_does():
+def test_cross_rejects_invalid_values():
     with pytest.raises(UnknownChoice, match="attention 'x'"):
         cross([usual("tiny")], {"attention": ["x"]})
 
 
 @pytest.mark.parametrize("device, name", [("cuda", "batches"), ("cpu", "smoke")])
-def test_set_that_suits_the_device(device, name):
+def test_default_set_of_a_device(device, name):
     assert suiting(device) == name
     models = {one.model for one in SETS[name]}
     assert models == ({"tiny"} if device == "cpu" else {"sd2"})
@@ -183,7 +182,19 @@ def test_smoke_has_a_compiled_configuration():
     assert {one.attention for one in SETS["smoke"]} == {"original", "mha", "sdpa"}
 
 
-@pytest.mark.parametrize("module", ["configurations", "options", "selection", "record", "protocol", "statistics"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "configurations.configuration",
+        "configurations.sets",
+        "plugin.options",
+        "plugin.selection",
+        "session.record",
+        "session.run",
+        "session.runner",
+        "analysis.statistics",
+    ],
+)
 def test_needs_no_torch(module):
     code = f"import sys, perf.{module}; sys.exit(', '.join({{'torch', 'numpy'}} & set(sys.modules)) or 0)"
     done = subprocess.run(
@@ -192,7 +203,7 @@ def test_needs_no_torch(module):
     assert done.returncode == 0, done.stderr
 
 
-def test_inductors_options_are_those_of_sd_and_keep_the_mode():
+def test_inductor_options_match_sd_and_keep_the_mode():
     from perf.worker.engines.sd import optimisations
     from sd.choices import INDUCTOR_OPTIONS
     from sd.optimise import compile
@@ -203,7 +214,7 @@ def test_inductors_options_are_those_of_sd_and_keep_the_mode():
         assert (chosen.compile, chosen.inductor) == ("max-autotune-no-cudagraphs", expected), one.id
 
 
-def test_approximate_techniques_are_those_that_change_the_picture():
+def test_approximate_techniques_are_those_that_change_the_image():
     from sd.optimise.presets import TECHNIQUES
 
     approximate = {
@@ -216,7 +227,7 @@ def test_approximate_techniques_are_those_that_change_the_picture():
     assert not Configuration(optimise="fast,channels_last").approximate
 
 
-def test_our_own_kernels_are_measured_against_the_preset_alone_and_together(monkeypatch):
+def test_triton_kernels_are_measured_alone_and_together(monkeypatch):
     import torch
 
     from perf.worker.engines.sd import optimisations

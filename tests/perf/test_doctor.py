@@ -70,7 +70,7 @@ def test_a_cpu_is_examined_without_a_look_at_gpus(command, capsys):
 
 def test_a_missing_driver_ends_the_look_at_a_gpu_that_torch_sees(command, capsys):
     assert command(FakeNvml(init_error=LIBRARY_NOT_FOUND), "--no-compile") == 0
-    assert "NVIDIA H200, unseen by NVML: no NVIDIA driver answers" in capsys.readouterr().out
+    assert "NVIDIA H200, unseen by NVML: the NVIDIA driver does not respond" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device, code", [("auto", 0), ("cuda", 1)])

@@ -1,4 +1,4 @@
-"""Is a picture right: the bounds, what is suspicious, what a reference is called, and reading one back."""
+"""Image checks: bounds, suspicious outputs, and names and content of reference images."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from types import SimpleNamespace
 import pytest
 
 from perf.configurations.configuration import Configuration
-from perf.session.image_check import BOUNDS, computing_type, image_seeds, reference_path, repeated, wrong
+from perf.session.image_check import BOUNDS, computing_type, image_failure, repeated_output
+from perf.session.references import image_seeds, reference_path
 from perf.worker import images
 
 RIGHT = {"sha256": "0", "finite": True, "constant": False, "latent_relative_error": 1e-6, "psnr_db": 90.0}
 
 
-def output(batch: int = 1, seed: int = 0, pictures: bool = True):
-    """Latents and pictures of noise."""
+def output(batch: int = 1, seed: int = 0, with_images: bool = True):
+    """Latents and images of noise."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((batch, 4, 8, 8), generator=generator)
     drawn = torch.randint(0, 256, (batch, 16, 16, 3), generator=generator).to(torch.uint8)
-    return SimpleNamespace(latents=latents, images=drawn if pictures else None)
+    return SimpleNamespace(latents=latents, images=drawn if with_images else None)
 
 
 @pytest.fixture
-def kept(tmp_path):
+def references(tmp_path):
     """(output of three images, their references)"""
     made, paths = output(3), [str(tmp_path / f"{i}.npz") for i in range(3)]
     for i, path in enumerate(paths):
@@ -36,16 +37,16 @@ def kept(tmp_path):
     return made, paths
 
 
-def test_a_reference_is_read_back_as_it_was_written(kept, tmp_path):
-    made, paths = kept
+def test_reference_round_trip(references, tmp_path):
+    made, paths = references
     found = images.examine(made, paths)
     assert (found["latent_relative_error"], found["psnr_db"]) == (0.0, images.IDENTICAL_DB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.npz", "1.npz", "2.npz"]  # nothing else is left
     assert images.examine(made, None)["latent_relative_error"] is None
 
 
-def test_the_worst_image_counts(kept):
-    made, paths = kept
+def test_the_worst_image_counts(references):
+    made, paths = references
     made.latents[1] *= 1.25
     made.images[2, 0, 0, 0] = made.images[2, 0, 0, 0] ^ 128
     found = images.examine(made, paths)
@@ -54,14 +55,14 @@ def test_the_worst_image_counts(kept):
     assert images.examine(made, paths[::-1])["latent_relative_error"] > 1
 
 
-def test_the_hash_is_of_the_pictures_or_of_the_latents_where_there_are_none():
+def test_hash_is_of_the_images_or_else_the_latents():
     made = output()
     before = images.examine(made, None)["sha256"]
     made.latents[0, 0, 0, 0] += 1
     assert images.examine(made, None)["sha256"] == before
     made.images[0, 0, 0, 0] = made.images[0, 0, 0, 0] ^ 1
     assert images.examine(made, None)["sha256"] != before
-    stage = output(pictures=False)
+    stage = output(with_images=False)
     before = images.examine(stage, None)["sha256"]
     stage.latents[0, 0, 0, 0] += 1
     assert images.examine(stage, None)["sha256"] != before
@@ -69,37 +70,37 @@ def test_the_hash_is_of_the_pictures_or_of_the_latents_where_there_are_none():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("image", [0, 2])
-def test_one_number_that_is_none_is_found_in_any_image(kept, value, image):
-    made, paths = kept
+def test_one_non_finite_number_is_detected_in_any_image(references, value, image):
+    made, paths = references
     made.latents[image, 3, 7, 7] = value
     found = images.examine(made, paths)
     assert not found["finite"]
     assert all(not isinstance(one, float) or math.isfinite(one) for one in found.values())  # JSON has no other
-    assert wrong(found, "full", "cpu").startswith("not_finite: ")
+    assert image_failure(found, "full", "cpu").startswith("not_finite: ")
 
 
 @pytest.mark.parametrize("image", [0, 2])
-def test_a_picture_of_one_value_is_found_in_any_image(kept, image):
-    made, paths = kept
+def test_a_constant_image_is_detected_at_any_position(references, image):
+    made, paths = references
     made.images[image] = 77
     found = images.examine(made, paths)
-    assert found["constant"] and wrong(found, "full", "cpu").startswith("constant: ")
-    stage = output(3, pictures=False)
+    assert found["constant"] and image_failure(found, "full", "cpu").startswith("constant: ")
+    stage = output(3, with_images=False)
     stage.latents[image] = 0.5
     assert images.examine(stage, None)["constant"]
 
 
-def test_a_reference_of_a_stage_has_no_picture(tmp_path):
-    stage, path = output(pictures=False), str(tmp_path / "stage.npz")
+def test_reference_of_a_stage_has_no_image(tmp_path):
+    stage, path = output(with_images=False), str(tmp_path / "stage.npz")
     images.write(stage, path)
     found = images.examine(stage, [path])
     assert (found["latent_relative_error"], found["psnr_db"]) == (0.0, None)
-    assert wrong(found, "full", "cpu") is None
+    assert image_failure(found, "full", "cpu") is None
 
 
-def test_a_damaged_reference_is_named_with_the_way_out(kept):
-    """300 times: never another error, and never a number that is not there."""
-    made, paths = kept
+def test_a_damaged_reference_is_named_with_the_remedy(references):
+    """300 times: no other error, and no wrong number."""
+    made, paths = references
     content = Path(paths[0]).read_bytes()
     named = 0
     for seed in range(300):
@@ -123,8 +124,8 @@ def test_a_damaged_reference_is_named_with_the_way_out(kept):
         images.examine(made, ["missing.npz"] * 3)
 
 
-def test_a_reference_is_whole_or_not_there(kept, tmp_path, monkeypatch):
-    made, paths = kept
+def test_reference_is_written_atomically(references, tmp_path, monkeypatch):
+    made, paths = references
     before = Path(paths[0]).read_bytes()
 
     def full(*_, **__):
@@ -153,17 +154,17 @@ def test_a_reference_is_whole_or_not_there(kept, tmp_path, monkeypatch):
         ("bf16", "cuda", "bf16"),
     ],
 )
-def test_the_bounds_of_what_computes(precision, device, computing):
+def test_bounds_follow_the_computing_dtype(precision, device, computing):
     assert computing_type(precision, device) == computing
     bounds = BOUNDS[computing]
 
     def judged(error: float, psnr: float | None) -> str | None:
-        said = wrong({**RIGHT, "latent_relative_error": error, "psnr_db": psnr}, precision, device)
-        return said and said.partition(":")[0]
+        failure = image_failure({**RIGHT, "latent_relative_error": error, "psnr_db": psnr}, precision, device)
+        return failure and failure.partition(":")[0]
 
     assert judged(bounds.latent_relative_error, bounds.psnr_db) is None
     assert judged(1.001 * bounds.latent_relative_error, bounds.psnr_db) == "latents"
-    assert judged(bounds.latent_relative_error, bounds.psnr_db - 0.001) == "picture"
+    assert judged(bounds.latent_relative_error, bounds.psnr_db - 0.001) == "image"
     assert judged(bounds.latent_relative_error, None) is None
     assert judged(0.0, 100.0) == (None if computing == "fp32" else "suspiciously_equal")
 
@@ -178,26 +179,28 @@ def test_bounds_are_wider_for_fewer_bits():
 
 
 @pytest.mark.parametrize("precision", ["full", "fp16", "bf16"])
-def test_what_is_approximate_differs_but_is_still_of_the_same_prompt(precision):
+def test_approximate_images_have_their_own_bounds(precision):
     def judged(error: float) -> str:
-        said = wrong({**RIGHT, "latent_relative_error": error, "psnr_db": 5.0}, precision, "cpu", approximate=True)
-        return str(said).partition(":")[0]
+        failure = image_failure(
+            {**RIGHT, "latent_relative_error": error, "psnr_db": 5.0}, precision, "cpu", approximate=True
+        )
+        return str(failure).partition(":")[0]
 
     assert [judged(error) for error in (0.0, 9e-5, 0.02, 1.2, 1.5)] == [
         *("suspiciously_equal", "suspiciously_equal", "None", "None", "latents")
     ]
-    assert wrong({**RIGHT, "constant": True}, precision, "cpu", approximate=True).startswith("constant")
+    assert image_failure({**RIGHT, "constant": True}, precision, "cpu", approximate=True).startswith("constant")
 
 
-def test_without_a_reference_only_what_is_wrong_by_itself_is_found():
+def test_without_a_reference_only_absolute_checks_apply():
     alone = {**RIGHT, "latent_relative_error": None, "psnr_db": None}
-    assert wrong(alone, "fp16", "cuda") is None
-    assert wrong({**alone, "finite": False}, "fp16", "cuda").startswith("not_finite")
+    assert image_failure(alone, "fp16", "cuda") is None
+    assert image_failure({**alone, "finite": False}, "fp16", "cuda").startswith("not_finite")
 
 
 def test_the_same_output_twice_is_suspicious():
-    assert repeated([]) is None and repeated(["a"]) is None and repeated(["a", "b", "c"]) is None
-    assert repeated(["a", "b", "a"]).startswith("repeated_output: ")
+    assert repeated_output([]) is None and repeated_output(["a"]) is None and repeated_output(["a", "b", "c"]) is None
+    assert repeated_output(["a", "b", "a"]).startswith("repeated_output: ")
 
 
 # --- names
@@ -228,8 +231,8 @@ def test_every_field_is_accounted_for():
 
 
 @pytest.mark.parametrize("field", [*MATTERS, *DOES_NOT])
-def test_a_reference_is_named_by_exactly_what_its_pixels_depend_on(field):
-    """From 50 random configurations each: one that differs in the field alone."""
+def test_reference_name_depends_on_pixel_inputs_only(field):
+    """50 random configurations per field, each changed in that field only."""
     changes = {**MATTERS, **DOES_NOT}
     needed = {"compile_scope": {"compile": "default"}, "sdpa_kernels": {"attention": "mha"}}
     for seed in range(50):
@@ -240,7 +243,7 @@ def test_a_reference_is_named_by_exactly_what_its_pixels_depend_on(field):
         assert (name(start) != name(changed)) == (field in MATTERS), f"seed {seed}"
 
 
-def test_weights_and_seed_are_in_the_name_and_random_weights_bring_their_machine():
+def test_reference_name_depends_on_weights_and_seed_and_the_origin_of_random_ones():
     usual = Configuration()
     assert len({name(usual, seed, weights) for seed in (1, 2) for weights in (TINY_WEIGHTS, FILE, RANDOM)}) == 6
     assert name(usual, origin={}) == name(usual)
@@ -249,7 +252,7 @@ def test_weights_and_seed_are_in_the_name_and_random_weights_bring_their_machine
     assert name(usual, weights=RANDOM, origin={**ORIGIN, "other": 1}) == name(usual, weights=RANDOM)
 
 
-def test_the_same_file_under_another_name_is_the_same():
+def test_reference_name_ignores_the_path_of_weights():
     here, there = (Configuration(checkpoint=path) for path in ("a/model.ckpt", "b/other.ckpt"))
     assert name(here, weights=FILE) == name(there, weights=FILE)
 

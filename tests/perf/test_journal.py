@@ -1,4 +1,4 @@
-"""The journal: what was written is read back, or noticed as damaged; never read back as something else."""
+"""The journal: round trips, and detection of every kind of damage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def written(path: Path, events=EVENTS) -> bytes:
 
 @pytest.fixture
 def book():
-    """(path, content) of a small journal, in memory where that can be: it is written thousands of times."""
+    """(path, content) of a small journal, in memory if possible, since it is written thousands of times."""
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         path = Path(folder) / "journal" / "1.jsonl"
@@ -45,7 +45,7 @@ def book():
 
 
 def prefix(path: Path, content: bytes) -> Recorded | None:
-    """What a journal of this content holds, which must be the beginning of the true one; None if it was refused."""
+    """Read this content and assert that it is a prefix of the original journal; None if it is rejected."""
     path.write_bytes(content)
     try:
         recorded = read(path)
@@ -58,13 +58,13 @@ def prefix(path: Path, content: bytes) -> Recorded | None:
     return recorded
 
 
-def test_what_was_written_is_read_back(book):
+def test_round_trip(book):
     recorded = prefix(*book)
     assert list(recorded.events) == WRITTEN
     assert (recorded.ended, recorded.damage, recorded.good_bytes) == (True, None, len(book[1]))
 
 
-def test_every_event_is_on_the_disk_when_its_write_returns(tmp_path, monkeypatch):
+def test_every_event_is_synced_before_write_returns(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(journal.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with Journal(tmp_path / "1.jsonl", PLAN) as book:
@@ -80,7 +80,7 @@ def test_every_line_is_json(book):
     assert all(re.fullmatch("[0-9a-f]{8}", line["crc32"]) for line in lines)
 
 
-def test_cut_off_at_every_byte(book):
+def test_truncation_at_every_byte(book):
     path, content = book
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     for length in range(len(content)):
@@ -92,8 +92,8 @@ def test_cut_off_at_every_byte(book):
             assert (recorded.damage is None) == (length in ends), f"cut at byte {length}"
 
 
-def test_every_byte_changed(book):
-    """Each in one bit, and into one that JSON would read as another number or word."""
+def test_a_change_of_any_byte_is_detected(book):
+    """Flip one bit of each byte, and replace it by characters that are valid JSON."""
     path, content = book
     for i in range(len(content)):
         for other in {content[i] ^ 1 << (i % 8), ord("7"), ord("\n"), ord("\r"), 0} - {content[i]}:
@@ -142,16 +142,16 @@ def test_1000_damaged_journals(book):
     assert set(kept) == {None, *range(len(EVENTS) + 1)}  # the damage was everywhere
 
 
-def test_a_line_that_is_missing_or_comes_twice_is_noticed(book):
+def test_missing_and_repeated_lines_are_detected(book):
     path, content = book
     lines = content.splitlines(keepends=True)
     without = prefix(path, b"".join(lines[:2] + lines[3:]))
     twice = prefix(path, b"".join(lines[:2] + lines[1:]))
     assert [len(without.events), len(twice.events)] == [1, 1]
-    assert without.damage == twice.damage == "line 3 is damaged; it and what follows is measured again"
+    assert without.damage == twice.damage == "line 3 is damaged; its round and later ones are measured again"
 
 
-def test_going_on_cuts_the_damage_off(book):
+def test_resuming_truncates_the_damage(book):
     path, content = book
     for seed in range(50):
         recorded = prefix(path, mutated(content, random.Random(seed)))
@@ -165,43 +165,43 @@ def test_going_on_cuts_the_damage_off(book):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, printed",
     [
-        (b"", "holds no plan"),
-        (b"\n", "holds no plan"),
-        (b"{}\n", "holds no plan"),
-        (b'{"event": "plan", "schema": 1}\n', "holds no plan"),  # without its checksum
-        (b"\x89PNG\r\n\x1a\n", "holds no plan"),
+        (b"", "no plan"),
+        (b"\n", "no plan"),
+        (b"{}\n", "no plan"),
+        (b'{"event": "plan", "schema": 1}\n', "no plan"),  # without its checksum
+        (b"\x89PNG\r\n\x1a\n", "no plan"),
     ],
 )
-def test_what_is_no_journal(tmp_path, content, said):
+def test_other_files_are_rejected(tmp_path, content, printed):
     path = tmp_path / "1.jsonl"
     path.write_bytes(content)
-    with pytest.raises(JournalError, match=said):
+    with pytest.raises(JournalError, match=printed):
         read(path)
 
 
-def test_another_version_or_no_plan_is_refused(tmp_path, monkeypatch):
+def test_another_schema_is_rejected(tmp_path, monkeypatch):
     path = tmp_path / "1.jsonl"
     monkeypatch.setattr(journal, "SCHEMA", 2)
     written(path)
     monkeypatch.undo()
-    with pytest.raises(JournalError, match="holds no plan of this version"):
+    with pytest.raises(JournalError, match="no plan of this version"):
         read(path)
 
 
-def test_one_that_is_missing_a_folder_or_too_large_is_refused(tmp_path):
+def test_missing_files_folders_and_large_files_are_rejected(tmp_path):
     with pytest.raises(JournalError, match="No such file"):
         read(tmp_path / "1.jsonl")
     with pytest.raises(JournalError, match="Is a directory"):
         read(tmp_path)
     with open(tmp_path / "2.jsonl", "wb") as file:
-        file.truncate(journal.LARGEST + 1)
+        file.truncate(journal.LARGEST_BYTES + 1)
     with pytest.raises(JournalError, match="too large"):
         read(tmp_path / "2.jsonl")
 
 
-def test_one_that_cannot_be_made_is_one_line(tmp_path):
+def test_creation_failure_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="the journal cannot be written: "):
         Journal(tmp_path / "file" / "1.jsonl", PLAN)
@@ -230,24 +230,26 @@ except JournalError as error:
 
 
 def fill(path: Path, limit: int, padding: int = 10) -> list[str]:
-    """What was said until there was no more room."""
+    """The output until the disk was full."""
     arguments = [sys.executable, "-S", "-c", FULL, str(ROOT), str(limit), str(path), str(padding)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.splitlines()
 
 
-def assert_safe(path: Path, said: list[str], reason: str) -> None:
-    assert said[-1] == (f"{path}: {reason}; free some space and go on with --perf-resume: the rounds before are safe")
+def assert_safe(path: Path, printed: list[str], reason: str) -> None:
+    assert printed[-1] == (
+        f"{path}: {reason}; free some space and continue with --perf-resume: earlier rounds are safe"
+    )
     recorded = read(path)
-    assert [event["number"] for event in recorded.events][: len(said) - 1] == list(map(int, said[:-1]))
+    assert [event["number"] for event in recorded.events][: len(printed) - 1] == list(map(int, printed[:-1]))
     with Journal(path, after=recorded) as again:
         again.write("end", {})
     assert read(path).ended and read(path).damage is None
 
 
 @pytest.mark.parametrize("limit, padding", [(1000, 10), (4096, 10), (4097, 1), (30_000, 20_000), (100_000, 9000)])
-def test_no_room_loses_nothing_that_was_written(tmp_path, limit, padding):
+def test_a_file_size_limit_loses_no_written_event(tmp_path, limit, padding):
     path = tmp_path / "1.jsonl"
     assert_safe(path, fill(path, limit, padding), "File too large")
 
@@ -263,28 +265,28 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_loses_nothing_that_was_written(small_disk):
+def test_a_full_disk_loses_no_written_event(small_disk):
     path = small_disk / "1.jsonl"
-    said = fill(path, 0, padding=3000)
+    printed = fill(path, 0, padding=3000)
     with pytest.raises(JournalError, match="No space left on device"):
         Journal(small_disk / "2.jsonl", {"padding": "x" * 5000})
     assert newest(small_disk) == path  # the one without a plan does not hide it
     room = read(path)
     os.truncate(path, room.good_bytes)
     assert len(room.events) > 5
-    assert said[-1].startswith(f"{path}: No space left on device; free some space")
-    assert [event["number"] for event in room.events][: len(said) - 1] == list(map(int, said[:-1]))
+    assert printed[-1].startswith(f"{path}: No space left on device; free some space")
+    assert [event["number"] for event in room.events][: len(printed) - 1] == list(map(int, printed[:-1]))
 
 
-def test_without_room_for_its_plan_a_journal_does_not_hide_the_one_before(tmp_path):
+def test_a_journal_without_a_plan_is_removed(tmp_path):
     earlier = tmp_path / "1.jsonl"
     written(earlier)
-    said = fill(tmp_path / "2.jsonl", limit=20)
-    assert len(said) == 1 and "File too large" in said[0]
+    printed = fill(tmp_path / "2.jsonl", limit=20)
+    assert len(printed) == 1 and "File too large" in printed[0]
     assert newest(tmp_path) == earlier
 
 
-def test_a_number_that_json_lacks_is_not_written(tmp_path):
+def test_nan_is_rejected(tmp_path):
     with Journal(tmp_path / "1.jsonl", PLAN) as book:
         with pytest.raises(ValueError, match="JSON"):
             book.write("round", {"answer": float("nan")})
@@ -292,7 +294,7 @@ def test_a_number_that_json_lacks_is_not_written(tmp_path):
     assert read(tmp_path / "1.jsonl").ended
 
 
-def test_the_newest_and_how_many_are_kept(tmp_path):
+def test_newest_and_prune(tmp_path):
     assert newest(tmp_path) is None
     for number in range(1, 9):
         (tmp_path / f"2026010{number}-000000-000000000.jsonl").write_text("")

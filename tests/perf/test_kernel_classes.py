@@ -1,4 +1,4 @@
-"""Names as profilers print them, by the libraries they come from: each must fall into its class."""
+"""Kernel names as profilers print them, by class."""
 
 from __future__ import annotations
 

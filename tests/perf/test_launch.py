@@ -1,4 +1,4 @@
-"""Whatever a worker process does, its launch comes back as an answer or as one WorkerError with one line."""
+"""Worker processes: every outcome is a response or a one-line WorkerError."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def at(operation: str = "probe", **mishap) -> list[str]:
 
 
 def failure(command: list[str], timeout_seconds: float = 20.0) -> WorkerError:
-    """The error that a start and one request end with; one clear line, whatever it is."""
+    """The error of a start or of one request, checked to be one printable line."""
     with pytest.raises(WorkerError) as caught, ProcessLaunch(Interpreter(), command) as worker:
         worker.ask("probe", timeout_seconds, **PROBE)
     assert_clear(caught.value)
@@ -45,7 +45,7 @@ def assert_clear(error: WorkerError) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
-    """No zombie, no living child and no open descriptor, whichever way a launch went."""
+    """Assert that a launch leaves no zombie, child process or open descriptor."""
 
     def left() -> tuple[set[str], list[str]]:
         children = [
@@ -75,7 +75,7 @@ def stat_of(pid: str) -> list[str] | None:
         return None
 
 
-def test_answers_come_in_order_and_the_worker_ends_with_the_context():
+def test_responses_are_in_order_and_the_context_ends_the_worker():
     with ProcessLaunch(Interpreter(), command()) as worker:
         for threads in range(20):
             assert worker.ask("probe", 20.0, device="cpu", threads=threads)["threads"] == threads
@@ -84,7 +84,7 @@ def test_answers_come_in_order_and_the_worker_ends_with_the_context():
     worker.close()  # again: nothing happens
 
 
-def test_an_error_is_an_answer_and_the_worker_goes_on():
+def test_a_worker_continues_after_an_error_response():
     with ProcessLaunch(
         Interpreter(), at(nth=0, do="error", kind="unavailable", message="no\n such \x1b[31mthing")
     ) as worker:
@@ -96,12 +96,12 @@ def test_an_error_is_an_answer_and_the_worker_goes_on():
 
 @pytest.mark.parametrize("operation", ["start", "probe"])
 @pytest.mark.parametrize(
-    "mishap, kind, said",
+    "mishap, kind, message",
     [
         (
             {"do": "signal", "number": 9},
             "died",
-            "was ended by SIGKILL (if you did not do it, the system ran out of memory)",
+            "was ended by SIGKILL (probably by the system for lack of memory, unless you did it)",
         ),
         ({"do": "signal", "number": 11, "words": "\n"}, "died", "was ended by SIGSEGV"),
         ({"do": "signal", "number": 40}, "died", "was ended by signal 40"),
@@ -117,76 +117,80 @@ def test_an_error_is_an_answer_and_the_worker_goes_on():
         ({"do": "exit", "words": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "died", "status 3: "),
         ({"do": "close", "then": 0.2}, "died", "ended with status 5: the last words"),
         ({"do": "partial"}, "died", "was ended by SIGKILL"),
-        ({"do": "print", "text": "loading ...\n"}, "rubbish", "printed what is no answer: 'loading ...\\n'"),
-        ({"do": "print", "text": "\x00\xff\n"}, "rubbish", "printed what is no answer: '\\x00"),
-        ({"do": "print", "text": "\n"}, "rubbish", "printed what is no answer: '\\n'"),
-        ({"do": "print", "text": "[" * 9999 + "\n"}, "rubbish", "printed what is no answer: '[["),
-        ({"do": "print", "text": "9" * 9999 + "\n"}, "rubbish", "printed what is no answer: '99"),
-        ({"do": "print", "text": "spam ", "times": 1 << 20}, "rubbish", "printed what is no answer: 'spam spam"),
-        ({"do": "print", "text": '{"ok": {"seconds": NaN}}\n'}, "rubbish", "printed what is no answer"),
-        ({"do": "print", "text": '{"ok": 1}\n'}, "rubbish", "printed what is no answer"),
-        ({"do": "print", "text": '{"error": "x"}\n'}, "rubbish", "printed what is no answer"),
+        ({"do": "print", "text": "loading ...\n"}, "invalid_response", "sent an invalid response: 'loading ...\\n'"),
+        ({"do": "print", "text": "\x00\xff\n"}, "invalid_response", "sent an invalid response: '\\x00"),
+        ({"do": "print", "text": "\n"}, "invalid_response", "sent an invalid response: '\\n'"),
+        ({"do": "print", "text": "[" * 9999 + "\n"}, "invalid_response", "sent an invalid response: '[["),
+        ({"do": "print", "text": "9" * 9999 + "\n"}, "invalid_response", "sent an invalid response: '99"),
+        (
+            {"do": "print", "text": "spam ", "times": 1 << 20},
+            "invalid_response",
+            "sent an invalid response: 'spam spam",
+        ),
+        ({"do": "print", "text": '{"ok": {"seconds": NaN}}\n'}, "invalid_response", "sent an invalid response"),
+        ({"do": "print", "text": '{"ok": 1}\n'}, "invalid_response", "sent an invalid response"),
+        ({"do": "print", "text": '{"error": "x"}\n'}, "invalid_response", "sent an invalid response"),
         (
             {"do": "print", "text": '{"error": {"kind": "new", "message": "x"}}\n'},
-            "rubbish",
-            "printed what is no answer",
+            "invalid_response",
+            "sent an invalid response",
         ),
     ],
 )
-def test_every_end_is_one_line(operation, mishap, kind, said):
+def test_every_failure_is_a_one_line_error(operation, mishap, kind, message):
     error = failure(at(operation, **mishap))
-    assert (error.kind, said in str(error)) == (kind, True), str(error)
+    assert (error.kind, message in str(error)) == (kind, True), str(error)
 
 
-def test_a_worker_that_hangs_is_ended_in_time():
+def test_a_hanging_worker_is_killed_in_time():
     begin = time.monotonic()
     error = failure(at(do="hang"), timeout_seconds=0.3)
     assert error.kind == "hung"
     assert time.monotonic() - begin < 10
 
 
-def test_one_that_does_not_start_in_time_is_ended(monkeypatch):
+def test_a_slow_start_is_killed(monkeypatch):
     monkeypatch.setattr(launcher, "START_SECONDS", 0.3)
     assert failure(at("start", do="hang")).kind == "hung"
 
 
-def test_half_a_line_and_no_more_is_a_hang():
+def test_an_incomplete_line_is_a_hang():
     code = """import os, time; os.write(1, b'{"ok": {"protocol": 1}}\\n{"ok": '); time.sleep(600)"""
     assert failure([sys.executable, "-I", "-S", "-c", code], timeout_seconds=0.3).kind == "hung"
 
 
-def test_half_a_line_and_an_answer_on_it_is_rubbish():
-    assert failure(at(do="print", text='{"ok": ')).kind == "rubbish"
+def test_an_incomplete_line_before_a_response_is_invalid():
+    assert failure(at(do="print", text='{"ok": ')).kind == "invalid_response"
 
 
-def test_one_that_closes_its_pipe_and_lives_on_is_ended(monkeypatch):
+def test_a_worker_that_closes_its_pipe_is_killed(monkeypatch):
     monkeypatch.setattr(launcher, "EXIT_SECONDS", 0.2)
     error = failure(at(do="close"))
     assert error.kind == "died"
-    assert "closed its pipe without ending" in str(error) and "SIGKILL" not in str(error)
+    assert "closed its pipe without exiting" in str(error) and "SIGKILL" not in str(error)
 
 
-def test_what_is_said_unasked_is_not_taken_for_an_answer():
+def test_unsolicited_output_is_not_taken_for_a_response():
     twice = '{"ok": {"torch": "another"}}\n'
     with ProcessLaunch(Interpreter(), at(nth=0, do="print", text=twice)) as worker:
         worker.ask("probe", 20.0, **PROBE)  # cannot be told from the right one, which now is one too many
         deadline = time.monotonic() + 20
         while worker._lines.empty() and time.monotonic() < deadline:
             time.sleep(0.005)
-        with pytest.raises(WorkerError, match="no answer") as caught:
+        with pytest.raises(WorkerError, match="invalid response") as caught:
             worker.ask("probe", 20.0, **PROBE)
-    assert caught.value.kind == "rubbish"
+    assert caught.value.kind == "invalid_response"
 
 
 @pytest.mark.parametrize("protocol", [None, 0, 2, "1", "x" * 5000])
-def test_another_protocol_is_refused(protocol):
+def test_another_protocol_is_rejected(protocol):
     error = failure(command(protocol=protocol))
-    assert error.kind == "rubbish"
-    assert "the worker speaks protocol" in str(error) and str(error).endswith("not 1") and len(str(error)) < 150
+    assert error.kind == "invalid_response"
+    assert "the worker uses protocol" in str(error) and str(error).endswith("not 1") and len(str(error)) < 150
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "/dev/null", str(FAKE.parent)])
-def test_what_cannot_be_started_is_named(python):
+def test_start_failure_names_the_interpreter(python):
     with pytest.raises(WorkerError) as caught:
         ProcessLaunch(Interpreter(python))
     assert_clear(caught.value)
@@ -194,7 +198,7 @@ def test_what_cannot_be_started_is_named(python):
     assert str(caught.value).startswith(f"{python} cannot be started: ")
 
 
-def test_no_room_for_the_last_words_is_one_line(monkeypatch):
+def test_a_full_temporary_folder_is_a_one_line_error(monkeypatch):
     def full():
         raise FileNotFoundError(2, "No usable temporary directory found")
 
@@ -203,14 +207,14 @@ def test_no_room_for_the_last_words_is_one_line(monkeypatch):
         ProcessLaunch(Interpreter(), command())
 
 
-def test_an_interpreter_that_is_not_python_says_what_it_said():
+def test_stderr_of_a_wrong_interpreter_is_reported():
     error = failure(["/bin/sh", "-c", "echo not python >&2; exit 2"])
     assert str(error) == "the worker ended with status 2: not python"
 
 
 @pytest.mark.parametrize("how", ["context", "death"])
 def test_children_end_with_the_worker(how, monkeypatch):
-    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.1)
     mishaps = [{"op": "probe", "nth": 0, "do": "child"}, {"op": "probe", "nth": 1, "do": "signal", "number": 9}]
     with ProcessLaunch(Interpreter(), command(at=mishaps)) as worker:
         child = worker.ask("probe", 20.0, **PROBE)["child"]
@@ -224,7 +228,7 @@ def test_children_end_with_the_worker(how, monkeypatch):
     assert not fields or fields[0] == "Z"  # ended; a zombie until whoever inherited it looks
 
 
-def test_a_worker_killed_between_requests_is_one_line():
+def test_a_kill_between_requests_is_a_one_line_error():
     with ProcessLaunch(Interpreter(), command()) as worker:
         os.kill(worker.pid, signal.SIGKILL)
         os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
@@ -232,7 +236,7 @@ def test_a_worker_killed_between_requests_is_one_line():
             worker.ask("probe", 20.0, **PROBE)
 
 
-def test_a_request_that_meets_a_closed_pipe_is_one_line(monkeypatch):
+def test_a_closed_pipe_is_a_one_line_error(monkeypatch):
     with ProcessLaunch(Interpreter(), command()) as worker:
         os.kill(worker.pid, signal.SIGKILL)
         os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
@@ -242,8 +246,8 @@ def test_a_request_that_meets_a_closed_pipe_is_one_line(monkeypatch):
             worker.ask("probe", 20.0, **PROBE)
 
 
-def test_killed_from_outside_at_random_moments():
-    """30 workers, in the middle of a request, of an answer, or between them."""
+def test_sigkill_at_random_moments():
+    """30 workers, killed during a request, during a response, or in between."""
     kills = 0
     for seed in range(30):
         draw = random.Random(seed)
@@ -279,7 +283,7 @@ def test_an_interrupt_leaves_no_process():
     assert stat_of(str(pids[0])) is None
 
 
-def test_the_environment_has_this_harness_behind_the_source(monkeypatch, tmp_path):
+def test_import_path_has_the_source_before_this_tree(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", "mine")
     variables = Interpreter(source=tmp_path, environment=(("A", "1"),)).variables()
     assert variables["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), str(launcher.ROOT), "mine"]
@@ -288,6 +292,6 @@ def test_the_environment_has_this_harness_behind_the_source(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, {"ok": []}, {"error": {}}, {"error": {"kind": [], "message": ""}}])
-def test_what_is_no_answer(answer):
-    with pytest.raises(ValueError, match="no answer"):
+def test_invalid_responses_are_rejected(answer):
+    with pytest.raises(ValueError, match="invalid response"):
         parse_response(answer)

@@ -1,4 +1,4 @@
-"""One measuring session per device: between processes, after a kill -9, and against planted files."""
+"""The device lock between processes, after SIGKILL, and against planted files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def holder(tmp_path):
     os.kill(child, signal.SIGKILL)
 
 
-def test_a_held_lock_names_its_holder_in_one_line(holder, tmp_path):
+def test_busy_device_names_the_holder_in_one_line(holder, tmp_path):
     with pytest.raises(DeviceBusy) as busy, DeviceLock("GPU-1", tmp_path):
         pass
     message = str(busy.value)
@@ -74,11 +74,11 @@ def test_another_device_is_free(holder, tmp_path):
         assert held.notice is None
 
 
-def test_kill_9_frees_the_device_though_a_child_lives_and_says_whose_it_was(holder, tmp_path):
+def test_sigkill_releases_the_lock_although_a_child_survives(holder, tmp_path):
     holder.kill()
     holder.wait()
     with DeviceLock("GPU-1", tmp_path) as held:
-        assert f"cleared the lock of GPU-1 that was left by pid {holder.pid}, since" in held.notice
+        assert f"cleared the stale lock of GPU-1, left by pid {holder.pid}, since" in held.notice
     with DeviceLock("GPU-1", tmp_path) as held:
         assert held.notice is None  # released in order: nothing was left
 
@@ -98,7 +98,7 @@ with DeviceLock("GPU-1", sys.argv[1]):
 
 
 @pytest.mark.parametrize("seconds", [0.5, 60])
-def test_kill_9_between_fork_and_exec_is_waited_for_but_not_for_long(tmp_path, monkeypatch, seconds):
+def test_lock_waits_briefly_for_a_holder_killed_between_fork_and_exec(tmp_path, monkeypatch, seconds):
     process = start(FORKED, tmp_path, seconds)
     child = int(process.stdout.readline())
     process.kill()
@@ -106,7 +106,7 @@ def test_kill_9_between_fork_and_exec_is_waited_for_but_not_for_long(tmp_path, m
     try:
         if seconds < lock.DEAD_HOLDER_SECONDS:
             with DeviceLock("GPU-1", tmp_path) as held:
-                assert f"was left by pid {process.pid}, since" in held.notice
+                assert f"left by pid {process.pid}, since" in held.notice
         else:
             monkeypatch.setattr(lock, "DEAD_HOLDER_SECONDS", 0.2)
             with pytest.raises(DeviceBusy, match=f"pid {process.pid}"), DeviceLock("GPU-1", tmp_path):
@@ -116,7 +116,7 @@ def test_kill_9_between_fork_and_exec_is_waited_for_but_not_for_long(tmp_path, m
             os.kill(child, signal.SIGKILL)
 
 
-def test_of_many_at_once_one_gets_it(tmp_path):
+def test_one_of_many_contenders_gets_the_lock(tmp_path):
     contenders = [start(CONTENDER, tmp_path) for _ in range(6)]
     assert [contender.stdout.readline() for contender in contenders] == ["ready\n"] * 6
     for contender in contenders:
@@ -128,7 +128,7 @@ def test_of_many_at_once_one_gets_it(tmp_path):
     assert sorted(answers) == ["busy\n"] * 5 + ["held\n"]
 
 
-def test_twice_in_one_process_is_refused_and_the_first_stays(tmp_path):
+def test_a_second_lock_in_one_process_is_rejected(tmp_path):
     with DeviceLock("cpu", tmp_path) as held:
         for _ in range(2):
             with pytest.raises(DeviceBusy, match=f"pid {os.getpid()}"), DeviceLock("cpu", tmp_path):
@@ -145,7 +145,7 @@ def test_an_exception_releases_it(tmp_path):
         assert held.notice is None
 
 
-def test_a_forked_child_does_not_keep_it(tmp_path):
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     read, write = os.pipe()
     lock = DeviceLock("cpu", tmp_path)
     with lock:
@@ -176,24 +176,24 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
     ],
     ids=["text", "truncated", "list", "bytes", "time", "type", "deep"],
 )
-def test_a_damaged_file_is_cleared_and_said_so(tmp_path, content):
+def test_a_damaged_lock_file_is_cleared_with_a_notice(tmp_path, content):
     (tmp_path / file_name("cpu")).write_bytes(content)
     (tmp_path / file_name("cpu")).chmod(0o600)
     with DeviceLock("cpu", tmp_path) as held:
-        assert "left by a session that did not say who it is" in held.notice
+        assert "left by an unidentified session" in held.notice
         assert json.loads(held.path.read_text())["pid"] == os.getpid()
         held.path.write_bytes(content)  # damaged while it is held
-        with pytest.raises(DeviceBusy, match="a process that did not say who it is"), DeviceLock("cpu", tmp_path):
+        with pytest.raises(DeviceBusy, match="an unidentified process"), DeviceLock("cpu", tmp_path):
             pass
 
 
-def test_folder_and_file_are_the_users_alone(tmp_path):
+def test_folder_and_file_are_private(tmp_path):
     with DeviceLock("cpu", tmp_path / "new") as held:
         assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
         assert held.path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_linked_file_is_refused_and_its_target_untouched(tmp_path):
+def test_a_linked_file_is_rejected_and_its_target_unchanged(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     folder = tmp_path / "locks"
@@ -203,18 +203,21 @@ def test_a_linked_file_is_refused_and_its_target_untouched(tmp_path):
         pass
     (folder / file_name("gpu")).hardlink_to(victim)
     victim.chmod(0o600)
-    with pytest.raises(PermissionError, match="no plain file"), DeviceLock("gpu", folder):
+    with pytest.raises(PermissionError, match="not a regular file"), DeviceLock("gpu", folder):
         pass
     assert victim.read_text() == "precious"
 
 
-def test_a_linked_or_foreign_folder_is_refused(tmp_path):
+def test_a_linked_or_public_folder_is_rejected(tmp_path):
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
     for name in ("link", "dangling", "file"):
-        with pytest.raises(PermissionError, match="cannot be the folder"), DeviceLock("cpu", tmp_path / name):
+        with (
+            pytest.raises(PermissionError, match="cannot be used as the lock folder"),
+            DeviceLock("cpu", tmp_path / name),
+        ):
             pass
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
@@ -223,14 +226,14 @@ def test_a_linked_or_foreign_folder_is_refused(tmp_path):
     assert not any((tmp_path / "mine").iterdir())
 
 
-def test_another_owners_folder_is_refused(tmp_path, monkeypatch):
+def test_a_folder_of_another_owner_is_rejected(tmp_path, monkeypatch):
     tmp_path.chmod(0o700)
     monkeypatch.setattr("perf.session.lock.os.getuid", lambda: os.geteuid() + 1)
     with pytest.raises(PermissionError, match="open to other users"), DeviceLock("cpu", tmp_path):
         pass
 
 
-def test_keys_make_file_names_of_their_own(tmp_path):
+def test_different_keys_have_different_file_names(tmp_path):
     keys = ["cpu", "GPU-8f/../../etc", "GPU-8f-..-..-etc", "a b", "a_b", "", ".", "..", "x" * 300, "x" * 301, "ü"]
     names = [file_name(key) for key in keys]
     assert len(set(names)) == len(keys)

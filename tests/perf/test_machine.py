@@ -1,13 +1,34 @@
-"""Machine facts, from planted /proc and /sys."""
+"""Machine facts, from a planted /proc and /sys."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from perf.machine.facts import cpu_facts
+
+MEMINFO = {
+    "MemTotal": 1000,
+    "MemFree": 300,
+    "MemAvailable": 400,
+    "Buffers": 0,
+    "Cached": 100,
+    "SReclaimable": 0,
+    "Shmem": 0,
+}
+SWAP = {"SwapTotal": 50, "SwapFree": 20}
+MEMINFO_TEXT = "".join(f"{name}: {number} kB\n" for name, number in {**MEMINFO, **SWAP}.items())
+PSUTIL = ("virtual_memory", "swap_memory", "cpu_times", "getloadavg")
+
+
+@pytest.fixture(autouse=True)
+def _psutil_reads_the_planted_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (1.5, 0.35, 0.21))
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -22,8 +43,8 @@ def test_cpu_facts(tmp_path):
         tmp_path,
         {
             "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9654\n\nprocessor\t: 1\nmodel name\t: other\n",
-            "proc/loadavg": "1.50 0.35 0.21 1/87 5639\n",
-            "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 400 kB\nSwapTotal: 50 kB\nSwapFree: 20 kB\n",
+            "proc/meminfo": MEMINFO_TEXT,
+            "proc/vmstat": "pswpin 0\npswpout 0\n",
             "proc/stat": "cpu  10 0 20 60 5 0 0 5 3 0\ncpu0 1 1 1 1\n",
             "proc/self/cgroup": "0::/docker/abc\n",
             "sys/fs/cgroup/cpu.max": "max 100000\n",
@@ -43,11 +64,12 @@ def test_cpu_facts(tmp_path):
     assert facts.cgroup_cpus == 1.5  # the tightest of the groups above
     assert facts.memory_bytes == 1000 * 1024 and facts.swap_used_bytes == 30 * 1024
     assert facts.memory_available_bytes == 150 * 1024  # what the group leaves, file cache counted as free
-    assert (facts.jiffies, facts.steal_jiffies) == (100, 5)
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert (facts.cpu_seconds, facts.steal_seconds) == pytest.approx((100 / ticks, 5 / ticks))
     assert facts.cores >= 1
 
 
-def test_cgroup_version_1_and_a_path_that_only_the_host_has(tmp_path):
+def test_cgroup_version_1_with_a_path_of_the_host(tmp_path):
     plant(
         tmp_path,
         {
@@ -56,7 +78,7 @@ def test_cgroup_version_1_and_a_path_that_only_the_host_has(tmp_path):
             "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
             "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
             "sys/fs/cgroup/memory/memory.usage_in_bytes": "1",
-            "proc/meminfo": "MemAvailable: 400 kB\n",
+            "proc/meminfo": MEMINFO_TEXT,
         },
     )
     facts = cpu_facts(tmp_path)
@@ -65,10 +87,38 @@ def test_cgroup_version_1_and_a_path_that_only_the_host_has(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "rubbish\n", "\x00\xff:"])
-def test_unreadable_machine_facts_are_none(tmp_path, content):
-    names = ["cpuinfo", "loadavg", "meminfo", "stat", "self/cgroup"]
+def test_unreadable_machine_facts_are_none(tmp_path, monkeypatch, content):
+    names = ["cpuinfo", "meminfo", "stat", "self/cgroup"]
     plant(tmp_path, {} if content is None else {f"proc/{name}": content for name in names})
+    monkeypatch.setattr(psutil, "getloadavg", unreadable(OSError()))
+    monkeypatch.setattr(psutil, "swap_memory", unreadable(OSError()))  # else it falls back to a system call
     facts = replace(cpu_facts(tmp_path), name=None, cores=None)  # the interpreter has another source for these
+    assert facts == type(facts)()
+
+
+def unreadable(error: Exception):
+    def function():
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(),
+        PermissionError(),
+        KeyError("MemTotal:"),
+        IndexError(),
+        ValueError(),
+        psutil.Error(),
+        NotImplementedError(),
+    ],
+)
+def test_errors_of_psutil_are_none(tmp_path, monkeypatch, error):
+    for name in PSUTIL:
+        monkeypatch.setattr(psutil, name, unreadable(error))
+    facts = replace(cpu_facts(tmp_path), name=None, cores=None)
     assert facts == type(facts)()
 
 

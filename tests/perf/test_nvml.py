@@ -1,4 +1,4 @@
-"""Finding and opening the device through NVML, which is faked."""
+"""Opening the device through a fake NVML."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import pytest
 from fake_nvml import LIBRARY_NOT_FOUND, MIG_UUID, UUID, FakeNvml, NVMLError, Steps, install_fixture  # noqa: F401
 
 from perf.machine import nvml
-from perf.machine.facts import GpuFacts, gpu_facts
-from perf.machine.nvml import NoTelemetry, in_initial_pid_namespace, open_device, open_visible_device
+from perf.machine.nvml import GpuFacts, NoTelemetry, in_initial_pid_namespace, open_device, open_visible_device
 from perf.machine.telemetry import Monitor, RoundTelemetry, invalid_reason
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_suite_without_nvml_imports_neither_torch_nor_pytest():
-    modules = "telemetry, nvml, machine, stack, checks, doctor, lock"
-    code = f"import sys; from perf import {modules}; print(sorted({{'torch', 'pytest', 'pynvml'}} & set(sys.modules)))"
+    machine, commands = "telemetry, nvml, facts, stack", "checks, doctor"
+    code = (
+        f"import sys; from perf.machine import {machine}; from perf.commands import {commands}; import perf.session.lock; "
+        "print(sorted({'torch', 'pytest', 'pynvml'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -31,11 +33,11 @@ def test_a_missing_library_is_a_reason(monkeypatch):
     assert isinstance(device, NoTelemetry) and "nvidia-ml-py cannot be imported" in device.reason
 
 
-def test_a_missing_driver_is_a_reason_and_all_else_works(install):
+def test_without_a_driver_only_telemetry_is_missing(install):
     install(init_error=LIBRARY_NOT_FOUND)
     device = open_device(UUID)
-    assert device == NoTelemetry("no NVIDIA driver answers (NVML Shared Library Not Found)")
-    assert gpu_facts(device) == GpuFacts()
+    assert device == NoTelemetry("the NVIDIA driver does not respond (NVML Shared Library Not Found)")
+    assert device.facts() == GpuFacts()
     clock = Steps()
     monitor = Monitor(device, clock=clock)
     monitor.start([1])
@@ -56,7 +58,7 @@ def test_open_by_uuid_with_and_without_its_prefix_and_by_index(install, uuid):
 
 
 @pytest.mark.parametrize("uuid, index, words", [("GPU-0", 0, "GPU-0 (Not Found)"), (None, 7, "no device 7")])
-def test_an_unknown_device_is_a_reason_and_nvml_is_let_go(install, uuid, index, words):
+def test_an_unknown_device_is_a_reason_and_nvml_is_shut_down(install, uuid, index, words):
     library = install()
     device = open_device(uuid, index)
     assert isinstance(device, NoTelemetry) and words in device.reason
@@ -86,7 +88,7 @@ def test_cuda_visible_devices_is_followed(install, monkeypatch, visible, index, 
 
 
 def test_names_and_numbers_are_those_of_the_library():
-    """What the fake takes for granted: the functions that perf.machine.nvml calls exist, and its numbers are NVML's."""
+    """The functions that perf.machine.nvml calls exist in the library, and its constants are equal."""
     pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
     called = set(re.findall(r"nvml(?:Device|System)[A-Z]\w+|nvmlInit|nvmlShutdown", Path(nvml.__file__).read_text()))
     later = {"nvmlDeviceGetTemperatureV"}  # than the oldest library that is allowed; there is a second name for it

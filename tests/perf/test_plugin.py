@@ -81,7 +81,7 @@ def test_interrupted(inner):
     assert sum(rounds) < 8
     inner.machine.interrupt_after, before = None, inner.machine.rounds
     assert inner.run("--benchmark-save=rest", "--perf-resume", what=TWO).ret == 0, inner.output
-    inner.says("perf: going on from")
+    inner.says("perf: resuming from")
     assert partial(inner) is None
     assert [len(one["stats"]["data"]) for one in inner.last()["benchmarks"]] == [4, 4]
     assert inner.machine.rounds - before < 12, "measured again what was there"
@@ -115,7 +115,7 @@ def test_wrong_picture_has_no_time(inner):
     result = inner.run("--benchmark-save=a", what=TWO)
     assert result.ret == ExitCode.FAILED
     result.assert_outcomes(passed=1, failed=1)
-    inner.says(f"INVALID {SDPA}: wrong_picture: latents: 0.5 away from the fp32 reference")
+    inner.says(f"INVALID {SDPA}: wrong_image: latents: relative error 0.5 against the fp32 reference")
     inner.silent("was not used at all", "Traceback")
     assert [one["extra_info"]["configuration"]["id"] for one in inner.last()["benchmarks"]] == [ORIGINAL]
     assert partial(inner) == "1 failed"

@@ -85,7 +85,7 @@ def test_against_the_same_commit(inner, other_commit):
 def test_against_doubles_what_is_undecided(inner, other_commit):
     inner.machine.base_slow, inner.machine.noise = 1 / 1.015, 0.06
     inner.run("--perf-against=v1", launches=6)
-    inner.says("perf: undecided after 6 launches, doubling them")
+    inner.says("perf: inconclusive after 6 launches, doubling them")
 
 
 def test_against_a_commit_that_cannot_be_measured_is_a_failure(inner, other_commit):

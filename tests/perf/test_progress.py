@@ -1,4 +1,4 @@
-"""What a person sees of a session: a line a launch, a bar on a terminal, and the time left."""
+"""Progress output: lines, the bar on a terminal, and the remaining time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A, B = Slot(Configuration(attention="original")), Slot(Configuration(attention="
 
 
 class Watched:
-    """A progress whose clock is set by hand, and what it printed."""
+    """A progress with a manual clock and captured output."""
 
     def __init__(self, plan: Plan | None, terminal: bool = False):
         self.now, self.output = 0.0, io.StringIO()
@@ -34,7 +34,7 @@ class Watched:
         return self.output.getvalue().splitlines()
 
 
-def test_the_time_left_is_by_each_configurations_own_mean():
+def test_remaining_time_uses_the_mean_of_each_configuration():
     watched = Watched(Plan((A, B), launches=3, rounds=1))  # A B, B A, A B
     assert watched.launch(0, A, 0.0) is None
     assert watched.launch(0, B, 10.0) == pytest.approx(6 * 10 - 10)  # all as long as the first
@@ -44,8 +44,7 @@ def test_the_time_left_is_by_each_configurations_own_mean():
     assert watched.launch(2, B, 240.0) == pytest.approx(90)
 
 
-def test_what_is_measured_already_is_not_counted():
-    """Of a resumed session."""
+def test_resumed_sessions_skip_measured_launches():
     watched = Watched(Plan((A, B), launches=3, rounds=1), terminal=True)
     assert watched.launch(1, A, 5.0) is None
     assert watched.launch(2, A, 15.0) == pytest.approx(2 * 10)
@@ -53,7 +52,7 @@ def test_what_is_measured_already_is_not_counted():
     assert (task.completed, task.total) == (4, 6)
 
 
-def test_the_launches_of_one_that_failed_are_passed_over():
+def test_launches_of_a_failed_configuration_are_skipped():
     watched = Watched(Plan((A, B), launches=3, rounds=1))
     watched.launch(0, A, 0.0)
     watched.launch(0, B, 10.0)  # which fails in a second
@@ -72,19 +71,19 @@ def test_a_doubled_plan_is_added():
     assert (task.completed, task.total, task.description) == (2, 3, B.name)
 
 
-def test_a_launch_that_nobody_planned_is_no_error():
+def test_an_unplanned_launch_is_no_error():
     watched = Watched(None)
     watched.launch(0, A, 0.0)
     assert watched.launch(1, A, 10.0) == pytest.approx(10)
 
 
-def test_without_a_terminal_there_is_a_line_a_launch():
+def test_without_a_terminal_every_launch_prints_a_line():
     watched = Watched(Plan((A, B), launches=2, rounds=1))
     with watched.progress:
         watched.launch(0, A, 0.0)
         watched.launch(0, B, 30.0)
         watched.launch(1, B, 330.0)
-        watched.progress.say("perf: [red]words[/red] with " + "x" * 300)
+        watched.progress.log("perf: [red]words[/red] with " + "x" * 300)
     assert watched.lines == [
         f"perf: launch 1, {A.name}",
         f"perf: launch 1, {B.name}, 2 min left",
@@ -100,7 +99,7 @@ def test_seconds_are_shown_below_a_minute_and_a_half():
     assert [line.rpartition(", ")[2] for line in watched.lines[1:]] == ["88 s left", "77 s left"]
 
 
-def test_on_a_terminal_there_is_a_bar_that_goes_away():
+def test_a_terminal_shows_a_transient_bar():
     watched = Watched(Plan((A,), launches=2, rounds=1), terminal=True)
     with watched.progress:
         watched.launch(0, A, 0.0)

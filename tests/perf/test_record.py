@@ -1,4 +1,4 @@
-"""What a saved run holds: exactly what docs/saved-run.md says, in both directions, and numbers that agree with the rounds."""
+"""The content of a saved run: exactly the keys of docs/saved-run.md, with numbers that agree with the rounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERYTHING = ("--attention=original", "--attention=sdpa", "--compile=none", "--c
 
 
 def table(after: str) -> dict[str, str]:
-    """The first table behind some words: what each key holds."""
+    """The first table after a text: the description of each key."""
     lines = DOCUMENT.partition(after)[2].splitlines()
     rows = {}
     for line in lines:
@@ -56,7 +56,7 @@ def cache():
 
 @pytest.fixture
 def document(inner, monkeypatch, cache):
-    """A saved run in which nothing is null that need not be."""
+    """A saved run with as few nulls as possible."""
     if not cache:
         telemetry = RoundTelemetry(1.0, 1980.0, 2619.0, 650.0, 60, 120.0, "energy_counter", (), {"power": 0}, ())
         watched_by(monkeypatch, lambda attempt: None, telemetry.as_dict())
@@ -106,7 +106,7 @@ def test_keys_of_a_benchmark(document, info):
             assert one.keys() == names, key
 
 
-def test_nothing_is_null_but_what_cannot_be_known_here(info):
+def test_only_values_unavailable_here_are_null(info):
     assert {key for key, value in info.items() if value is None} == {"variant", "device_seconds", "trace"}
 
 
@@ -139,7 +139,7 @@ def test_numbers_agree_with_the_rounds(document, info):
     assert document["perf"]["order"][:2] == [ORIGINAL, f"{ORIGINAL}@aa"]
 
 
-def test_compiling_is_paid_off_against_the_same_uncompiled(info):
+def test_break_even_against_the_uncompiled_configuration(info):
     """2 s of compiling, and 0.1 s instead of 0.2 s an image."""
     pays, first = info["images_to_amortise"], info["first_call_seconds"]
     assert pays["estimate"] == pytest.approx(20, abs=1)
@@ -150,7 +150,7 @@ def test_compiling_is_paid_off_against_the_same_uncompiled(info):
     assert (picture["cold"], picture["warm"]) == (first["cold"] + before, first["warm"] + before)
 
 
-def test_compiling_that_wins_nothing_never_pays(document):
+def test_break_even_is_never_without_saving(document):
     (info,) = (one["extra_info"] for one in document["benchmarks"] if "tiny-original-compile-" in one["name"])
     assert info["images_to_amortise"]["high"] is None
 
@@ -177,7 +177,7 @@ def test_read_back(document, cache, tmp_path):
 
 
 def test_no_launch_and_no_compile_of_a_single_uncompiled_launch(inner):
-    """With one launch there is no warm first call, no interval, no speed-up and no drift: null, never 0."""
+    """Without a warm first call, interval, speed-up and drift: null, never 0."""
     inner.run("--benchmark-save=a", launches=1, rounds=1)
     info, perf = inner.last()["benchmarks"][0]["extra_info"], inner.last()["perf"]
     assert info["first_picture_seconds"]["warm"] is None and info["first_picture_seconds"]["cold"] > 0

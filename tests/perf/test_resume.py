@@ -1,4 +1,4 @@
-"""Going on gives what would have been measured without a break, and only with the plan that it was begun with."""
+"""Resumed sessions: equal measurements, and rejection of other plans."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _cases():
 
 
 @pytest.mark.parametrize("case", _cases())
-def test_going_on_gives_what_no_break_gives(case):
-    """Cut after every event; and 30 times at random moments again and again, until it is whole."""
+def test_resumed_sessions_measure_the_same_as_uninterrupted_ones(case):
+    """Interrupted after every event, and 30 times at random moments repeatedly until complete."""
     plan, script, bad = _cases()[case]
     whole = Bench(plan, script, bad=bad)
     expected = result(whole.run())
@@ -50,7 +50,7 @@ def test_going_on_gives_what_no_break_gives(case):
         assert result(measurements) == expected, f"seed {seed}"
 
 
-def test_a_doubled_plan_goes_on_with_the_undecided_alone():
+def test_a_doubled_plan_continues_with_inconclusive_configurations_only():
     slots = (Slot(A), Slot(A, "base"), Slot(B), Slot(B, "base"))
     plan = Plan(slots, launches=3, rounds=1)
     bench = Bench(plan)
@@ -80,7 +80,7 @@ def test_a_doubled_plan_goes_on_with_the_undecided_alone():
         {"launch": 1},  # which was not loaded
     ],
 )
-def test_events_of_another_plan_are_refused(change):
+def test_events_of_another_plan_are_rejected(change):
     plan = Plan(THREE, launches=2, rounds=1)
     bench = Bench(plan)
     bench.run()
@@ -89,7 +89,7 @@ def test_events_of_another_plan_are_refused(change):
         Measurements(plan, [*events, {**events[1], **change}])
 
 
-def test_a_plan_agrees_with_itself_alone():
+def test_different_plans_have_different_dicts():
     plan = Plan(THREE, launches=2, rounds=1)
     same_name = Configuration(attention="original", steps=2, prompt="Another photo")
     others = [
@@ -102,3 +102,10 @@ def test_a_plan_agrees_with_itself_alone():
     ]
     assert same_name.id == A.id
     assert all(other.as_dict() != plan.as_dict() for other in others)
+
+
+def test_failure_kinds_of_earlier_versions_are_read():
+    plan = Plan(THREE, launches=1, rounds=1)
+    event = {"event": "failure", "slot": A.id, "launch": 0, "message": "x"}
+    assert Measurements(plan, [{**event, "kind": "wrong_picture"}]).by_name[A.id].failure == ("wrong_image", "x")
+    assert Measurements(plan, [{**event, "kind": "rubbish"}]).by_name[A.id].failure is None  # retried

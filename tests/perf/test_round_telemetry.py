@@ -1,4 +1,4 @@
-"""From samples and counters to one round, on series with known answers, and what makes a round invalid. Pure."""
+"""The summary of a round from known samples and counters, and the rules that invalidate a round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def samples(watts, period=0.02):
     return [Sample(seconds=i * period, power_watts=value) for i, value in enumerate(watts)]
 
 
-def test_without_an_energy_counter_power_is_integrated_and_said_so():
+def test_without_an_energy_counter_power_is_integrated():
     ramp = samples([100.0, 200.0, 300.0])
     round_ = summarise(Counters(0.0), Counters(0.05), ramp)
     assert round_.joules == pytest.approx(200.0 * 0.05) and round_.joules_source == "power_samples"
@@ -34,12 +34,12 @@ def test_too_few_samples_give_no_joules(watts):
 
 
 @pytest.mark.parametrize("begin, end", [(5000.0, 3.0), (5000.0, 5000.0), (None, 5.0), (5.0, None)])
-def test_an_energy_counter_that_was_reset_or_stands_still_is_none(begin, end):
+def test_a_reset_or_constant_energy_counter_is_ignored(begin, end):
     round_ = summarise(Counters(0.0, begin), Counters(1.0, end), samples([100.0, 100.0]))
     assert (round_.joules, round_.joules_source) == (100.0, "power_samples")
 
 
-def test_a_violation_counter_that_ran_backwards_is_null():
+def test_a_violation_counter_that_ran_backwards_is_none():
     begin, end = Counters(0.0, None, {"power": 9, "thermal": 1}), Counters(1.0, None, {"power": 3, "thermal": 4})
     assert summarise(begin, end, []).violation_nanoseconds == {"power": None, "thermal": 3}
 
@@ -79,21 +79,21 @@ def test_which_reasons_invalidate(reasons, invalid):
         ("thermal", None, None),
     ],
 )
-def test_violations_count_what_falls_between_two_samples(policy, milliseconds, invalid):
+def test_violations_include_throttling_between_samples(policy, milliseconds, invalid):
     nanoseconds = None if milliseconds is None else milliseconds * 10**6
     assert invalid_reason(replace(CLEAN, violation_nanoseconds={policy: nanoseconds})) == invalid
 
 
-def test_all_that_is_wrong_is_said_in_one_line():
+def test_all_reasons_are_in_one_line():
     bad = replace(CLEAN, throttle_reasons=("hw_slowdown",), foreign_pids=(7,), error="GPU is lost")
     assert invalid_reason(bad) == "device lost: GPU is lost; throttled: hw_slowdown; shared with pid 7"
 
 
-# --- strangers
+# --- foreign processes
 
 
 @pytest.mark.parametrize(
-    "listed, allowed, living, same_numbering, foreign",
+    "listed, allowed, alive, same_pid_namespace, foreign",
     [
         ([10, 11], [10, 11], 2, True, set()),
         ([10, 99], [10], 1, True, {99}),
@@ -106,5 +106,5 @@ def test_all_that_is_wrong_is_said_in_one_line():
         ([70001], [], 0, False, {70001}),
     ],
 )
-def test_foreign_pids(listed, allowed, living, same_numbering, foreign):
-    assert foreign_pids(listed, allowed, living, same_numbering) == foreign
+def test_foreign_pids(listed, allowed, alive, same_pid_namespace, foreign):
+    assert foreign_pids(listed, allowed, alive, same_pid_namespace) == foreign

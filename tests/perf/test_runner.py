@@ -1,4 +1,4 @@
-"""The order of turns, and what is kept of each round."""
+"""The measuring protocol: order of launches, retries, image checks and failures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fake_worker import Fake
 from protocol_bench import THREE, WRONG, A, Asked, B, Bench, C, result, seeds, wrong
 
 from perf.configurations.configuration import Configuration
-from perf.session.measurements import PASSING, RETRIES, Measurements, paired_medians
-from perf.session.plan import ROUND_APART, WARM_UP, Plan, Slot
+from perf.session.measurements import MAX_RETRIES, TRANSIENT_FAILURES, Measurements, paired_medians
+from perf.session.plan import SEED_STRIDE, WARM_UP_ROUND, Plan, Slot
 
 
-def test_turns_are_mirrored_every_other_launch():
+def test_odd_launches_run_in_reverse_order():
     bench = Bench(Plan(THREE, launches=3, rounds=2))
     measurements = bench.run()
     a, b, c = (slot.name for slot in THREE)
@@ -23,7 +23,7 @@ def test_turns_are_mirrored_every_other_launch():
     assert measurements.counts() == (0, 18)
 
 
-def test_side_by_side_the_variants_of_a_configuration_take_turns_round_by_round():
+def test_side_by_side_variants_alternate_rounds():
     slots = (Slot(A), Slot(A, "aa"), Slot(B), Slot(B, "aa"))
     bench = Bench(Plan(slots, launches=2, rounds=3, side_by_side=True))
     alive = []
@@ -46,7 +46,7 @@ def test_side_by_side_the_variants_of_a_configuration_take_turns_round_by_round(
     measurements = bench.run()
     a, aa, b, bb = (slot.name for slot in slots)
     assert bench.turns == [(0, a), (0, aa), (0, b), (0, bb), (1, bb), (1, b), (1, aa), (1, a)]
-    timed = [name for name, launch, seed in bench.asked if launch == 0 and seed < ROUND_APART * WARM_UP]
+    timed = [name for name, launch, seed in bench.asked if launch == 0 and seed < SEED_STRIDE * WARM_UP_ROUND]
     assert timed == [aa, a, a, aa, aa, a, bb, b, b, bb, bb, b]
     seeds_of_a = [seed for name, launch, seed in bench.asked if (name, launch) == (a, 0)]
     assert seeds_of_a[1:] == seeds(3)
@@ -56,7 +56,7 @@ def test_side_by_side_the_variants_of_a_configuration_take_turns_round_by_round(
 
 
 @pytest.mark.parametrize("operation", ["load", "round"])
-def test_side_by_side_a_failure_leaves_the_other_one(operation):
+def test_side_by_side_failure_does_not_affect_the_other_variant(operation):
     slots = (Slot(A), Slot(A, "base"))
     bench = Bench(
         Plan(slots, launches=2, rounds=3, side_by_side=True), errors={(f"{A.id}@base", 0): (operation, "died")}
@@ -67,10 +67,10 @@ def test_side_by_side_a_failure_leaves_the_other_one(operation):
     assert len(Bench(bench.plan, events=bench.events).run().by_name[f"{A.id}@base"].rounds()) == 6
 
 
-def test_a_launch_is_a_load_a_warm_up_and_rounds_with_latents_of_their_own():
+def test_a_launch_loads_warms_up_and_runs_rounds_with_different_seeds():
     bench = Bench(Plan(THREE[:1], launches=2, rounds=3))
     measured = bench.run().by_name[A.id]
-    warm_up = 1 + ROUND_APART * WARM_UP
+    warm_up = 1 + SEED_STRIDE * WARM_UP_ROUND
     assert [seed for _, launch, seed in bench.asked if launch == 1] == [warm_up, *seeds(3)]
     assert [event["event"] for event in bench.events] == 2 * ["load", "round", "round", "round", "round"]
     assert [event["round"] for event in bench.events[1:5]] == [None, 0, 1, 2]
@@ -79,21 +79,21 @@ def test_a_launch_is_a_load_a_warm_up_and_rounds_with_latents_of_their_own():
     assert first not in [one["seconds"] for one in measured.launches[0].rounds]
 
 
-@pytest.mark.parametrize("times", range(RETRIES + 2))
-def test_an_invalid_round_is_repeated_and_then_kept_as_invalid(times):
+@pytest.mark.parametrize("times", range(MAX_RETRIES + 2))
+def test_an_invalid_round_is_retried_and_then_stored_as_invalid(times):
     plan = Plan(THREE[:1], launches=1, rounds=3)
     bench = Bench(plan, bad={(A.id, 0, seeds(3)[1]): times})
     measurements = bench.run()
     launch = measurements.by_name[A.id].launches[0]
-    stayed = times > RETRIES
-    assert [seed for _, _, seed in bench.asked].count(seeds(3)[1]) == min(times, RETRIES) + 1
+    stayed = times > MAX_RETRIES
+    assert [seed for _, _, seed in bench.asked].count(seeds(3)[1]) == min(times, MAX_RETRIES) + 1
     assert [one["round"] for one in launch.rounds] == [0, 1, 2]
     assert [one["invalid"] for one in launch.rounds] == [None, "throttled" if stayed else None, None]
     assert len(launch.valid()) == 3 - stayed
-    assert measurements.counts() == (min(times, RETRIES + 1), min(times, RETRIES + 1) + 3 - stayed)
+    assert measurements.counts() == (min(times, MAX_RETRIES + 1), min(times, MAX_RETRIES + 1) + 3 - stayed)
 
 
-def test_more_than_a_fifth_invalid_is_an_invalid_session():
+def test_more_than_a_fifth_of_invalid_rounds_invalidates_the_session():
     plan = Plan(THREE[:1], launches=1, rounds=8)
     of_ten = Bench(plan, bad=dict.fromkeys([(A.id, 0, seed) for seed in seeds(2)], 1)).run()
     assert (of_ten.counts(), of_ten.invalid()) == ((2, 10), None)
@@ -105,14 +105,14 @@ def test_more_than_a_fifth_invalid_is_an_invalid_session():
     assert nothing.invalid() == "invalid_rounds 100 %, 20 % allowed"
 
 
-def drifting(factors, rounds: int = 1, slots=THREE, anchors=None) -> Measurements:
-    """A session in which launch n has its anchor multiplied by factors[n]."""
+def drifting(factors, rounds: int = 1, slots=THREE, reference_seconds=None) -> Measurements:
+    """A session in which the reference workload of launch n takes factors[n] times as long."""
     plan = Plan(slots, launches=len(factors), rounds=rounds)
     bench = Bench(plan)
     bench.run()
     for event in bench.events:
         if event["event"] == "round":
-            own = (anchors or {}).get(event["slot"], 0.001)
+            own = (reference_seconds or {}).get(event["slot"], 0.001)
             event["answer"]["anchor_seconds"] = own * factors[event["launch"]]
     return Measurements(plan, bench.events)
 
@@ -128,17 +128,17 @@ def drifting(factors, rounds: int = 1, slots=THREE, anchors=None) -> Measurement
         ([1] * 8 + [1.5], 0.0),  # a moment is no drift: medians
     ],
 )
-def test_an_anchor_that_moved_makes_the_session_invalid(factors, drift):
+def test_drift_of_the_reference_workload_invalidates_the_session(factors, drift):
     measurements = drifting(factors)
     assert measurements.drift() == pytest.approx(drift, abs=1e-9)
-    said = measurements.invalid()
-    assert (said is not None) == (drift > 0.03)
+    reason = measurements.invalid()
+    assert (reason is not None) == (drift > 0.03)
     assert drifting([1, 2], slots=THREE[:1]).drift() is None  # too few rounds
-    assert said is None or said == f"anchor_drift {100 * drift:.1f} %, 3 % allowed"
+    assert reason is None or reason == f"anchor_drift {100 * drift:.1f} %, 3 % allowed"
 
 
-def test_another_interpreter_with_another_anchor_is_no_drift():
-    """Which part of the session each has is chance, and all of it in a doubled plan's second half."""
+def test_a_different_speed_of_another_interpreter_is_no_drift():
+    """Interpreters may be unevenly distributed over the session, as in the second half of a doubled plan."""
     old = Configuration(attention="original", steps=2, interpreter="torch112")
     for slots in ((A, old), (A, B, old), (old, A, B)):
         for rounds in (1, 2, 3, 5):
@@ -149,10 +149,10 @@ def test_another_interpreter_with_another_anchor_is_no_drift():
 
 
 @pytest.mark.parametrize(
-    "kind", ["died", "hung", "rubbish", "failed", "out_of_memory", "unavailable", "usage", "bad_image"]
+    "kind", ["died", "hung", "invalid_response", "failed", "out_of_memory", "unavailable", "usage", "bad_image"]
 )
 @pytest.mark.parametrize("operation", ["load", "round"])
-def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
+def test_a_failure_stops_its_slot_only(kind, operation):
     plan = Plan(THREE, launches=3, rounds=2)
     bench = Bench(plan, errors={(B.id, 1): (operation, kind)})
     measurements = bench.run()
@@ -161,7 +161,7 @@ def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
     assert (2, B.id) not in bench.turns
     again = Bench(plan, events=bench.events)
     resumed = again.run()
-    if kind in PASSING:  # may not happen again
+    if kind in TRANSIENT_FAILURES:  # may not happen again
         assert resumed.by_name[B.id].failure is None
         assert len(resumed.by_name[B.id].rounds()) == 6
         assert again.turns == [(1, B.id), (2, B.id)]
@@ -171,19 +171,19 @@ def test_a_failure_stops_its_slot_and_leaves_the_others(kind, operation):
 
 
 @pytest.mark.parametrize("code", WRONG)
-def test_a_wrong_picture_stops_that_slot_only_and_stays_wrong(code):
+def test_a_wrong_image_stops_its_slot_permanently(code):
     plan = Plan(THREE, launches=2, rounds=2)
     bench = Bench(plan, wrong(WRONG[code]))
     measurements = bench.run()
     kind, message = measurements.by_name[B.id].failure
-    assert kind == "wrong_picture" and message.startswith(f"{code}: ")
+    assert kind == "wrong_image" and message.startswith(f"{code}: ")
     assert [len(measurements.by_name[one.id].rounds()) for one in (A, C)] == [4, 4]
     assert bench.turns.count((1, B.id)) == 0
     resumed = Bench(plan, events=bench.events).run()  # even by a worker that would be right now
     assert resumed.by_name[B.id].failure == (kind, message)
 
 
-def test_what_is_approximate_may_be_another_picture():
+def test_approximate_configurations_have_wider_bounds():
     one = Configuration(optimise="token_merging")
     changed = {"latent_relative_error": 0.5, "psnr_db": 10.0}
     plan = Plan((Slot(one),), launches=1, rounds=2)
@@ -193,7 +193,7 @@ def test_what_is_approximate_may_be_another_picture():
 
 
 def test_launches_are_paired_by_number():
-    """Where each side lacks another launch, what is left is still of the same moments."""
+    """If each side lacks a different launch, the remaining pairs still ran at the same time."""
     plan = Plan((Slot(A), Slot(B)), launches=3, rounds=1)
     measurements = Bench(plan).run()
     one, other = (measurements.by_name[name] for name in (A.id, B.id))
@@ -203,17 +203,17 @@ def test_launches_are_paired_by_number():
     assert paired_medians(one, other) == ([one.median(1)], [other.median(1)])
 
 
-def test_a_wrong_picture_stays_wrong_when_the_runner_is_killed_at_once():
+def test_a_wrong_image_survives_a_kill_after_its_event():
     plan = Plan(THREE[1:2], launches=1, rounds=2)
     whole = Bench(plan, wrong(WRONG["constant"], seed=1))
     expected = result(whole.run())
-    assert expected["slots"][B.id]["failure"][0] == "wrong_picture"
+    assert expected["slots"][B.id]["failure"][0] == "wrong_image"
     assert [event["event"] for event in whole.events] == ["load", "round", "round"]  # nothing comes after the picture
     for cut in range(len(whole.events) + 1):
         assert result(Bench(plan, whole.script, whole.events[:cut]).run()) == expected, cut
 
 
-def test_a_cached_output_is_noticed_in_any_round_but_not_in_a_repetition():
+def test_repeated_output_is_detected_except_in_retries():
     plan = Plan(THREE[1:2], launches=1, rounds=3)
     repeated = {"sha256": "7" * 64}
     script = wrong(repeated, nth=1)
@@ -226,7 +226,7 @@ def test_a_cached_output_is_noticed_in_any_round_but_not_in_a_repetition():
     assert Bench(plan, wrong(repeated, text.id)).run().by_name[text.id].failure is None
 
 
-def test_only_the_first_round_of_a_launch_is_compared_and_all_requests_have_their_limit():
+def test_only_the_first_round_is_compared_and_every_request_has_its_limit():
     asked = []
 
     class Recording(Asked):

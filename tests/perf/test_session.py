@@ -1,4 +1,4 @@
-"""Whole sessions, with a worker that measures nothing: what is kept, refused, gone on with and survived."""
+"""Whole sessions with a fake worker: results, errors, resuming and kills."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perf.configurations.configuration import Configuration
 from perf.launch.process import ROOT, Interpreter
 from perf.session import journal
 from perf.session.lock import DeviceBusy, DeviceLock
-from perf.session.measurements import RETRIES
+from perf.session.measurements import MAX_RETRIES
 from perf.session.plan import Slot
 from perf.session.run import judge_pairs, run
 from perf.session.runner import Limits
@@ -39,7 +39,7 @@ def command_of(script: dict) -> list[str]:
 
 
 def summary(session) -> dict:
-    """What was measured, but for the times of day."""
+    """The measurements of a session without times of day."""
     by_name = session.measurements.by_name
     return {
         "seconds": {
@@ -53,8 +53,8 @@ def summary(session) -> dict:
     }
 
 
-def test_what_one_configuration_compiled_does_not_warm_another(tmp_path):
-    """They have kernels in common; whoever keeps a cache wants one for all."""
+def test_configurations_have_separate_compile_caches(tmp_path):
+    """Configurations share kernels; a cache that the user keeps is one for all."""
 
     def caches(settings: Settings) -> list[str]:
         launches = Launches(settings, str(tmp_path))
@@ -69,7 +69,7 @@ def test_what_one_configuration_compiled_does_not_warm_another(tmp_path):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Makes every worker a fake one with the given script; locks and caches are this test's own."""
+    """Make every worker a fake one with a script; locks and caches are in the test's folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def become(**script):
@@ -84,11 +84,11 @@ def settings(folder: Path, **changes) -> Settings:
 
 
 def measure(folder: Path, configurations=(A, B), **changes):
-    """(session, what was said)"""
-    said: list[str] = []
-    session = run(settings(folder, **changes), list(configurations), said.append)
-    assert all(line.isprintable() for line in said)
-    return session, said
+    """(session, logged lines)"""
+    logged: list[str] = []
+    session = run(settings(folder, **changes), list(configurations), logged.append)
+    assert all(line.isprintable() for line in logged)
+    return session, logged
 
 
 def events(folder: Path) -> list[dict]:
@@ -110,11 +110,11 @@ def test_a_whole_session(fake, tmp_path):
 
 
 def test_references_are_made_once_and_shared(fake, tmp_path, capsys):
-    assert "making 1 reference picture(s) with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
+    assert "rendering 1 reference image(s) with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
     made = list((tmp_path / "references").iterdir())
     assert [path.suffix for path in made] == [".npz"]
     assert "reference" not in _stderr_of(capsys, tmp_path)
-    assert "making 2 reference picture(s)" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
+    assert "rendering 2 reference image(s)" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
     assert len(list((tmp_path / "references").iterdir())) == 3
 
 
@@ -123,7 +123,7 @@ def _stderr_of(capsys, folder: Path, configurations=(A, B)) -> str:
     return capsys.readouterr().err
 
 
-def test_without_a_reference_the_session_says_so(fake, tmp_path):
+def test_session_without_reference_images_is_unchecked(fake, tmp_path):
     fake(at=[{"op": "write_reference", "do": "error", "kind": "failed", "message": "no room"}])
     session, _ = measure(tmp_path)
     assert session.unchecked == {A.id: "no room", B.id: "no room"}
@@ -131,20 +131,22 @@ def test_without_a_reference_the_session_says_so(fake, tmp_path):
     fake()
     session, _ = measure(tmp_path, resume=True)  # what was measured without it stays unchecked
     assert set(session.unchecked) == {A.id, B.id}
-    assert "before its reference picture" in session.unchecked[B.id]
+    assert "before its reference image" in session.unchecked[B.id]
     missing = replace(A, checkpoint=str(tmp_path / "none.ckpt"))
     session, _ = measure(tmp_path, [missing], launches=1)
     assert session.unchecked == {missing.id: f"{tmp_path / 'none.ckpt'}: No such file or directory"}
 
 
-def test_a_wrong_reference_is_none(fake, tmp_path):
+def test_a_wrong_reference_image_is_not_stored(fake, tmp_path):
     fake(at=[{"op": "round", "id": A.id, "nth": 0, "do": "change", "image": {"constant": True}}])
     session, _ = measure(tmp_path)
-    assert session.unchecked[B.id] == "the reference itself is wrong: constant: a picture of one colour"
+    assert (
+        session.unchecked[B.id] == "the reference image is wrong: constant: every pixel of the image has the same value"
+    )
     assert list((tmp_path / "references").iterdir()) == []
 
 
-def test_nothing_can_be_measured_without_a_probe(fake, tmp_path):
+def test_failed_probe_ends_the_session(fake, tmp_path):
     fake(at=[{"op": "probe", "do": "exit", "words": "ImportError: no torch\n"}])
     with pytest.raises(
         SessionError, match=r"^nothing can be measured: the worker ended with status 3: ImportError: no torch$"
@@ -152,15 +154,15 @@ def test_nothing_can_be_measured_without_a_probe(fake, tmp_path):
         measure(tmp_path)
 
 
-def test_the_probe_is_asked_for_the_techniques_of_ours(fake, tmp_path):
-    """What no configuration can have is refused before anything is measured (tests/perf/test_worker.py has the answer)."""
+def test_probe_rejects_unknown_techniques(fake, tmp_path):
+    """Unknown techniques are rejected before measuring (tests/perf/test_worker.py has the worker's response)."""
     fake(at=[{"op": "probe", "do": "error", "kind": "usage", "message": "optimise 'fsat': choose a preset"}])
     with pytest.raises(SessionError, match=r"^nothing can be measured: optimise 'fsat': choose a preset$"):
         measure(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["unavailable", "out_of_memory"])
-def test_one_that_cannot_run_leaves_the_others(fake, tmp_path, kind):
+def test_an_unavailable_configuration_does_not_affect_others(fake, tmp_path, kind):
     fake(at=[{"op": "load", "id": B.id, "do": "error", "kind": kind, "message": "not here"}])
     found = summary(measure(tmp_path)[0])
     assert found["failures"] == {A.id: None, B.id: (kind, "not here")}
@@ -168,7 +170,7 @@ def test_one_that_cannot_run_leaves_the_others(fake, tmp_path, kind):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 6, 10])
-def test_an_interrupt_keeps_what_was_measured_and_is_gone_on_with(fake, tmp_path, monkeypatch, after):
+def test_interrupted_session_keeps_its_rounds_and_resumes(fake, tmp_path, monkeypatch, after):
     fake(noise=0.01)
     whole = summary(measure(tmp_path / "whole")[0])
     write, count = journal.Journal.write, iter(range(1000))
@@ -183,12 +185,12 @@ def test_an_interrupt_keeps_what_was_measured_and_is_gone_on_with(fake, tmp_path
         session, _ = measure(tmp_path)
     assert session.interrupted
     assert len(events(tmp_path)) == after + 1
-    session, said = measure(tmp_path, resume=True)
+    session, logged = measure(tmp_path, resume=True)
     assert summary(session) == whole
-    assert any(line.startswith("perf: going on from ") for line in said)
+    assert any(line.startswith("perf: resuming from ") for line in logged)
 
 
-def test_a_configuration_without_rounds_says_why(fake, tmp_path, monkeypatch):
+def test_configuration_without_rounds_has_a_reason(fake, tmp_path, monkeypatch):
     def stop(self, event, content):
         raise KeyboardInterrupt
 
@@ -198,7 +200,7 @@ def test_a_configuration_without_rounds_says_why(fake, tmp_path, monkeypatch):
     assert session.why_no_rounds(A.id) == "interrupted before its first round"
 
 
-def test_resume_is_refused_with_other_options_and_by_name(fake, tmp_path):
+def test_resume_rejects_other_options_by_name(fake, tmp_path):
     with pytest.raises(SessionError, match="there is no journal in"):
         measure(tmp_path, resume=True)
     measure(tmp_path)
@@ -219,28 +221,28 @@ def test_resume_is_refused_with_other_options_and_by_name(fake, tmp_path):
     assert summary(measure(tmp_path, resume=True)[0])["seconds"][B.id]["1"] == [0.01, 0.01]
 
 
-def test_a_journal_with_foreign_events_is_refused(fake, tmp_path):
+def test_resume_rejects_events_of_other_slots(fake, tmp_path):
     measure(tmp_path)
     path = journal.newest(tmp_path / "journal")
     with journal.Journal(path, after=journal.read(path)) as book:
         book.write("round", {"slot": "another", "launch": 0})
-    with pytest.raises(SessionError, match=r"cannot be gone on from .* start again without --perf-resume"):
+    with pytest.raises(SessionError, match=r"cannot be resumed .* start again without --perf-resume"):
         measure(tmp_path, resume=True)
 
 
-def test_a_damaged_journal_is_gone_on_from_and_that_is_said(fake, tmp_path):
+def test_damaged_journal_is_resumed_with_a_message(fake, tmp_path):
     fake(noise=0.01)
     whole = summary(measure(tmp_path)[0])
     path = journal.newest(tmp_path / "journal")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + b"\0" * 500)
-    session, said = measure(tmp_path, resume=True)
-    assert any("is damaged; it and what follows is measured again" in line for line in said)
+    session, logged = measure(tmp_path, resume=True)
+    assert any("is damaged; its round and later ones are measured again" in line for line in logged)
     assert summary(session) == whole
     assert journal.read(path).damage is None
 
 
-def test_a_full_disk_is_one_line_and_gone_on_from(fake, tmp_path, monkeypatch):
+def test_session_resumes_after_a_full_disk(fake, tmp_path, monkeypatch):
     fake(noise=0.01)
     whole = summary(measure(tmp_path / "whole")[0])
     count = iter(range(1000))
@@ -251,13 +253,13 @@ def test_a_full_disk_is_one_line_and_gone_on_from(fake, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.os, "fsync", full)
-        with pytest.raises(journal.JournalError, match=r"No space left on device; free some space and go on with"):
+        with pytest.raises(journal.JournalError, match=r"No space left on device; free some space and continue with"):
             measure(tmp_path)
     assert len(events(tmp_path)) == 7
     assert summary(measure(tmp_path, resume=True)[0]) == whole
 
 
-def test_a_device_that_another_process_measures_is_refused(fake, tmp_path, runner):
+def test_a_device_locked_by_another_process_is_rejected(fake, tmp_path, runner):
     with DeviceLock("cpu") as _, pytest.raises(DeviceBusy, match=rf"cpu is being measured by pid {os.getpid()}"):
         measure(tmp_path)
     with DeviceLock("cpu"):
@@ -267,7 +269,7 @@ def test_a_device_that_another_process_measures_is_refused(fake, tmp_path, runne
     assert "error" not in runner.end(runner.start(tmp_path, {}))
 
 
-def test_aa_is_the_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
+def test_aa_is_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
     fake(noise=0.001, counter=str(tmp_path / "count"))
     session, _ = measure(tmp_path, [A], aa=True, launches=6)
     assert session.decisions[A.id].verdict is Verdict.SAME
@@ -277,7 +279,7 @@ def test_aa_is_the_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
     assert session.decisions[A.id].ratio.estimate == pytest.approx(1.05, abs=0.005)
 
 
-def test_another_commit_is_measured_beside_and_once_more_as_much_where_undecided(fake, tmp_path, capsys):
+def test_another_commit_is_interleaved_and_doubled_if_inconclusive(fake, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     fake(noise=0.04, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
@@ -287,7 +289,7 @@ def test_another_commit_is_measured_beside_and_once_more_as_much_where_undecided
         assert sorted(session.measurements.by_name[name].launches) == list(range(12))
     assert session.measurements.by_name[A.id].launches[0].load["sd"] == str(ROOT)
     assert session.measurements.by_name[f"{A.id}@base"].launches[0].load["sd"] == str(other)
-    assert f"undecided after 6 launches, doubling them: {A.id}" in capsys.readouterr().err
+    assert f"inconclusive after 6 launches, doubling them: {A.id}" in capsys.readouterr().err
     resumed, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1, resume=True)
     assert summary(resumed) == summary(session)
     assert resumed.decisions == session.decisions
@@ -304,8 +306,8 @@ def test_an_invalid_session_has_no_verdict(fake, tmp_path):
     fake(noise=0.001, counter=str(tmp_path / "count"))
     session, _ = measure(tmp_path, [A], aa=True, launches=6, rounds=1)
     for measured in session.measurements.by_name.values():
-        measured.thrown_away = RETRIES
-    decision = judge_pairs(session.settings, session.measurements)[A.id]
+        measured.discarded = MAX_RETRIES
+    decision = judge_pairs(session.measurements, "aa", "itself", 0.01)[A.id]
     assert (decision.verdict, decision.code) == (Verdict.INVALID, "invalid_rounds")
 
 
@@ -314,15 +316,15 @@ def test_an_invalid_session_has_no_verdict(fake, tmp_path):
 
 @pytest.fixture(scope="module")
 def runner():
-    with SessionRunner([str(ROOT), str(FAKE.parent)]) as started:
+    with SessionRunner([str(ROOT), str(FAKE.parent), str(Path(__file__).parent)]) as started:
         yield started
 
 
 SCRIPT = {"noise": 0.02, "sleep": 0.002}
 
 
-def test_kill_9_of_the_runner_loses_nothing_that_was_journalled(runner, tmp_path):
-    """Sessions that are killed at random moments, resumed, killed again, until they come to their end."""
+def test_sigkill_loses_no_journalled_round(runner, tmp_path):
+    """Sessions killed at random moments and resumed until they are complete."""
     (tmp_path / "whole").mkdir()
     begin = time.monotonic()
     whole = runner.end(runner.start(tmp_path / "whole", SCRIPT))
@@ -353,15 +355,15 @@ def test_kill_9_of_the_runner_loses_nothing_that_was_journalled(runner, tmp_path
         assert {key: answer[key] for key in summary_keys(whole)} == {key: whole[key] for key in summary_keys(whole)}, (
             where
         )
-        assert all(line.isprintable() for line in answer["said"]), where
+        assert all(line.isprintable() for line in answer["logged"]), where
     assert len(journalled_at_a_kill) > 5, "the kills came all at the same moment"
 
 
 def summary_keys(answer: dict) -> list[str]:
-    return [key for key in answer if key != "said"]
+    return [key for key in answer if key != "logged"]
 
 
-def test_a_resumed_session_says_whose_lock_it_cleared(runner, tmp_path):
+def test_resumed_session_reports_the_stale_lock(runner, tmp_path):
     started = runner.start(tmp_path, {"sleep": 0.2})
     deadline = time.monotonic() + 20
     while not (tmp_path / "journal").exists() and time.monotonic() < deadline:
@@ -369,10 +371,10 @@ def test_a_resumed_session_says_whose_lock_it_cleared(runner, tmp_path):
     os.kill(started[0], signal.SIGKILL)
     assert runner.end(started) is None
     answer = runner.end(runner.start(tmp_path, {}, resume=journal.newest(tmp_path / "journal") is not None))
-    assert f"cleared the lock of cpu that was left by pid {started[0]}, since" in answer["said"][0]
+    assert f"cleared the stale lock of cpu, left by pid {started[0]}, since" in answer["logged"][0]
 
 
-def test_ctrl_c_at_random_moments_keeps_what_was_measured(runner, tmp_path):
+def test_ctrl_c_at_random_moments_keeps_measured_rounds(runner, tmp_path):
     draw, kept = random.Random(3), 0
     for number in range(6):
         folder = tmp_path / str(number)

@@ -1,4 +1,4 @@
-"""Intervals against scipy, against known answers, and as they cover synthetic noise."""
+"""Intervals compared with scipy and known results, and their coverage of synthetic noise."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_prediction_interval_is_students():
     assert (found.estimate, found.low, found.high) == pytest.approx(tuple(np.exp([gap, gap - half, gap + half])))
 
 
-def test_prediction_interval_holds_an_unchanged_session_19_times_of_20():
+def test_prediction_interval_includes_an_unchanged_session_in_95_percent():
     draw = random.Random(2)
     held = 0
     for _ in range(2000):
@@ -165,7 +165,7 @@ def test_twenty_pairs_take_less_than_a_third_of_a_second():
 
 @pytest.mark.parametrize("interval", [sign_interval, lambda d: paired_ratio([math.exp(x) for x in d], [1.0] * len(d))])
 def test_intervals_of_the_median_cover_it(interval, monkeypatch):
-    """Differences of ten launches, 3 % of them disturbed: 97.9 % by the ranks, and a little under 95 % by bootstrap."""
+    """Differences of ten launches, 3 % of them disturbed: 97.9 % by ranks, slightly under 95 % by bootstrap."""
     monkeypatch.setattr("perf.analysis.statistics.RESAMPLES", 999)  # more trials tell more here than more resamples
     draw = random.Random(7)
     centre = 0.0 if interval is sign_interval else 1.0
@@ -179,7 +179,7 @@ def test_intervals_of_the_median_cover_it(interval, monkeypatch):
     assert covered / 1000 == pytest.approx(expected, abs=0.016)
 
 
-def test_drift_finds_a_moving_anchor_and_forgives_one_disturbed_round():
+def test_drift_is_detected_and_robust_to_one_disturbed_round():
     still = [1.0, 1.001, 0.999, 1.0] * 6
     assert drift(still) < 0.002
     assert drift([*still[:5], 2.0, *still[6:]]) < 0.002
@@ -210,7 +210,7 @@ def test_summary_of_self_comparisons():
         self_comparison([])
 
 
-def test_images_until_compiling_has_paid():
+def test_break_even_of_exact_series():
     assert break_even(60.0, [3.0] * 10, [2.0] * 10) == BreakEven(60, 60, 60)
     assert break_even(60.5, [3.0] * 10, [2.0] * 10).estimate == 61
     assert break_even(0.0, [3.0] * 10, [2.0] * 10) == BreakEven(0, 0, 0)
@@ -220,7 +220,7 @@ def test_images_until_compiling_has_paid():
     assert found.low < 120 < found.high
 
 
-def test_compiling_that_has_not_been_shown_to_pay_never_does():
+def test_break_even_is_never_without_significant_saving():
     assert break_even(60.0, [2.0] * 10, [3.0] * 10) == BreakEven(None, None, None)
     unclear = break_even(60.0, [2.0, 3.0] * 5, [2.1, 2.8] * 5)
     assert (unclear.estimate, unclear.high) == (None, None)

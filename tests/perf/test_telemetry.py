@@ -1,4 +1,4 @@
-"""The GPU around a round: what is read, what is null, and what makes a round invalid. NVML itself is faked."""
+"""GPU telemetry of a round through a fake NVML."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from fake_nvml import (
     install_fixture,  # noqa: F401
 )
 
-from perf.machine.facts import GpuFacts, gpu_facts
-from perf.machine.nvml import NoTelemetry, open_device, open_visible_device
+from perf.machine.nvml import GpuFacts, NoTelemetry, open_device, open_visible_device
 from perf.machine.telemetry import (
     Monitor,
     RoundTelemetry,
@@ -81,7 +80,7 @@ def test_the_thread_samples_during_the_round(install):
     assert library.reads == reads
 
 
-def test_rounds_do_not_run_into_each_other(install):
+def test_rounds_are_independent(install):
     library = install()
     monitor = Monitor(open_device(UUID), NEVER)
     with pytest.raises(RuntimeError, match="start"):
@@ -96,7 +95,7 @@ def test_rounds_do_not_run_into_each_other(install):
     assert monitor.stop().throttle_reasons == ()
 
 
-def test_what_is_not_supported_is_null_and_makes_nothing_invalid(install):
+def test_unsupported_readings_are_none_and_valid(install):
     library = install()
     library.state.clear()
     monitor = Monitor(open_device(UUID), NEVER, Steps())
@@ -104,7 +103,7 @@ def test_what_is_not_supported_is_null_and_makes_nothing_invalid(install):
     round_ = monitor.stop()
     assert round_ == RoundTelemetry(seconds=round_.seconds) and round_.seconds > 0
     assert invalid_reason(round_) is None
-    facts = gpu_facts(open_device(UUID))
+    facts = open_device(UUID).facts()
     assert facts == GpuFacts(driver="580.65.06", cuda_driver=(13, 0))
 
 
@@ -118,7 +117,7 @@ def test_what_is_not_supported_is_null_and_makes_nothing_invalid(install):
         ("ComputeRunningProcesses_v3", "foreign_pids"),
     ],
 )
-def test_one_missing_read_leaves_the_others(install, missing, field):
+def test_one_missing_reading_does_not_affect_others(install, missing, field):
     library = install({missing: NVMLError(NOT_SUPPORTED)})
     round_ = watched(library)
     assert getattr(round_, field) is None
@@ -127,7 +126,7 @@ def test_one_missing_read_leaves_the_others(install, missing, field):
     assert all(getattr(round_, other) is not None for other in others)
 
 
-def test_one_unsupported_policy_is_null_among_the_others(install):
+def test_one_unsupported_policy_is_none(install):
     library = install({"ViolationStatus": {0: 0, 1: 5, 2: (1 << 64) - 1}})
     violations = watched(library).violation_nanoseconds
     assert violations["power"] == 0 and violations["thermal"] == 0
@@ -142,13 +141,13 @@ def test_one_unsupported_policy_is_null_among_the_others(install):
         ("ComputeRunningProcesses_v2", "ComputeRunningProcesses_v3", "foreign_pids"),
     ],
 )
-def test_older_drivers_are_asked_by_the_older_names(install, old, new, field):
+def test_older_drivers_are_read_by_their_function_names(install, old, new, field):
     library = install()
     library.state[old] = library.state.pop(new)
     assert getattr(watched(library), field) == {"temperature_celsius": 55}.get(field, ())
 
 
-def test_a_lost_gpu_is_an_error_and_is_asked_no_more(install):
+def test_a_lost_gpu_is_an_error_and_is_not_read_again(install):
     library = install()
 
     def lose():
@@ -162,7 +161,7 @@ def test_a_lost_gpu_is_an_error_and_is_asked_no_more(install):
     assert invalid_reason(round_) == "device lost: GPU is lost"
 
 
-def test_a_driver_that_blocks_holds_the_round_up_no_longer_than_that(install, monkeypatch):
+def test_a_blocked_driver_delays_the_round_by_a_limited_time(install, monkeypatch):
     monkeypatch.setattr("perf.machine.telemetry.JOIN_SECONDS", 0.01)
     library = install()
     monitor = Monitor(open_device(UUID), NEVER)
@@ -178,11 +177,11 @@ def test_a_driver_that_blocks_holds_the_round_up_no_longer_than_that(install, mo
     assert blocked.wait(10)
     round_ = monitor.stop()
     free.set()
-    assert invalid_reason(round_) == "device lost: NVML does not answer"
+    assert invalid_reason(round_) == "device lost: NVML does not respond"
 
 
 @pytest.mark.parametrize("after, changed", [(700_000, False), (695_000, False), (500_000, True), (900_000, True)])
-def test_a_power_limit_that_moved_is_invalid(install, after, changed):
+def test_a_changed_power_limit_is_invalid(install, after, changed):
     library = install()
     round_ = watched(library, lambda: library.state.update(EnforcedPowerLimit=after))
     assert invalid_reason(round_) == ("throttled: power_limit_changed" if changed else None)
@@ -191,7 +190,7 @@ def test_a_power_limit_that_moved_is_invalid(install, after, changed):
 def test_a_mig_instance_has_its_gpus_clocks_but_not_its_energy(install):
     library = install({"ComputeRunningProcesses_v3": [4]})
     device = open_device(MIG_UUID)
-    facts = gpu_facts(device)
+    facts = device.facts()
     assert facts.is_mig_instance and facts.uuid == MIG_UUID and facts.name == "NVIDIA H200 MIG 1g.18gb"
     round_ = watched(library, allowed_pids=[4], uuid=MIG_UUID)
     assert round_.sm_clock_mhz == 1980 and round_.temperature_celsius == 55 and round_.throttle_reasons == ()
@@ -199,23 +198,23 @@ def test_a_mig_instance_has_its_gpus_clocks_but_not_its_energy(install):
     assert round_.foreign_pids == ()
 
 
-def test_reasons_that_no_name_is_known_for_are_kept_and_harmless(install):
+def test_unknown_reasons_are_stored_and_valid(install):
     round_ = watched(install({"CurrentClocksEventReasons": 0x100000 | 0x2}))
     assert round_.throttle_reasons == ("applications_clocks_setting", "unknown_0x100000")
     assert invalid_reason(round_) is None
 
 
-# --- strangers
+# --- foreign processes
 
 
-def test_a_stranger_makes_the_round_invalid_even_when_it_has_left(install):
+def test_a_foreign_process_invalidates_the_round_even_if_it_has_ended(install):
     library = install({"ComputeRunningProcesses_v3": [1234, 5, 99]})
     round_ = watched(library, lambda: library.state.update(ComputeRunningProcesses_v3=[5]), allowed_pids=[5])
     assert round_.foreign_pids == (99, 1234)
     assert invalid_reason(round_) == "shared with pid 99, 1234"
 
 
-def test_in_a_container_only_living_workers_excuse_a_process(install, monkeypatch):
+def test_in_a_container_only_live_workers_account_for_processes(install, monkeypatch):
     monkeypatch.setattr("perf.machine.telemetry.in_initial_pid_namespace", lambda: False)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -224,12 +223,12 @@ def test_in_a_container_only_living_workers_excuse_a_process(install, monkeypatc
     assert watched(library, allowed_pids=[ended.pid]).foreign_pids == (4_200_001,)
 
 
-def test_this_machine_whatever_it_has():
-    """With a driver and without: a round is watched, nothing is 0 that was not read, and the facts are consistent."""
+def test_this_machine():
+    """With and without a driver: a round is monitored, unreadable values are not 0, and the facts are consistent."""
     device = open_visible_device()
     monitor = Monitor(device)
     monitor.start([os.getpid()])
     round_ = monitor.stop()
     assert round_.seconds > 0 and round_.joules != 0
     assert json.loads(json.dumps(round_.as_dict())) == round_.as_dict()
-    assert (gpu_facts(device).uuid is None) == isinstance(device, NoTelemetry)
+    assert (device.facts().uuid is None) == isinstance(device, NoTelemetry)

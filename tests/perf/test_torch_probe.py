@@ -13,7 +13,7 @@ from fake_machine import fake_torch_fixture, stand_in  # noqa: F401
 from perf.commands import checks
 from perf.commands.checks import CANNOT, OK, WARNING
 from perf.commands.torch_probe import compile_trial, runs_on, stack_facts
-from perf.machine.facts import GpuFacts
+from perf.machine.nvml import GpuFacts
 
 
 def test_the_stack_of_an_interpreter(fake_torch):

@@ -1,4 +1,4 @@
-"""Each rule: a slowdown that must come back SLOWER, the same thing twice that must come back SAME, and what lies between."""
+"""Verdict rules: injected slowdowns must be SLOWER, A/A comparisons must not."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ pairs = st.lists(st.tuples(st.floats(0.9, 1.1), st.floats(0.9, 1.1)), min_size=6
 
 @settings(max_examples=25, deadline=None)
 @given(pairs, st.floats(0.8, 1.25), st.integers(0, 9))
-def test_exchanging_head_and_base_turns_the_verdict_round(values, factor, seed):
+def test_exchanging_head_and_base_inverts_the_verdict(values, factor, seed):
     head, base = [a * factor for a, _ in values], [b for _, b in values]
     there, back = decide_paired(head, base, 0.01, seed), decide_paired(base, head, 0.01, seed)
     if there.verdict is FASTER:  # under 1 - m there is beyond 1 + m back
@@ -162,7 +162,7 @@ def test_exchanging_head_and_base_turns_the_verdict_round(values, factor, seed):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.5, 2.0), min_size=6, max_size=12), st.floats(0.1, 10))
-def test_exchanging_slow_and_fast_sessions_turns_the_verdict_round(history, current):
+def test_inverting_all_sessions_inverts_the_verdict(history, current):
     there = decide_against_history(current, history, 0.01).verdict
     back = decide_against_history(1 / current, [1 / value for value in history], 0.01).verdict
     if there is FASTER:
@@ -170,7 +170,7 @@ def test_exchanging_slow_and_fast_sessions_turns_the_verdict_round(history, curr
     assert (there, back) not in ((SLOWER, SLOWER), (FASTER, FASTER), (SLOWER, SAME))
 
 
-def test_the_same_data_are_judged_the_same():
+def test_verdicts_are_reproducible():
     head, base = interleaved(random.Random(9), 1.02)
     assert decide_paired(head, base, 0.01, "head base") == decide_paired(head, base, 0.01, "head base")
 
@@ -223,7 +223,7 @@ def test_exit_codes_are_the_promised_numbers():
 
 
 def test_against_one_named_session():
-    """The ratio is to that session, and the history says how much two sessions differ: a run equal to it is not slower."""
+    """The ratio is to that session, and the history gives the variation: an equal run is not slower."""
     history = [24.0, 24.1, 23.9, 24.05, 23.95, 24.02, 23.98]
     assert decide_against_history(25.3, history, 0.01).verdict is SLOWER
     same = decide_against_history(25.3, history, 0.01, "0009_slow", base=25.2)
@@ -232,8 +232,8 @@ def test_against_one_named_session():
     assert decide_against_history(26.6, history[:5], 0.01, base=25.2).ratio.estimate == pytest.approx(26.6 / 25.2)
 
 
-def test_the_interval_of_two_sessions_holds_no_change():
-    """95 % of pairs of sessions that differ by nothing but their offsets."""
+def test_interval_of_two_sessions_includes_no_change():
+    """95 % of pairs of sessions that differ by their offsets only."""
     seed = random.randrange(2**32)
     print(f"random.Random({seed})")
     draw, held = random.Random(seed), 0
