@@ -227,16 +227,15 @@ def test_layout_map_matches_the_tree():
     lines = re.sub(r"\n {20,}", " ", layout).splitlines()  # join continued lines
     packages, modules, top = set(), 0, None
     for line in lines:
-        match = re.match(r" {4}(?P<inner>  )?(?P<folder>[a-z_/]+)/ +(?P<modules>[^:]*)", line)
+        match = re.match(r" {4}(?P<inner>  )?(?P<folder>[a-z_/]+)/ +[^:]+(?:: (?P<modules>.+))?", line)
         if not match or not (match["inner"] or match["folder"] in ("sd", "perf")):
             continue
         top = top if match["inner"] else match["folder"]
         folder = ROOT / top / match["folder"] if match["inner"] else ROOT / top
         packages.add(folder)
-        if ":" in line:
-            for module in match["modules"].split(", "):
-                assert (folder / f"{module}.py").is_file(), f"{folder.relative_to(ROOT)}/{module}"
-                modules += 1
+        for module in filter(None, (match["modules"] or "").split(", ")):
+            assert (folder / f"{module}.py").is_file(), f"{folder.relative_to(ROOT)}/{module}"
+            modules += 1
     assert modules > 60
     assert packages == {path.parent for top in ("sd", "perf") for path in (ROOT / top).rglob("__init__.py")}
 
