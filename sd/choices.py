@@ -7,7 +7,12 @@ from pathlib import Path
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny" / "tiny.safetensors"  # of the model `tiny`
 
 MODELS = ("tiny", "sd1", "sd2", "sd2-v")  # sd.config.presets.PRESETS
-ATTENTION = ("original", "xformers", "mha", "sdpa")  # sd.attention.functions.FUNCTIONS
+ATTENTION = (  # sd.attention.functions.FUNCTIONS
+    "original",
+    "xformers",
+    "mha",
+    "sdpa",
+)
 ATTENTION_WITH_KERNELS = ("mha", "sdpa")  # implementations that accept a kernel choice
 SDPA_KERNELS = ("math", "mem_efficient", "flash", "cudnn")  # torch.nn.attention.SDPBackend
 ATTENTION_PRECISIONS = ("fp32", "input")  # dtype of QK^T in `original`
