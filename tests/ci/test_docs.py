@@ -59,7 +59,9 @@ def runnable(block: Block) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [document for document in DOCUMENTS if any(map(runnable, blocks(document)))], ids=named)
+@pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if any(map(runnable, blocks(document)))], ids=named
+)
 def test_commands_run(document, tmp_path):
     """Run all blocks of a document in order, in a copy of the repository."""
     copy = copy_of_the_repository(tmp_path / "clone")
@@ -169,7 +171,9 @@ def known_options(config) -> set[str]:
 
 def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
-    mains = [importlib.import_module(f"sd.{name}").main for name in ("txt2img", "img2img", "convert", "attention.__main__")]
+    mains = [
+        importlib.import_module(f"sd.{name}").main for name in ("txt2img", "img2img", "convert", "attention.__main__")
+    ]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])
