@@ -126,14 +126,7 @@ def exit_code(outcomes: Iterable[Outcome]) -> int:
 def history(folder: Path, run: SavedRun) -> Choice:
     """Return the stored sessions under `folder` that are of the run's machine and older than the run."""
     machine, start = run.machine, run.started_unix_seconds or 0.0
-    threads = machine["threads"]
-    choice = candidates(
-        folder,
-        machine,
-        str(machine["clock"]),
-        int(threads) if isinstance(threads, (int, float)) else None,
-        isolated=machine["isolated"] is True,
-    )
+    choice = candidates(folder, machine, machine["clock"], machine["threads"], machine["isolated"])
     return replace(choice, history=tuple(old for old in choice.history if (old.started_unix_seconds or 0.0) < start))
 
 

@@ -15,9 +15,9 @@ from workflow import AA, Refusal, add_to_summary, annotate, main, setting
 
 from perf.analysis.statistics import MIN_SESSIONS
 from perf.analysis.verdicts import Verdict
-from perf.report.results import Session, read_session
+from perf.report.results import read_session
 from perf.runs.baselines import judge
-from perf.runs.saved_run import BaselineError, SavedRun, read
+from perf.runs.saved_run import BaselineError, SavedRun, load, read
 from perf.runs.storage import save_numbered, saved_runs_in, storage_name
 
 KEEP = 12  # sessions of each machine and stack
@@ -25,9 +25,11 @@ LEAST = 8  # pruning must leave more than the MIN_SESSIONS of a verdict
 assert KEEP >= LEAST > MIN_SESSIONS
 
 
-def why_not(outcome: Outcome, session: Session, baselines: Path) -> str | None:
-    """Return the reason against a promotion, None without one. baselines: the folder of the machine's label."""
-    run = session.saved
+def why_not(outcome: Outcome, run: SavedRun, size: tuple[int, int], baselines: Path) -> str | None:
+    """Return the reason against a promotion, None without one.
+
+    size: launches and rounds of a complete session. baselines: the folder of the machine's label.
+    """
     if run.why_no_candidate:
         return run.why_no_candidate
     if outcome.status == UNMEASURED and outcome.series != AA:  # a failed A/A session is stored: it blocks the others
@@ -36,7 +38,7 @@ def why_not(outcome: Outcome, session: Session, baselines: Path) -> str | None:
     if run.invalid_rounds:
         return f"{run.invalid_rounds} of {run.total_rounds} rounds were invalid"
     sizes = {(len(benchmark.launches), len(rounds)) for benchmark in run.benchmarks for rounds in benchmark.launches}
-    if sizes != {(session.launches, session.rounds)}:
+    if sizes != {size}:
         return "it is not complete: a configuration lacks launches or rounds"
     if outcome.series == AA:
         return None
@@ -53,12 +55,11 @@ def why_not(outcome: Outcome, session: Session, baselines: Path) -> str | None:
     return None
 
 
-def store(outcome: Outcome, session: Session, baselines: Path) -> Path:
+def store(outcome: Outcome, run: SavedRun, baselines: Path) -> Path:
     """Write a session as SERIES/STACK/NNNN_commit_uuid.json."""
-    machine = session.saved.machine
-    folder = baselines / outcome.series / storage_name(machine)
-    uuid = str(machine.get("uuid") or "cpu").removeprefix("GPU-")[:8]
-    return save_numbered(folder, f"{outcome.sha[:12]}_{uuid}", session.document)
+    folder = baselines / outcome.series / storage_name(run.machine)
+    uuid = str(run.machine.get("uuid") or "cpu").removeprefix("GPU-")[:8]
+    return save_numbered(folder, f"{outcome.sha[:12]}_{uuid}", load(run.path))
 
 
 def prune(folder: Path, keep: int = KEEP) -> list[Path]:
@@ -98,10 +99,10 @@ def run() -> int:
             if outcome.sha != sha or outcome.against:
                 raise Refusal("it is not of this commit of main")
             session, _ = read_session(path)
-            reason = why_not(check(outcome, artifact, baselines / outcome.series), session, baselines)
-            if reason:
+            checked, size = check(outcome, artifact, baselines / outcome.series), (session.launches, session.rounds)
+            if reason := why_not(checked, session.saved, size, baselines):
                 raise Refusal(reason)
-            lines.append(f"{name}: promoted as {store(outcome, session, baselines).name}")
+            lines.append(f"{name}: promoted as {store(outcome, session.saved, baselines).name}")
         except (Refusal, BaselineError) as error:
             lines.append(f"{name}: not promoted: {without_path(error, path)}")
         lines += [f"{name}: pruned {old.name}" for old in prune(baselines / outcome.series)]
