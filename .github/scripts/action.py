@@ -6,7 +6,6 @@ measure`), exit-code (perf.analysis.verdicts.ExitCode) and run, the path of the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -23,10 +22,9 @@ from perf.configurations.configuration import CHOICES
 from perf.report.results import read_session
 from perf.report.summary import WORST_FIRST, markdown_summary
 from perf.report.text import markdown
+from perf.runs.fingerprints import sha256
 from perf.runs.saved_run import BaselineError
 from perf.runs.storage import save_numbered
-
-CHUNK_BYTES = 1 << 20
 
 
 def inputs() -> tuple[list[str], bool]:
@@ -67,12 +65,8 @@ def verified(path: Path) -> Path:
         return path
     if not re.fullmatch(r"[0-9a-f]{64}", expected) or not path.is_file():
         raise Refusal("the input ckpt-sha256 is 64 hex digits, of a file")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
-        raise Refusal(f"the checkpoint has the SHA-256 {digest.hexdigest()}, not that of ckpt-sha256")
+    if sha256(path) != expected:
+        raise Refusal(f"the checkpoint has the SHA-256 {sha256(path)}, not that of ckpt-sha256")
     return path
 
 

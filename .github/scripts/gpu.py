@@ -50,20 +50,18 @@ def problems(gpu: dict, promised: Machine) -> list[str]:
         degrees = float(gpu["temperature.gpu"])
     except ValueError:
         degrees = math.nan
-    warm = f"the GPU has {degrees:.0f} degrees, it must have less than {limit:g} to start"
-    unknown = f"the temperature cannot be read ({gpu['temperature.gpu']})"
+    driver, uuid, celsius = gpu["driver_version"], gpu["uuid"], gpu["temperature.gpu"]
+    temperature = f"the GPU has {degrees:.0f} degrees, it must have less than {limit:g}"
+    if math.isnan(degrees):
+        temperature = f"the temperature cannot be read ({celsius})"
+    series = f"the driver is {driver}, the label promises {promised.driver}*: a new series?"
+    persistence = "persistence mode is off: every launch loads the driver (nvidia-smi -pm 1)"
     checks = [
         (gpu["name"] == promised.gpu, f"the GPU is {gpu['name']}, the label promises {promised.gpu}"),
-        (
-            gpu["driver_version"].startswith(promised.driver),
-            f"the driver is {gpu['driver_version']}, the label promises {promised.driver}*: a new series?",
-        ),
-        (not promised.uuids or gpu["uuid"] in promised.uuids, f"{gpu['uuid']} is none of this label's GPUs"),
-        (
-            gpu["persistence_mode"] == "Enabled",
-            "persistence mode is off: each launch would load the driver again (nvidia-smi -pm 1)",
-        ),
-        (degrees < limit, unknown if math.isnan(degrees) else warm),
+        (driver.startswith(promised.driver), series),
+        (not promised.uuids or uuid in promised.uuids, f"{uuid} is none of this label's GPUs"),
+        (gpu["persistence_mode"] == "Enabled", persistence),
+        (degrees < limit, temperature),
     ]
     return [message for ok, message in checks if not ok] + [f"foreign process: {row}" for row in gpu["processes"]]
 

@@ -136,9 +136,9 @@ def check(outcome: Outcome, folder: Path, baselines: Path | None) -> Outcome:
     baselines: the stored sessions of the series, of which no configuration may be missing; None for a paired session.
     """
     path = folder / RUN
-    if path.is_symlink() or not path.is_file():
-        return replace(outcome, has_run=False).failed("no saved run")
     try:
+        if path.is_symlink() or not path.is_file():
+            raise BaselineError("no saved run")
         run = read(path)
         judgement = judge(run, history(baselines, run) if baselines else Choice(), margin=0.01)
     except BaselineError as error:

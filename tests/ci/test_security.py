@@ -185,7 +185,7 @@ def test_names_become_file_names(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ESCAPING_PATHS if name.isprintable()])
-def test_a_picture_is_only_looked_for_beside_its_run(tmp_path, name, monkeypatch):
+def test_images_are_searched_only_beside_their_run(tmp_path, name, monkeypatch):
     """Names of configurations and references in a saved run do not select other folders."""
     run = document()
     for benchmark in run["benchmarks"][:1]:
