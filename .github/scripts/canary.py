@@ -1,7 +1,7 @@
-"""Can the gate fail? A slowdown of 5 % is injected and must come back SLOWER; without it the same must come back SAME.
+"""Verify that the gate can fail: an injected slowdown of 5 % must be SLOWER, and the same session without it must be SAME.
 
-Both go the way that every measurement goes: `pytest perf`, its verdicts, its exit code. One configuration is enough, in
-two labels that take turns in one session. A detector that is never seen to detect is one that has been silenced.
+Both trials use the commands of every measurement: `pytest perf`, its verdicts, its exit code. Each compares one configuration
+under two labels in one session.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import outcomes
-from house import AA, Refusal, given, machine, main, out_folder, summary
 from measure import pytest_perf, record_environment
-from outcomes import PYTEST_SAYS, RUN, Outcome
+from outcomes import PYTEST_FAILURES, RUN, STATUS, Outcome, decisions, exit_code, without_path
+from workflow import AA, Refusal, add_to_summary, machine, main, out_folder, setting
 
 from perf.analysis.verdicts import ExitCode, Verdict
 from perf.report.text import markdown
 from perf.runs.saved_run import BaselineError, read
 
 SLOWDOWN = "0.05"
-WHAT = ("--model", "sd2", "--attention", "sdpa", "--batch", "1", "--steps", "20")
-# series -> further options, the exit code that is right, the verdict that is
+CONFIGURATION = "--model sd2 --attention sdpa --batch 1 --steps 20"
+# series -> further options, expected exit code, expected verdict
 TRIALS = {
     AA: ((), ExitCode.OK, Verdict.SAME),
     "canary": ((f"--perf-inject-slowdown={SLOWDOWN}",), ExitCode.SLOWER, Verdict.SLOWER),
@@ -30,47 +30,48 @@ TRIALS = {
 
 
 def trial(series: str, out: Path) -> Outcome:
-    """One session, and whether the gate said what it must."""
-    more, right_code, right = TRIALS[series]
-    what = shlex.split(os.environ["WHAT"]) if os.environ.get("WHAT") else WHAT
-    options = ["-m", "matrix", *what, "--device", given("DEVICE", "cuda"), *shlex.split(os.environ.get("MORE", ""))]
-    code = pytest_perf([*options, "--perf-aa", *more], out / series / RUN, out.parent / "storage" / series)
-    made = Outcome(given("LABEL"), series, given("GITHUB_SHA"), ExitCode.FAILED)
-    if code not in (*outcomes.KINDS, ExitCode.FAILED):
-        return _replaced(made, PYTEST_SAYS.get(code, f"pytest ended with {code}"), out / series)
+    """Run one session, and compare its exit code and verdicts with the expected ones."""
+    more, expected_code, expected = TRIALS[series]
+    path = out / series / RUN
+    selection = (
+        f"{os.environ.get('WHAT') or CONFIGURATION} --device {setting('DEVICE', 'cuda')} {os.environ.get('MORE', '')}"
+    )
+    options = ["-m", "matrix", *shlex.split(selection), "--perf-aa", *more]
+    code = pytest_perf(options, path, out.parent / "storage" / series)
+    failed = Outcome(setting("LABEL"), series, setting("GITHUB_SHA"), ExitCode.FAILED, has_run=path.is_file())
+    if code not in (*STATUS, ExitCode.FAILED):
+        return failed.failed(PYTEST_FAILURES.get(code, f"pytest exited with {code}"))
     try:
-        session = read(out / series / RUN)
-        verdicts = [one.verdict for one in outcomes.decisions(session)]
+        session = read(path)
     except BaselineError as error:
-        return _replaced(made, f"it left no run that can be read: {str(error).rpartition('/')[2]}", out / series)
-    if code == ExitCode.FAILED:  # a machine that was not quiet says nothing about the gate
-        return _replaced(made, f"could not measure: {session.invalid or PYTEST_SAYS[1]}", out / series)
-    said = ", ".join(one.value for one in verdicts) or "no verdict"
-    if code == right_code and verdicts and all(one is right for one in verdicts):
-        return Outcome(made.label, series, made.sha, ExitCode.OK, (f"came back {said}, as it must",), has_run=True)
-    return _replaced(made, f"THE GATE DOES NOT WORK: came back {said} and exit {code}, not {right.value}", out / series)
-
-
-def _replaced(made: Outcome, reason: str, folder: Path) -> Outcome:
-    return Outcome(made.label, made.series, made.sha, made.exit_code, (reason,), has_run=(folder / RUN).is_file())
+        return failed.failed(f"no valid run: {without_path(error, path)}")
+    if code == ExitCode.FAILED:  # a noisy machine is no evidence against the gate
+        return failed.failed(f"could not measure: {session.invalid or PYTEST_FAILURES[1]}")
+    verdicts = {decision.verdict for decision in decisions(session)}
+    names = ", ".join(sorted(verdict.value for verdict in verdicts)) or "no verdict"
+    result = f"{names} with exit code {code}"
+    if code == expected_code and verdicts == {expected}:
+        return replace(failed, exit_code=ExitCode.OK, reasons=(f"{result}, as expected",))
+    return failed.failed(f"THE GATE DOES NOT WORK: {result}, expected {expected.value}")
 
 
 def run() -> int:
-    """Both trials, whatever came of the first."""
-    machine(given("LABEL"))
-    out, found = out_folder(), []
+    """Run both trials, whatever the outcome of the first."""
+    machine(setting("LABEL"))
+    out = out_folder()
     try:
-        record_environment(out, given("DEVICE", "cuda"))
+        record_environment(out, setting("DEVICE", "cuda"))
+        outcomes = [trial(series, out) for series in TRIALS]
     except Refusal as refusal:
-        found = [Outcome(given("LABEL"), one, given("GITHUB_SHA"), ExitCode.FAILED, (str(refusal),)) for one in TRIALS]
-    found = found or [trial(series, out) for series in TRIALS]
-    status = outcomes.exit_code(found)
-    lines = [f"{one.label} {one.series}: {'; '.join(one.reasons)}" for one in found]
-    for one in found:
-        one.write(out / one.series)
+        unfit = Outcome(setting("LABEL"), "-", setting("GITHUB_SHA"), ExitCode.FAILED, (str(refusal),))
+        outcomes = [replace(unfit, series=series) for series in TRIALS]
+    for outcome in outcomes:
+        outcome.write(out / outcome.series)
+    lines = [f"{outcome.label} {outcome.series}: {'; '.join(outcome.reasons)}" for outcome in outcomes]
+    status = exit_code(outcomes)
     print("\n".join(lines), flush=True)
-    listed = "\n".join(f"- {markdown(line)}" for line in lines)
-    summary(f"## canary: the gate {'works' if status == ExitCode.OK else 'has not been seen to work'}\n\n{listed}")
+    title = "the gate works" if status == ExitCode.OK else "the gate is not shown to work"
+    add_to_summary(f"## canary: {title}\n\n" + "\n".join(f"- {markdown(line)}" for line in lines))
     return status
 
 

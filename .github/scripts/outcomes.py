@@ -1,30 +1,30 @@
-"""What came of one measurement, and how it is said: could not measure and slower are two things, everywhere.
+"""The outcome of one measurement. `could not measure` and `slower` are never confused.
 
-An outcome travels from the machine that measured to the one that publishes, as data: it is read as strictly as a saved run.
+The measuring machine writes an outcome as JSON; the publishing machine validates it as strictly as a saved run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from house import NAME, SHA, Refusal, read_json
+from workflow import NAME, SHA, Refusal, annotate, fleet, read_json
 
-from perf.analysis.verdicts import ExitCode, Verdict
+from perf.analysis.verdicts import Decision, ExitCode, Verdict
 from perf.runs.baselines import Choice, candidates, judge
 from perf.runs.saved_run import BaselineError, SavedRun, read
 
 SCHEMA = 1
 NOT_SLOWER, SLOWER, INCONCLUSIVE, UNMEASURED = "not slower", "slower", "inconclusive", "could not measure"
-KINDS = {ExitCode.OK: NOT_SLOWER, ExitCode.SLOWER: SLOWER, ExitCode.INCONCLUSIVE: INCONCLUSIVE}
+STATUS = {ExitCode.OK: NOT_SLOWER, ExitCode.SLOWER: SLOWER, ExitCode.INCONCLUSIVE: INCONCLUSIVE}
 WORST_FIRST = (UNMEASURED, SLOWER, INCONCLUSIVE, NOT_SLOWER)
 FILE, RUN = "outcome.json", "run.json"
-PYTEST_SAYS = {
-    1: "a picture was wrong, or a configuration could not be measured",
-    2: "it was interrupted",
-    3: "pytest failed in itself",
+PYTEST_FAILURES = {
+    1: "an image failed its check, or a configuration could not be measured",
+    2: "the session was interrupted",
+    3: "internal error of pytest",
     4: "the command line or the baseline was refused",
     5: "no configuration was selected",
 }
@@ -32,7 +32,11 @@ PYTEST_SAYS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One series on one machine. exit_code: perf.analysis.verdicts.ExitCode; missing: configurations that the baseline has."""
+    """The outcome of one series on one machine.
+
+    exit_code: of pytest or perf.analysis.verdicts.ExitCode. missing: configurations of the baseline that were not measured. new:
+    configurations without a baseline. against: the other commit of a paired session.
+    """
 
     label: str
     series: str
@@ -45,98 +49,119 @@ class Outcome:
     has_run: bool = False
 
     @property
-    def kind(self) -> str:
-        """What the exit code means."""
-        return KINDS.get(self.exit_code, UNMEASURED)
+    def status(self) -> str:
+        """One of WORST_FIRST, from the exit code."""
+        return STATUS.get(self.exit_code, UNMEASURED)
+
+    def failed(self, reason: str) -> Outcome:
+        """Return this outcome as `could not measure`, with one more reason. A failing exit code is preserved."""
+        code = self.exit_code if self.status == UNMEASURED else int(ExitCode.FAILED)
+        return replace(self, exit_code=code, reasons=(*self.reasons, reason))
 
     def write(self, folder: Path) -> None:
-        """Leave it beside its run."""
+        """Write the outcome beside its run."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1), encoding="utf-8")
 
 
+def _matches(pattern):
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and len(text) < 1000 for text in value)
+
+
+VALID = {
+    "label": _matches(NAME),
+    "series": _matches(NAME),
+    "sha": _matches(SHA),
+    "exit_code": lambda value: type(value) is int,
+    "reasons": _texts,
+    "missing": _texts,
+    "new": _texts,
+    "against": lambda value: value is None or _matches(SHA)(value),
+    "has_run": lambda value: type(value) is bool,
+}
+
+
 def load(folder: Path) -> Outcome:
-    """The outcome in a folder. Raises Refusal for anything that `write` does not write."""
+    """Read the outcome in a folder. Raises Refusal for anything that `Outcome.write` does not write."""
     document = read_json(folder / FILE)
-    if document.pop("schema", None) != SCHEMA or document.keys() != Outcome.__dataclass_fields__.keys():
+    if document.pop("schema", None) != SCHEMA or document.keys() != VALID.keys():
         raise Refusal(f"{FILE}: is no outcome of this version")
-    for key, known in (("label", NAME), ("series", NAME), ("sha", SHA)):
-        if not isinstance(document[key], str) or not known.fullmatch(document[key]):
-            raise Refusal(f"{FILE}: {key} is not what it should be")
-    for key in ("reasons", "missing", "new"):
-        texts = document[key]
-        if not isinstance(texts, list) or not all(isinstance(one, str) and len(one) < 1000 for one in texts):
-            raise Refusal(f"{FILE}: {key} is no list of texts")
-        document[key] = tuple(texts)
-    against = document["against"]
-    if type(document["exit_code"]) is not int or type(document["has_run"]) is not bool:
-        raise Refusal(f"{FILE}: exit_code or has_run is not what it should be")
-    if against is not None and not (isinstance(against, str) and SHA.fullmatch(against)):
-        raise Refusal(f"{FILE}: against is no commit")
-    return Outcome(**document)
+    for key, valid in VALID.items():
+        if not valid(document[key]):
+            raise Refusal(f"{FILE}: the value of {key} is invalid")
+    return Outcome(**{key: tuple(value) if isinstance(value, list) else value for key, value in document.items()})
+
+
+def collect(artifacts: Path, sha: str) -> Iterator[tuple[Outcome, Path | None]]:
+    """Yield the outcomes under `perf-LABEL/SERIES`, each with its folder.
+
+    An invalid outcome is `could not measure` for `sha`, without a folder: its run is not used.
+    """
+    known = fleet()
+    for path in sorted(artifacts.glob(f"*/*/{FILE}")):
+        folder, series = path.parent, path.parent.name
+        label = folder.parent.name.partition("-")[2]
+        if label not in known or not NAME.fullmatch(series) or folder.is_symlink():
+            annotate("warning", f"ignored: {folder.parent.name}/{series}: no machine of the fleet")
+            continue
+        try:
+            outcome = load(folder)
+            if (outcome.label, outcome.series) != (label, series):
+                raise Refusal(f"{FILE}: belongs to {outcome.label} {outcome.series}")
+            yield outcome, folder
+        except Refusal as refusal:
+            yield Outcome(label, series, sha, ExitCode.FAILED, (f"invalid outcome: {refusal}",)), None
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """The worst of several: what could not be measured, then what is slower, then what is not known."""
-    ranked = sorted(outcomes, key=lambda one: WORST_FIRST.index(one.kind))
-    if not ranked or ranked[0].kind == UNMEASURED:
-        return ExitCode.FAILED
-    return ranked[0].exit_code
+    """Return the worst exit code: could not measure, slower, inconclusive, not slower."""
+    worst = min(outcomes, key=lambda outcome: WORST_FIRST.index(outcome.status), default=None)
+    return ExitCode.FAILED if worst is None or worst.status == UNMEASURED else worst.exit_code
 
 
 def history(folder: Path, run: SavedRun) -> Choice:
-    """The stored sessions under a folder that a run may be judged against: of its machine, and older than itself."""
-    facts = run.machine
-    threads = facts["threads"]
-    choice = candidates(
-        folder,
-        facts,
-        str(facts["clock"]),
-        int(threads) if isinstance(threads, (int, float)) else None,
-        isolated=facts["isolated"] is True,
-    )
-    begin = run.started_unix_seconds or 0.0
-    return replace(choice, history=tuple(one for one in choice.history if (one.started_unix_seconds or 0.0) < begin))
+    """Return the stored sessions under `folder` that are of the run's machine and older than the run."""
+    machine, start = run.machine, run.started_unix_seconds or 0.0
+    choice = candidates(folder, machine, machine["clock"], machine["threads"], machine["isolated"])
+    return replace(choice, history=tuple(old for old in choice.history if (old.started_unix_seconds or 0.0) < start))
 
 
-def examine(outcome: Outcome, folder: Path, baselines: Path | None) -> Outcome:
-    """An outcome with what pytest's exit code does not say: a configuration that is stored and was not measured fails.
+def check(outcome: Outcome, folder: Path, baselines: Path | None) -> Outcome:
+    """Validate an outcome against its saved run in `folder`. A contradiction with the exit code is a failure.
 
-    folder: where its run is, if it has one; baselines: its series, None for a run that is compared in itself. What
-    contradicts the exit code is a failure too, whoever wrote it.
+    baselines: the stored sessions of the series, of which no configuration may be missing; None for a paired session.
     """
-    reasons = list(outcome.reasons)
     path = folder / RUN
-    if not path.is_file() or path.is_symlink():
-        return replace(
-            outcome, has_run=False, exit_code=_at_least_failed(outcome), reasons=(*reasons, "it left no run")
-        )
     try:
+        if path.is_symlink() or not path.is_file():
+            raise BaselineError("no saved run")
         run = read(path)
         judgement = judge(run, history(baselines, run) if baselines else Choice(), margin=0.01)
     except BaselineError as error:
-        said = str(error).replace(f"{path}: ", "")
-        return replace(outcome, has_run=False, exit_code=_at_least_failed(outcome), reasons=(*reasons, said))
-    code = outcome.exit_code
+        return replace(outcome, has_run=False).failed(without_path(error, path))
+    outcome = replace(outcome, missing=judgement.missing, new=judgement.new, has_run=True)
     if judgement.missing:
-        code = _at_least_failed(outcome)
-        reasons.append("configurations that are in the baseline were not measured")
-    words = {decision.verdict for decision in decisions(run)}
+        outcome = outcome.failed("configurations of the baseline were not measured")
+    verdicts = {decision.verdict for decision in decisions(run)}
     if run.invalid:
-        code, reasons = _at_least_failed(outcome), [*reasons, f"the session is invalid: {run.invalid}"]
-    elif code in KINDS and Verdict.INVALID in words:
-        code, reasons = ExitCode.FAILED, [*reasons, "a verdict is INVALID"]
-    elif KINDS.get(code) in (NOT_SLOWER, INCONCLUSIVE) and (run.regressed or Verdict.SLOWER in words):
-        code, reasons = ExitCode.SLOWER, [*reasons, "the run says SLOWER, its exit code did not"]
-    return replace(
-        outcome, exit_code=code, reasons=tuple(reasons), missing=judgement.missing, new=judgement.new, has_run=True
-    )
+        return outcome.failed(f"the session is invalid: {run.invalid}")
+    if outcome.status != UNMEASURED and Verdict.INVALID in verdicts:
+        return outcome.failed("a verdict is INVALID")
+    if outcome.status in (NOT_SLOWER, INCONCLUSIVE) and (run.regressed or Verdict.SLOWER in verdicts):
+        reasons = (*outcome.reasons, f"the run has the verdict SLOWER, but exit code {outcome.exit_code}")
+        return replace(outcome, exit_code=ExitCode.SLOWER, reasons=reasons)
+    return outcome
 
 
-def _at_least_failed(outcome: Outcome) -> int:
-    return outcome.exit_code if outcome.kind == UNMEASURED else int(ExitCode.FAILED)
+def decisions(run: SavedRun) -> list[Decision]:
+    """Return the verdicts stored in a run."""
+    return [benchmark.decision for benchmark in run.benchmarks if benchmark.decision is not None]
 
 
-def decisions(run: SavedRun) -> list:
-    """The verdicts that stand in a run."""
-    return [one.decision for one in run.benchmarks if one.decision is not None]
+def without_path(error: Exception, path: Path) -> str:
+    """Return the message without the path of the file, which is one of this job alone."""
+    return str(error).replace(f"{path}: ", "")

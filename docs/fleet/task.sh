@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One task of a fleet: the part of the matrix that its index names, measured on one GPU. For slurm.sh and kubernetes.yaml.
+# Measure one line of the matrix, selected by the task index, on one GPU. For slurm.sh and kubernetes.yaml.
 #
-#   SD_PERF_OUT      where all tasks write, on a file system that they share (default: ./fleet)
+#   SD_PERF_OUT      output folder of all tasks, on a shared file system (default: ./fleet)
 #   SD_PERF_PYTHON   the Python of the environment (default: .venv/bin/python)
-#   SD_PERF_DEVICE   cuda, or cpu to try it (default: cuda; a GPU that is not there is an error, never a CPU measured)
-#   SD_PERF_DRY_RUN  not empty: print the command and end
+#   SD_PERF_DEVICE   cuda, or cpu to try it (default: cuda; a missing GPU is an error)
+#   SD_PERF_DRY_RUN  not empty: print the command and exit
 #
-# Arguments go to pytest: `bash docs/fleet/task.sh --collect-only -q` lists what a task would measure.
+# Arguments go to pytest: `bash docs/fleet/task.sh --collect-only -q` lists the configurations of a task.
 set -euo pipefail
 
-# A line a task. What is to be compared belongs into one line: it is then measured in turns, on one GPU.
+# One line per task. Configurations in one line take turns on one GPU, so put those that you compare in one line.
 matrix=(
     "-m published --batch 1"
     "-m published --batch 2"
@@ -26,7 +26,7 @@ fi
 read -ra options <<<"${matrix[$index]}"
 python=${SD_PERF_PYTHON:-.venv/bin/python}
 device=${SD_PERF_DEVICE:-cuda}
-# A folder a task and machine: no two tasks write into one, and `python -m perf merge` joins them.
+# Each task and machine has its own folder; `python -m perf merge` joins them.
 runs=$(realpath -m -- "${SD_PERF_OUT:-fleet}")/$HOSTNAME-$index
 command=("$python" -m pytest perf "${options[@]}" --device "$device" --benchmark-storage "file://$runs" --benchmark-autosave "$@")
 
@@ -36,6 +36,6 @@ if [ -n "${SD_PERF_DRY_RUN:-}" ]; then
     exit
 fi
 if [[ " $* " != *" --collect-only "* ]]; then
-    "$python" -m perf doctor --device "$device" --no-compile # a machine that cannot measure ends here, with the reason
+    "$python" -m perf doctor --device "$device" --no-compile # ends here on an unfit machine
 fi
 exec "${command[@]}"

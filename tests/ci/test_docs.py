@@ -1,4 +1,4 @@
-"""The documents tell the truth: commands run, links lead somewhere, what they name exists."""
+"""Tests of the documents: commands run; links, files, options and names exist."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ except ImportError:  # Python 3.10
 
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = [block for block in ALL if block.language in SHELLS]
-SECONDS = 120  # of one block, at most
-# Of programs that are not ours.
+SECONDS = 120  # timeout of one block
+# Options of external programs.
 FOREIGN_OPTIONS = {
     *("--notest", "--check"),  # tox, ruff
     *("--gres", "--exclusive"),  # sbatch
@@ -59,9 +59,11 @@ def runnable(block: Block) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [one for one in DOCUMENTS if any(map(runnable, blocks(one)))], ids=named)
+@pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if any(map(runnable, blocks(document)))], ids=named
+)
 def test_commands_run(document, tmp_path):
-    """One after the other, as a reader would, in a copy of the repository."""
+    """Run all blocks of a document in order, in a copy of the repository."""
     copy = copy_of_the_repository(tmp_path / "clone")
     for block in filter(runnable, blocks(document)):
         if block.rule == "put into":
@@ -85,7 +87,7 @@ def test_commands_run(document, tmp_path):
 
 
 def put(block: Block, copy) -> None:
-    """Insert the block before the one line that the comment names, as a reader with an editor would."""
+    """Insert the block before the line that its comment names."""
     path = copy / block.values["file"]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     (place,) = [number for number, line in enumerate(lines) if line.strip().startswith(block.values["before"])]
@@ -93,7 +95,7 @@ def put(block: Block, copy) -> None:
     path.write_text("".join([*lines[:place], block.text, space, *lines[place:]]), encoding="utf-8")
 
 
-def test_a_command_that_fails_is_noticed(tmp_path):
+def test_failing_command_fails_the_block(tmp_path):
     for text, rule, values, expected in (
         ("false\ntrue\n", "run", {}, 1),
         ("(exit 3)\n", "may exit", {"status": "1"}, 1),
@@ -106,23 +108,23 @@ def test_a_command_that_fails_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
-def test_every_block_is_run_or_says_why_not(document):
+def test_every_block_runs_or_has_a_reason(document):
     for block in blocks(document):
-        assert block.rule is not None, f"{block.where}: the comment before it means nothing"
+        assert block.rule is not None, f"{block.where}: the comment before it is not in documents.COMMENTS"
         if block.rule != "run":
             assert block.language in (*SHELLS, "python"), block.where
         assert (block.rule == "put into") <= (block.language == "python"), block.where
         assert not block.text.startswith(("python ", "pytest ", "txt2img ", "sd-perf ")) or block.language in SHELLS
 
 
-def test_there_is_much_to_run():
-    """Else a pattern that finds nothing would pass for documents in which all is well."""
+def test_enough_blocks_are_found():
+    """Guard against a pattern that matches nothing."""
     assert len(SHELL) > 25 and sum(map(runnable, SHELL)) > 12
     assert {block.rule for block in ALL} >= {"run", "not run", "run with", "may exit", "put into"}
 
 
 def parts(block: Block):
-    """The commands of a block as lists of words, without what sets the environment."""
+    """Yield the commands of a block as lists of arguments, without environment variables."""
     for line in block.commands():
         for command in line.split(" && "):
             words = shlex.split(command, comments=True)
@@ -132,9 +134,9 @@ def parts(block: Block):
                 yield words
 
 
-@pytest.mark.parametrize("block", [one for one in SHELL if not runnable(one)], ids=lambda block: block.where)
-def test_what_cannot_run_here_is_understood(block, pytestconfig):
-    """No option that there is not, and no value that is refused."""
+@pytest.mark.parametrize("block", [block for block in SHELL if not runnable(block)], ids=lambda block: block.where)
+def test_options_of_skipped_commands_are_valid(block, pytestconfig):
+    """Parse the commands: unknown options and invalid values fail."""
     for words in parts(block):
         program, arguments = words[0].rpartition("/")[2], words[1:]
         if program == "python" and arguments[0] == "-m":
@@ -151,25 +153,27 @@ def test_what_cannot_run_here_is_understood(block, pytestconfig):
         elif program == "perf":
             assert arguments == ["--version"], block.where
         elif program == "pytest":
-            given = pytestconfig._parser.parse_known_args(arguments)
-            assert set((given.markexpr or "").replace("not ", "").split()) <= {*SETS, "slow"}, block.where
-            options = [one.partition("=")[0] for one in arguments if one.startswith("--")]
+            parsed = pytestconfig._parser.parse_known_args(arguments)
+            assert set((parsed.markexpr or "").replace("not ", "").split()) <= {*SETS, "slow"}, block.where
+            options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
             unknown = set(options) - known_options(pytestconfig)
             assert not unknown, f"{block.where}: {unknown}"
 
 
-# --- what documents name
+# --- names in documents
 
 
 def known_options(config) -> set[str]:
-    """Every long option of pytest, with the plugins that are loaded here."""
+    """Return every long option of pytest and its loaded plugins."""
     groups = [*config._parser._groups, config._parser._anonymous]
     return {name for group in groups for option in group.options for name in option.names() if name.startswith("--")}
 
 
 def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
-    mains = [importlib.import_module(f"sd.{name}").main for name in ("txt2img", "img2img", "convert", "attention")]
+    mains = [
+        importlib.import_module(f"sd.{name}").main for name in ("txt2img", "img2img", "convert", "attention.__main__")
+    ]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])
@@ -180,7 +184,7 @@ def test_options_exist(pytestconfig, capsys):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
-def test_links_lead_somewhere(document):
+def test_link_targets_exist(document):
     for link in links(document):
         if re.match(r"[a-z]+:", link):
             continue
@@ -193,49 +197,54 @@ def test_links_lead_somewhere(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
-def test_files_named_exist(document):
+def test_named_files_exist(document):
     text = document.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:sd|perf|tests|docs|constraints|\.ci|\.github)/[\w./-]*)`", text):
         assert (ROOT / name).exists(), f"{named(document)}: {name}"
 
 
-def test_every_document_is_reached_from_the_readme():
+def test_readme_links_to_every_document():
     reached = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
     assert set(DOCUMENTS) - {ROOT / "README.md"} <= reached
 
 
-def test_the_checks_find_what_is_wrong(tmp_path):
-    made = tmp_path / "x.md"
-    made.write_text(
+def test_document_checks_detect_errors(tmp_path):
+    document = tmp_path / "x.md"
+    document.write_text(
         "# A `b`, c's D-e\n[x](y.md#z) ![p](p.png) `[not](a-link)`\n```bash\n[nor](this)\n# no heading\n```\n"
     )
-    assert links(made) == ["y.md#z", "p.png"] and anchors(made) == {"a-b-cs-d-e"}
-    assert "not" not in without_code(made.read_text())
+    assert links(document) == ["y.md#z", "p.png"] and anchors(document) == {"a-b-cs-d-e"}
+    assert "not" not in without_code(document.read_text())
     for comment, rule in (
         ("not run: needs a GPU", "not run"),
         ("not run: I do not feel like it", None),
         ("run with --steps 2: takes minutes", "run with"),
         ("something", None),
     ):
-        made.write_text(f"<!-- {comment} -->\n```bash\ntrue\n```\n")
-        assert [block.rule for block in blocks(made)] == [rule]
+        document.write_text(f"<!-- {comment} -->\n```bash\ntrue\n```\n")
+        assert [block.rule for block in blocks(document)] == [rule]
 
 
-def test_the_house_map_is_of_this_house():
+def test_layout_map_matches_the_tree():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    house = text.partition("## The house")[2].partition("One direction")[0]
-    folder, found = None, 0
-    for line in house.splitlines():
-        top = re.match(r"    (\w+)/", line)
-        folder = top[1] if top else folder
-        for name in re.findall(r"\b\w+\.py\b", line):
-            at = [ROOT / name, ROOT / folder / name, ROOT / folder / "tiny" / name] if folder else [ROOT / name]
-            assert any(path.is_file() for path in (*at, ROOT / "tests" / name)), f"{folder}/{name}"
-            found += 1
-    assert found > 60
+    layout = text.partition("## The layout")[2].partition("Imports go one way")[0]
+    lines = re.sub(r"\n {20,}", " ", layout).splitlines()  # join continued lines
+    packages, modules, top = set(), 0, None
+    for line in lines:
+        match = re.match(r" {4}(?P<inner>  )?(?P<folder>[a-z_/]+)/ +[^:]+(?:: (?P<modules>.+))?", line)
+        if not match or not (match["inner"] or match["folder"] in ("sd", "perf")):
+            continue
+        top = top if match["inner"] else match["folder"]
+        folder = ROOT / top / match["folder"] if match["inner"] else ROOT / top
+        packages.add(folder)
+        for module in filter(None, (match["modules"] or "").split(", ")):
+            assert (folder / f"{module}.py").is_file(), f"{folder.relative_to(ROOT)}/{module}"
+            modules += 1
+    assert modules > 60
+    assert packages == {path.parent for top in ("sd", "perf") for path in (ROOT / top).rglob("__init__.py")}
 
 
-def test_verdicts_reasons_and_exit_codes_are_the_documented_ones():
+def test_verdicts_reasons_and_exit_codes_match_the_documents():
     text = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
     assert rows == VERDICT_REASONS
@@ -246,7 +255,7 @@ def test_verdicts_reasons_and_exit_codes_are_the_documented_ones():
     assert f"{ExitCode.REFUSED:d} is a usage error" in text
 
 
-def test_extras_are_the_documented_ones():
+def test_extras_match_the_documents():
     text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("## Extras")[2].partition("## ")[0]
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]

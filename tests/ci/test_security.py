@@ -1,4 +1,4 @@
-"""The rules of SECURITY.md, read off the source and tried: nothing untrusted is executed, escapes, or leaves its folder."""
+"""Tests of the rules of SECURITY.md: untrusted data is never executed, always escaped, and confined to its folder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("sd", "perf") for path in (ROOT / folder).rglob("*.py"))
 STARTERS = ("subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output")
 FORBIDDEN = {
-    "a shell": ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"),
-    "another program in our place": (
+    "shell": ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"),
+    "process replacement": (
         "os.execv",
         "os.execve",
         "os.execvp",
@@ -42,26 +42,26 @@ FORBIDDEN = {
         *("pickle.load", "pickle.loads", "pickle.Unpickler", "cPickle.load", "dill.load", "joblib.load", "shelve.open"),
         *("marshal.load", "marshal.loads", "pandas.read_pickle", "torch.jit.load", "torch.package.PackageImporter"),
     ),
-    "a YAML that makes objects": (
+    "YAML with objects": (
         "yaml.load",
         "yaml.load_all",
         "yaml.unsafe_load",
         "yaml.full_load",
         "yaml.unsafe_load_all",
     ),
-    "names that others can guess": ("tempfile.mktemp", "os.tempnam", "os.tmpnam"),
-    "files for everybody": ("os.umask",),
-    "archives that say where they go": ("tarfile.open", "shutil.unpack_archive", "zipfile.ZipFile.extractall"),
-    "the network": (
+    "predictable names": ("tempfile.mktemp", "os.tempnam", "os.tmpnam"),
+    "file modes": ("os.umask",),
+    "archives that choose paths": ("tarfile.open", "shutil.unpack_archive", "zipfile.ZipFile.extractall"),
+    "network": (
         *("urllib.request.urlopen", "requests.get", "requests.post", "socket.socket", "socket.create_connection"),
         *("http.client.HTTPSConnection", "torch.hub.load", "huggingface_hub.snapshot_download", "webbrowser.open"),
     ),
-    "a broken hash": ("hashlib.md5", "hashlib.sha1"),
+    "weak hash": ("hashlib.md5", "hashlib.sha1"),
 }
 
 
 def name_of(node: ast.expr) -> str:
-    """`subprocess.run` of what is called, whatever it was imported as; empty for what has no name."""
+    """Dotted name of a called expression, such as `subprocess.run`; empty for other expressions."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -70,47 +70,50 @@ def name_of(node: ast.expr) -> str:
 
 
 def imported_names(tree: ast.Module) -> dict[str, str]:
-    """What local names stand for: `import numpy as np`, `from subprocess import run`."""
+    """Full names of local names: `import numpy as np`, `from subprocess import run`."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(
-                {one.asname or one.name.partition(".")[0]: one.name if one.asname else "" for one in node.names}
+                {
+                    alias.asname or alias.name.partition(".")[0]: alias.name if alias.asname else ""
+                    for alias in node.names
+                }
             )
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.update({one.asname or one.name: f"{node.module}.{one.name}" for one in node.names})
+            names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
     return {local: full for local, full in names.items() if full}
 
 
 def findings(source: str) -> list[str]:
-    """What in a module breaks the rules, each with its line."""
+    """Violations of the rules in a module, with line numbers."""
     tree = ast.parse(source)
-    names, found = imported_names(tree), []
+    names, violations = imported_names(tree), []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         local = name_of(node.func)
         first, dot, rest = local.partition(".")
         called = names.get(first, first) + dot + rest
-        given = {one.arg: one.value for one in node.keywords}
-        for what, forbidden in FORBIDDEN.items():
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        for rule, forbidden in FORBIDDEN.items():
             if called in forbidden:
-                found.append(f"line {node.lineno}: {called}: {what}")
+                violations.append(f"line {node.lineno}: {called}: {rule}")
         if called in STARTERS:
-            command = node.args[0] if node.args else given.get("args")
+            command = node.args[0] if node.args else keywords.get("args")
             if isinstance(command, (ast.Constant, ast.JoinedStr)) or (
                 isinstance(command, ast.BinOp) and isinstance(command.op, (ast.Mod,))
             ):
-                found.append(f"line {node.lineno}: {called}: takes a text, not a list")
-            if "shell" in given:
-                found.append(f"line {node.lineno}: {called}: shell=")
-        if called == "torch.load" and not _is(given.get("weights_only"), True):
-            found.append(f"line {node.lineno}: torch.load without weights_only=True executes the file")
-        if called in ("numpy.load", "np.load") and not _is(given.get("allow_pickle"), False):
-            found.append(f"line {node.lineno}: numpy.load without allow_pickle=False executes the file")
+                violations.append(f"line {node.lineno}: {called}: takes a text, not a list")
+            if "shell" in keywords:
+                violations.append(f"line {node.lineno}: {called}: shell=")
+        if called == "torch.load" and not _is(keywords.get("weights_only"), True):
+            violations.append(f"line {node.lineno}: torch.load without weights_only=True executes the file")
+        if called in ("numpy.load", "np.load") and not _is(keywords.get("allow_pickle"), False):
+            violations.append(f"line {node.lineno}: numpy.load without allow_pickle=False executes the file")
         if called.rpartition(".")[2] in ("extractall", "extract") and "archive" in called:
-            found.append(f"line {node.lineno}: {called}: an archive decides where its files go")
-    return found
+            violations.append(f"line {node.lineno}: {called}: an archive decides where its files go")
+    return violations
 
 
 def _is(node: ast.expr | None, value: object) -> bool:
@@ -118,7 +121,7 @@ def _is(node: ast.expr | None, value: object) -> bool:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_module_breaks_the_rules(path):
+def test_modules_follow_the_rules(path):
     assert findings(path.read_text(encoding="utf-8")) == []
 
 
@@ -146,11 +149,11 @@ def test_no_module_breaks_the_rules(path):
         "import zipfile\narchive = zipfile.ZipFile(path)\narchive.extractall(folder)",
     ],
 )
-def test_the_rules_find_what_they_forbid(line):
+def test_rules_detect_violations(line):
     assert len(findings(line)) >= 1
 
 
-def test_the_rules_let_pass_what_is_meant():
+def test_rules_allow_safe_calls():
     allowed = (
         "import subprocess, torch, numpy, yaml\nsubprocess.run(['ls', name])\ntorch.load(p, weights_only=True)\n"
         "numpy.load(p, allow_pickle=False)\nmodel.eval()\ntorch.compile(model)\nyaml.parse(text)"
@@ -161,7 +164,7 @@ def test_the_rules_let_pass_what_is_meant():
 # --- paths from JSON
 
 
-LEADING_OUT = (
+ESCAPING_PATHS = (
     "../../secret",
     "/etc/passwd",
     "..",
@@ -173,29 +176,29 @@ LEADING_OUT = (
 )
 
 
-@pytest.mark.parametrize("name", LEADING_OUT)
-def test_names_become_names_of_files(name):
+@pytest.mark.parametrize("name", ESCAPING_PATHS)
+def test_names_become_file_names(name):
     for made in (file_name(name), lock.file_name(name), storage_name({"name": name})):
         assert (
             made and "/" not in made and "\\" not in made and "\x00" not in made and made.strip(".") and made[0] != "~"
         )
 
 
-@pytest.mark.parametrize("name", [one for one in LEADING_OUT if one.isprintable()])
-def test_a_picture_is_only_looked_for_beside_its_run(tmp_path, name, monkeypatch):
-    """Whatever a saved run calls its configuration or its reference."""
+@pytest.mark.parametrize("name", [name for name in ESCAPING_PATHS if name.isprintable()])
+def test_images_are_searched_only_beside_their_run(tmp_path, name, monkeypatch):
+    """Names of configurations and references in a saved run do not select other folders."""
     run = document()
     for benchmark in run["benchmarks"][:1]:
         benchmark["extra_info"]["configuration"]["id"] = name
         benchmark["extra_info"]["image"]["reference"] = name
     (tmp_path / "runs").mkdir()
     _, found = results.read_session(store(tmp_path / "runs", run))
-    asked = []
-    monkeypatch.setattr(Path, "is_file", lambda path: asked.append(path) or False)
+    checked = []
+    monkeypatch.setattr(Path, "is_file", lambda path: checked.append(path) or False)
     for id in (found[0].id, found[0].image_reference):
         assert pictures._path(found[0], id, tmp_path / "more") is None
-    assert len(asked) == 6
-    for path in asked:
+    assert len(checked) == 6
+    for path in checked:
         folder = Path(os.path.normpath(path.parent))
         assert Path(os.path.normpath(path)).parent == folder
         assert folder in (
@@ -205,7 +208,7 @@ def test_a_picture_is_only_looked_for_beside_its_run(tmp_path, name, monkeypatch
         )
 
 
-# --- what a saved run, a checkpoint or a file name says, where somebody reads it
+# --- foreign text in summaries and terminals
 
 
 HOSTILE = (
@@ -221,7 +224,7 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_summary_quotes_and_does_not_obey(tmp_path, text):
+def test_summary_escapes_foreign_text(tmp_path, text):
     run = document()
     run["machine_info"]["stack"]["name"] = run["perf"]["partial"] = run["commit_info"]["id"] = text
     run["benchmarks"][0]["extra_info"]["configuration"].update(id=text, attention=text)
@@ -234,20 +237,20 @@ def test_a_summary_quotes_and_does_not_obey(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_markdown_of_a_text_has_no_sign_left_that_does_something(text):
+def test_markdown_escapes_every_special_character(text):
     made = markdown(text)
     assert "<" not in made and ">" not in made and "@e" not in made and "://" not in made
     for sign in "`*_[]()#!|":
         assert made.count(sign) == made.count(f"\\{sign}"), (sign, made)
 
 
-def test_a_terminal_is_told_and_not_commanded(capsys, monkeypatch):
-    said = "x.ckpt: holds \x1b]0;owned\x07\x1b[2J\u202e and \udcff"
+def test_terminal_control_characters_are_escaped(capsys, monkeypatch):
+    message = "x.ckpt: holds \x1b]0;owned\x07\x1b[2J\u202e and \udcff"
     quoted = r"x.ckpt: holds \x1b]0;owned\x07\x1b[2J\u202e and \udcff"
-    assert printable(said) == quoted and printable("é ü 漢") == "é ü 漢"
+    assert printable(message) == quoted and printable("é ü 漢") == "é ü 漢"
 
     def refuse(*_, **__):
-        raise CheckpointError(said)
+        raise CheckpointError(message)
 
     assert cli.guarded(refuse) == 2
     monkeypatch.setattr(convert, "convert", refuse)
@@ -267,7 +270,7 @@ def test_a_terminal_is_told_and_not_commanded(capsys, monkeypatch):
 
 def test_temporary_folders_are_private(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = os.umask(0)  # the most careless there is
+    before = os.umask(0)  # the least private
     try:
         with compile_cache() as folder:
             assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
@@ -280,7 +283,7 @@ def test_temporary_folders_are_private(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)])
-def test_converted_weights_are_as_private_as_the_umask_says(tmp_path, mask, mode):
+def test_converted_weights_respect_the_umask(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
         write_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(3)}, {"format": "pt"})
@@ -289,10 +292,10 @@ def test_converted_weights_are_as_private_as_the_umask_says(tmp_path, mask, mode
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
 
 
-def test_a_saved_run_that_means_harm_is_data_in_every_command(tmp_path):
-    """Values that would be options, commands or patterns, were they taken for one."""
+def test_hostile_saved_run_is_quoted_in_commands(tmp_path):
+    """Values with the syntax of options and commands."""
     run = json.loads(json.dumps(DOCUMENT))
     run["benchmarks"][0]["extra_info"]["configuration"].update(id="$(touch harmed); --x", checkpoint="`touch harmed`")
     _, found = results.read_session(store(tmp_path, run))
     line = command(found[0])
-    assert "'`touch harmed`'" in line  # quoted, for whoever pastes it into a shell
+    assert "'`touch harmed`'" in line  # quoted for a shell

@@ -1,4 +1,4 @@
-"""The composite action's script: inputs in, pytest's options out, outputs whatever came of it. .github/scripts/action.py"""
+"""Tests of .github/scripts/action.py, the step of the composite action: inputs, pytest's options, outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import action
 import pytest
-from house import Refusal
+from workflow import Refusal
 from workflow_runs import MAIN, ROOT, judged, session
 
 from perf.analysis.verdicts import ExitCode
@@ -23,7 +23,7 @@ def step(tmp_path, monkeypatch):
 
 
 class Step:
-    """The step in another repository's workflow, with a pytest that leaves `document` and exits with `code`."""
+    """The step in another repository's workflow, with a fake pytest that writes `document` and exits with `code`."""
 
     def __init__(self, path: Path, monkeypatch):
         self.path, self.monkeypatch, self.code, self.document = path, monkeypatch, 0, session(1)
@@ -59,7 +59,7 @@ class Step:
         return [path.name for path in (self.path / "repository" / ".benchmarks").glob("*.json")]
 
 
-def test_five_lines_measure_another_repositorys_checkpoint(step):
+def test_checkpoint_of_another_repository_is_measured_and_stored(step):
     assert step.run(model="sd2", ckpt="model.safetensors", batch="1 4") == 0
     checkpoint = str(step.path / "repository" / "model.safetensors")
     assert step.command == ["--model", "sd2", "--ckpt", checkpoint, "--batch", "1", "--batch", "4"]
@@ -67,7 +67,7 @@ def test_five_lines_measure_another_repositorys_checkpoint(step):
     assert step.saved == ["0001_aaaaaaaaaaaa.json"]
 
 
-def test_a_comparison_says_its_verdict_and_is_not_stored(step):
+def test_comparison_outputs_its_verdict_and_is_not_stored(step):
     step.code, step.document = 20, judged(session(1), "SLOWER")
     assert step.run(set="published", compare="true") == ExitCode.SLOWER
     assert step.command == ["-m", "published", "--benchmark-compare"]
@@ -76,39 +76,39 @@ def test_a_comparison_says_its_verdict_and_is_not_stored(step):
     assert "SLOWER" in (step.path / "summary").read_text()
 
 
-def test_a_named_run_is_compared_with(step):
+def test_named_run_is_the_baseline(step):
     step.run(compare="0007_release")
     assert step.command == ["--benchmark-compare=0007_release"]
 
 
-def test_further_arguments_are_quoted_as_in_a_shell_and_reach_no_shell(step):
+def test_arguments_have_shell_quoting_without_a_shell(step):
     step.run(arguments="--attention mha -k 'a b' --prompt=$(id)")
     assert step.command == ["--attention", "mha", "-k", "a b", "--prompt=$(id)"]
 
 
-def test_could_not_measure_is_said_as_such(step):
+def test_failed_pytest_is_could_not_measure(step):
     step.code, step.document = 1, None
     assert step.run(set="smoke") == 1
     assert step.outputs == {"verdict": "could not measure", "exit-code": "1", "run": ""}
     assert "could not measure" in (step.path / "summary").read_text()
 
 
-def test_a_run_that_cannot_be_read_is_could_not_measure(step):
+def test_invalid_run_is_could_not_measure(step):
     step.document = {"benchmarks": []}
     assert step.run() == 1
     assert (step.outputs["verdict"], step.outputs["exit-code"]) == ("could not measure", "1")
 
 
-def test_the_sum_of_a_checkpoint_is_checked(step):
+def test_sha256_of_a_checkpoint_is_checked(step):
     right = hashlib.sha256(b"weights").hexdigest()
     assert step.run(model="sd2", ckpt="model.safetensors", ckpt_sha256=right) == 0
-    with pytest.raises(Refusal, match="has the sum"):
+    with pytest.raises(Refusal, match="has the SHA-256"):
         step.run(ckpt_sha256="0" * 64)
     assert step.outputs["exit-code"] == "4"
 
 
 @pytest.mark.parametrize(
-    "inputs, words",
+    "inputs, message",
     [
         ({"set": "nightly"}, "there is no set"),
         ({"set": "published ladder"}, "one set"),
@@ -117,33 +117,33 @@ def test_the_sum_of_a_checkpoint_is_checked(step):
         ({"ckpt": "model.safetensors", "ckpt_sha256": "abc"}, "64 hex digits"),
         ({"batch": "1;id"}, "no number"),
         ({"compare": "../other"}, "the input compare"),
-        ({"arguments": "--prompt 'open"}, "cannot be taken apart"),
+        ({"arguments": "--prompt 'open"}, "invalid quoting"),
     ],
 )
-def test_an_input_that_is_wrong_is_refused_before_anything_is_measured(step, inputs, words):
-    with pytest.raises(Refusal, match=words):
+def test_invalid_input_is_refused_before_measuring(step, inputs, message):
+    with pytest.raises(Refusal, match=message):
         step.run(**inputs)
     assert step.command is None
     assert step.outputs == {"verdict": "could not measure", "exit-code": "4", "run": ""}
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (("torch999", "peers"), "constraints/ has: torch112.txt"),
-        (("torch215;id", "peers"), "no pins"),
-        (("../torch215", "peers"), "no pins"),
+        (("torch215;id", "peers"), "invalid torch"),
+        (("../torch215", "peers"), "invalid torch"),
         (("torch215", "peers]; id"), "extras are names"),
     ],
 )
-def test_pins_that_there_are_not_are_refused_before_anything_is_installed(arguments, words):
+def test_unknown_pins_and_extras_are_refused_before_installing(arguments, message):
     script = ROOT / ".github" / "scripts" / "install"
     done = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=20)
     assert done.returncode == ExitCode.REFUSED
-    assert words in done.stdout
+    assert message in done.stdout
 
 
-def test_every_input_of_the_action_is_read_by_the_script():
+def test_every_input_of_the_action_is_read_by_the_scripts():
     yaml = pytest.importorskip("yaml")
     text = yaml.safe_load((ROOT / ".github" / "actions" / "perf" / "action.yml").read_text())
     (step,) = text["runs"]["steps"]

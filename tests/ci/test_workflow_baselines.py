@@ -1,4 +1,4 @@
-"""Who may become a baseline, how long, and the branch they are kept on: .github/scripts/promote.py and perf-data."""
+"""Tests of .github/scripts/promote.py and perf-data: promotion, pruning, and the branch of baselines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import promote
 import pytest
 import saved_runs
-from house import Refusal
+from workflow import Refusal
 from workflow_runs import MAIN, REVIEWED, SCRIPTS, Runner, judged, left, session, stored
 
 from perf.analysis.verdicts import ExitCode
@@ -33,11 +33,11 @@ def promoted(runner: Runner, **more: str) -> str:
     return done.stdout
 
 
-def test_a_whole_session_of_main_is_promoted_by_commit_and_machine(runner):
+def test_complete_session_of_main_is_promoted_by_commit_and_machine(runner):
     stored(runner.path / "baselines")
     left(runner.path / "artifacts", session(9))
-    said = promoted(runner)
-    assert "h200 published: promoted as 0009_aaaaaaaaaaaa_00000000.json" in said
+    text = promoted(runner)
+    assert "h200 published: promoted as 0009_aaaaaaaaaaaa_00000000.json" in text
     assert len(sessions(runner)) == 9
     (folder,) = (runner.path / "baselines" / "h200" / "published").iterdir()
     assert "torch2.15.0" in folder.name
@@ -73,26 +73,26 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("change, words", REFUSED.values(), ids=REFUSED)
-def test_what_is_not_whole_is_never_promoted(runner, change, words):
+@pytest.mark.parametrize("change, reason", REFUSED.values(), ids=REFUSED)
+def test_incomplete_or_invalid_session_is_never_promoted(runner, change, reason):
     stored(runner.path / "baselines")
     made = session(9)
     change(made)
     left(runner.path / "artifacts", made)
-    said = promoted(runner)
-    assert "h200 published: not promoted" in said
-    assert words in said
+    text = promoted(runner)
+    assert "h200 published: not promoted" in text
+    assert reason in text
     assert len(sessions(runner)) == 8
 
 
-def test_a_slower_session_is_found_here_even_if_it_does_not_say_so(runner):
+def test_slower_session_is_detected_without_its_own_verdict(runner):
     stored(runner.path / "baselines")
     left(runner.path / "artifacts", session(9, slow={"tiny-sdpa-b1": 1.05}))
     assert "not promoted: slower than the baseline: tiny-sdpa-b1" in promoted(runner)
     assert len(sessions(runner)) == 8
 
 
-def test_no_ratchet_night_after_night_of_a_slower_main(runner):
+def test_slower_main_is_not_promoted_on_any_later_night(runner):
     stored(runner.path / "baselines")
     for night in range(9, 13):
         shutil.rmtree(runner.path / "artifacts", ignore_errors=True)
@@ -103,8 +103,8 @@ def test_no_ratchet_night_after_night_of_a_slower_main(runner):
 
 @pytest.mark.parametrize("code", [1, 4, 137])
 def test_a_session_whose_job_could_not_measure_is_not_promoted(runner, code):
-    left(runner.path / "artifacts", session(1), code=code, reasons=("it was interrupted",))
-    assert "not promoted: it was interrupted" in promoted(runner)
+    left(runner.path / "artifacts", session(1), code=code, reasons=("the session was interrupted",))
+    assert "not promoted: the session was interrupted" in promoted(runner)
 
 
 def test_a_reviewed_commit_is_not_promoted(runner):
@@ -120,14 +120,14 @@ def test_only_main_writes(runner):
     assert sessions(runner) == []
 
 
-def test_while_the_machine_differs_from_itself_nothing_of_it_is_promoted(runner):
+def test_noisy_aa_session_blocks_promotion_on_its_machine(runner):
     stored(runner.path / "baselines")
     noisy = judged(session(9), "INCONCLUSIVE", "interval_too_wide", 1.0)
     left(runner.path / "artifacts", noisy, series="aa", code=1, reasons=("THE GATE DOES NOT WORK",))
-    assert "h200 aa: promoted as" in promoted(runner)  # kept, for it is what holds the others back
+    assert "h200 aa: promoted as" in promoted(runner)  # stored, because it blocks the others
     shutil.rmtree(runner.path / "artifacts")
     left(runner.path / "artifacts", session(10))
-    assert "session against itself, 0001_aaaaaaaaaaaa_00000000, did not come back SAME" in promoted(runner)
+    assert "the last A/A session of this machine, 0001_aaaaaaaaaaaa_00000000, was not SAME" in promoted(runner)
     shutil.rmtree(runner.path / "artifacts")
     left(runner.path / "artifacts", judged(session(11), "SAME", "within_margin", 1.0), series="aa")
     promoted(runner)
@@ -136,7 +136,7 @@ def test_while_the_machine_differs_from_itself_nothing_of_it_is_promoted(runner)
     assert "h200 published: promoted as 0009_" in promoted(runner)
 
 
-def test_another_torch_begins_a_series_of_its_own(runner):
+def test_another_torch_starts_its_own_series(runner):
     stored(runner.path / "baselines")
     made = session(9, slow=dict.fromkeys(saved_runs.IDS, 1.5))
     made["machine_info"]["stack"]["torch"] = "2.16.0+cu132"
@@ -153,34 +153,40 @@ def test_a_series_is_pruned_to_the_newest(runner):
     assert sessions(runner)[0].startswith("0002_")
 
 
-def test_each_machine_keeps_its_own(tmp_path):
+def test_pruning_counts_sessions_of_each_machine(tmp_path):
     first = stored(tmp_path, 9)
     for number in range(1, 10):
         made = session(number + 20)
         made["machine_info"]["stack"]["uuid"] = "GPU-1"
         saved_runs.store(first[0].parent, made, number + 20)
     (first[0].parent / "0099_damaged.json").write_text("{")
-    gone = promote.prune(tmp_path, keep=8)
-    assert sorted(path.name[:4] for path in gone) == ["0001", "0021"]
+    deleted = promote.prune(tmp_path, keep=8)
+    assert sorted(path.name[:4] for path in deleted) == ["0001", "0021"]
     assert (first[0].parent / "0099_damaged.json").exists()
 
 
-def test_fewer_than_8_are_never_kept(tmp_path):
+def test_pruning_below_8_sessions_is_refused(tmp_path):
     paths = stored(tmp_path, 8)
     with pytest.raises(Refusal, match="at least 8"):
         promote.prune(tmp_path, keep=7)
     assert all(path.exists() for path in paths)
 
 
-@pytest.mark.parametrize("label, series", [("nobody", "published"), ("h200", "other")])
-def test_an_outcome_under_another_name_is_left(runner, label, series):
+@pytest.mark.parametrize(
+    "label, series, warning",
+    [
+        ("nobody", "published", "ignored: perf-nobody/published: no machine of the fleet"),
+        ("h200", "other", "not promoted: h200 other: invalid outcome"),
+    ],
+)
+def test_outcome_in_a_folder_of_another_name_is_not_promoted(runner, label, series, warning):
     folder = left(runner.path / "artifacts", session(1))
     there = runner.path / "artifacts" / f"perf-{label}" / series
     there.parent.mkdir(exist_ok=True)
     folder.rename(there)
-    said = promoted(runner)
-    assert "::warning::not promoted" in said
-    assert "- nothing to promote" in said
+    text = promoted(runner)
+    assert f"::warning::{warning}" in text
+    assert "- nothing to promote" in text
 
 
 # --- the branch
@@ -213,7 +219,7 @@ def data(clone: Path, command: str, folder: str = "baselines", **more: str) -> s
     )
 
 
-def test_the_branch_begins_empty_and_grows_by_one_commit_a_push(clone):
+def test_branch_starts_empty_and_grows_by_one_commit_per_push(clone):
     for number in (1, 2):
         git(clone, "fetch", "-q", "origin")
         assert data(clone, "open").returncode == 0
@@ -227,7 +233,7 @@ def test_the_branch_begins_empty_and_grows_by_one_commit_a_push(clone):
     assert git(clone.parent / "origin", "log", "--format=%s", "main") == "first"
 
 
-def test_a_push_that_another_job_was_faster_than_is_tried_again(clone):
+def test_push_is_repeated_after_a_push_of_another_job(clone):
     other = clone.parent / "other"
     git(clone.parent, "clone", "-q", "origin", "other")
     data(clone, "open")
@@ -239,17 +245,17 @@ def test_a_push_that_another_job_was_faster_than_is_tried_again(clone):
         (tree / "baselines" / name).write_text("1")
         done = data(tree, "push")
         assert done.returncode == 0, done.stderr
-    assert "another job has written" in done.stdout
+    assert "another job has pushed" in done.stdout
     files = git(clone.parent / "origin", "ls-tree", "-r", "--name-only", "perf-data").splitlines()
     assert len(files) == 3
 
 
-def test_nothing_new_is_no_commit(clone):
+def test_push_without_changes_makes_no_commit(clone):
     data(clone, "open")
     assert "no session to add" in data(clone, "push").stdout
 
 
-def test_readers_get_plain_files(clone):
+def test_export_writes_plain_files(clone):
     done = data(clone, "export", "plain")
     assert (done.returncode, done.stdout) == (0, "there is no branch perf-data yet\n")
     data(clone, "open")

@@ -1,4 +1,4 @@
-"""The whole way of a measurement on the embedded model: measure, store, compare with an injected slowdown, publish, comment."""
+"""End-to-end test on the embedded model: measure, store, compare with an injected slowdown, publish, comment."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def test_from_the_event_to_the_comment(tmp_path):
     assert runner.on_event("push", "push").returncode == 0
     assert runner.outputs["promote"] == "true"
 
-    # Measured; the set is the one that a machine without a GPU has.
+    # Measure the default set of a machine without a GPU.
     done = runner.run("measure.py", SETS="smoke", MORE=WHAT)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert "h200 smoke: not slower" in done.stdout
-    left = {path.name for path in runner.out.iterdir()}
-    assert left == {"doctor.json", "environment.txt", "smoke"}
+    files = {path.name for path in runner.out.iterdir()}
+    assert files == {"doctor.json", "environment.txt", "smoke"}
     assert runner.run("summary.py").returncode == 0
     assert runner.summary.startswith("# perf: not slower\n")
 
-    # Stored, by the hosted job, from what the machine left.
+    # The hosted job stores the session.
     shutil.copytree(runner.out, tmp_path / "artifacts" / "perf-h200")
     done = runner.run("promote.py")
     assert "h200 smoke: promoted as 0001_" in done.stdout, done.stdout + done.stderr
     (first,) = (tmp_path / "baselines" / "h200" / "smoke").rglob("*.json")
     assert json.loads(first.read_text())["commit_info"]["id"]
 
-    # Seven more nights, by arithmetic; then a session that is half as slow again, and must be found so.
+    # Seven synthetic sessions follow, and then one with an injected slowdown, which must be SLOWER.
     draw, document = random.Random(7), json.loads(first.read_text())
     for number in range(2, 9):
         made = another_day(document, number, draw.lognormvariate(0, 0.01), draw)
@@ -51,7 +51,7 @@ def test_from_the_event_to_the_comment(tmp_path):
     assert done.returncode == ExitCode.SLOWER, done.stdout + done.stderr
     assert "h200 smoke: slower" in done.stdout
 
-    # It does not become a baseline, and the comment says by how much.
+    # The slower session is not promoted, and the comment has its verdict.
     shutil.rmtree(tmp_path / "artifacts")
     shutil.copytree(runner.out, tmp_path / "artifacts" / "perf-h200")
     assert "not promoted: partial: slowed down on purpose" in runner.run("promote.py").stdout

@@ -1,4 +1,4 @@
-"""Is the machine the one that its label promises, quiet, and left as it was found? .github/scripts/gpu.py on faked nvidia-smi."""
+"""Tests of .github/scripts/gpu.py with a fake nvidia-smi: the checks of a machine, and the lock of its clock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_promised_machine_passes_and_is_recorded(runner):
 
 
 @pytest.mark.parametrize(
-    "wrong, right, words",
+    "wrong, right, message",
     [
         ("NVIDIA A10", "NVIDIA H200", "the GPU is NVIDIA A10, the label promises NVIDIA H200"),
         ("535.104.05", "580.95.05", "the driver is 535.104.05, the label promises 580.*"),
@@ -38,20 +38,20 @@ def test_the_promised_machine_passes_and_is_recorded(runner):
         (" [N/A],", " 34,", "the temperature cannot be read"),
     ],
 )
-def test_another_machine_is_refused_within_seconds(runner, wrong, right, words):
+def test_machine_unlike_its_label_is_refused(runner, wrong, right, message):
     done = check(runner, FAKE_GPU=GPU.replace(right, wrong))
     assert done.returncode == ExitCode.REFUSED
-    assert words in done.stdout
-    assert words in " ".join(json.loads((runner.out / "gpu.json").read_text())["problems"])
+    assert message in done.stdout
+    assert message in " ".join(json.loads((runner.out / "gpu.json").read_text())["problems"])
 
 
-def test_a_stranger_on_the_gpu_is_refused_not_warned_of(runner):
+def test_foreign_process_on_the_gpu_is_refused(runner):
     done = check(runner, FAKE_PROCESSES="4242, /usr/bin/miner\n")
     assert done.returncode == ExitCode.REFUSED
-    assert "a stranger computes on the GPU: 4242, /usr/bin/miner" in done.stdout
+    assert "foreign process: 4242, /usr/bin/miner" in done.stdout
 
 
-def test_several_gpus_are_refused_until_one_is_chosen(runner):
+def test_several_gpus_are_refused_unless_one_is_selected(runner):
     done = check(runner, FAKE_GPU=f"{GPU}\n{GPU}")
     assert done.returncode == ExitCode.REFUSED
     assert "2 GPUs are visible: set CUDA_VISIBLE_DEVICES" in done.stdout
@@ -72,7 +72,7 @@ def test_an_unknown_label_is_refused(runner):
     assert "the fleet has no machine 'a100'" in done.stdout
 
 
-def test_a_runner_that_could_reach_the_host_is_refused(runner):
+def test_writable_docker_socket_is_refused(runner):
     socket = runner.path / "root" / "var" / "run" / "docker.sock"
     socket.parent.mkdir(parents=True)
     socket.touch()
@@ -81,13 +81,13 @@ def test_a_runner_that_could_reach_the_host_is_refused(runner):
     assert "docker's socket" in done.stdout
 
 
-def test_models_that_a_job_could_change_are_refused(runner):
+def test_writable_models_are_refused(runner):
     done = check(runner, SD_PERF_MODELS=str(runner.path))
     assert done.returncode == ExitCode.REFUSED
     assert "mount the models read-only" in done.stdout
 
 
-def test_root_is_fit_only_in_a_container(tmp_path):
+def test_root_is_accepted_only_in_a_container(tmp_path):
     import gpu
 
     assert gpu.runner_problems(tmp_path, 1000) == []
@@ -96,24 +96,24 @@ def test_root_is_fit_only_in_a_container(tmp_path):
     assert gpu.runner_problems(tmp_path, 0) == []
 
 
-def test_a_gpu_whose_uuid_is_none_of_the_labels_is_refused():
+def test_gpu_with_another_uuid_is_refused():
     import gpu
-    from house import Machine
+    from workflow import Machine
 
-    found = {**dict(zip(gpu.QUERY, GPU.split(", "))), "processes": []}
-    promised = Machine("NVIDIA H200", "580.", (found["uuid"],))
-    assert gpu.problems(found, promised) == []
-    assert gpu.problems({**found, "uuid": "GPU-0"}, promised) == ["GPU-0 is none of this label's GPUs"]
+    facts = {**dict(zip(gpu.QUERY, GPU.split(", "))), "processes": []}
+    promised = Machine("NVIDIA H200", "580.", (facts["uuid"],))
+    assert gpu.problems(facts, promised) == []
+    assert gpu.problems({**facts, "uuid": "GPU-0"}, promised) == ["GPU-0 is none of this label's GPUs"]
 
 
-def test_clocks_are_locked_and_set_free(runner):
+def test_clock_is_locked_and_unlocked(runner):
     assert runner.run("gpu.py", "lock").returncode == 0
     assert json.loads((runner.out / "clocks.json").read_text())["locked_mhz"] == 1500
     assert runner.run("gpu.py", "unlock").returncode == 0
     assert runner.log == ["nvidia-smi -lgc 1500,1500", "nvidia-smi -rgc"]
 
 
-def test_a_lock_that_is_not_permitted_is_recorded_and_not_undone(runner):
+def test_denied_lock_is_recorded_and_not_undone(runner):
     done = runner.run("gpu.py", "lock", FAKE_DENIED="yes")
     assert done.returncode == 0
     recorded = json.loads((runner.out / "clocks.json").read_text())
@@ -123,7 +123,7 @@ def test_a_lock_that_is_not_permitted_is_recorded_and_not_undone(runner):
     assert len(runner.log) == 1
 
 
-def test_a_machine_that_stays_changed_is_an_error(runner):
+def test_denied_unlock_is_an_error(runner):
     assert runner.run("gpu.py", "lock").returncode == 0
     assert runner.run("gpu.py", "unlock", FAKE_DENIED="yes").returncode == ExitCode.REFUSED
 
@@ -134,7 +134,7 @@ def test_unlock_without_a_lock_does_nothing(runner):
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         ('{"h200": {"gpu": "X", "driver": "1", "temperature_limit": 9}}', "has other fields"),
         ('{"h200": {"gpu": "X"}}', "names no gpu or no driver"),
@@ -144,10 +144,10 @@ def test_unlock_without_a_lock_does_nothing(runner):
         ("{", "cannot be read"),
     ],
 )
-def test_a_fleet_with_anything_unknown_in_it_is_refused(tmp_path, text, words):
-    import house
+def test_invalid_fleet_file_is_refused(tmp_path, text, message):
+    import workflow
 
     path = tmp_path / "fleet.json"
     path.write_text(text)
-    with pytest.raises(house.Refusal, match=words):
-        house.fleet(path)
+    with pytest.raises(workflow.Refusal, match=message):
+        workflow.fleet(path)

@@ -1,4 +1,4 @@
-"""What the GPU job makes of a run and of pytest's exit code: outcomes, exit statuses, the summary; and the canary's trials."""
+"""Tests of the GPU job: outcomes and exit statuses from runs and pytest's exit codes, the summary, the canary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import measure
 import outcomes
 import pytest
 import saved_runs
-from house import Refusal
+from workflow import Refusal
 from workflow_runs import MAIN, REVIEWED, Runner, judged, left, session, stored
 
 from perf.analysis.verdicts import ExitCode
@@ -19,7 +19,7 @@ from perf.analysis.verdicts import ExitCode
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """The environment of the step, and a pytest that leaves `runs` and exits with `codes`, one a call."""
+    """The environment of the step, with a fake pytest that takes exit code and run from `answers`."""
     return Machine(tmp_path, monkeypatch)
 
 
@@ -54,17 +54,17 @@ class Machine:
         return outcomes.load(self.path / "out" / series)
 
 
-def test_a_session_like_the_stored_ones_is_not_slower(machine):
+def test_unchanged_session_is_not_slower(machine):
     stored(machine.path / "baselines")
     machine.answers = [(0, judged(session(9), "SAME", "within_margin", 1.0))]
     assert measure.run() == ExitCode.OK
-    assert machine.outcome().kind == "not slower"
+    assert machine.outcome().status == "not slower"
     (command,) = machine.commands
     assert command == ["-m", "published", "--device", "cuda", "--benchmark-compare"]
     assert len(machine.storage) == 8
 
 
-def test_what_compares_is_stored_nowhere(machine):
+def test_compared_session_is_not_stored(machine):
     before = [path.read_bytes() for path in stored(machine.path / "baselines")]
     machine.answers = [(0, session(9))]
     measure.run()
@@ -72,37 +72,37 @@ def test_what_compares_is_stored_nowhere(machine):
     assert [path.read_bytes() for path in after] == before
 
 
-def test_slower_and_could_not_measure_are_two_things(machine):
+def test_slower_differs_from_could_not_measure(machine):
     machine.answers = [(20, judged(session(9), "SLOWER")), (1, session(9))]
     assert measure.run() == ExitCode.SLOWER
-    assert machine.outcome().kind == "slower"
+    assert machine.outcome().status == "slower"
     assert measure.run() == ExitCode.FAILED
-    assert machine.outcome().kind == "could not measure"
-    assert machine.outcome().reasons == ("a picture was wrong, or a configuration could not be measured",)
+    assert machine.outcome().status == "could not measure"
+    assert machine.outcome().reasons == ("an image failed its check, or a configuration could not be measured",)
 
 
 @pytest.mark.parametrize(
-    "code, words",
-    [(2, "interrupted"), (3, "in itself"), (4, "refused"), (5, "no configuration"), (137, "ended with 137")],
+    "code, reason",
+    [(2, "interrupted"), (3, "internal error"), (4, "refused"), (5, "no configuration"), (137, "exited with 137")],
 )
-def test_every_other_end_of_pytest_is_could_not_measure(machine, code, words):
+def test_other_exit_codes_are_could_not_measure(machine, code, reason):
     machine.answers = [(code, None)]
     assert measure.run() == ExitCode.FAILED
-    assert words in machine.outcome().reasons[0]
-    assert "it left no run" in machine.outcome().reasons
+    assert reason in machine.outcome().reasons[0]
+    assert "no saved run" in machine.outcome().reasons
 
 
-def test_a_configuration_that_is_stored_and_not_measured_fails(machine):
+def test_missing_configuration_fails(machine):
     stored(machine.path / "baselines")
     made = session(9)
     del made["benchmarks"][1]
     machine.answers = [(0, made)]
     assert measure.run() == ExitCode.FAILED
-    found = machine.outcome()
-    assert (found.kind, found.missing) == ("could not measure", (saved_runs.IDS[1],))
+    outcome = machine.outcome()
+    assert (outcome.status, outcome.missing) == ("could not measure", (saved_runs.IDS[1],))
 
 
-def test_a_new_configuration_is_listed_and_does_not_fail(machine):
+def test_new_configuration_is_listed_and_passes(machine):
     for path in stored(machine.path / "baselines"):
         made = json.loads(path.read_text())
         del made["benchmarks"][2]
@@ -113,24 +113,28 @@ def test_a_new_configuration_is_listed_and_does_not_fail(machine):
 
 
 @pytest.mark.parametrize(
-    "change, kind, words",
+    "change, status, reason",
     [
         (lambda made: made["perf"].update(invalid="anchor_drift 4.1 %"), "could not measure", "session is invalid"),
-        (lambda made: made["perf"].update(regressed=[saved_runs.IDS[0]]), "slower", "its exit code did not"),
+        (
+            lambda made: made["perf"].update(regressed=[saved_runs.IDS[0]]),
+            "slower",
+            "the run has the verdict SLOWER, but exit code 0",
+        ),
         (lambda made: made.update(judged(made, "INVALID", "wrong_image")), "could not measure", "INVALID"),
         (lambda made: made.update(benchmarks="none"), "could not measure", "is not a list"),
     ],
 )
-def test_a_run_that_contradicts_the_exit_code_is_believed(machine, change, kind, words):
+def test_run_that_contradicts_its_exit_code_fails(machine, change, status, reason):
     made = session(9)
     change(made)
     machine.answers = [(0, made)]
     measure.run()
-    assert machine.outcome().kind == kind
-    assert words in machine.outcome().reasons[0]
+    assert machine.outcome().status == status
+    assert reason in machine.outcome().reasons[0]
 
 
-def test_all_sets_are_measured_whatever_came_of_the_first(machine, monkeypatch):
+def test_all_sets_are_measured_after_a_failure(machine, monkeypatch):
     monkeypatch.setenv("SETS", "published ladder")
     monkeypatch.setenv("BATCH", "1 4")
     monkeypatch.setenv("MORE", "--perf-launches 6 --prompt 'a b'")
@@ -140,10 +144,10 @@ def test_all_sets_are_measured_whatever_came_of_the_first(machine, monkeypatch):
     assert machine.commands[0][4:] == [
         *("--batch", "1", "--batch", "4", "--perf-launches", "6", "--prompt", "a b", "--benchmark-compare")
     ]
-    assert machine.outcome("ladder-b1-4").kind == "not slower"
+    assert machine.outcome("ladder-b1-4").status == "not slower"
 
 
-def test_an_unfit_machine_could_not_measure(machine, monkeypatch):
+def test_unfit_machine_is_could_not_measure(machine, monkeypatch):
     def unfit(out, device):
         raise Refusal("the machine is not fit to measure (perf doctor)")
 
@@ -164,7 +168,7 @@ def git(*arguments: str, path: Path) -> str:
     return done.stdout.strip()
 
 
-def test_a_pull_request_is_measured_against_the_commit_it_has_in_common_with_main(machine, monkeypatch):
+def test_pull_request_is_measured_against_its_merge_base(machine, monkeypatch):
     tree = machine.path / "tree"
     tree.mkdir()
     git("init", "-q", "-b", "main", path=tree)
@@ -181,11 +185,11 @@ def test_a_pull_request_is_measured_against_the_commit_it_has_in_common_with_mai
     machine.answers = [(0, judged(session(9), "SAME", "within_margin", 1.0))]
     assert measure.run() == ExitCode.OK
     assert machine.commands[0][-2:] == ["--perf-against", base]
-    assert len(machine.storage) == 2  # this machine's noise, and not what main's sessions were
+    assert len(machine.storage) == 2  # the A/A sessions of this machine, not the sessions of main
     assert machine.outcome().against == base
 
 
-def test_a_commit_without_a_common_one_could_not_measure(machine, monkeypatch):
+def test_commit_without_a_merge_base_is_could_not_measure(machine, monkeypatch):
     monkeypatch.setenv("AGAINST", "origin/no-such-branch")
     assert measure.run() == ExitCode.FAILED
     assert "no commit in common" in machine.outcome().reasons[0]
@@ -194,14 +198,14 @@ def test_a_commit_without_a_common_one_could_not_measure(machine, monkeypatch):
 @pytest.mark.parametrize(
     "name, value", [("SETS", "published;id"), ("LABEL", "other"), ("SHA", "main"), ("BATCH", "$(id)")]
 )
-def test_what_the_resolving_job_would_not_write_is_refused(machine, monkeypatch, name, value):
+def test_invalid_settings_are_refused(machine, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(Refusal):
         measure.run()
     assert machine.commands == []
 
 
-def test_an_empty_file_of_a_pytest_that_measured_nothing_is_no_run(tmp_path, monkeypatch):
+def test_empty_run_of_a_failed_pytest_is_deleted(tmp_path, monkeypatch):
     def started(command, **_):
         (tmp_path / "run.json").touch()
         return subprocess.CompletedProcess(command, 4)
@@ -230,7 +234,7 @@ def test_an_empty_file_of_a_pytest_that_measured_nothing_is_no_run(tmp_path, mon
         ("surplus", 1),
     ],
 )
-def test_an_outcome_with_anything_wrong_is_refused(tmp_path, key, value):
+def test_invalid_outcome_is_refused(tmp_path, key, value):
     folder = left(tmp_path, None)
     document = json.loads((folder / outcomes.FILE).read_text())
     document[key] = value
@@ -239,12 +243,12 @@ def test_an_outcome_with_anything_wrong_is_refused(tmp_path, key, value):
         outcomes.load(folder)
 
 
-def test_an_outcome_comes_back_as_it_was(tmp_path):
+def test_outcome_is_read_as_written(tmp_path):
     folder = left(tmp_path, None, code=20, reasons=("one",), new=("a",), against=REVIEWED)
     assert outcomes.load(folder) == outcomes.Outcome("h200", "published", MAIN, 20, ("one",), (), ("a",), REVIEWED)
 
 
-def test_the_worst_outcome_is_the_jobs():
+def test_job_has_the_exit_code_of_the_worst_outcome():
     def code(*codes):
         return outcomes.exit_code(outcomes.Outcome("h200", "published", MAIN, code) for code in codes)
 
@@ -258,7 +262,7 @@ def test_the_worst_outcome_is_the_jobs():
 # --- the summary of the job
 
 
-def test_the_summary_says_slower_and_names_the_configurations(tmp_path):
+def test_summary_names_the_slower_configurations(tmp_path):
     runner = Runner(tmp_path)
     left(tmp_path / "temp", judged(session(9), "SLOWER"), code=20)
     (tmp_path / "temp" / "perf-h200").rename(runner.out)
@@ -268,18 +272,18 @@ def test_the_summary_says_slower_and_names_the_configurations(tmp_path):
     assert "tiny-sdpa-b1 | **SLOWER**" in runner.summary
 
 
-def test_the_summary_of_a_job_in_which_all_failed(tmp_path):
+def test_summary_of_a_job_without_outcomes(tmp_path):
     runner = Runner(tmp_path)
     assert runner.run("summary.py").returncode == 0
     assert runner.summary == (
-        "# perf: could not measure - this says nothing about the speed of the change\n\nNothing was measured.\n\n"
+        "# perf: could not measure - no result for the speed of the change\n\nNothing was measured.\n\n"
     )
 
 
 # --- the canary
 
 
-def test_the_canary_sings_when_the_gate_tells_5_percent_from_nothing(machine, monkeypatch):
+def test_canary_passes_when_5_percent_is_slower_and_aa_is_same(machine, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(machine.path / "summary"))
     machine.answers = [
         (0, judged(session(1), "SAME", "within_margin", 1.0)),
@@ -293,40 +297,40 @@ def test_the_canary_sings_when_the_gate_tells_5_percent_from_nothing(machine, mo
 
 
 @pytest.mark.parametrize(
-    "same, slow, words",
+    "same, slow, reason",
     [
-        ((0, "SAME"), (0, "SAME"), "came back SAME, SAME, SAME and exit 0, not SLOWER"),
-        ((0, "SAME"), (0, "INCONCLUSIVE"), "came back INCONCLUSIVE"),
-        ((0, "SAME"), (0, "SLOWER"), "and exit 0, not SLOWER"),  # a verdict that nobody hears
-        ((20, "SLOWER"), (20, "SLOWER"), "and exit 20, not SAME"),
-        ((0, "INCONCLUSIVE"), (20, "SLOWER"), "and exit 0, not SAME"),
-        ((0, None), (20, "SLOWER"), "came back no verdict"),
+        ((0, "SAME"), (0, "SAME"), "SAME with exit code 0, expected SLOWER"),
+        ((0, "SAME"), (0, "INCONCLUSIVE"), "INCONCLUSIVE with exit code 0, expected SLOWER"),
+        ((0, "SAME"), (0, "SLOWER"), "SLOWER with exit code 0, expected SLOWER"),  # no job would fail
+        ((20, "SLOWER"), (20, "SLOWER"), "SLOWER with exit code 20, expected SAME"),
+        ((0, "INCONCLUSIVE"), (20, "SLOWER"), "INCONCLUSIVE with exit code 0, expected SAME"),
+        ((0, None), (20, "SLOWER"), "no verdict with exit code 0"),
     ],
 )
-def test_a_gate_that_cannot_fail_fails(machine, same, slow, words):
+def test_canary_fails_for_a_gate_that_cannot_fail(machine, same, slow, reason):
     reasons = {"SAME": "within_margin", "SLOWER": "beyond_margin", "INCONCLUSIVE": "interval_too_wide"}
     machine.answers = [
         (code, judged(session(number), verdict, reasons[verdict]) if verdict else session(number))
         for number, (code, verdict) in enumerate((same, slow), 1)
     ]
     assert canary.run() == ExitCode.FAILED
-    said = [machine.outcome(series).reasons[0] for series in canary.TRIALS]
-    assert any("THE GATE DOES NOT WORK" in one and words in one for one in said), said
+    outcomes_reasons = [machine.outcome(series).reasons[0] for series in canary.TRIALS]
+    assert any("THE GATE DOES NOT WORK" in it and reason in it for it in outcomes_reasons), outcomes_reasons
 
 
-def test_a_canary_that_could_not_measure_is_no_failure_of_the_gate(machine):
+def test_canary_that_could_not_measure_does_not_blame_the_gate(machine):
     machine.answers = [(4, None), (0, None)]
     assert canary.run() == ExitCode.FAILED
     first, second = (machine.outcome(series).reasons[0] for series in canary.TRIALS)
     assert first == "the command line or the baseline was refused"
-    assert second.startswith("it left no run that can be read")
+    assert second.startswith("no valid run")
 
 
-def test_a_canary_on_a_machine_that_was_not_quiet_says_nothing_about_the_gate(machine):
+def test_canary_on_a_noisy_machine_does_not_blame_the_gate(machine):
     made = judged(session(1), "INVALID", "anchor_drift")
     made["perf"]["invalid"] = "anchor_drift 4.3 %, 3 % allowed"
     machine.answers = [(1, made), (1, session(2))]
     assert canary.run() == ExitCode.FAILED
     first, second = (machine.outcome(series).reasons[0] for series in canary.TRIALS)
     assert first == "could not measure: anchor_drift 4.3 %, 3 % allowed"
-    assert second == "could not measure: a picture was wrong, or a configuration could not be measured"
+    assert second == "could not measure: an image failed its check, or a configuration could not be measured"

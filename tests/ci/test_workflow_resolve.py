@@ -1,4 +1,4 @@
-"""What is measured on which event, and what is refused: .github/scripts/resolve.py, run as the first job of perf.yml runs it."""
+"""Tests of .github/scripts/resolve.py: the measurement of each event, and refused events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def runner(tmp_path) -> Runner:
     return Runner(tmp_path)
 
 
-def test_the_nightly_measures_the_published_five_on_the_fleet(runner):
+def test_nightly_measures_the_published_set_on_the_fleet(runner):
     done = runner.on_event("schedule_nightly", "schedule")
     assert done.returncode == 0, done.stdout + done.stderr
     assert runner.outputs == {
@@ -35,7 +35,7 @@ def test_the_nightly_measures_the_published_five_on_the_fleet(runner):
     assert "GPU budget: about 75 minutes" in done.stdout
 
 
-def test_the_weekly_measures_every_set_of_the_large_models(runner):
+def test_weekly_measures_every_set_of_full_size_models(runner):
     assert runner.on_event("schedule_weekly", "schedule").returncode == 0
     sets = runner.outputs["sets"].split()
     assert set(sets) == set(SETS) - {"smoke", "stages"}
@@ -43,27 +43,27 @@ def test_the_weekly_measures_every_set_of_the_large_models(runner):
 
 def test_a_push_measures_batch_1(runner):
     assert runner.on_event("push", "push").returncode == 0
-    found = runner.outputs
-    assert (found["sets"], found["batch"], found["promote"], found["against"]) == ("published", "1", "true", "")
+    outputs = runner.outputs
+    assert (outputs["sets"], outputs["batch"], outputs["promote"], outputs["against"]) == ("published", "1", "true", "")
 
 
-def test_a_dispatch_measures_what_it_names(runner):
+def test_dispatch_measures_its_inputs(runner):
     assert runner.on_event("dispatch", "workflow_dispatch").returncode == 0
     assert (runner.outputs["sets"], runner.outputs["batch"]) == ("ladder", "1 4")
 
 
-@pytest.mark.parametrize("event, kind", [("dispatch_reviewed", "workflow_dispatch"), ("comment", "issue_comment")])
-def test_a_reviewed_commit_is_compared_with_main_and_never_promoted(runner, event, kind):
-    done = runner.on_event(event, kind)
+@pytest.mark.parametrize("event, name", [("dispatch_reviewed", "workflow_dispatch"), ("comment", "issue_comment")])
+def test_a_reviewed_commit_is_compared_with_main_and_never_promoted(runner, event, name):
+    done = runner.on_event(event, name)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = runner.outputs
-    assert (found["sha"], found["against"], found["promote"]) == (REVIEWED, "origin/main", "false")
+    outputs = runner.outputs
+    assert (outputs["sha"], outputs["against"], outputs["promote"]) == (REVIEWED, "origin/main", "false")
 
 
 def test_a_maintainers_comment_names_commit_set_batch_and_labels(runner):
     assert runner.on_event("comment", "issue_comment").returncode == 0
-    found = runner.outputs
-    assert (found["batch"], found["labels"], found["pull_request"]) == ("1 2", '["h200"]', "12")
+    outputs = runner.outputs
+    assert (outputs["batch"], outputs["labels"], outputs["pull_request"]) == ("1 2", '["h200"]', "12")
     assert "repos/octo-org/sd-perf/collaborators/octo-cat/permission" in runner.log[0]
     assert "repos/octo-org/sd-perf/pulls/12/commits" in runner.log[1]
 
@@ -77,7 +77,7 @@ def test_a_short_comment_measures_the_published_five_at_batch_1(runner):
 
 
 REFUSED = {
-    "comment_of_stranger": "only a maintainer",
+    "comment_of_user": "only a maintainer",
     "comment_of_bot": "only a maintainer",
     "comment_on_issue": "no pull request",
     "comment_branch": "'main' is no commit",
@@ -87,8 +87,8 @@ REFUSED = {
     "comment_longer_sha": "is no commit",
     "comment_no_sha": "is no commit",
     "comment_injected": "there is no set",
-    "comment_two_lines": "only set=, batch= and labels=",
-    "comment_option": "only set=, batch= and labels=",
+    "comment_two_lines": "only set=, batch= and labels= are allowed",
+    "comment_option": "only set=, batch= and labels= are allowed",
     "comment_twice": "each once",
     "comment_label": "there is no label 'self-hosted'",
     "comment_batch": "no number",
@@ -105,13 +105,13 @@ def test_a_comment_that_is_refused_starts_nothing(runner, event):
     assert not list(runner.path.rglob("injected"))
 
 
-def test_every_comment_of_the_fixtures_is_tested():
-    there = {path.stem for path in EVENTS.glob("comment*.json")}
-    assert there == {*REFUSED, "comment", "comment_short"}
+def test_every_comment_fixture_is_tested():
+    fixtures = {path.stem for path in EVENTS.glob("comment*.json")}
+    assert fixtures == {*REFUSED, "comment", "comment_short"}
 
 
 @pytest.mark.parametrize("right", ["read", "none", "triage", "write\nadmin", ""])
-def test_who_may_not_write_is_refused_whatever_the_event_says(runner, right):
+def test_user_without_write_permission_is_refused(runner, right):
     done = runner.on_event("comment", "issue_comment", FAKE_PERMISSION=right)
     assert done.returncode == ExitCode.REFUSED
     assert "may write" in done.stdout
@@ -124,7 +124,7 @@ def test_a_commit_of_another_pull_request_is_refused(runner):
     assert "is no commit of pull request 12" in done.stdout
 
 
-def test_without_an_answer_of_github_nothing_starts(runner):
+def test_error_of_github_is_refused(runner):
     (runner.path / "bin" / "gh").write_text("#!/bin/sh\necho 'HTTP 500' >&2\nexit 1\n")
     done = runner.on_event("comment", "issue_comment")
     assert done.returncode == ExitCode.REFUSED
@@ -132,7 +132,7 @@ def test_without_an_answer_of_github_nothing_starts(runner):
 
 
 @pytest.mark.parametrize(
-    "event, kind, words",
+    "event, name, message",
     [
         ("schedule_unknown", "schedule", "no set belongs"),
         ("push", "pull_request", "starts no measurement"),
@@ -140,14 +140,14 @@ def test_without_an_answer_of_github_nothing_starts(runner):
         ("absent", "push", "there is no such file"),
     ],
 )
-def test_other_events_are_refused(runner, event, kind, words):
-    done = runner.on_event(event, kind)
+def test_other_events_are_refused(runner, event, name, message):
+    done = runner.on_event(event, name)
     assert done.returncode == ExitCode.REFUSED
-    assert words in done.stdout
+    assert message in done.stdout
 
 
 @pytest.mark.parametrize("sha", ["main", "", "A" * 40, "a" * 39])
-def test_a_sha_of_the_event_that_is_none_is_refused(runner, sha):
+def test_invalid_sha_of_the_event_is_refused(runner, sha):
     assert runner.on_event("push", "push", GITHUB_SHA=sha).returncode == ExitCode.REFUSED
     assert runner.outputs == {}
 
@@ -161,7 +161,7 @@ def store(runner: Runner, sha: str, seconds: float = 1200.0) -> Path:
     return saved_runs.store(folder, made, label=f"{sha[:12]}_00000000")
 
 
-def test_a_night_in_which_main_has_not_moved_is_skipped(runner):
+def test_nightly_of_a_measured_commit_is_skipped(runner):
     store(runner, MAIN)
     done = runner.on_event("schedule_nightly", "schedule")
     assert done.returncode == 0
@@ -169,13 +169,13 @@ def test_a_night_in_which_main_has_not_moved_is_skipped(runner):
     assert "main has not moved" in done.stdout
 
 
-def test_a_night_after_a_commit_is_measured_within_twice_what_the_last_took(runner):
+def test_timeout_is_twice_the_duration_of_the_newest_session(runner):
     store(runner, "b" * 40)
     assert runner.on_event("schedule_nightly", "schedule").returncode == 0
     assert (runner.outputs["run"], runner.outputs["timeout_minutes"]) == ("true", "60")
 
 
-def test_a_dispatch_measures_what_is_known_too(runner):
+def test_push_measures_a_measured_commit_again(runner):
     store(runner, MAIN)
     assert runner.on_event("push", "push").returncode == 0
     assert runner.outputs["run"] == "true"
@@ -186,7 +186,7 @@ def test_a_dispatch_from_a_branch_is_never_promoted(runner):
     assert (runner.outputs["promote"], runner.outputs["against"]) == ("false", "origin/main")
 
 
-def test_the_canary_visits_the_fleet(runner):
+def test_canary_runs_on_the_fleet(runner):
     event = runner.path / "event.json"
     event.write_text(json.dumps({"schedule": "11 5 * * 3"}))
     assert runner.run("resolve.py", "canary", GITHUB_EVENT_PATH=str(event)).returncode == 0

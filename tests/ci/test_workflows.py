@@ -1,4 +1,4 @@
-"""The workflows themselves: schema, audit, and the fourteen rules of a measuring runner, read from the YAML."""
+"""Tests of the workflow files: schema, audit, and the fourteen rules of a measuring runner."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in WORKFLOWS}
 PARSED = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
 JOBS = {f"{name}/{id}": job for name, one in PARSED.items() for id, job in one["jobs"].items()}
 GPU_JOBS = {name: job for name, job in JOBS.items() if "self-hosted" in str(job.get("runs-on"))}
-# What each use means, by the release that its commit was looked up as.
+# The commit of each action, with its release.
 PINS = {
     "actions/checkout": "08c6903cd8c0fde910a37f88322edcfb5dd907a8 # v5.0.0",
     "actions/setup-python": "e797f83bcb11b83ae66e0230d6156d7c80228e7c # v6.0.0",
@@ -34,9 +34,9 @@ PINS = {
 
 
 def triggers(name: str) -> dict:
-    """The events of a workflow; YAML 1.1 reads the key `on` as true."""
-    found = PARSED[name][True]
-    return found if isinstance(found, dict) else dict.fromkeys([found] if isinstance(found, str) else found)
+    """Return the events of a workflow. YAML 1.1 reads the key `on` as true."""
+    events = PARSED[name][True]
+    return events if isinstance(events, dict) else dict.fromkeys([events] if isinstance(events, str) else events)
 
 
 def steps(job: dict) -> list[dict]:
@@ -44,19 +44,19 @@ def steps(job: dict) -> list[dict]:
 
 
 def tool(name: str) -> str:
-    """The path of an installed tool; without it the test is skipped, and says so."""
+    """Return the path of an installed tool, or skip the test with the reason."""
     beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if not path:
         pytest.skip(f"{name} is not installed")
-    return found
+    return path
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-# --- tools of others
+# --- external tools
 
 
 @pytest.mark.parametrize(
@@ -64,56 +64,56 @@ def run(*command: str) -> subprocess.CompletedProcess:
     [("vendor.github-workflows", WORKFLOWS), ("vendor.github-actions", ACTIONS)],
     ids=["workflows", "action"],
 )
-def test_the_published_schema_is_met(schema, paths):
+def test_files_match_the_published_schema(schema, paths):
     done = run(tool("check-jsonschema"), "--builtin-schema", schema, *map(str, paths))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok -- validation done" in done.stdout
 
 
-def test_the_schema_finds_what_is_wrong(tmp_path):
+def test_schema_rejects_an_invalid_workflow(tmp_path):
     wrong = tmp_path / "wrong.yml"
     wrong.write_text(TEXTS["perf"].replace("runs-on", "run-on"))
     assert run(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", str(wrong)).returncode != 0
 
 
-def test_the_audit_finds_nothing():
+def test_audit_has_no_findings():
     done = run(tool("zizmor"), "--offline", "--no-progress", "--format", "json", *map(str, [*WORKFLOWS, *ACTIONS]))
     assert json.loads(done.stdout) == [], done.stdout
     assert done.returncode == 0, done.stderr
 
 
-def test_what_the_audit_is_told_to_pass_over():
-    """Each with its reason beside it; another one is a decision to be made here."""
-    told = {name: re.findall(r"zizmor: ignore\[([a-z,-]+)\]", text) for name, text in TEXTS.items()}
-    assert {name: found for name, found in told.items() if found} == {
+def test_ignored_findings_of_the_audit():
+    """Each has its reason beside it; a further one is a decision for this test."""
+    ignored = {name: re.findall(r"zizmor: ignore\[([a-z,-]+)\]", text) for name, text in TEXTS.items()}
+    assert {name: rules for name, rules in ignored.items() if rules} == {
         "perf": ["dangerous-triggers", "self-repository"],
         "tests": ["self-repository"],
     }
 
 
-def test_the_audit_finds_what_is_wrong(tmp_path):
+def test_audit_detects_an_unpinned_action(tmp_path):
     wrong = tmp_path / "wrong.yml"
     wrong.write_text(TEXTS["perf"].replace("08c6903cd8c0fde910a37f88322edcfb5dd907a8", "v5"))
     done = run(tool("zizmor"), "--offline", "--no-progress", "--format", "json", str(wrong))
     assert "unpinned-uses" in {one["ident"] for one in json.loads(done.stdout)}
 
 
-def test_actionlint_finds_nothing():
-    # A fork of it, the one that comes as a wheel, wants a limit on a cache that nothing here uses.
-    less = ("-ignore", "no explicit cache access limit")
-    command = (tool("actionlint"), "-no-color", "-config-file", ".github/actionlint.yaml", *less)
+def test_actionlint_has_no_findings():
+    # The fork that is installed from a wheel requires a limit for a cache that no workflow uses.
+    ignored = ("-ignore", "no explicit cache access limit")
+    command = (tool("actionlint"), "-no-color", "-config-file", ".github/actionlint.yaml", *ignored)
     done = run(*command, *map(str, WORKFLOWS))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# --- what a stranger could do
+# --- security
 
 
 def test_there_are_jobs_on_gpus():
     assert set(GPU_JOBS) == {"perf/measure", "canary/canary"}
 
 
-def test_rule_1_no_stranger_starts_a_gpu_job():
+def test_rule_1_outsiders_cannot_start_a_gpu_job():
     for name in {one.partition("/")[0] for one in GPU_JOBS}:
         assert set(triggers(name)) <= {"schedule", "workflow_dispatch", "push", "issue_comment"}
         assert (triggers(name).get("push") or {"branches": ["main"]})["branches"] == ["main"]
@@ -121,7 +121,7 @@ def test_rule_1_no_stranger_starts_a_gpu_job():
     assert "pull_request" in triggers("tests")
 
 
-def test_rule_2_a_comment_is_looked_at_before_a_machine_starts():
+def test_rule_2_comments_are_checked_before_a_machine_starts():
     condition = JOBS["perf/resolve"]["if"]
     assert '["OWNER", "MEMBER", "COLLABORATOR"]' in condition
     assert "github.event.issue.pull_request" in condition
@@ -133,7 +133,7 @@ def test_rule_2_a_comment_is_looked_at_before_a_machine_starts():
 
 
 @pytest.mark.parametrize("name", GPU_JOBS)
-def test_rule_3_a_gpu_job_has_a_token_that_reads_and_no_secret(name):
+def test_rule_3_gpu_jobs_have_a_read_only_token_and_no_secret(name):
     job = GPU_JOBS[name]
     assert job["permissions"] == {"contents": "read"}
     text = json.dumps(job)
@@ -143,19 +143,19 @@ def test_rule_3_a_gpu_job_has_a_token_that_reads_and_no_secret(name):
 
 
 def test_a_reviewed_commit_is_not_published_as_main():
-    """In a workflow that is called the event is the caller's: its name says nothing about what was measured."""
+    """A called workflow has the event of its caller, which does not identify the measured commit."""
     for name in ("publish-report/render", "publish-report/pages", "publish-report/comment"):
         assert "github.event" not in json.dumps(JOBS[name])
     assert JOBS["perf/publish"]["with"]["pages"] == "${{ needs.resolve.outputs.promote == 'true' }}"
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_the_default_of_all_jobs_is_no_right_or_reading(name):
+def test_default_permissions_are_none_or_read_only(name):
     assert PARSED[name]["permissions"] in ({}, {"contents": "read"})
     assert "secrets." not in TEXTS[name]
 
 
-def test_who_may_write_what():
+def test_jobs_with_write_permissions():
     writing = {
         name: {key for key, right in job.get("permissions", {}).items() if right == "write"}
         for name, job in JOBS.items()
@@ -192,11 +192,11 @@ def test_every_checkout_forgets_its_token(name):
 
 
 def all_steps() -> list[tuple[str, dict]]:
-    found = [(name, step) for name, job in JOBS.items() for step in steps(job)]
+    pairs = [(name, step) for name, job in JOBS.items() for step in steps(job)]
     for path in ACTIONS:
         action = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found += [(path.parent.name, step) for step in action["runs"]["steps"]]
-    return found
+        pairs += [(path.parent.name, step) for step in action["runs"]["steps"]]
+    return pairs
 
 
 INTERPRETER = r"(?:bash|python3|\.ci/venv/bin/python)"
@@ -207,15 +207,15 @@ RUNS = [(name, step["run"]) for name, step in all_steps() if "run" in step]
 @pytest.mark.parametrize("name, line", RUNS)
 def test_every_run_is_one_line_that_calls_a_script(name, line):
     assert "\n" not in line.strip()
-    assert "${{" not in line  # what others wrote would become part of the command
-    found = re.fullmatch(
-        rf'{INTERPRETER} "?{BESIDE_ACTION}(\.ci/[a-z/.-]+)"?(?: [a-z0-9-]+| "\$[A-Z]+")*', line.strip()
+    assert "${{" not in line  # foreign text would become part of the command
+    match = re.fullmatch(
+        rf'{INTERPRETER} "?{BESIDE_ACTION}(\.(?:ci|github)/[a-z/.-]+)"?(?: [a-z0-9-]+| "\$[A-Z]+")*', line.strip()
     )
-    assert found, line
-    assert (ROOT / found[1]).is_file()
+    assert match, line
+    assert (ROOT / match[1]).is_file()
 
 
-def test_nothing_is_interpolated_from_an_event_but_in_conditions():
+def test_event_fields_are_used_only_in_conditions():
     for _, step in all_steps():
         assert "github.event." not in json.dumps({key: value for key, value in step.items() if key != "if"})
     for job in JOBS.values():
@@ -224,30 +224,32 @@ def test_nothing_is_interpolated_from_an_event_but_in_conditions():
         )
 
 
-# --- what a measurement needs
+# --- measurement
 
 
 @pytest.mark.parametrize("name", GPU_JOBS)
-def test_rules_5_and_7_the_machine_is_looked_at_first(name):
+def test_rules_5_and_7_machine_is_checked_first(name):
     job = GPU_JOBS[name]
     assert job["runs-on"] == ["self-hosted", "gpu", "${{ matrix.label }}"]
     assert steps(job)[1]["run"] == "python3 .github/scripts/gpu.py check"
     runs = [step.get("run", "") for step in steps(job)]
-    lock, unlock = (runs.index(f"python3 .github/scripts/gpu.py {one}") for one in ("lock", "unlock"))
+    lock, unlock = (runs.index(f"python3 .github/scripts/gpu.py {command}") for command in ("lock", "unlock"))
     (measuring,) = [number for number, line in enumerate(runs) if line.startswith(".ci/venv/bin/python")]
     assert lock < measuring < unlock
     assert steps(job)[unlock]["if"] == "always()"
 
 
 @pytest.mark.parametrize("name", GPU_JOBS)
-def test_rule_6_one_measurement_a_gpu_and_none_is_cut_off(name):
+def test_rule_6_one_measurement_per_gpu_without_cancellation(name):
     assert GPU_JOBS[name]["concurrency"] == {"group": "gpu-${{ matrix.label }}", "cancel-in-progress": False}
     assert GPU_JOBS[name]["strategy"]["fail-fast"] is False
-    assert list(GPU_JOBS[name]["strategy"]["matrix"]) == ["label"]  # of several waiting in a group only the last stays
+    assert list(GPU_JOBS[name]["strategy"]["matrix"]) == [
+        "label"
+    ]  # of several waiting jobs in a group only the last remains
     assert not PARSED[name.partition("/")[0]].get("concurrency", {}).get("cancel-in-progress")
 
 
-def test_rule_8_only_main_writes_baselines_and_not_where_it_is_measured():
+def test_rule_8_only_hosted_jobs_of_main_write_baselines():
     writers = [name for name, step in all_steps() if "perf-data push" in step.get("run", "")]
     assert sorted(writers) == ["canary/promote", "perf/promote"]
     for name in writers:
@@ -259,49 +261,49 @@ def test_rule_8_only_main_writes_baselines_and_not_where_it_is_measured():
 
 
 @pytest.mark.parametrize("name", GPU_JOBS)
-def test_rule_9_what_was_measured_is_kept_whatever_came_of_it(name):
+def test_rule_9_measurements_are_always_uploaded(name):
     (upload,) = [step for step in steps(GPU_JOBS[name]) if "upload-artifact" in step.get("uses", "")]
     assert upload["if"] == "always()"
     assert upload["with"]["retention-days"] >= 90
 
 
-def test_rule_10_forks_queue_nothing_and_the_schedule_is_the_scripts():
+def test_rule_10_forks_queue_nothing_and_schedules_match_the_script():
     import resolve
 
-    crons = [one["cron"] for one in triggers("perf")["schedule"]]
+    crons = [trigger["cron"] for trigger in triggers("perf")["schedule"]]
     assert crons == list(resolve.SCHEDULES)
     for name in ("perf/resolve", "canary/resolve", "publish-report/render"):
         assert "github.repository_owner == vars.PERF_OWNER" in JOBS[name]["if"]
 
 
-def test_the_sets_of_a_dispatch_are_those_there_are():
+def test_dispatch_offers_every_set():
     from perf.configurations.sets import SETS
 
     assert set(triggers("perf")["workflow_dispatch"]["inputs"]["set"]["options"]) == set(SETS)
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if "uses" not in job])
-def test_rule_11_every_job_ends(name):
+def test_rule_11_every_job_has_a_timeout(name):
     assert JOBS[name]["timeout-minutes"]
 
 
-def test_rule_12_nothing_goes_on_after_a_detection():
+def test_rule_12_no_job_continues_after_an_error():
     for text in (*TEXTS.values(), *(path.read_text() for path in ACTIONS)):
         assert "continue-on-error" not in text
         assert "|| true" not in text
-    assert any("cron" in one for one in triggers("canary")["schedule"])
+    assert any("cron" in trigger for trigger in triggers("canary")["schedule"])
     measuring = [step for name in GPU_JOBS for step in steps(GPU_JOBS[name]) if "venv" in step.get("run", "")]
     assert len(measuring) == 2
     assert not any("if" in step for step in measuring)
 
 
 @pytest.mark.parametrize("number", range(1, 15))
-def test_each_of_the_fourteen_rules_is_pointed_at_where_it_is_met(number):
+def test_every_rule_is_marked_in_a_workflow(number):
     rules = re.compile(rf"#.*\b[Rr]ules? (?:\d+, )*(?:\d+ and )?{number}\b")
     assert [name for name in ("perf", "publish-report", "canary") if rules.search(TEXTS[name])], number
 
 
-def test_the_environments_of_tests_yml_are_those_of_tox():
+def test_environments_of_tests_yml_exist_in_tox():
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(ROOT / "tox.ini")
     known = {section.removeprefix("testenv:") for section in parser.sections()}
@@ -311,8 +313,8 @@ def test_the_environments_of_tests_yml_are_those_of_tox():
             assert environment in known or re.search(rf"\b{environment}\b", everything)
 
 
-def test_the_scripts_need_nothing_installed():
-    """They run on hosted machines before anything is: the standard library, themselves, and perf's pure rooms."""
+def test_scripts_need_no_installed_package():
+    """Scripts run on hosted machines before any installation: standard library, each other, and pure modules of perf."""
     allowed = {*sys.stdlib_module_names, "perf", *(path.stem for path in (ROOT / ".github" / "scripts").glob("*.py"))}
     for path in (ROOT / ".github" / "scripts").glob("*.py"):
         imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)

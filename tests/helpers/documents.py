@@ -1,4 +1,4 @@
-"""The documents as tests read them: fenced blocks with what a comment before them says, links, anchors, and a copy to run in."""
+"""Documents for tests: fenced blocks with the rule of their comment, links, anchors, and a copy of the repository."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = ("bash", "sh", "console")
-# Why a block may be left out; what comes behind it is free.
+# Reasons to skip a block; any text may follow.
 REASONS = ("needs a GPU", "needs a checkpoint", "needs a network", "needs a cluster", "takes minutes")
 COMMENTS = {
     "not run": re.compile(rf"not run: (?P<reason>{'|'.join(REASONS)})\b.*"),
@@ -37,7 +37,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. rule: a key of COMMENTS, `run` without a comment, None for a comment that means nothing."""
+    """A fenced block. rule: a key of COMMENTS, `run` without a comment, None for an unknown comment."""
 
     document: Path
     line: int
@@ -48,18 +48,18 @@ class Block:
 
     @property
     def where(self) -> str:
-        """File and line, for messages."""
+        """File and line."""
         return f"{self.document.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> list[str]:
-        """Lines of a shell's block that are commands; of a console those behind the $."""
+        """Commands of a shell block; of a console block those after the $."""
         lines = self.text.splitlines()
         if self.language == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
         return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
     def script(self) -> str:
-        """What bash runs: it ends at the first command that fails, but for a status that is allowed."""
+        """Script for bash, which ends at the first failing command, except for an allowed status."""
         commands = self.commands()
         if self.rule == "run with":
             commands = [f"{command} {self.values['arguments']}" for command in commands]
@@ -69,37 +69,36 @@ class Block:
 
 
 def blocks(document: Path) -> list[Block]:
-    """The fenced blocks of a document, in order."""
-    text, found = document.read_text(encoding="utf-8"), []
+    """Fenced blocks of a document, in order."""
+    text, result = document.read_text(encoding="utf-8"), []
     for match in BLOCK.finditer(text):
         rule, values = ("run", {}) if match["comment"] is None else (None, {})
         for name, pattern in COMMENTS.items():
-            meant = pattern.fullmatch(match["comment"] or "")
-            if meant:
-                rule, values = name, meant.groupdict()
+            if parsed := pattern.fullmatch(match["comment"] or ""):
+                rule, values = name, parsed.groupdict()
         line = text.count("\n", 0, match.start("text"))
-        found.append(Block(document, line, match["language"], match["text"], rule, values))
-    return found
+        result.append(Block(document, line, match["language"], match["text"], rule, values))
+    return result
 
 
 def without_code(text: str) -> str:
-    """A document without its blocks and its `code`, in which nothing is a link."""
+    """Text of a document without blocks and `code`, which contain no links."""
     return re.sub(r"`[^`\n]*`", "", BLOCK.sub("", text))
 
 
 def links(document: Path) -> list[str]:
-    """The targets of all links and pictures."""
+    """Targets of all links and images."""
     return re.findall(r"\]\(([^()\s]+)\)", without_code(document.read_text(encoding="utf-8")))
 
 
 def anchors(document: Path) -> set[str]:
-    """What can stand behind a # in a link, as GitHub makes them of headings."""
+    """Anchors of the headings, in GitHub's spelling."""
     headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    """What the commands of the documents need, with an environment in which they find this Python."""
+    """Copy the files that documented commands need, with an environment that runs this Python."""
     folder.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
@@ -116,13 +115,13 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """In which the environment of the copy is active, and nothing is written outside of it."""
+    """Environment variables that activate the copy's environment; temporary files stay inside the copy."""
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
-    left_out = ("PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE", "USE_XFORMERS", "ATTN_PRECISION", "PYTEST_CURRENT_TEST")
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    removed = ("PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE", "USE_XFORMERS", "ATTN_PRECISION", "PYTEST_CURRENT_TEST")
+    inherited = {name: value for name, value in os.environ.items() if name not in removed}
     return {
-        **kept,
+        **inherited,
         "PATH": os.pathsep.join([str(folder / ".venv" / "bin"), os.environ["PATH"]]),
         "PYTHONPATH": str(folder),
         "TMPDIR": str(temporary),

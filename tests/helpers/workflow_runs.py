@@ -1,4 +1,4 @@
-"""Runs the scripts of .github/scripts as Actions would, on a machine that is faked: programs, events, runs and outcomes."""
+"""Run the scripts of .github/scripts as Actions does, on a fake machine: programs, events, runs and outcomes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVENTS = ROOT / "tests" / "ci" / "events"
 REVIEWED = "0123456789abcdef0123456789abcdef01234567"
 MAIN = "a" * 40
 GPU = "NVIDIA H200, GPU-11111111-2222-3333-4444-555555555555, 580.95.05, Enabled, 34, 1980, 700.00"
-# How numbers are computed on this processor, and where packages are.
+# Variables that select numeric kernels and the location of packages.
 PASSED_ON = ("OPENBLAS_", "OMP_", "MKL_", "LD_LIBRARY_PATH", "PYTHONPATH")
 PROGRAMS = {
     "nvidia-smi": """#!/bin/sh
@@ -45,7 +45,7 @@ esac
 
 @dataclass
 class Runner:
-    """A faked machine: `path` is its folder, `environment` what its scripts see beside what Actions sets."""
+    """A fake machine. path: its folder. environment: variables beside those that Actions sets."""
 
     path: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Runner:
         self.environment = {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.path),
-            "TMPDIR": str(self.path),  # the locks of devices are there
+            "TMPDIR": str(self.path),  # for the locks of devices
             **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
             "FAKE_LOG": str(self.path / "log"),
             "FAKE_GPU": GPU,
@@ -81,7 +81,7 @@ class Runner:
         }
 
     def run(self, script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-        """One step of a job, in this folder."""
+        """Run one step of a job in this folder."""
         return subprocess.run(
             [sys.executable, str(SCRIPTS / script), *arguments],
             cwd=self.path,
@@ -91,37 +91,37 @@ class Runner:
             timeout=600,
         )
 
-    def on_event(self, name: str, kind: str, **more: str) -> subprocess.CompletedProcess:
-        """The first job of perf.yml on an event of tests/events."""
-        path = str(EVENTS / f"{name}.json")
-        return self.run("resolve.py", "perf", GITHUB_EVENT_PATH=path, GITHUB_EVENT_NAME=kind, **more)
+    def on_event(self, file: str, name: str, **more: str) -> subprocess.CompletedProcess:
+        """Run the first job of perf.yml on an event of tests/ci/events."""
+        path = str(EVENTS / f"{file}.json")
+        return self.run("resolve.py", "perf", GITHUB_EVENT_PATH=path, GITHUB_EVENT_NAME=name, **more)
 
     @property
     def outputs(self) -> dict[str, str]:
-        """What the steps have written so far; the last of each name counts, as in Actions."""
+        """Outputs of the steps so far; the last value of a name counts, as in Actions."""
         path = self.path / "output"
         lines = path.read_text().splitlines() if path.exists() else []
         return dict(line.partition("=")[::2] for line in lines)
 
     @property
     def out(self) -> Path:
-        """What the job uploads."""
+        """The folder that the job uploads."""
         return self.path / "temp" / "perf"
 
     @property
     def summary(self) -> str:
-        """The job's summary page."""
+        """The summary page of the job."""
         path = self.path / "summary"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @property
     def log(self) -> list[str]:
-        """The commands that the faked programs were given."""
+        """The command lines of the fake programs."""
         return (self.path / "log").read_text().splitlines()
 
 
 def session(number: int = 1, slow: dict[str, float] | None = None, noise: float = 0.002) -> dict:
-    """The golden run without its invalid round, as session `number`: one that may become a baseline."""
+    """The golden run without its invalid round, as session `number`: a candidate for a baseline."""
     made = saved_runs.document(number, slow, noise=noise)
     made["perf"].update(invalid_rounds=0, aa=None)
     for benchmark in made["benchmarks"]:
@@ -134,7 +134,7 @@ def session(number: int = 1, slow: dict[str, float] | None = None, noise: float 
 
 
 def judged(made: dict, verdict: str, reason: str = "beyond_margin", estimate: float = 1.05) -> dict:
-    """The same run with a verdict on every configuration."""
+    """The same run with a verdict for every configuration."""
     made = copy.deepcopy(made)
     ratio = {"estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01}
     for benchmark in made["benchmarks"]:
@@ -146,16 +146,16 @@ def judged(made: dict, verdict: str, reason: str = "beyond_margin", estimate: fl
             "against": "0008_main",
         }
     if verdict == "SLOWER":
-        made["perf"]["regressed"] = [one["extra_info"]["configuration"]["id"] for one in made["benchmarks"]]
+        made["perf"]["regressed"] = [benchmark["extra_info"]["configuration"]["id"] for benchmark in made["benchmarks"]]
     return made
 
 
 def stored(folder: Path, count: int = 8, label: str = "h200", series: str = "published") -> list[Path]:
-    """Baselines of a machine: that many sessions of an unchanged tree."""
-    place = folder / label / series / storage_name(saved_runs.STACK)
-    place.mkdir(parents=True, exist_ok=True)
+    """Store `count` sessions of an unchanged tree as baselines of a machine."""
+    target = folder / label / series / storage_name(saved_runs.STACK)
+    target.mkdir(parents=True, exist_ok=True)
     return [
-        saved_runs.store(place, session(number), number, f"{number:012x}_00000000") for number in range(1, count + 1)
+        saved_runs.store(target, session(number), number, f"{number:012x}_00000000") for number in range(1, count + 1)
     ]
 
 
@@ -168,7 +168,7 @@ def left(
     sha: str = MAIN,
     **more,
 ) -> Path:
-    """What a machine left: its outcome, and its run if it has one. Returns the folder."""
+    """Write the artifact of a machine: its outcome, and its run if it has one. Returns the folder."""
     folder = artifacts / f"perf-{label}" / series
     outcomes.Outcome(label, series, sha, code, has_run=made is not None, **more).write(folder)
     if made is not None:

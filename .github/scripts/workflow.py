@@ -1,7 +1,7 @@
-"""What the workflow scripts share: where things are, how they speak to Actions, and how they read what others wrote.
+"""Inputs, outputs and errors of the workflow scripts, and the machines of the fleet.
 
-Imported before anything of `perf`, which it puts on the path: the scripts run on hosted machines where nothing is installed.
-Inputs come in environment variables, never in the text of a command, so that no input can become a command.
+Import this module before `perf`: it puts the repository on the import path, because hosted machines have nothing installed.
+Inputs are environment variables, never part of a command's text, so that no input can become a command.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 SHA = re.compile(r"[0-9a-f]{40}")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")  # of labels, sets and series: also a safe name of a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")  # of labels, sets and series; also a safe folder name
 FLEET = ROOT / ".github" / "perf-fleet.json"
-AA = "aa"  # the series of sessions measured against themselves
+AA = "aa"  # the series of sessions that measure a configuration against itself
 MAX_BYTES = 1_000_000  # of an event, an outcome and the fleet
 
 
 class Refusal(Exception):
-    """What was asked for cannot be done; the message says why and what to do."""
+    """A request that cannot be carried out. The message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a label of the fleet promises. gpu: its exact name; driver: how its version begins; uuids: empty for not pinned yet.
+    """The properties that a label of the fleet promises.
 
-    temperature_below_celsius: warmer than that nothing is started. lock_mhz: the SM clock to lock, None for none.
+    gpu: its exact name. driver: prefix of its version. uuids: empty where none is pinned yet. temperature_below_celsius: upper
+    bound for starting a measurement. lock_mhz: SM clock to lock, None for no lock.
     """
 
     gpu: str
@@ -43,62 +44,56 @@ class Machine:
 
 
 def main(run: Callable[[], int]) -> int:
-    """The exit status of a script: its own, or 4 with one line where it refuses."""
+    """Return the exit status of `run`, or 4 (perf.analysis.verdicts.ExitCode.REFUSED) with one line for a Refusal."""
     try:
         return run()
     except Refusal as refusal:
         annotate("error", str(refusal))
-        return 4  # perf.analysis.verdicts.ExitCode.REFUSED
+        return 4
 
 
-def annotate(level: str, words: str) -> None:
-    """A line that Actions shows at the top of the run; level: error, warning or notice.
-
-    Escaped as the runner asks for, so that a text of others can start no command of its own.
-    """
-    escaped = words.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+def annotate(level: str, message: str) -> None:
+    """Print an annotation of the Actions run, escaped so that foreign text cannot start a command. level: error or warning."""
+    escaped = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
     print(f"::{level}::{escaped}", flush=True)
 
 
 def output(name: str, value: str) -> None:
-    """An output of the step. Raises Refusal for a value that would make a second one."""
+    """Set an output of the step. Raises Refusal for a value of several lines, which could set a second output."""
     if "\n" in value or "\r" in value:
         raise Refusal(f"the output {name} has more than one line")
     print(f"{name}={value}", flush=True)
     _append("GITHUB_OUTPUT", f"{name}={value}\n")
 
 
-def summary(markdown: str) -> None:
-    """Add to the job's summary page."""
+def add_to_summary(markdown: str) -> None:
+    """Append Markdown to the summary page of the job."""
     _append("GITHUB_STEP_SUMMARY", markdown.rstrip() + "\n\n")
 
 
 def _append(variable: str, text: str) -> None:
-    path = os.environ.get(variable)
-    if path:
+    if path := os.environ.get(variable):
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
 
 
-def given(name: str, default: str | None = None) -> str:
-    """An input from the environment. Raises Refusal where it is needed and absent or empty."""
-    value = os.environ.get(name, "").strip()
-    if value:
-        return value
-    if default is None:
+def setting(name: str, default: str | None = None) -> str:
+    """Return an environment variable. Raises Refusal where it has neither a value nor a default."""
+    value = os.environ.get(name, "").strip() or default
+    if value is None:
         raise Refusal(f"the environment variable {name} is not set")
-    return default
+    return value
 
 
 def out_folder() -> Path:
-    """Where a job leaves what it uploads: $OUT, or `perf` in the runner's folder, which it empties before each job."""
-    folder = Path(os.environ.get("OUT") or Path(given("RUNNER_TEMP")) / "perf")
+    """Return the folder that the job uploads: $OUT, or `perf` in the runner's folder, which each job finds empty."""
+    folder = Path(os.environ.get("OUT") or Path(setting("RUNNER_TEMP")) / "perf")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def read_json(path: Path) -> dict:
-    """An object in a file of others. Raises Refusal for whatever is not one: absent, a link, too large, no JSON."""
+    """Read a JSON object from an untrusted file. Raises Refusal for an absent, linked, oversized or invalid file."""
     try:
         if path.is_symlink() or not path.is_file():
             raise Refusal(f"{path.name}: there is no such file")
@@ -113,7 +108,7 @@ def read_json(path: Path) -> dict:
 
 
 def fleet(path: Path = FLEET) -> dict[str, Machine]:
-    """The machines by label. Raises Refusal for a file with anything unknown in it: a misspelt limit would be no limit."""
+    """Read the machines by label. Raises Refusal for unknown fields: a misspelt limit would be no limit."""
     known = set(Machine.__dataclass_fields__)
     machines = {}
     for label, fields in read_json(path).items():
@@ -128,13 +123,21 @@ def fleet(path: Path = FLEET) -> dict[str, Machine]:
 
 
 def machine(label: str) -> Machine:
-    """What the fleet promises of a label. Raises Refusal for an unknown one."""
+    """Return a machine of the fleet. Raises Refusal for an unknown label."""
     machines = fleet()
     if label not in machines:
         raise Refusal(f"the fleet has no machine {label!r}; it has {', '.join(machines)} ({FLEET.name})")
     return machines[label]
 
 
+def repository() -> str:
+    """Return OWNER/NAME of the repository. Raises Refusal for anything else in GITHUB_REPOSITORY."""
+    name = setting("GITHUB_REPOSITORY")
+    if name.count("/") != 1 or not all(map(NAME.fullmatch, name.split("/"))):
+        raise Refusal("GITHUB_REPOSITORY is not OWNER/NAME")
+    return name
+
+
 def series(name: str, batches: tuple[int, ...] = ()) -> str:
-    """The name under which runs of a set are stored: runs at other batches are another suite, and another baseline."""
+    """Return the name under which runs of a set are stored; other batch sizes are another series with its own baseline."""
     return name + ("-b" + "-".join(map(str, batches)) if batches else "")
