@@ -1,27 +1,26 @@
-"""The article's plots: every launch of each GPU and batch, and bars per batch over GPUs."""
+"""Charts of the article: every launch per GPU and batch, and bars over GPUs beside the published values."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 
-from perf.report.charts import Chart, Point, Series, groups, measured, synthetic, unit, valid
+from perf.report.charts import Chart, Point, Series, by_technique, groups, unit, valid
 from perf.report.published import GPUS, published
 from perf.report.results import Facets, Result
-from perf.report.text import words_name
+from perf.report.text import joined_name
 
 
 def launch_charts(results: Sequence[Result]) -> list[Chart]:
-    """One chart a GPU, batch and work, named as the article named its files."""
+    """One chart per GPU, batch and work, named like the article's files."""
     charts = []
-    wanted = [one for one in valid(results) if one.workload == "txt2img"]
-    for (gpu, _, batch, rounds), members in groups(
-        wanted, lambda one: (one.session.machine, one.work, one.batch, one.session.rounds)
-    ).items():
+    generations = [result for result in valid(results) if result.workload == "txt2img"]
+    by_chart = groups(
+        generations, lambda result: (result.session.machine, result.work, result.batch, result.session.rounds)
+    )
+    for (gpu, _, batch, rounds), members in by_chart.items():
         first = members[0]
-        # Two stacks on one GPU stand in one chart, and their names tell them apart.
-        stacks = {(one.torch, one.session.identity) for one in members}
-        series = [_launches(one, len(stacks) > 1) for one in members]
+        several_stacks = len({(result.torch, result.session.identity) for result in members}) > 1
         charts.append(
             Chart(
                 name=article_name(first),
@@ -30,7 +29,7 @@ def launch_charts(results: Sequence[Result]) -> list[Chart]:
                 summary=f"Seconds per image of every launch of {len(members)} configurations on {gpu} at batch {batch}.",
                 x_label="launch",
                 y_label=f"{unit(members)} per image",
-                series=tuple(series),
+                series=tuple(_launches(result, several_stacks) for result in members),
                 scale="linear",
             )
         )
@@ -38,59 +37,45 @@ def launch_charts(results: Sequence[Result]) -> list[Chart]:
 
 
 def article_name(result: Result) -> str:
-    """`original_vs_optimized_{GPU}_n_samples_{n}_n_iter_{k}_{sd1|sd2}`; what the article did not vary stands behind it."""
-    work = result.work_name.partition(", ")[2]
-    parts = [
-        "original_vs_optimized",
-        result.session.gpu,
-        f"n_samples_{result.batch}",
-        f"n_iter_{result.session.rounds}",
-    ]
-    parts += [result.model, work, "synthetic" if result.session.synthetic else ""]
-    return words_name(*parts)
+    """`original_vs_optimized_{GPU}_n_samples_{n}_n_iter_{k}_{sd1|sd2}`, followed by options that the article did not vary."""
+    session, options = result.session, result.work_name.partition(", ")[2]
+    counts = f"n_samples_{result.batch}", f"n_iter_{session.rounds}"
+    synthetic = "synthetic" if session.synthetic else ""
+    return joined_name("original_vs_optimized", session.gpu, *counts, result.model, options, synthetic)
 
 
-def _launches(result: Result, with_stack: bool) -> Series:
+def _launches(result: Result, with_torch: bool) -> Series:
     points = []
     for number, rounds in enumerate(result.benchmark.launches, 1):
         if rounds:
-            low, middle, high = min(rounds), statistics.median(rounds), max(rounds)
-            points.append(
-                Point(
-                    number,
-                    middle / result.batch,
-                    low / result.batch,
-                    high / result.batch,
-                    result.facets,
-                    f"{result.id}, launch {number}, {len(rounds)} rounds",
-                )
-            )
-    name = f"{result.technique} (torch {result.torch})" if with_stack else result.technique
+            values = (seconds / result.batch for seconds in (statistics.median(rounds), min(rounds), max(rounds)))
+            points.append(Point(number, *values, result.facets, f"{result.id}, launch {number}, {len(rounds)} rounds"))
+    name = f"{result.technique} (torch {result.torch})" if with_torch else result.technique
     return Series(name, result.technique, tuple(points), band=result.interval)
 
 
 def gpu_charts(results: Sequence[Result]) -> list[Chart]:
-    """Bars over GPUs, one chart a work and batch, with the published figures where the work is theirs."""
+    """Bars over GPUs, one chart per work and batch, with the published values of the same work."""
     charts = []
-    members_of = groups(valid(results), lambda one: (one.work, one.batch))
-    own_models = {one.model for one in results}
-    published_works = {
+    own = groups(valid(results), lambda result: (result.work, result.batch))
+    models = {result.model for result in results}
+    article_works = {
         ((cell.model, "txt2img", 50, "plms", (0, 0)), cell.batch): cell.model
         for cell in published()
-        if cell.seconds_per_image is not None and cell.model in own_models
+        if cell.seconds_per_image is not None and cell.model in models
     }
-    for key in dict.fromkeys([*members_of, *published_works]):
-        members, (work, batch) = members_of.get(key, []), key
-        series = _published_bars(published_works[key], batch) if key in published_works else []
+    for key in dict.fromkeys([*own, *article_works]):
+        members, (work, batch) = own.get(key, []), key
+        series = _published_bars(article_works[key], batch) if key in article_works else []
         series += _own_bars(members)
-        if sum(len(one.points) for one in series) < 2:  # one bar compares nothing
+        if sum(len(bars.points) for bars in series) < 2:  # a single bar compares nothing
             continue
         name = members[0].work_name if members else str(work[0])
         charts.append(
             Chart(
-                name=words_name(f"gpus_{name}_batch_{batch}"),
+                name=joined_name(f"gpus_{name}_batch_{batch}"),
                 section="GPUs",
-                title=f"{name}, batch {batch}: time of an image by GPU{synthetic(members)}",
+                title=f"{name}, batch {batch}: time per image by GPU{_synthetic(members)}",
                 summary=f"Seconds per image of {len(series)} configurations by GPU at batch {batch}.",
                 x_label="GPU",
                 y_label=f"{unit(members)} per image",
@@ -101,42 +86,38 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
     return charts
 
 
+def _synthetic(results: Sequence[Result]) -> str:
+    synthetic = {bool(result.session.synthetic) for result in results}
+    return " (partly synthetic)" if len(synthetic) == 2 else " (synthetic)" if True in synthetic else ""
+
+
 def _published_bars(model: str, batch: int) -> list[Series]:
-    found: dict[str, list[Point]] = {}
-    cells = [cell for cell in published() if (cell.model, cell.batch) == (model, batch)]
-    for cell in sorted(cells, key=lambda one: GPUS.index(one.gpu)):
-        if cell.seconds_per_image is None:
-            continue
+    points: dict[str, list[Point]] = {}
+    cells = [cell for cell in published() if (cell.model, cell.batch) == (model, batch) and cell.seconds_per_image]
+    for cell in sorted(cells, key=lambda cell: GPUS.index(cell.gpu)):
         attention = "xformers" if "xformers" in cell.technique else cell.technique.partition("-")[0]
         facets = Facets(model, cell.gpu, str(batch), cell.torch, attention)
         note = f"published, torch {cell.torch}; no interval printed"
-        found.setdefault(cell.technique, []).append(
-            Point(f"{cell.gpu} (published)", cell.seconds_per_image, facets=facets, note=note)
-        )
-    return [
-        Series(f"{technique} (published)", technique, tuple(points), "bar", faint=True)
-        for technique, points in found.items()
-    ]
+        point = Point(f"{cell.gpu} (published)", cell.seconds_per_image, facets=facets, note=note)
+        points.setdefault(cell.technique, []).append(point)
+    return [Series(f"{name} (published)", name, tuple(bars), "bar", faint=True) for name, bars in points.items()]
 
 
-def _own_bars(members: Sequence[Result]) -> list[Series]:
-    stacks = groups(members, lambda one: one.session.machine)
-    several = {machine for machine, ones in stacks.items() if len({one.torch for one in ones}) > 1}
+def _own_bars(members: Sequence[Result]) -> tuple[Series, ...]:
+    machines = groups(members, lambda result: result.session.machine)
+    several = {machine for machine, results in machines.items() if len({result.torch for result in results}) > 1}
 
-    def place(one: Result) -> str:
-        machine = one.session.machine
-        return f"{machine}, torch {one.torch.partition('+')[0]}" if machine in several else machine
+    def bar(result: Result) -> Point:
+        machine = result.session.machine
+        place = f"{machine}, torch {result.torch.partition('+')[0]}" if machine in several else machine
+        note = f"{result.id}, {result.session.name}, {result.interval_name}; torch {result.torch}"
+        return Point(place, result.seconds_per_image, *result.interval, result.facets, note)
 
-    return [
-        Series(technique, technique, tuple(measured(one, place(one), f"torch {one.torch}") for one in ones), "bar")
-        for technique, ones in groups(members, lambda one: one.technique).items()
-    ]
+    return by_technique(members, bar, "bar")
 
 
 def _places(series: Sequence[Series]) -> tuple[str, ...]:
-    """Published GPUs in the article's order, each with the reader's own of that name beside it, then the others."""
-    found = {str(point.x): point.facets.gpu for one in series for point in one.points}
+    """Published GPUs in the article's order, each followed by own measurements on that GPU, then the other devices."""
+    gpus = {str(point.x): point.facets.gpu for bars in series for point in bars.points}
     order = {gpu: number for number, gpu in enumerate(GPUS)}
-    return tuple(
-        sorted(found, key=lambda place: (order.get(found[place], len(GPUS)), "(published)" not in place, place))
-    )
+    return tuple(sorted(gpus, key=lambda place: (order.get(gpus[place], len(GPUS)), "(published)" not in place, place)))

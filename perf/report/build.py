@@ -1,49 +1,57 @@
-"""A report's files from saved runs: plots, tables, the page and the summary."""
+"""Read saved runs and write the files of a report: plots, tables, page and summary."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perf.report import article, breakdown, growth, history, pictures, roofline, summary, tables
+from perf.report import article, breakdown, growth, history, images, roofline, summary, tables
 from perf.report.charts import Chart
 from perf.report.palette import Palette
-from perf.report.results import Result, Session, newest, read_session
+from perf.report.results import Result, SavedSession, newest, read_session
 from perf.runs.saved_run import BaselineError
 from perf.runs.storage import write_atomically
+
+PACKAGES = ("jinja2", "matplotlib")  # of the extra `report`
+
+
+def missing_packages() -> list[str]:
+    """Packages of the extra `report` that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What all parts of a report show. refused: a line for each file that could not be read."""
+    """The contents of a report. refused: a line for each unreadable file."""
 
-    sessions: tuple[Session, ...]
+    sessions: tuple[SavedSession, ...]
     results: tuple[Result, ...]  # of all sessions
-    current: tuple[Result, ...]  # the last of each configuration, machine and stack
+    current: tuple[Result, ...]  # the last of each configuration, machine and software stack
     charts: tuple[Chart, ...]
     article: tuple[tables.Table, ...]
     palette: Palette
-    pictures: pictures.Pictures
+    images: images.Images
     refused: tuple[str, ...]
 
 
 def gather(
     paths: Sequence[Path],
     reference: str | None = None,
-    pictures_folder: Path | None = None,
-    say: Callable = lambda words: None,
+    images_folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Read saved runs and make everything that is drawn. Raises tables.UnknownReference."""
+    """Read saved runs and make all charts and tables. Raises tables.UnknownReference."""
     sessions, results, refused = [], [], []
     for number, path in enumerate(paths, 1):
         try:
-            session, found = read_session(path)
+            session, of_session = read_session(path)
         except BaselineError as error:
             refused.append(str(error))
             continue
         sessions.append(session)
-        results += found
+        results += of_session
         if number % 20 == 0:
             say(f"report: read {number} of {len(paths)} saved runs")
     current = newest(results)
@@ -53,15 +61,15 @@ def gather(
         current=tuple(current),
         charts=tuple(all_charts(results, current)),
         article=tuple(tables.article_tables(current, reference)),
-        palette=Palette([one.technique for one in results] + list(tables.published_techniques())),
-        pictures=pictures.find(current, pictures_folder),
+        palette=Palette([result.technique for result in results] + list(tables.published_techniques())),
+        images=images.find(current, images_folder),
         refused=tuple(refused),
     )
 
 
 def all_charts(results: Sequence[Result], current: Sequence[Result]) -> list[Chart]:
-    """Every chart that there is something for, in the order of charts.SECTIONS. Raises ValueError for two of one name."""
-    made = [
+    """All charts with data, in the order of charts.SECTIONS; charts of one name are numbered."""
+    charts = [
         *article.launch_charts(current),
         *article.gpu_charts(current),
         *breakdown.ladder_charts(current),
@@ -74,22 +82,17 @@ def all_charts(results: Sequence[Result], current: Sequence[Result]) -> list[Cha
         *history.comparison_charts(results),
         *history.history_charts(results),
     ]
-    return _with_names_of_their_own(made)
+    counts: dict[str, int] = {}
+    for at, chart in enumerate(charts):
+        key = chart.name.lower()  # some file systems ignore case
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] > 1:
+            charts[at] = replace(chart, name=f"{chart.name}_{counts[key]}")
+    return charts
 
 
-def _with_names_of_their_own(charts: Sequence[Chart]) -> list[Chart]:
-    """Two machines may be called alike: then a number tells their files apart."""
-    seen: dict[str, int] = {}
-    named = []
-    for chart in charts:
-        key = chart.name.lower()  # for file systems that do not tell case apart
-        seen[key] = seen.get(key, 0) + 1
-        named.append(chart if seen[key] == 1 else replace(chart, name=f"{chart.name}_{seen[key]}"))
-    return named
-
-
-def write(report: Report, folder: Path, say: Callable = lambda words: None) -> list[Path]:
-    """Write all files of a report; returns their paths, the page first. Raises BaselineError where it cannot be written."""
+def write(report: Report, folder: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Write all files of a report; returns their paths, the page first. Raises BaselineError."""
     from perf.report import page, plots
 
     plots_folder = folder / "plots"
@@ -97,7 +100,12 @@ def write(report: Report, folder: Path, say: Callable = lambda words: None) -> l
         plots_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BaselineError(f"{folder}: cannot be made: {error.strerror}; name another folder") from None
-    written = page.write(report, folder)
+    drawn = []
+    for number, chart in enumerate(report.charts, 1):
+        drawn.append(plots.draw(chart, report.palette, plots_folder))
+        if number % 25 == 0:
+            say(f"report: {number} of {len(report.charts)} plots drawn")
+    written = page.write(report, drawn, folder)
     texts = {
         "summary.md": summary.markdown_of(report),
         "article.md": tables.article_markdown(report.article),
@@ -106,9 +114,4 @@ def write(report: Report, folder: Path, say: Callable = lambda words: None) -> l
     }
     for name, text in texts.items():
         write_atomically(folder / name, text)
-        written.append(folder / name)
-    for number, chart in enumerate(report.charts, 1):
-        written += plots.draw(chart, report.palette, plots_folder)
-        if number % 25 == 0:
-            say(f"report: {number} of {len(report.charts)} plots drawn")
-    return written
+    return [*written, *(folder / name for name in texts), *(path for plot in drawn for path in plot.paths)]

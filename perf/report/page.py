@@ -1,7 +1,7 @@
-"""index.html: one file that opens from the disk and asks for nothing else.
+"""index.html: a single file that works from the disk and makes no network requests.
 
-Whatever comes from a saved run is data: escaped in the document, and in scripts inside JSON that can end no element. A
-policy in the page lets only its own two scripts run, by their hashes, and nothing be fetched.
+Values of saved runs are data: the template escapes them, and a content security policy allows only the page's own script,
+by its hash, and no requests.
 """
 
 from __future__ import annotations
@@ -9,164 +9,168 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import importlib.util
 import json
-from html import escape
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
-from perf.report import sections
-from perf.report.charts import Chart
-from perf.report.palette import VERDICTS
-from perf.report.results import Facets
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from perf.report import summary, tables
+from perf.report.canvas import INK, PAPER, RULE, Mark, Plot
+from perf.report.charts import SECTIONS, groups
+from perf.report.palette import KERNEL_CLASSES
+from perf.report.reproduce import command
+from perf.report.results import Facets, SavedSession, ranked
+from perf.report.text import file_name, seconds
 from perf.runs.saved_run import BaselineError
 from perf.runs.storage import write_atomically
 
 LARGEST_BYTES = 6_000_000
 HERE = Path(__file__).parent
-MARGIN_BYTES = 20_000
+FACTS = {
+    "name": "device",
+    "uuid": "UUID",
+    "driver": "driver",
+    "torch": "torch",
+    "cuda": "CUDA",
+    "cudnn": "cuDNN",
+    "triton": "triton",
+    "xformers": "xFormers",
+    "python": "Python",
+    "memory_bytes": "memory, bytes",
+    "power_limit_watts": "power limit, W",
+    "sm_clock_max_mhz": "largest SM clock, MHz",
+    "memory_clock_max_mhz": "largest memory clock, MHz",
+    "clock": "clock",
+    "threads": "threads of torch",
+    "isolated": "each launch a fresh process",
+}
+THEME = {INK: "var(--ink)", RULE: "var(--line)", PAPER: "var(--page)"}
 
 
-def plotly_script() -> str:
-    """plotly.js as its Python package ships it, read without importing the package. Raises BaselineError without it."""
-    found = importlib.util.find_spec("plotly")
-    path = Path(found.origin).parent / "package_data" / "plotly.min.js" if found and found.origin else None
-    if path is None or not path.is_file():
-        raise BaselineError('plotly.js is not there: pip install "sd-perf[report]"')
-    script = path.read_text(encoding="utf-8")
-    if "</script" in script.lower() or "<!--" in script:
-        raise BaselineError(f"{path}: this plotly.js cannot stand inside a page; install another version of plotly")
-    return script
-
-
-def embedded(value: object) -> str:
-    """JSON that cannot leave the element it stands in: no <, > or & in it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-class FacetIndex:
-    """Facets by number, since thousands of points have the same few."""
-
-    def __init__(self):
-        self.numbers: dict[Facets, int] = {}
-
-    def __call__(self, facets: Facets | None) -> int | None:
-        if facets is None:
-            return None
-        return self.numbers.setdefault(facets, len(self.numbers))
-
-    def as_list(self) -> list[list[str]]:
-        """Ready for JSON."""
-        return [[one.model, one.gpu, one.batch, one.torch, one.attention] for one in self.numbers]
-
-
-def chart_data(chart: Chart, index: FacetIndex) -> dict:
-    """A chart as page.js reads it; a point is [x, y, low, high, facets, note, base, verdict]."""
-    series = [
-        {
-            "name": one.name,
-            "look": one.look,
-            "form": one.form,
-            "band": one.band,
-            "faint": one.faint,
-            "points": [
-                [
-                    point.x,
-                    _short(point.y),
-                    _short(point.low),
-                    _short(point.high),
-                    index(point.facets),
-                    point.note,
-                    _short(point.base),
-                    point.verdict,
-                ]
-                for point in one.points
-            ],
-        }
-        for one in chart.series
-    ]
-    keys = ("title", "x_label", "y_label", "scale", "y_log", "stacked", "zero", "levels", "marks", "places")
-    return {**{key: getattr(chart, key) for key in keys}, "labelled": chart.labelled_marks, "series": series}
-
-
-def _short(value: float | None) -> float | None:
-    """Seven digits are more than any clock here has."""
-    return None if value is None else float(f"{value:.7g}")
-
-
-def write(report, folder: Path) -> list[Path]:
-    """Write index.html, and beside it in runs/ the raw JSON that it has no room for. Raises BaselineError."""
-    index = FacetIndex()
-    charts = [chart_data(chart, index) for chart in report.charts]
-    body = sections.body(report, index)
-    data = {
-        "facets": index.as_list(),
-        "charts": charts,
-        "looks": report.palette.as_dict(),
-        "verdicts": {verdict.value: colour for verdict, (colour, _) in VERDICTS.items()},
+def write(report, plots: Sequence[Plot], folder: Path) -> list[Path]:
+    """Write index.html of a build.Report, and into runs/ the raw JSON that exceeds its size. Raises BaselineError."""
+    facets = [result.facets for result in report.current]
+    facets += [point.facets for chart in report.charts for point in chart.points if point.facets]
+    numbers = {facet: number for number, facet in enumerate(dict.fromkeys(facets))}
+    context = {
+        "report": report,
+        "plots": [(plot.chart, inline_svg(plot, numbers)) for plot in plots],
+        "facets": list(map(vars, numbers)),
+        "numbers": numbers,
+        "script": Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        **_contents(report),
     }
-    scripts = plotly_script(), (HERE / "page.js").read_text(encoding="utf-8")
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    room = LARGEST_BYTES - MARGIN_BYTES
-    room -= sum(map(len, map(str.encode, (*scripts, style, body, embedded(data)))))
-    raw, beside = _raw(report, room)
-    written = []
-    for name, text in beside.items():
-        write_atomically(folder / "runs" / name, text)
-        written.append(folder / "runs" / name)
-    downloads = sections.downloads(report, [one["name"] for one in raw], beside)
-    page = document(body + downloads, style, embedded({**data, "raw": raw}), scripts)
+    context["script_hash"] = base64.b64encode(hashlib.sha256(context["script"].encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("page.html")
+    room = LARGEST_BYTES - len(template.render(context, raw=[], beside=[]).encode())
+    raw, beside = _raw(report.sessions, room)
+    for name, document in beside.items():
+        write_atomically(folder / "runs" / name, document)
+    page = template.render(context, raw=raw, beside=list(beside))
     if len(page.encode()) > LARGEST_BYTES:
-        raise BaselineError(f"{folder}: the page would pass {LARGEST_BYTES / 1e6:g} MB; report on fewer runs at once")
+        raise BaselineError(f"{folder}: the page would exceed {LARGEST_BYTES / 1e6:g} MB; report on fewer runs at once")
     write_atomically(folder / "index.html", page)
-    return [folder / "index.html", *written]
+    return [folder / "index.html", *(folder / "runs" / name for name in beside)]
 
 
-def _raw(report, room: int) -> tuple[list[dict], dict[str, str]]:
-    """The runs' JSON, compressed, newest first as far as there is room, and the others' text by file name."""
-    kept, beside, names = [], {}, set()
-    for session in sorted(report.sessions, key=lambda one: -one.started):
-        name = _own_name(sections.raw_name(session), names)
-        text = json.dumps(session.document, indent=1)
-        packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
-        if len(packed) + 200 <= room:
-            room -= len(packed) + 200
-            kept.append({"name": name, "gzip": packed})
+def _contents(report) -> dict:
+    """Headline and tables for the template."""
+    results = ranked(report.current)
+    last = max(report.sessions, key=lambda session: session.order, default=None)
+    fastest = summary.fastest([result for result in report.results if result.session is last])
+    classes = tuple(KERNEL_CLASSES)
+    traces = [
+        (result, [seconds(result.trace[name]) if name in result.trace else "" for name in classes])
+        for result in results
+    ]
+    machines = groups(report.sessions, lambda session: session.identity).values()
+    return {
+        "headline": f"{last.name}: {summary.headline(last, report.results)}" if last else "",
+        "fastest": f"{fastest[0].upper()}{fastest[1:]}." if fastest else "",
+        "synthetic": [session.synthetic for session in report.sessions if session.synthetic],
+        "sections": SECTIONS,
+        "results": list(zip(results, tables.result_rows(results))),
+        "columns": tables.COLUMNS,
+        "parts": {
+            "Stages": ("seconds per image", tables.STAGE_NAMES, tables.stage_rows(results)),
+            "Kernels": ("one traced round", classes, [(result, cells) for result, cells in traces if result.trace]),
+        },
+        "commands": [(result, command(result)) for result in results],
+        "machines": [(_machine_title(sessions), _machine_facts(sessions[0])) for sessions in machines],
+        "anchor": lambda name: file_name(name.lower()),
+    }
+
+
+def _machine_title(sessions: Sequence[SavedSession]) -> str:
+    first = sessions[0]
+    if len(sessions) > 1:
+        return f"{first.machine}: {len(sessions)} sessions"
+    when = (
+        f"{datetime.fromtimestamp(first.started, timezone.utc):%Y-%m-%d %H:%M} UTC" if first.started else "unknown time"
+    )
+    return f"{first.machine}: session {first.name}, {when}"
+
+
+def _machine_facts(session: SavedSession) -> list[tuple[str, str]]:
+    rows = []
+    for key, name in FACTS.items():
+        value = session.facts.get(key)
+        rows.append((name, "unknown" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)))
+    rows += [(f"measured {dtype}", f"{rate / 1e12:.3g} TFLOP/s") for dtype, rate in session.ceilings.items()]
+    if session.copy_bytes_per_second:
+        rows.append(("measured copy, read and written", f"{session.copy_bytes_per_second / 1e9:.4g} GB/s"))
+    return rows
+
+
+def inline_svg(plot: Plot, numbers: dict[Facets, int]) -> Markup:
+    """The SVG element of a plot for HTML: with the page's colours, facets to filter by, and tooltips, and without its title.
+
+    matplotlib escapes <, > and quotes in texts and attributes, so that its tags can be told from texts.
+    """
+    drawing = re.search(r'<g id="figure_1">.*</svg>', plot.svg, flags=re.DOTALL)[0]
+    drawing = re.sub(r'<g id="title">.*?</g>', "", drawing, flags=re.DOTALL)
+
+    def compact(match: re.Match) -> str:
+        tag = re.sub(r' (?:id="[\w.]+_\d+"|transform="rotate\(-0 [^"]*")', "", match[0])
+        tag = re.sub(r"#[0-9a-f]{6}\b", lambda colour: THEME.get(colour[0], colour[0]), tag)
+        tag = re.sub(r' (?:d|x|y)="[^"]*"', lambda numbers: re.sub(r"(\.\d)\d+|\n", r"\1", numbers[0]), tag)
+        tag = re.sub(r"font-family: [^;]*; ", "", tag)
+        return re.sub(r' id="(mark-\d+)">', lambda id: _attributes(plot.marks[id[1]], numbers), tag)
+
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', plot.svg).groups())
+    box = f"0 {plot.title_height:g} {width:g} {height - plot.title_height:g}"
+    drawing = re.sub(r">\s+<", "><", re.sub(r"</?[a-z][^>]*>", compact, drawing))
+    return Markup(f'<svg viewBox="{box}">{drawing}')
+
+
+def _attributes(mark: Mark, numbers: dict[Facets, int]) -> str:
+    facets = " ".join(str(numbers[facets]) for facets in mark.facets)
+    attribute = f' data-{"legend" if mark.legend else "facets"}="{facets}"' if facets else ""
+    return f"{attribute}>" + (f"<title>{escape(mark.title)}</title>" if mark.title else "")
+
+
+def _raw(sessions: Sequence[SavedSession], room: int) -> tuple[list[dict], dict[str, str]]:
+    """The runs' JSON: compressed for the page, newest first, up to `room` bytes, and the others by file name."""
+    inside, beside, names = [], {}, set()
+    for session in sorted(sessions, key=lambda session: -session.started):
+        stem = name = file_name(session.saved.path.stem)
+        while name in names:
+            name = f"{stem}-{len(names)}"
+        names.add(name)
+        document = json.dumps(session.document, indent=1)
+        packed = base64.b64encode(gzip.compress(document.encode(), mtime=0)).decode()
+        if len(packed) + 500 <= room:
+            room -= len(packed) + 500
+            inside.append({"name": f"{name}.json", "gzip": packed})
         else:
-            beside[name] = text
-    return kept, beside
-
-
-def _own_name(name: str, taken: set[str]) -> str:
-    stem, number, found = name.removesuffix(".json"), 1, name
-    while found in taken:
-        number += 1
-        found = f"{stem}-{number}.json"
-    taken.add(found)
-    return found
-
-
-def document(body: str, style: str, data: str, scripts: tuple[str, str]) -> str:
-    """The page around its parts. body: HTML that is escaped already; data: what `embedded` gave."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in scripts)
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
-    policy += "; form-action 'none'"
-    return f"""<!DOCTYPE html>
-<html lang="en" data-theme="light">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>sd-perf report</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script type="application/json" id="data">{data}</script>
-<script>{scripts[0]}</script>
-<script>{scripts[1]}</script>
-</body>
-</html>
-"""
+            room -= 500
+            beside[f"{name}.json"] = document
+    return inside, beside

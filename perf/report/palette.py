@@ -1,7 +1,7 @@
-"""One look per technique, everywhere: colour, dash, marker and hatch, so that no two differ by colour alone.
+"""One look per technique in every chart: colour, dash, marker and hatch, so that no two differ by colour alone.
 
-Colours are Okabe and Ito's ("Color Universal Design", 2008), but for its black and yellow, which vanish on a dark and on
-a white page; more come from Paul Tol's "muted" scheme (2021).
+Colours are those of Okabe and Ito ("Color Universal Design", 2008) without black and yellow, which vanish on a dark or a
+white page; further colours are from Paul Tol's "muted" scheme (2021). Dashes, markers and hatches are matplotlib's.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ FIXED = {
     "sdpa-compile": "#cc79a7",
 }
 MORE = ("#cc6677", "#999933", "#aa4499", "#88aadd", "#dd8a55", "#5f8f3f", "#b59a4a", "#7d6bc4")
-DASHES = ("solid", "dash", "dot", "dashdot")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-HATCHES = ("", "/", ".", "x")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+HATCHES = ("", "/", "\\", "x")  # no dots: each is four curves in an SVG
 VERDICTS = {
-    Verdict.SLOWER: ("#d55e00", "triangle-up"),
-    Verdict.FASTER: ("#009e73", "triangle-down"),
-    Verdict.SAME: ("#7a7a7a", "circle"),
-    Verdict.INCONCLUSIVE: ("#e69f00", "diamond"),
-    Verdict.INVALID: ("#cc79a7", "x"),
+    Verdict.SLOWER: ("#d55e00", "^"),
+    Verdict.FASTER: ("#009e73", "v"),
+    Verdict.SAME: ("#7a7a7a", "o"),
+    Verdict.INCONCLUSIVE: ("#e69f00", "D"),
+    Verdict.INVALID: ("#cc79a7", "X"),
 }
 STAGES = {"text": "#56b4e9", "unet": "#0072b2", "vae": "#e69f00", "other": "#9a9a9a"}
 KERNEL_CLASSES = {
@@ -48,11 +48,11 @@ KERNEL_CLASSES = {
 
 @dataclass(frozen=True)
 class Look:
-    """How a technique is drawn; dash and marker by plotly's names, hatch by matplotlib's."""
+    """The style of a technique's bars and lines."""
 
     colour: str
-    dash: str = "solid"
-    marker: str = "circle"
+    dash: str = "-"
+    marker: str = "o"
     hatch: str = ""
 
 
@@ -61,30 +61,24 @@ PARTS = {name: Look(colour) for name, colour in {**STAGES, **KERNEL_CLASSES}.ite
 
 
 class Palette:
-    """Looks by technique. Those of FIXED never change; another one's follows from its name, and moves on only where
-    that look is taken by a name before it in the alphabet."""
+    """Looks by technique, stage, kernel class and roof.
+
+    Techniques of FIXED never change their look. The look of another follows from a hash of its name, and moves on only
+    where an alphabetically earlier name has taken it.
+    """
 
     def __init__(self, techniques: Iterable[str]):
-        names = set(techniques)
-        fixed = list(FIXED)
-        self._looks = {name: Look(FIXED[name], marker=MARKERS[fixed.index(name)]) for name in fixed}
+        self._looks = {name: Look(FIXED[name], marker=marker) for name, marker in zip(FIXED, MARKERS)}
         taken: set[int] = set()
         combinations = len(MORE) * (len(DASHES) - 1)
-        for name in sorted(names - self._looks.keys()):
+        for name in sorted(set(techniques) - FIXED.keys()):
             start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % combinations
             free = (number % combinations for number in range(start, start + combinations))
-            number = next((one for one in free if one not in taken), start)
+            number = next((number for number in free if number not in taken), start)
             taken.add(number)
-            kind = 1 + number // len(MORE)
-            colour = MORE[number % len(MORE)]
-            self._looks[name] = Look(colour, DASHES[kind], MARKERS[number % len(MARKERS)], HATCHES[kind])
-
+            style, colour = 1 + number // len(MORE), MORE[number % len(MORE)]
+            self._looks[name] = Look(colour, DASHES[style], MARKERS[number % len(MARKERS)], HATCHES[style])
         self._looks |= {**PARTS, **ROOFS}
 
     def __getitem__(self, name: str) -> Look:
-        """The look of a technique, or of what all charts have: a stage, a class of kernels, a roof."""
         return self._looks[name]
-
-    def as_dict(self) -> dict[str, dict[str, str]]:
-        """Ready for JSON, for the page."""
-        return {name: vars(look) for name, look in self._looks.items()}

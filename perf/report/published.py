@@ -1,4 +1,4 @@
-"""The published runtimes (perf/published/), as they are printed in the articles."""
+"""The runtimes published in the articles (perf/published/), as printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SOURCE = {
     "sd2": 'PyTorch blog, "Accelerated Generative Diffusion Models with PyTorch 2" (2023)',
     "sd1": 'PyTorch blog, "Performance experiments with Stable Diffusion"',
 }
-# The articles' names -> what the configurations are called here.
+# names of the articles -> techniques
 TECHNIQUES = {
     "original": "original",
     "original_xformers": "original-xformers",
@@ -34,8 +34,8 @@ GPUS = ("P100", "T4", "A10", "V100", "A100")  # in the order of the articles' co
 class PublishedTime:
     """One cell of a published table.
 
-    seconds: of a run of `iterations` calls that make `batch` images each, averaged over 10 launches; None where it was not
-    run. iterations is None where the article does not print it. improvement_percent: as printed.
+    seconds: of a run of `iterations` calls that make `batch` images each, averaged over 10 launches; None if not run.
+    iterations: None if not printed. improvement_percent: as printed.
     """
 
     model: str
@@ -48,12 +48,12 @@ class PublishedTime:
 
     @property
     def torch(self) -> str:
-        """The version of PyTorch that the article names."""
+        """The PyTorch version of the article."""
         return TORCH[self.model, "original" if self.technique.startswith("original") else "optimized"]
 
     @property
     def seconds_per_image(self) -> float | None:
-        """None where it was not run, or how many images a run made is not printed."""
+        """None if not run, or if the number of images is not printed."""
         if self.seconds is None or self.iterations is None:
             return None
         return self.seconds / self.iterations / self.batch
@@ -62,11 +62,11 @@ class PublishedTime:
 @lru_cache(maxsize=1)
 def published() -> tuple[PublishedTime, ...]:
     """Every published cell, in the order of the tables."""
-    found = []
+    cells = []
     for model in SOURCE:
         with open(FOLDER / f"{model}.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                found.append(
+                cells.append(
                     PublishedTime(
                         model=row["model"],
                         technique=TECHNIQUES[row["configuration"]],
@@ -77,4 +77,4 @@ def published() -> tuple[PublishedTime, ...]:
                         improvement_percent=float(row["improvement_percent"]) if row["improvement_percent"] else None,
                     )
                 )
-    return tuple(found)
+    return tuple(cells)

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its DevTools pipe: no packages, no ports. For tests of the report's page.
+"""Drive a headless Chromium over its DevTools pipe, without packages or ports, for tests of the report's page.
 
 Protocol: DevTools messages as JSON, each ended by a zero byte, on the browser's file descriptors 3 (in) and 4 (out).
 """
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 60.0  # seconds for one answer
+TIMEOUT = 60.0  # seconds for one answer
 
 
 def find() -> str | None:
@@ -26,7 +26,7 @@ def find() -> str | None:
 
 
 class Page:
-    """One page in a browser of its own; use as a context. errors: of the console and scripts; requests: URLs asked for."""
+    """A page in its own browser; a context manager. errors: of console and scripts; requests: requested URLs."""
 
     def __init__(self, width: int = 1280, height: int = 900, dark: bool = False):
         self.width, self.height, self.dark = width, height, dark
@@ -37,9 +37,9 @@ class Page:
 
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-test-", ignore_cleanup_errors=True)
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        self._in, self._out = ours_in, ours_out
+        read_end, browser_out = os.pipe()
+        browser_in, write_end = os.pipe()
+        self._in, self._out = read_end, write_end
         command = [
             find(),
             "--headless=new",
@@ -55,17 +55,17 @@ class Page:
             f"--user-data-dir={self._folder.name}",
         ]
         command += ["--disable-background-networking", f"--window-size={self.width},{self.height}"]
-        # Through a shell, which can put our pipes where Chromium wants them whatever their numbers are here.
-        line = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        # A shell moves the pipes to the descriptors that Chromium expects.
+        line = f'exec "$@" 3<&{browser_in} 4>&{browser_out}'
         self._process = subprocess.Popen(
             ["bash", "-c", line, "chromium", *command],
-            pass_fds=(theirs_in, theirs_out),
+            pass_fds=(browser_in, browser_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        os.close(browser_in)
+        os.close(browser_out)
         target = self._ask("Target.createTarget", {"url": "about:blank"})["targetId"]
         self._session = self._ask("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -97,14 +97,14 @@ class Page:
 
     def _ask(self, method: str, arguments: dict, session: str | None = None) -> dict:
         number = self._send(method, arguments, session)
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
             message = self._receive(end - time.monotonic())
             if message and message.get("id") == number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
                 return message["result"]
-        raise TimeoutError(f"the browser gave no answer to {method} in {PATIENCE:g} s")
+        raise TimeoutError(f"the browser gave no answer to {method} in {TIMEOUT:g} s")
 
     def ask(self, method: str, **arguments) -> dict:
         """A DevTools command to the page."""
@@ -116,10 +116,10 @@ class Page:
             left = end - time.monotonic()
             if left <= 0 or not select.select([self._in], [], [], left)[0]:
                 return None
-            piece = os.read(self._in, 1 << 16)
-            if not piece:
-                raise RuntimeError("the browser has gone")
-            self._buffer += piece
+            chunk = os.read(self._in, 1 << 16)
+            if not chunk:
+                raise RuntimeError("the browser has exited")
+            self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(line)
         self._note(message.get("method"), message.get("params", {}))
@@ -145,10 +145,10 @@ class Page:
         """Open a file and wait until it has loaded."""
         self._loaded = False
         self.ask("Page.navigate", url=path.resolve().as_uri())
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not self._loaded:
             if time.monotonic() > end:
-                raise TimeoutError(f"{path} did not load in {PATIENCE:g} s")
+                raise TimeoutError(f"{path} did not load in {TIMEOUT:g} s")
             self._receive(0.5)
 
     def run(self, script: str):

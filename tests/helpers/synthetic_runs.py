@@ -1,6 +1,6 @@
-"""Saved runs for several GPUs, built by arithmetic from the published figures and labelled synthetic: no machine measured them.
+"""Saved runs for several GPUs, computed from the published values and labelled synthetic: no machine measured them.
 
-`python tests/helpers/synthetic_runs.py FOLDER` writes them, to look at what a report makes of them.
+`python tests/helpers/synthetic_runs.py FOLDER` writes them, to inspect the report by eye.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def stack(gpu: str, torch: str, driver: str) -> dict:
 def extra_info(
     configuration: Configuration, per_image: float, draw: random.Random, started: float, rounds: int
 ) -> dict:
-    """What stands beside the rounds. Everything but the median is made up in proportion to it."""
+    """`extra_info` of a benchmark. Everything but the median is invented in proportion to it."""
     batch, seconds = configuration.batch, per_image * configuration.batch
     launches = []
     for number in range(LAUNCHES):
@@ -171,7 +171,7 @@ def extra_info(
 
 
 def published_run(gpu: str, number: int = 1, **more) -> dict:
-    """One session of one GPU with the article's times, SD2 at batch 1, 2 and 4."""
+    """One session of one GPU with the published times of SD2 at batch 1, 2 and 4."""
     times = {}
     for configuration in SETS["published"]:
         technique = configuration.id.removeprefix("sd2-").removesuffix(f"-b{configuration.batch}")
@@ -192,7 +192,7 @@ def growth_run(gpu: str = "A100") -> dict:
 
 
 def ladder_run(gpu: str = "A100") -> dict:
-    """The ladder, each rung faster, with times by class of kernel and energy."""
+    """The ladder, each step faster, with times by kernel class and energy."""
     times, seconds = {}, 4.0
     for configuration in SETS["ladder"]:
         times[configuration] = seconds
@@ -214,7 +214,7 @@ def ladder_run(gpu: str = "A100") -> dict:
 
 
 def nightly_runs(count: int, rounds: int = 2, gpu: str = "A100") -> list[dict]:
-    """A storage: the same five configurations every night, one of them slower from two thirds on, with its verdicts."""
+    """Stored sessions of five configurations every night, one of them slower from two thirds on, with verdicts."""
     documents = []
     for number in range(count):
         slow = 1.06 if number >= 2 * count // 3 else 1.0
@@ -242,7 +242,7 @@ def nightly_runs(count: int, rounds: int = 2, gpu: str = "A100") -> list[dict]:
 
 
 def write(folder: Path, documents: list[dict], label: str) -> list[Path]:
-    """Save them as a storage would."""
+    """Save runs under numbered names."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, made in enumerate(documents, 1):
@@ -252,7 +252,7 @@ def write(folder: Path, documents: list[dict], label: str) -> list[Path]:
 
 
 def results_of(*documents: dict, name: str = "0001_x") -> list[Result]:
-    """Their results, as a report reads them; the files are called 0000_NAME, 0001_NAME, ..."""
+    """Results of runs, as a report reads them; the files are named 0000_NAME, 0001_NAME, ..."""
     found = []
     for number, made in enumerate(documents):
         found += session_of(made, Path(f"{number:04d}_{name}.json"))[1]
@@ -260,7 +260,7 @@ def results_of(*documents: dict, name: str = "0001_x") -> list[Result]:
 
 
 def everything() -> list[dict]:
-    """What the tests of the report render."""
+    """The runs that the tests of the report render."""
     return [published_run(gpu, number) for number, gpu in enumerate(GPUS)] + [growth_run(), ladder_run()]
 
 

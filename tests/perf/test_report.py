@@ -1,4 +1,4 @@
-"""A report of saved runs: what it reads, computes and writes. Synthetic runs, for no GPU is needed to draw."""
+"""A report of saved runs: reading, tables, summary and files written, with synthetic runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perf.report import article, summary, tables
 from perf.report import reproduce as commands
 from perf.report.published import GPUS, published
 from perf.report.results import newest, session_of, short_device
-from perf.report.text import csv_cell, file_name, markdown, span
+from perf.report.text import csv_cell, file_name, interval_seconds, markdown, seconds
 from perf.runs.saved_run import BaselineError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_published_cells():
 
 
 def test_printed_improvements_follow_from_printed_runtimes():
-    """The articles computed them from unrounded runtimes, so that most differ a little; one cell by over a point."""
+    """The articles computed them from unrounded runtimes: most differ a little, one cell by over a point."""
     far = []
     for cell in published():
         same = [one for one in published() if (one.model, one.gpu, one.batch) == (cell.model, cell.gpu, cell.batch)]
@@ -60,7 +60,7 @@ def test_printed_improvements_follow_from_printed_runtimes():
     assert far == [("mha-math", "A10", 1)]
 
 
-def test_article_tables_are_the_printed_ones():
+def test_article_tables_repeat_the_printed_values():
     made = {(one.model, one.batch): one for one in tables.article_tables([])}
     assert list(made) == [("sd2", 1), ("sd2", 2), ("sd2", 4), ("sd1", 2)]
     table = made["sd2", 4]
@@ -69,7 +69,7 @@ def test_article_tables_are_the_printed_ones():
     assert "47.2 (-101.7 %)" in tables.article_markdown(list(made.values()))
 
 
-def test_own_runs_stand_beside_the_published_with_their_interval(everything):
+def test_own_runs_have_a_column_with_intervals(everything):
     table = tables.article_tables(newest(everything))[0]
     column = [name for name, printed in table.columns if not printed].index("P100, synthetic, torch 2.0.0+cu117")
     cell = table.cells[table.rows.index("original")][len(GPUS) + column]
@@ -96,7 +96,7 @@ def test_article_csv(everything):
 # --- reading
 
 
-def test_keys_that_a_run_lacks_are_none():
+def test_missing_keys_are_none():
     made = synthetic_runs.published_run("T4")
     del made["commit_info"], made["synthetic"]
     for benchmark in made["benchmarks"]:
@@ -155,7 +155,7 @@ def test_damaged_stages_of_a_launch_are_refused_by_name(damage):
 # --- texts
 
 
-def test_texts_of_others_are_no_markdown_or_formula():
+def test_foreign_texts_are_escaped_in_markdown_csv_and_file_names():
     hostile = "<b>x</b> [y](http://z) | `c` @team #1 ![i](j)"
     made = markdown(hostile)
     assert "<" not in made and "\\[" in made and "@team" not in made and "http://" not in made
@@ -163,12 +163,13 @@ def test_texts_of_others_are_no_markdown_or_formula():
     assert file_name("../../a b/c") == "a-b-c" and file_name("...") == "unnamed"
 
 
-def test_span():
-    assert span(0.4123, 0.4091, 0.4155) == "412 [409, 416] ms"
-    assert span(2.125, 2.113, 2.136) == "2.12 [2.11, 2.14] s"
+def test_times_have_one_unit():
+    assert interval_seconds(0.4123, 0.4091, 0.4155) == "412 [409, 416] ms"
+    assert interval_seconds(2.125, 2.113, 2.136) == "2.12 [2.11, 2.14] s"
+    assert (interval_seconds(0.4123), seconds(0.00041234), seconds(None)) == ("412 ms", "412.3 us", "-")
 
 
-def test_command_measures_the_same_configuration(everything):
+def test_command_repeats_the_configuration(everything):
     one = next(one for one in everything if one.id == "sd2-mha-mem_efficient-compile-b4")
     line = commands.command(one)
     assert line.startswith(
@@ -177,7 +178,7 @@ def test_command_measures_the_same_configuration(everything):
     assert "--compile default" in line and "--batch 4" in line and line.endswith("--perf-rounds 2 --perf-clock wall")
 
 
-def test_command_of_a_preset_and_of_a_members_own_work():
+def test_command_of_a_preset_and_of_another_engine():
     made = synthetic_runs.published_run("A100")
     for one, changes in zip(made["benchmarks"], ({"optimise": "fast,int8"}, {"engine": "diffusers"})):
         one["extra_info"]["configuration"].update(changes)
@@ -186,7 +187,7 @@ def test_command_of_a_preset_and_of_a_members_own_work():
     assert " -m peers -k sd2-" in peer and " --model sd2 --batch 1 " in peer and "--attention" not in peer
 
 
-def test_command_quotes_what_a_file_says():
+def test_command_quotes_foreign_values():
     made = synthetic_runs.published_run("T4")
     made["commit_info"]["id"] = "$(touch x); `y`"
     line = commands.command(results_of(made)[0])
@@ -221,7 +222,7 @@ def test_summary_of_an_invalid_session():
 
 def test_report_needs_neither_torch_nor_pytest(tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
+    pytest.importorskip("jinja2")
     synthetic_runs.write(tmp_path / "runs", [synthetic_runs.published_run("T4")], "t4")
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'pytest', 'pytest_benchmark', '_pytest']))\n"
     code = blocked + "from perf.__main__ import main; raise SystemExit(main(sys.argv[1:]))"
@@ -241,7 +242,7 @@ def test_report_needs_neither_torch_nor_pytest(tmp_path):
 @pytest.mark.parametrize("which", ["synthetic", "golden", "real"])
 def test_every_golden_run_renders(which, tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
+    pytest.importorskip("jinja2")
     folder = tmp_path / "runs"
     if which == "synthetic":
         synthetic_runs.write(folder, [*synthetic_runs.everything()[4:], *synthetic_runs.nightly_runs(7)], "synthetic")
@@ -259,9 +260,9 @@ def test_summary_alone_needs_no_plots(tmp_path, capsys):
     assert (tmp_path / "s.md").read_text(encoding="utf-8").startswith("## perf: 1 INCONCLUSIVE of 3")
 
 
-def test_a_plain_file_of_pytest_benchmark_has_nothing_to_show(tmp_path):
+def test_plain_pytest_benchmark_file_gives_an_empty_report(tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
+    pytest.importorskip("jinja2")
     assert main(["report", str(GOLDEN.parent / "plain.json"), "--output", str(tmp_path / "out")]) == 0
     assert "0 configurations measured" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
     assert not list((tmp_path / "out" / "plots").iterdir())
@@ -270,7 +271,7 @@ def test_a_plain_file_of_pytest_benchmark_has_nothing_to_show(tmp_path):
 @pytest.mark.slow
 def test_hostile_names_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
+    pytest.importorskip("jinja2")
     from test_report_page import hostile_runs
 
     synthetic_runs.write(tmp_path / "runs", hostile_runs()[:1], "hostile")
@@ -282,7 +283,7 @@ def test_hostile_names_are_drawn(tmp_path):
         assert not kinds & {"script", "a", "image", "foreignObject"}, path
 
 
-def test_damaged_runs_are_named_and_the_others_reported(tmp_path, capsys):
+def test_damaged_runs_are_listed_and_the_others_reported(tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text("{")
     assert main(["report", str(GOLDEN), str(bad), "--summary", str(tmp_path / "s.md")]) == 1
@@ -297,7 +298,7 @@ def test_usage_errors(tmp_path, capsys):
     assert "choose from" in capsys.readouterr().err
 
 
-def test_synthetic_is_said_everywhere(everything):
+def test_synthetic_runs_are_labelled_everywhere(everything):
     assert all("synthetic" in chart.title for chart in article.launch_charts(everything))
     assert all("synthetic" in one.session.machine for one in everything)
     assert "synthetic" in tables.article_markdown(tables.article_tables(newest(everything)))

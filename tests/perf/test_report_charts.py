@@ -1,4 +1,4 @@
-"""What the charts of a report hold: values, intervals, looks. Synthetic runs, for no GPU is needed to draw."""
+"""Contents of the charts: values, intervals, looks, with synthetic runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_bars_start_at_zero_and_have_intervals(everything):
                 assert (point.low is None) == series.faint and point.base == 0
 
 
-def test_ladder_goes_down_its_own_order():
+def test_ladder_is_a_waterfall_in_its_own_order():
     (chart,) = breakdown.ladder_charts(results_of(synthetic_runs.ladder_run()))
     names = [series.name for series in chart.series]
     assert names == breakdown.LADDER and names[0] == "preset-original"
@@ -60,7 +60,7 @@ def test_stages_add_up_to_the_image(everything):
         assert whole == pytest.approx(ones[f"sd2-{place}"].seconds_per_image)
 
 
-def test_each_stage_has_the_interval_that_the_whole_has():
+def test_each_stage_has_the_relative_interval_of_the_image():
     (chart,) = breakdown.stage_charts(results_of(synthetic_runs.ladder_run()))
     ones = {f"sd2-{short}": one for one in results_of(synthetic_runs.ladder_run()) for short in [one.id[4:]]}
     for series in chart.series:
@@ -85,8 +85,8 @@ def test_few_launches_have_the_range_of_their_valid_rounds():
 
 
 @pytest.mark.parametrize("clock, stages", [("wall", "text unet vae other"), ("cpu", "text unet vae")])
-def test_stages_of_older_runs_have_no_interval_and_say_so(clock, stages):
-    """Under a clock of CPU time what the stages leave of it is no time at all: they have wall time."""
+def test_stages_of_older_runs_are_labelled_without_interval(clock, stages):
+    """Stages have wall time: with a clock of CPU time there is no stage `other`."""
     made = synthetic_runs.published_run("A100")
     made["perf"]["clock"] = clock
     for benchmark in made["benchmarks"]:
@@ -98,7 +98,7 @@ def test_stages_of_older_runs_have_no_interval_and_say_so(clock, stages):
         assert all(point.low is None and "no interval" in point.note for point in series.points)
 
 
-def test_tables_have_the_intervals_of_stages_energy_and_fraction():
+def test_tables_have_intervals_of_stages_energy_and_peak_fraction():
     ones = results_of(synthetic_runs.published_run("A100"))
     row = next(csv.DictReader(tables.results_csv(ones).splitlines()))
     for name in ("joules", *(f"{stage}_seconds_per_image" for stage in synthetic_runs.SHARES)):
@@ -119,7 +119,7 @@ def test_long_labels_lie_and_are_wrapped():
     assert len(lines) == 3 and all(len(line) <= 30 for line in lines) and lines[-1].endswith("…")
 
 
-def test_growth_is_found():
+def test_growth_charts_have_fits():
     charts = {
         chart.name.split("_A100")[0]: chart for chart in growth.growth_charts(results_of(synthetic_runs.growth_run()))
     }
@@ -150,14 +150,14 @@ def test_roofline():
     assert roof.name == "measured float16, 100 TFLOP/s; copy, 1500 GB/s"
     left, ridge, right = roof.points
     assert (ridge.x, ridge.y) == pytest.approx((100e12 / 1.5e12, 100.0)) and right.y == ridge.y
-    assert left.y / left.x == pytest.approx(1.5), "TFLOP/s for each FLOP a byte: what 1.5 TB/s allow"
+    assert left.y / left.x == pytest.approx(1.5), "TFLOP/s per FLOP/byte at 1.5 TB/s"
 
 
 def test_roofline_of_older_runs():
     made = synthetic_runs.published_run("A100")
     del made["machine_info"]["stack"]["copy_bytes_per_second"]
     (chart,) = roofline.roofline_charts(results_of(made))
-    assert [point.y for point in chart.series[-1].points] == [100.0, 100.0], "the roof of matrix products alone"
+    assert [point.y for point in chart.series[-1].points] == [100.0, 100.0], "only the roof of matrix products"
     for benchmark in made["benchmarks"]:
         del benchmark["extra_info"]["floor_bytes"]
     assert roofline.roofline_charts(results_of(made)) == []
@@ -178,7 +178,7 @@ def test_energy_is_over_launches():
     assert "no interval" in energy.series[0].points[0].note
 
 
-def test_compiling_crosses_where_it_pays():
+def test_compile_lines_cross_at_the_break_even():
     charts = breakdown.compile_charts(results_of(synthetic_runs.published_run("A100")))
     assert len(charts) == 3 and "pays after 200 images [100, 400]" in charts[0].title
     eager, compiled = charts[0].series
@@ -209,7 +209,7 @@ def test_comparisons_have_ratio_interval_margin_and_verdict():
     assert history.comparison_charts(results_of(runs[0])) == []  # no verdict with bounds yet
 
 
-def test_wrong_pictures_have_no_time():
+def test_failed_image_checks_have_no_time():
     made = synthetic_runs.published_run("A100")
     wrong = made["benchmarks"][4]["extra_info"]
     wrong["image"] = {**wrong["image"], "verdict": "INVALID", "reason": "wrong_image latents: far away"}
@@ -219,7 +219,7 @@ def test_wrong_pictures_have_no_time():
     assert summary.fastest(ones[:5]).startswith("fastest here: sd2-mha-mem_efficient-b1")
 
 
-def test_approximate_pictures_have_a_time_that_is_not_the_fastest():
+def test_approximate_images_are_never_the_fastest():
     made = synthetic_runs.published_run("A100")
     made["benchmarks"][4]["extra_info"]["configuration"]["optimise"] = "fast,feature_caching"
     ones = results_of(made)
@@ -229,7 +229,7 @@ def test_approximate_pictures_have_a_time_that_is_not_the_fastest():
     assert summary.fastest(ones[:5]).startswith("fastest here: sd2-mha-mem_efficient-b1")
 
 
-def test_looks_are_the_same_everywhere_and_no_two_alike():
+def test_looks_are_stable_and_distinct():
     names = [f"sdpa-{number}" for number in range(len(MORE) * 3)]
     palette = Palette([*names, *FIXED])
     looks = [(palette[name].colour, palette[name].dash) for name in [*names, *FIXED]]

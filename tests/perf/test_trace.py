@@ -1,4 +1,4 @@
-"""Traces of a round: how time is summed, and what a worker writes."""
+"""Traces of a round: sums of time by class, and the files that a worker writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from perf.analysis.trace_sums import GAP, ROUND, time_by_class
 from perf.configurations.configuration import Configuration
 from perf.launch.in_process import InProcessLaunch
-from perf.report import breakdown, pictures
+from perf.report import breakdown, images
 from perf.session.plan import Slot
 from perf.session.runner import Limits
 from perf.session.traces import trace_all
@@ -71,11 +71,11 @@ def test_gpu_time_by_class_and_launch_gap():
     busy = 350 + 120 + 100  # 150 to 500, 600 to 720, 900 to 1000
     expected = {"conv": 2e-4, "attention": 2e-4, "gemm": 1e-4, "elementwise": 2e-5, "copy": 1e-4}
     assert found == pytest.approx({**expected, GAP: (1000 - busy) / 1e6})
-    assert sum(found.values()) == pytest.approx(1e-3 + 5e-5), "what ran beside another counts twice, the gap once"
+    assert sum(found.values()) == pytest.approx(1e-3 + 5e-5), "concurrent kernels count twice, the gap once"
 
 
-def test_a_kernel_that_begins_before_the_host_says_so_counts_and_is_cut():
-    """The clocks of the two sides are aligned to microseconds only."""
+def test_kernel_starting_before_the_round_is_clipped():
+    """Host and device clocks are aligned to microseconds only."""
     events = gpu_trace()
     first = next(one for one in events if one.get("cat") == "kernel" and one["ts"] == 150)
     first.update(ts=98, dur=52)
@@ -85,15 +85,15 @@ def test_a_kernel_that_begins_before_the_host_says_so_counts_and_is_cut():
 
 
 @pytest.mark.parametrize("lost", ["kernel", "everything of CUDA"])
-def test_a_gpu_without_its_kernels_has_no_table(lost):
-    """Kernels go missing without a word; the operators of the host are then no stand-in."""
+def test_lost_kernels_are_an_error(lost):
+    """Kineto drops kernels silently; operators of the host are no substitute."""
     gone = ("kernel",) if lost == "kernel" else ("kernel", "gpu_memcpy", "cuda_runtime", "cuda_driver")
     events = [one for one in gpu_trace() if one.get("cat") not in gone]
     with pytest.raises(ValueError, match=r"lost the kernels of \d of \d launches"):
         time_by_class({"traceEvents": events}, gpu=True)
 
 
-def test_cpu_operators_count_without_those_inside():
+def test_nested_cpu_operators_count_once():
     document = {
         "traceEvents": [
             event(ROUND, 0, 1000, "user_annotation"),
@@ -110,7 +110,7 @@ def test_cpu_operators_count_without_those_inside():
     assert sum(found.values()) == pytest.approx(1e-3), "each microsecond of the round counts once"
 
 
-def test_a_trace_without_a_round_is_refused():
+def test_trace_without_a_round_is_rejected():
     with pytest.raises(ValueError, match="no round"):
         time_by_class({"traceEvents": [event("gemm", 0, 1)]})
 
@@ -141,8 +141,8 @@ def test_a_worker_traces_a_round(traced):
 
 
 @pytest.fixture
-def told(monkeypatch, tmp_path):
-    """A CUDA device that is not there: what is asked of it, in order. Its kernels never reach the trace."""
+def cuda_calls(monkeypatch, tmp_path):
+    """A fake CUDA device that records its calls in order. Its kernels never reach the trace."""
     found = []
     ones = torch.ones
 
@@ -180,27 +180,27 @@ class Engine:
 HISTORY = [{"stacks": "python", "max_entries": 100_000}, {"enabled": None}]
 
 
-def test_on_cuda_the_round_has_its_range_and_snapshot_and_lost_kernels_are_said(told, tmp_path):
+def test_cuda_round_has_nvtx_range_and_memory_snapshot(cuda_calls, tmp_path):
     with pytest.raises(ValueError, match="lost the kernels"):
         trace.record(Engine(), str(tmp_path / "x"), 5)
-    assert told == [HISTORY[0], "range perf round", "end of range", "dump", HISTORY[1]]
+    assert cuda_calls == [HISTORY[0], "range perf round", "end of range", "dump", HISTORY[1]]
     assert {path.name for path in tmp_path.iterdir()} == {"x.trace.json", "x.memory.pickle"}
 
 
-def test_a_round_that_fails_leaves_nothing_switched_on(told, tmp_path):
+def test_failed_round_stops_the_memory_history(cuda_calls, tmp_path):
     with pytest.raises(RuntimeError, match="no memory"):
         trace.record(Engine(RuntimeError("no memory")), str(tmp_path / "x"), 5)
-    assert told == [HISTORY[0], "range perf round", "end of range", HISTORY[1]]
+    assert cuda_calls == [HISTORY[0], "range perf round", "end of range", HISTORY[1]]
 
 
-def test_a_torch_that_cannot_remember_is_traced_without(told, monkeypatch, tmp_path):
+def test_torch_without_memory_snapshots_is_traced_without(cuda_calls, monkeypatch, tmp_path):
     monkeypatch.delattr(torch.cuda.memory, "_dump_snapshot")
     with pytest.raises(ValueError, match="lost the kernels"):
         trace.record(Engine(), str(tmp_path / "x"), 5)
-    assert told == ["range perf round", "end of range"]
+    assert cuda_calls == ["range perf round", "end of range"]
 
 
-def test_pictures_and_kernels_reach_the_report(traced):
+def test_images_and_kernels_reach_the_report(traced):
     import synthetic_runs
     from synthetic_runs import results_of
 
@@ -213,15 +213,15 @@ def test_pictures_and_kernels_reach_the_report(traced):
     assert sum(point.y for series in chart.series for point in series.points) == pytest.approx(
         2 * sum(answered["ok"]["seconds"].values())
     )
-    found = pictures.find(ones, folder / "pictures")
+    found = images.find(ones, folder / "pictures")
     assert [one.result.id for one in found.found] == [configuration.id, again.id] and found.missing is None
     assert found.found[0].difference is None and found.found[1].difference.startswith("data:image/png;base64,")
-    assert "2 of 2 configurations have no picture" in pictures.find(ones).missing
-    (folder / "pictures" / f"{again.id}.png").write_bytes(b"rubbish")
-    assert "cannot be read" in pictures.find(ones, folder / "pictures").missing
+    assert "2 of 2 configurations have no image" in images.find(ones).missing
+    (folder / "pictures" / f"{again.id}.png").write_bytes(b"not a PNG")
+    assert "cannot be read" in images.find(ones, folder / "pictures").missing
 
 
-def test_what_cannot_be_traced_is_said(tmp_path):
+def test_untraceable_configuration_is_reported(tmp_path):
     class Launches:
         def open(self, slot):
             return InProcessLaunch()
