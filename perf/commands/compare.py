@@ -11,6 +11,7 @@ from pathlib import Path
 
 from perf.analysis.statistics import MIN_SESSIONS, MIN_VALUES, margin, sign_interval
 from perf.analysis.verdicts import ExitCode, exit_code
+from perf.report.text import seconds, size
 from perf.runs.baselines import Choice, Judgement, candidates, judge, judge_foreign, why_foreign
 from perf.runs.saved_run import BaselineError, SavedBenchmark, SavedRun, read, shown
 
@@ -111,8 +112,8 @@ def _print_comparison(baseline: SavedRun, current: SavedRun, judgement: Judgemen
     old, new = baseline.by_id, current.by_id
     rows = []
     for id, decision in judgement.decisions.items():
-        before = _seconds(old[id].session_median) if id in old else "-"
-        rows.append([id, before, _seconds(new[id].session_median), str(decision)])
+        before = seconds(old[id].session_median) if id in old else "-"
+        rows.append([id, before, seconds(new[id].session_median), str(decision)])
     _print_table(["configuration", f"A: {baseline.name}", f"B: {current.name}", "verdict"], rows)
     for session in (baseline, current):
         for flag in _flags(session):
@@ -174,30 +175,20 @@ def _row(benchmark: SavedBenchmark) -> list[str]:
     span = "-"
     if len(medians) >= MIN_VALUES:
         interval = sign_interval(medians)
-        span = f"[{_seconds(interval.low)}, {_seconds(interval.high)}]"
+        span = f"[{seconds(interval.low)}, {seconds(interval.high)}]"
     peak, joules = benchmark.peak_bytes, benchmark.joules_per_image
     verdict = f"wrong image: {benchmark.image_failure}" if benchmark.image_failure else str(benchmark.decision or "-")
     return [
         benchmark.id if benchmark.variant is None else f"{benchmark.id} ({benchmark.variant})",
         str(len(medians)),
-        _seconds(benchmark.session_median),
+        seconds(benchmark.session_median),
         span,
-        _seconds(benchmark.seconds_per_image),
-        _seconds(benchmark.first_call_seconds),
-        "-" if peak is None else f"{peak / 1e9:.2f} GB",
+        seconds(benchmark.seconds_per_image),
+        seconds(benchmark.first_call_seconds),
+        size(peak) or "-",
         "-" if joules is None else f"{joules:.1f}",
         verdict,
     ]
-
-
-def _seconds(value: float | None) -> str:
-    """Four digits with the unit that keeps them readable."""
-    if value is None:
-        return "-"
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if value >= factor:
-            return f"{value / factor:.4g} {unit}"
-    return f"{value / 1e-9:.4g} ns"
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

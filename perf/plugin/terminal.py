@@ -10,7 +10,7 @@ from perf.analysis.ranking import fastest_line, sort_by_seconds
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict
 from perf.configurations.configuration import is_approximate
-from perf.report.text import size, span
+from perf.report.text import interval_seconds, size
 from perf.runs.baselines import Judgement
 from perf.session import record
 from perf.session.run import Session
@@ -74,7 +74,7 @@ def cells(session: Session, id: str, info: dict, decision: Decision | None) -> d
     """What is known of a configuration, by the names of columns; what is not known is left out."""
     batch, seconds = info["configuration"]["batch"], info["seconds_per_image"]
     bounds = record.interval(session.measurements.by_name[id])
-    found = {"time": span(seconds, *(bound / batch for bound in bounds)) if bounds else _time(seconds)}
+    found = {"time": interval_seconds(seconds, *(bound / batch for bound in bounds or ()))}
     found["images/s"] = f"{1 / seconds:.3g}"
     speedup, peak = info["speedup"], info["peak_bytes"]
     if speedup:
@@ -87,7 +87,7 @@ def cells(session: Session, id: str, info: dict, decision: Decision | None) -> d
     if info["joules_per_image"]:
         found["energy"] = f"{info['joules_per_image']:.1f} J/image"
     if info["flops_fraction"]:
-        found["of floor"] = f"{100 * info['flops_fraction']:.1f} %"
+        found["of peak FLOP/s"] = f"{100 * info['flops_fraction']:.1f} %"
     if info["image"]["psnr_db"] is not None:
         approximate = ", approximate" if info["image"]["verdict"] == "approximate" else ""
         found["picture"] = f"{info['image']['psnr_db']:.0f} dB{approximate}"
@@ -103,10 +103,6 @@ def _is_reference(info: dict) -> bool:
     return {name: chosen[name] for name in wanted} == wanted
 
 
-def _time(seconds: float) -> str:
-    return span(seconds, seconds, seconds).split(" [")[0] + (" s" if seconds >= 1 else " ms")
-
-
 def _unit(session: Session) -> str:
     return "CPU time/image [95 %]" if session.settings.clock == "cpu" else "time/image [95 %]"
 
@@ -114,7 +110,7 @@ def _unit(session: Session) -> str:
 def _wide(session: Session, rows) -> Table:
     result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     result.add_column("configuration", overflow="fold")
-    there = ("time", "images/s", "speed-up", "peak", "energy", "of floor", "picture", "verdict", "reason")
+    there = ("time", "images/s", "speed-up", "peak", "energy", "of peak FLOP/s", "picture", "verdict", "reason")
     columns = [name for name in there if any(name in known for _, known, _ in rows)]
     for name in columns:
         left = name in ("verdict", "reason")
@@ -133,7 +129,7 @@ def _narrow(session: Session, rows) -> list[Text]:
         numbers = f"   {known['time']:<30} {known['images/s']:>8}   {known.get('speed-up', ''):<21} "
         style = STYLES[decision.verdict.value] if decision else ""
         found.append(Text.assemble(numbers, (known.get("verdict", ""), style)))
-        words = {"peak": "{} peak", "energy": "{}", "of floor": "{} of floor", "picture": "picture {}"}
+        words = {"peak": "{} peak", "energy": "{}", "of peak FLOP/s": "{} of peak FLOP/s", "picture": "picture {}"}
         more = ", ".join(text.format(known[name]) for name, text in words.items() if name in known)
         if more:
             found.append(Text(f"   {more}", "dim"))
@@ -217,7 +213,7 @@ def _fastest(infos: dict[str, dict], session: Session) -> list[str]:
     if not exact:
         return []
     best = ranked(exact)[0]
-    time, speedup = _time(infos[best]["seconds_per_image"]), infos[best]["speedup"]
+    time, speedup = interval_seconds(infos[best]["seconds_per_image"]), infos[best]["speedup"]
     if not speedup:
         return [fastest_line(best, time)]
     ratio = Interval(speedup["estimate"], speedup["low"], speedup["high"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from saved_runs import DOCUMENT, document, store
 
-from perf.report import pictures, results, summary
+from perf.report import images, results, summary
 from perf.report.reproduce import command
 from perf.report.text import file_name, markdown
 from perf.runs.storage import storage_name
@@ -196,7 +196,7 @@ def test_images_are_searched_only_beside_their_run(tmp_path, name, monkeypatch):
     checked = []
     monkeypatch.setattr(Path, "is_file", lambda path: checked.append(path) or False)
     for id in (found[0].id, found[0].image_reference):
-        assert pictures._path(found[0], id, tmp_path / "more") is None
+        assert images._path(found[0], id, tmp_path / "more") is None
     assert len(checked) == 6
     for path in checked:
         folder = Path(os.path.normpath(path.parent))

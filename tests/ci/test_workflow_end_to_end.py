@@ -18,7 +18,7 @@ WHAT = "--attention original --compile none --steps 1 --perf-launches 1 --perf-r
 @pytest.mark.slow
 @pytest.mark.report
 def test_from_the_event_to_the_comment(tmp_path):
-    for package in ("matplotlib", "plotly"):
+    for package in ("jinja2", "matplotlib"):
         pytest.importorskip(package, reason="the extra `report` is not installed")
     here = {"BASELINES": str(tmp_path / "baselines"), "DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "SHA": MAIN}
     runner = Runner(tmp_path, here)

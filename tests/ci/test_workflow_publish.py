@@ -158,7 +158,7 @@ def test_comment_is_cut_at_the_limit_of_github(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.report
 def test_report_has_every_session_once(tmp_path):
-    for package in ("matplotlib", "plotly"):
+    for package in ("jinja2", "matplotlib"):
         pytest.importorskip(package, reason="the extra `report` is not installed")
     runner = Runner(tmp_path)
     stored(tmp_path / "baselines", 3)

@@ -21,7 +21,7 @@ COMMENTS = {
     "extra": re.compile(r"needs the extra (?P<extra>report)"),
     "put into": re.compile(r"put into (?P<file>\S+) before `(?P<before>.+)`"),
 }
-EXTRAS = {"report": ("matplotlib", "plotly")}
+EXTRAS = {"report": ("jinja2", "matplotlib")}
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )

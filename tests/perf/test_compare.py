@@ -145,7 +145,7 @@ def test_show(capsys):
     assert "started 2026-01-01 00:00 UTC, 35 of 36 rounds valid" in out
     assert "A/A: 3 comparisons, margin 1.0 %" in out
     row = next(line for line in out.splitlines() if line.startswith("tiny-sdpa-b1"))
-    assert row.split() == "tiny-sdpa-b1 6 300.8 ms [299.8 ms, 301.5 ms] 300.8 ms 360 ms 1.20 GB 150.4 -".split()
+    assert row.split() == "tiny-sdpa-b1 6 300.8 ms [299.8 ms, 301.5 ms] 300.8 ms 360 ms 1.12 GiB 150.4 -".split()
 
 
 def test_show_what_is_wrong_and_go_on(write, capsys):
@@ -172,7 +172,7 @@ def test_table_of_rich_on_a_terminal(monkeypatch, capsys):
     "value, text", [(None, "-"), (24.0, "24 s"), (0.3001, "300.1 ms"), (1e-5, "10 us"), (2e-9, "2 ns")]
 )
 def test_seconds(value, text):
-    assert compare._seconds(value) == text
+    assert compare.seconds(value) == text
 
 
 def test_no_torch_pytest_numpy_or_rich_is_needed(storage, write):

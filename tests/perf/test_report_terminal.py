@@ -14,11 +14,11 @@ from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict
 from perf.configurations.configuration import Configuration
 from perf.plugin import after_run, terminal
+from perf.session import record
 from perf.session.measurements import Measurements
 from perf.session.plan import Plan, Slot
 from perf.session.run import Session
 from perf.session.settings import Settings
-from perf.worker.profiler import record
 
 TIMES = {
     Configuration(attention="original", steps=20): 0.412,
@@ -39,6 +39,7 @@ def answer(seconds: float, launch: int) -> dict:
         "started_unix_seconds": 1e9 + launch,
         "stages": {"text": 0.01, "unet": 0.9 * seconds, "vae": 0.02},
         "unet_calls": 21,
+        "work": {"flops": 2 * 10**9, "minimum_bytes": 10**8},
         "peak_bytes": {"allocated": None, "reserved": None, "rss": 900 * 2**20},
         "image": {"sha256": "0", "latent_relative_error": 0.0, "psnr_db": 84.0},
         "kernels": {"unet": ["flash"]},
@@ -97,7 +98,7 @@ def test_every_number_at_80_columns():
         "2.06x [2.06, 2.06]",
         "SLOWER",
         "900 MiB peak",
-        "of floor",
+        "of peak FLOP/s",
         "picture 84 dB",
     ):
         assert part in block, part
@@ -134,7 +135,7 @@ def test_what_is_approximate_says_so_and_is_never_the_fastest():
     merging = Configuration(attention="sdpa", optimise="token_merging", steps=20)
     made, infos = session(times={**TIMES, merging: 0.1})
     first, *_ = (line for line in printed(made, infos).splitlines() if "picture" in line)
-    assert first.endswith("peak, picture 84 dB, approximate"), "a part of the floor whose work was not all done"
+    assert first.endswith("peak, picture 84 dB, approximate"), "no fraction of peak FLOP/s for skipped work"
     assert infos[merging.id]["image"]["verdict"] == "approximate"
     assert terminal.lines(made, infos, {}, None, None)[-1].startswith(f"fastest here: {FASTEST}, ")
     assert "fastest" not in terminal.lines(*session(times={merging: 0.1}), {}, None, None)[-1]
@@ -145,7 +146,7 @@ def test_what_is_approximate_says_so_and_is_never_the_fastest():
 
 def test_report_after_a_run(tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
+    pytest.importorskip("jinja2")
     said: list[str] = []
     storage = tmp_path / "stored"
     nights = synthetic_runs.nightly_runs(3)
@@ -163,9 +164,9 @@ def test_what_prevents_a_report_is_said(tmp_path, monkeypatch):
     after_run.write(None, tmp_path / "out", None, None, said.append)
     (tmp_path / "file").write_text("")
     after_run.write(synthetic_runs.published_run("T4"), tmp_path / "file", None, None, said.append)
-    monkeypatch.setattr(after_run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     after_run.write(synthetic_runs.published_run("T4"), tmp_path / "out", None, None, said.append)
     assert said[0] == "perf: no report: nothing was measured"
     assert said[1].startswith("perf: no report: ") and "cannot be written" in said[1]
-    assert 'pip install "sd-perf[report]" brings matplotlib and plotly' in said[2]
+    assert 'pip install "sd-perf[report]" brings jinja2 and matplotlib' in said[2]
     assert (tmp_path / "out" / "run.json").exists()
