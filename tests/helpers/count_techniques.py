@@ -20,7 +20,7 @@ from sd.config.presets import preset
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
-from sd.optimise import apply
+from sd.optimise.apply import apply
 from sd.optimise.optimisations import Optimisations
 
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}

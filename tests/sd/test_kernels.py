@@ -26,7 +26,7 @@ from sd import Optimisations, StableDiffusion
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.models.unet import UNet
-from sd.optimise.kernels import require_kernels, use_kernels
+from sd.optimise.apply import require_triton, use_triton_kernels
 
 BOTH = {"triton_group_norm": True, "triton_geglu": True}
 needs_triton = pytest.mark.skipif(
@@ -182,7 +182,7 @@ def test_a_compiled_unet_is_one_graph_that_copies_nothing_for_a_kernel(monkeypat
 
     torch.manual_seed(0)
     unet = UNet(SMALLEST.unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    use_kernels((unet,), True, True)
+    use_triton_kernels((unet,), True, True)
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     counters.clear()
     torch._dynamo.reset()
@@ -218,13 +218,13 @@ def test_is_refused_by_name_on_a_gpu_that_lacks_something(module, match, monkeyp
     if module:
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
     with pytest.raises(Unavailable, match=f"triton_geglu: .*{match}"):
-        require_kernels("triton_geglu", torch.device("cuda"))
+        require_triton("triton_geglu", torch.device("cuda"))
 
 
 @pytest.mark.skipif(has("triton_op"), reason="this torch has what is to be missing")
 def test_is_refused_by_name_on_an_old_torch():
     with pytest.raises(Unavailable, match="triton_geglu needs operators made of Triton kernels"):
-        require_kernels("triton_geglu", torch.device("cuda"))
+        require_triton("triton_geglu", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_is_in_no_preset_and_imports_no_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for how in (Optimisations.none(), Optimisations.original(), Optimisations.fast("cpu"), Optimisations.fast("cuda")):
         assert not how.triton_group_norm and not how.triton_geglu
-    code = "import sys, sd.optimise.kernels, sd.pipeline; sys.exit('sd.optimise.triton_kernels' in sys.modules)"
+    code = "import sys, sd.pipeline; sys.exit('sd.optimise.triton_kernels' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
