@@ -217,14 +217,14 @@ class StableDiffusion:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Encode prompts to the UNet's context [B, 77, C], in the dtype of the computation."""
         tokens = tokenize(prompts, self.config.text.kind).to(self.device)
-        with self.optimisations.autocast(self.device):
+        with self._calls.context():
             context: Tensor = self.text_encoder(tokens)
         return context
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode sampled latents [B, 4, h, w] to float32 images [B, 3, 8h, 8w], about [-1, 1]."""
-        with self.optimisations.autocast(self.device):
+        with self._calls.context():
             images: Tensor = self._calls.decode(latents / self.config.scale_factor)
         return images
 
@@ -234,7 +234,7 @@ class StableDiffusion:
 
         noise: unit Gaussian, shaped like the latents, to sample the posterior; None returns its mean.
         """
-        with self.optimisations.autocast(self.device):
+        with self._calls.context():
             mean, log_variance = self.autoencoder.encode(images.to(self.device))
         latents: Tensor = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return self.config.scale_factor * latents
@@ -283,7 +283,7 @@ class StableDiffusion:
         clock = _StageClock(self.device)
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
-        with clock.stage("unet"), self.optimisations.autocast(self.device):
+        with clock.stage("unet"), self._calls.context():
             x = noise.initial(shape, self.device) if latents is None else latents.to(self.device, torch.float32)
             x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
         return self._finish(x, clock, len(plan.evaluations), reported_seed)
@@ -329,7 +329,7 @@ class StableDiffusion:
             x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
-        with clock.stage("unet"), self.optimisations.autocast(self.device):
+        with clock.stage("unet"), self._calls.context():
             if start:
                 alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
                 x = alpha * x + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
