@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,6 +207,10 @@ class StableDiffusion:
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """Attention kernels that ran, by network; empty tuples before the first image."""
         return self._calls.kernels
+
+    def context(self) -> AbstractContextManager[None]:
+        """Context for direct calls of the networks, with the precision settings of `optimisations`; see Calls.context."""
+        return self._calls.context()
 
     def synchronize(self) -> None:
         """Wait for the device."""

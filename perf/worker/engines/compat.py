@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,13 @@ MODULES = {
     "diffusers_folder": ("sd.checkpoint.diffusers_folder", "sd.diffusers_folder"),
 }
 PRESETS = ("none", "original", "fast")  # of --optimise; sd.choices, which older commits lack, has the same
+
+
+def model_context(model: Any) -> AbstractContextManager[Any]:
+    """The context for direct calls of a model's networks; older commits set TF32 for the process and have only autocast."""
+    if hasattr(model, "context"):
+        return model.context()  # type: ignore[no-any-return]
+    return model.optimisations.autocast(model.device)  # type: ignore[no-any-return]
 
 
 def load(symbol: str) -> Any:
