@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
@@ -21,11 +20,11 @@ MODULES = {
 PRESETS = ("none", "original", "fast")  # of --optimise; sd.choices, which older commits lack, has the same
 
 
-def model_context(model: Any) -> AbstractContextManager[Any]:
+def model_context(model: Any) -> Any:
     """The context for direct calls of a model's networks; older commits set TF32 for the process and have only autocast."""
     if hasattr(model, "context"):
-        return model.context()  # type: ignore[no-any-return]
-    return model.optimisations.autocast(model.device)  # type: ignore[no-any-return]
+        return model.context()
+    return model.optimisations.autocast(model.device)
 
 
 def load(symbol: str) -> Any:
