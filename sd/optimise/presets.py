@@ -15,14 +15,9 @@ from sd.optimise.optimisations import Optimisations
 # Fields of Optimisations by the name of the technique that sets them.
 TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
-    "tf32": {"tf32": True},
-    "channels_last": {"channels_last": True},
-    "fused_qkv": {"fused_qkv": True},
-    "fused_kv": {"fused_kv": True},
-    "cache_context_kv": {"cache_context_kv": True},
-    "cache_time_embeddings": {"cache_time_embeddings": True},
-    "triton_group_norm": {"triton_group_norm": True},
-    "triton_geglu": {"triton_geglu": True},
+    **{name: {name: True} for name in ("tf32", "channels_last", "fused_qkv", "fused_kv")},
+    **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
+    **{name: {name: True} for name in ("triton_group_norm", "triton_geglu")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
     "compile_blocks": {"compile_scope": "blocks"},
@@ -49,7 +44,7 @@ def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None 
     and contradictions; sd.optimise.apply.require_available checks the machine.
     """
     names = text.split(",")
-    base = Optimisations()
+    base = Optimisations.none()
     if names[0] in PRESETS:
         preset = names.pop(0)
         base = Optimisations.fast(device) if preset == "fast" else base
