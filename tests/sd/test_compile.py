@@ -10,9 +10,8 @@ from counting import needs_fused_attention
 from models import relative_error, smallest
 from torch.nn import functional as F
 
-from perf.configurations.sets import SCOPES
 from sd import Optimisations
-from sd.choices import SDPA_KERNELS
+from sd.choices import COMPILE_SCOPES, SDPA_KERNELS
 from sd.errors import Unavailable
 from sd.features import has
 from sd.models.layers import GroupNorm
@@ -60,7 +59,7 @@ def _optimise(model, scope, backend, **fields):
 
 
 @pytest.mark.parametrize("fields", [{}, CACHES], ids=["plain", "fast"])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_no_recompilation(model, references, counters, scope, fields):
     """No later step and no other prompt, seed, sampler or guidance scale compiles again."""
     _optimise(model, scope, "eager", **fields)
@@ -77,7 +76,7 @@ def test_no_recompilation(model, references, counters, scope, fields):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_only_a_new_shape_compiles_again(model, references, counters, scope):
     """Without guidance the batch is half as large and has separate graphs; afterwards both are cached."""
     _optimise(model, scope, "eager", **CACHES)
@@ -102,7 +101,7 @@ def test_noise_of_ddim_is_part_of_the_step(model, counters):
 def test_another_choice_undoes_the_compilation(model, counters):
     model.optimise(Optimisations())
     plain = _latents(model)
-    for scope in SCOPES:
+    for scope in COMPILE_SCOPES:
         _optimise(model, scope, "eager")
         model.txt2img("a red star", steps=2)
     graphs = counters["stats"]["unique_graphs"]
@@ -113,7 +112,7 @@ def test_another_choice_undoes_the_compilation(model, counters):
 
 
 @needs_fused_attention
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_another_choice_of_kernels_compiles_again(model, counters, scope):
     """The kernel choice is a context around compiled code, and none of PyTorch's cache keys includes it."""
     ran = []
@@ -135,7 +134,7 @@ def test_cached_code_is_separate_for_each_choice_of_kernels(model, counters):
         assert ("flash" in model.kernels["unet"]) == flash, kernels
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_a_strength_without_steps_returns_the_image(model, scope):
     image = torch.zeros(3, 64, 64)
     model.optimise(Optimisations())
@@ -167,7 +166,7 @@ def test_decoder_and_text_encoder(model, counters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_inductor(model, references, counters, scope):
     """Inductor's code for each scope; fp32 sums in another order."""
     _optimise(model, scope, "inductor", **CACHES)
