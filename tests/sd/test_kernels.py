@@ -223,7 +223,7 @@ def test_is_refused_by_name_on_an_unsuitable_gpu(module, match, monkeypatch):
 
 @pytest.mark.skipif(has("triton_op"), reason="this torch has triton_op")
 def test_is_refused_by_name_on_an_old_torch():
-    with pytest.raises(Unavailable, match="triton_geglu needs operators made of Triton kernels"):
+    with pytest.raises(Unavailable, match="triton_geglu needs custom operators from Triton kernels"):
         require_triton("triton_geglu", torch.device("cuda"))
 
 
