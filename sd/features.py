@@ -71,6 +71,9 @@ FEATURES = {
         hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag"),
         "torch >= 2.7",
     ),
+    "fp32_precision": Feature(
+        "torch.backends.fp32_precision", hasattr(torch.backends, "fp32_precision"), "torch >= 2.9"
+    ),
     "triton_op": Feature("custom operators from Triton kernels", hasattr(library, "triton_op"), "torch >= 2.6"),
     "aot": Feature("AOTInductor packages", _defines("torch._inductor", "aoti_compile_and_package"), "torch >= 2.6"),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),

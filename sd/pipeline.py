@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,6 +208,10 @@ class StableDiffusion:
         """Attention kernels that ran, by network; empty tuples before the first image."""
         return self._calls.kernels
 
+    def context(self) -> AbstractContextManager[None]:
+        """Context for direct calls of the networks, with the precision settings of `optimisations`; see Calls.context."""
+        return self._calls.context()
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
@@ -217,14 +221,14 @@ class StableDiffusion:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Encode prompts to the UNet's context [B, 77, C], in the dtype of the computation."""
         tokens = tokenize(prompts, self.config.text.kind).to(self.device)
-        with self.optimisations.autocast(self.device):
+        with self._calls.context():
             context: Tensor = self.text_encoder(tokens)
         return context
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode sampled latents [B, 4, h, w] to float32 images [B, 3, 8h, 8w], about [-1, 1]."""
-        with self.optimisations.autocast(self.device):
+        with self._calls.context():
             images: Tensor = self._calls.decode(latents / self.config.scale_factor)
         return images
 
@@ -234,7 +238,7 @@ class StableDiffusion:
 
         noise: unit Gaussian, shaped like the latents, to sample the posterior; None returns its mean.
         """
-        with self.optimisations.autocast(self.device):
+        with self._calls.context():
             mean, log_variance = self.autoencoder.encode(images.to(self.device))
         latents: Tensor = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return self.config.scale_factor * latents
@@ -283,7 +287,7 @@ class StableDiffusion:
         clock = _StageClock(self.device)
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
-        with clock.stage("unet"), self.optimisations.autocast(self.device):
+        with clock.stage("unet"), self._calls.context():
             x = noise.initial(shape, self.device) if latents is None else latents.to(self.device, torch.float32)
             x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
         return self._finish(x, clock, len(plan.evaluations), reported_seed)
@@ -329,7 +333,7 @@ class StableDiffusion:
             x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
-        with clock.stage("unet"), self.optimisations.autocast(self.device):
+        with clock.stage("unet"), self._calls.context():
             if start:
                 alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
                 x = alpha * x + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)

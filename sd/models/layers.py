@@ -38,7 +38,7 @@ class GroupNorm(nn.GroupNorm):
     The output has the dtype of the input. Kernels for half weights accumulate their statistics in fp32 in any case.
     """
 
-    kernel: Callable[..., Tensor] | None = None  # or sd.optimise.triton_kernels.group_norm, set by sd.optimise.kernels
+    kernel: Callable[..., Tensor] | None = None  # or sd.optimise.triton_kernels.group_norm, set by sd.optimise.apply
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, silu: bool = False):
         super().__init__(groups, channels, eps)
@@ -77,7 +77,7 @@ class LayerNorm(nn.LayerNorm):
 class GEGLU(nn.Module):
     """Gated linear unit with exact (erf) GELU (arXiv 2002.05202)."""
 
-    kernel: Callable[[Tensor], Tensor] | None = None  # or sd.optimise.triton_kernels.geglu, set by sd.optimise.kernels
+    kernel: Callable[[Tensor], Tensor] | None = None  # or sd.optimise.triton_kernels.geglu, set by sd.optimise.apply
 
     def __init__(self, width: int, inner: int):
         super().__init__()

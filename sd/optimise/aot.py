@@ -1,6 +1,6 @@
-"""The UNet compiled ahead of time by AOTInductor into one file, which another process runs without tracing anything.
+"""The UNet compiled ahead of time by AOTInductor into one file, which other processes run without tracing.
 
-Source: torch.export and torch._inductor.aoti_compile_and_package; the use for diffusion is huggingface/flux-fast's.
+Source: torch.export and torch._inductor.aoti_compile_and_package; the use for diffusion follows huggingface/flux-fast.
 """
 
 from __future__ import annotations
@@ -8,79 +8,85 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sd.attention.modules import ProjectedContext
 from sd.errors import ConfigError
 from sd.features import require
-from sd.optimise.cuda_graphs import leaves
+from sd.models.unet import UNet
+from sd.optimise.cuda_graphs import Nested, leaves
 
-SAMPLED = 4096  # numbers of each weight that its fingerprint reads: enough to tell one checkpoint from another
+SAMPLES = 4096  # numbers of each weight in a fingerprint: enough to distinguish checkpoints
 
 
 class _Denoise(nn.Module):
-    """UNet.denoise as the module that torch.export takes."""
+    """UNet.denoise as a module, which torch.export requires."""
 
-    def __init__(self, unet):
+    def __init__(self, unet: UNet):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x, timesteps, context):
-        return type(self.unet).denoise(self.unet, x, timesteps, context)  # not the file's, which stands in its place
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
+        return UNet.denoise(self.unet, x, timesteps, context)  # the instance's own attribute is an AheadOfTime
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 of names, shapes and evenly spaced numbers of all weights of a module."""
+    """sha256 of names, shapes, dtypes and evenly spaced numbers of a module's weights."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        numbers = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
+        numbers = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLES)]
         digest.update(numbers.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 class AheadOfTime:
-    """A UNet's `denoise` from `path`: what the file holds, or, where there is none, compiled and written at the first call.
+    """`UNet.denoise` from the package `path`, compiled and written at the first call if absent.
 
-    The file holds the weights, for one set of shapes, one kind of device and `choice`, the way the model is run; all
-    are checked, since such code checks nothing itself and would return another model's pictures. Raises ConfigError
-    where they differ.
+    A package holds the weights and is for one set of shapes, one device type and one choice of optimisations. Compiled
+    code checks none of these and would return another model's images, so they are compared here; raises ConfigError for
+    a difference.
     """
 
-    def __init__(self, unet, path: Path, choice: str):
+    def __init__(self, unet: UNet, path: Path, choice: str):
         self.unet, self.path, self.choice = unet, path, choice
-        self.call, self.signature = None, None
+        self.call: Callable[..., Any] | None = None
+        self.signature: list[Any] = []
 
-    def __call__(self, x, timesteps, context):
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         """As UNet.denoise."""
         arguments = (x, timesteps, context)
         signature = [[list(leaf.shape), str(leaf.dtype), leaf.device.type] for leaf in leaves(arguments)]
-        if self.call is None:
-            self._load(arguments, signature)
+        call = self.call or self._load(arguments, signature)
         if signature != self.signature:
             raise ConfigError(
-                f"aot {self.path}: was made for x of shape {self.signature[0][0]} and {self.signature[0][1:]}, and is "
-                f"given {signature[0][0]} and {signature[0][1:]}: give another file for other batches and sizes"
+                f"aot {self.path}: was made for x of shape {self.signature[0][0]} and {self.signature[0][1:]}, not for "
+                f"{signature[0][0]} and {signature[0][1:]}: use another file for other batches and sizes"
             )
-        return self.call(*arguments)
+        out: Tensor = call(*arguments)
+        return out
 
-    def _load(self, arguments, signature) -> None:
+    def _load(self, arguments: tuple[Nested, ...], signature: list[Any]) -> Callable[..., Any]:
         identity = {"weights": fingerprint(self.unet), "choice": self.choice, "torch": torch.__version__}
         if not self.path.exists():
             self._export(arguments, {**identity, "signature": json.dumps(signature)})
         try:
             call = torch._inductor.aoti_load_package(str(self.path))
-            made = call.get_metadata()
+            metadata = call.get_metadata()
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"aot {self.path}: cannot be loaded; remove it ({str(error).splitlines()[0]})") from None
         for name, value in identity.items():
-            if made.get(name) != value:
-                raise ConfigError(f"aot {self.path}: was made of other {name}; remove it, or give another file")
-        self.call, self.signature = call, json.loads(made["signature"])
+            if metadata.get(name) != value:
+                raise ConfigError(f"aot {self.path}: was made with other {name}; remove it, or use another file")
+        self.call, self.signature = call, json.loads(metadata["signature"])
+        return call
 
-    def _export(self, arguments, metadata: dict[str, str]) -> None:
+    def _export(self, arguments: tuple[Nested, ...], metadata: dict[str, str]) -> None:
         exported = torch.export.export(_Denoise(self.unet), arguments, strict=False)
         partial = self.path.with_name(f"{os.getpid()}-{self.path.name}")
         torch._inductor.aoti_compile_and_package(
@@ -89,12 +95,11 @@ class AheadOfTime:
         partial.replace(self.path)
 
 
-def check_path(path: str) -> Path:
-    """The file for `AheadOfTime`; ConfigError for one that it cannot be."""
+def check_package_path(path: str) -> None:
+    """Raise Unavailable where torch has no AOTInductor packages, ConfigError for a path that cannot be one."""
     require("aot", "aot")
     file = Path(path)
     if file.suffix != ".pt2":
         raise ConfigError(f"aot {path}: must end in .pt2")
     if not file.parent.is_dir():
         raise ConfigError(f"aot {path}: there is no folder {file.parent}")
-    return file

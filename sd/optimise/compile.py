@@ -1,45 +1,47 @@
-"""torch.compile of the networks and of the sampling step: modes, scopes and inductor's options, in one place."""
+"""torch.compile of the networks and of the sampling step: modes, scopes and inductor's options."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from sd import choices
 from sd.attention.functions import Attention, allowed_kernels
+from sd.attention.modules import ProjectedContext
 from sd.attention.observation import ObservedCall
-from sd.choices import COMPILE_BACKENDS
-from sd.choices import INDUCTOR_OPTIONS as INDUCTOR_NAMES
-from sd.errors import ConfigError, Unavailable
+from sd.errors import Unavailable
 from sd.features import has, require
-from sd.sampling.denoiser import predict_noise
+from sd.models.autoencoder import Autoencoder
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.optimise.cuda_graphs import cloned
+from sd.sampling.denoiser import Denoiser, predict_noise
 from sd.sampling.samplers import HISTORY_LENGTH, Plan
 
-GRAPH_MODES = ("reduce-overhead", "max-autotune")  # these record CUDA graphs by themselves
-# By the name under which each can be measured alone: the setting of torch._inductor.config that it is.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs by themselves
+# The setting of torch._inductor.config behind each name.
 INDUCTOR_OPTIONS = {
-    "conv_1x1_as_mm": ("conv_1x1_as_mm", True),
-    "coordinate_descent_tuning": ("coordinate_descent_tuning", True),
-    "coordinate_descent_check_all_directions": ("coordinate_descent_check_all_directions", True),
+    **{name: (name, True) for name in choices.INDUCTOR_OPTIONS},
     "no_epilogue_fusion": ("epilogue_fusion", False),
-    "shape_padding": ("shape_padding", True),
-    "freezing": ("freezing", True),
 }
-assert tuple(INDUCTOR_OPTIONS) == INDUCTOR_NAMES, "sd.choices has the same names, for what imports no torch"
-# Graphs that one piece of code may have: sizes and batches of the UNet, or its 14 kinds of block at several sizes.
-GRAPHS_PER_CODE = 128
+# Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
+MAX_GRAPHS = 128
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """How functions are compiled. mode: one of COMPILE_MODES but none; inductor: names of INDUCTOR_OPTIONS.
+    """Compiles functions of tensors. mode: one of COMPILE_MODES but none; inductor: names of INDUCTOR_OPTIONS.
 
-    kernels: of SDPA, those that what is compiled may use, or empty for all. The keys under which PyTorch stores what it
-    compiled do not have them, though the kernel is chosen when it compiles.
+    kernels: the SDPA kernels that the compiled code may use, empty for all. PyTorch chooses the kernel at compile time but
+    leaves this restriction out of its cache keys, so it becomes a tag of the key.
     """
 
     mode: str
@@ -47,133 +49,126 @@ class Compiler:
     inductor: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
 
-    def __post_init__(self):
-        unknown = [name for name in self.inductor if name not in INDUCTOR_OPTIONS]
-        if unknown:
-            raise ConfigError(f"inductor options {unknown}: choose from {', '.join(INDUCTOR_OPTIONS)}")
-        if self.backend not in COMPILE_BACKENDS:
-            raise ConfigError(f"compile backend {self.backend!r}: choose one of {', '.join(COMPILE_BACKENDS)}")
-        if self.inductor and self.backend != "inductor":
-            raise ConfigError(f"inductor options {list(self.inductor)}: compile backend {self.backend} has none")
-
     def require(self, device: torch.device) -> None:
-        """Raise Unavailable for what this torch, or for a CPU this machine, lacks."""
+        """Raise Unavailable for features that this torch, or on a CPU this machine, lacks."""
         require("compile", f"compile mode {self.mode}")
         if self.backend == "inductor" and device.type == "cpu":
             require_cpp_compiler(f"compile mode {self.mode}")
-        if self.backend == "inductor" and self.inductor:
-            from torch._inductor import config  # brings the compiler with it: seconds, and only some torch have it
+        if self.inductor:
+            from torch._inductor import config  # imports the compiler, which takes seconds
         for name in self.inductor:
             if not hasattr(config, INDUCTOR_OPTIONS[name][0]):
-                raise Unavailable(f"inductor option {name}: torch {torch.__version__} has none of that name")
+                raise Unavailable(f"inductor option {name}: torch {torch.__version__} does not have it")
 
-    def __call__(self, function):
-        """`function` compiled as one graph for each shape that it is called with; a graph break is an error."""
-        compiled = self._compiled(function)
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile `function` as one graph for each set of argument shapes; a graph break is an error."""
+        arguments: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": self.backend}
+        if has("recompile_limit"):
+            arguments["recompile_limit"] = MAX_GRAPHS
+        if self.backend == "inductor" and self.inductor:  # torch.compile takes a mode or options, not both
+            mode_options = torch._inductor.list_mode_options(self.mode) if self.mode != "default" else {}
+            arguments["options"] = {**mode_options, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
+        elif self.backend == "inductor":
+            arguments["mode"] = self.mode
+        compiled: Callable[..., Any] = torch.compile(function, **arguments)
         if not self.kernels:
             return compiled
 
-        def stored_apart(*arguments):
-            with stored_under("sdpa " + ",".join(self.kernels)):
+        def with_cache_tag(*arguments: Any) -> Any:
+            with cache_key_tag("sdpa " + ",".join(self.kernels)):
                 return compiled(*arguments)
 
-        return stored_apart
+        return with_cache_tag
 
-    def _compiled(self, function):
-        how = {"fullgraph": True, "dynamic": False, "backend": self.backend}
-        if has("recompile_limit"):
-            how.update(recompile_limit=GRAPHS_PER_CODE)
-        if self.backend != "inductor":
-            return torch.compile(function, **how)
-        if self.inductor:  # torch.compile takes a mode or options
-            options = torch._inductor.list_mode_options(self.mode) if self.mode != "default" else {}
-            options = {**options, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
-            return torch.compile(function, options=options, **how)
-        return torch.compile(function, mode=self.mode, **how)
-
-    def keepable(self, function):
-        """The same, with a result that is safe to keep: CUDA graphs write to the same memory at their next call."""
-        call = self(function)
-        if self.mode not in GRAPH_MODES or self.backend != "inductor":
-            return call
-
-        def cloned(*arguments):
-            out = call(*arguments)
-            return tuple(part.clone() for part in out) if isinstance(out, tuple) else out.clone()
-
-        return cloned
+    def with_cloned_outputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile `function`; results stay valid although CUDA graphs overwrite their output memory at the next call."""
+        compiled = self(function)
+        if self.mode not in CUDA_GRAPH_MODES or self.backend != "inductor":
+            return compiled
+        return lambda *arguments: cloned(compiled(*arguments))
 
 
-def stored_under(tag: str):
-    """Context in which what is compiled is stored under `tag` too, or, where this torch has no tags, not at all."""
+def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
+    """Context that adds `tag` to the keys of the compile cache or, where torch has no tags, disables that cache."""
     if has("cache_key_tag"):
-        return torch.compiler.config.patch(
-            cache_key_tag=f"{torch.compiler.config.cache_key_tag} {tag}"
-        )  # the user's too
-    from torch._functorch import config
+        config: Any = torch.compiler.config
+        return config.patch(cache_key_tag=f"{config.cache_key_tag} {tag}")  # type: ignore[no-any-return]
+    from torch._functorch import config as functorch
 
-    return config.patch(enable_autograd_cache=False) if hasattr(config, "enable_autograd_cache") else nullcontext()
+    patch: Any = getattr(functorch, "patch", None)
+    return patch(enable_autograd_cache=False) if hasattr(functorch, "enable_autograd_cache") else nullcontext()
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that inductor starts for a CPU, or None where it is not there."""
+    """The C++ compiler that inductor runs for a CPU; None if it is not installed."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
-def require_cpp_compiler(asked_by: str) -> None:
-    """Raise Unavailable, naming the option that asked, where inductor would find no C++ compiler."""
+def require_cpp_compiler(option: str) -> None:
+    """Raise Unavailable, naming the option, if inductor would find no C++ compiler."""
     if cpp_compiler() is None:
-        raise Unavailable(f"{asked_by}: needs a C++ compiler on a CPU; install g++, or name one in CXX")
+        raise Unavailable(f"{option}: needs a C++ compiler on a CPU; install g++, or name one in CXX")
 
 
-def compile_blocks(unet, compiler: Compiler) -> None:
-    """Regional compilation: every ResBlock and transformer block by itself; those of one shape share their code."""
+def compile_blocks(unet: UNet, compiler: Compiler) -> None:
+    """Regional compilation: each ResBlock and transformer block by itself; blocks of equal shapes share their code."""
     for block in (*unet.res_blocks, *unet.transformer_blocks()):
-        block.forward = compiler(block.forward)
+        vars(block)["forward"] = compiler(block.forward)
 
 
-def restore(unet, autoencoder, text_encoder) -> None:
+def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:
     """Undo every compilation of the networks."""
-    for owner, name in (
+    for module, name in (
         (unet, "denoise"),
         (unet, "denoise_with_features"),
         (autoencoder, "to_pixels"),
         (text_encoder, "forward"),
         *((block, "forward") for block in (*unet.res_blocks, *unet.transformer_blocks())),
     ):
-        vars(owner).pop(name, None)
+        vars(module).pop(name, None)
 
 
 # Columns of a plan's table (see sd.sampling.samplers.Evaluation), then the weights of the history. sigma: sqrt(1 - alpha^2).
 COLUMNS = ("t", "c_in", "c_x", "alpha", "sigma", "c_skip", "c_out", "sigma_up", "guidance")
 
 
-def plan_table(plan: Plan, guidance: float | None, device, dtype=torch.float32):
+def plan_table(
+    plan: Plan, guidance: float | None, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Coefficients of a plan [evaluations, 16] on `device`: COLUMNS, then 1 + HISTORY_LENGTH weights, then zeros."""
     rows = []
     for call in plan.evaluations:
-        weights = [*call.weights, *[0.0] * (1 + HISTORY_LENGTH - len(call.weights))]
         sigma = (1 - call.alpha**2) ** 0.5
-        coefficients = [call.t, call.c_in, call.c_x, call.alpha, sigma, call.c_skip, call.c_out, call.sigma_up]
-        rows.append([*coefficients, guidance or 0.0, *weights])
-    # 16 numbers: a row then starts where inductor's kernels need no copy to align it.
-    padding = [0.0] * (16 - len(rows[0]))
-    return torch.tensor([[*row, *padding] for row in rows], dtype=torch.float64).to(device, dtype)
+        row = [call.t, call.c_in, call.c_x, call.alpha, sigma, call.c_skip, call.c_out, call.sigma_up]
+        row += [guidance or 0.0, *call.weights]
+        # Rows of 16 numbers are aligned, so that inductor's kernels need no copy of them.
+        rows.append(row + [0.0] * (16 - len(row)))
+    return torch.tensor(rows, dtype=torch.float64).to(device, dtype)
 
 
 class CompiledStep:
     """The sampling loop with one compiled graph for a step: UNet, guidance and sampler update.
 
-    Every coefficient is a tensor, so that no step, no sampler, no guidance scale and no prompt compiles again; only a
-    new shape does, and whether there is guidance and noise. It is the open problem of the published experiment.
+    Every coefficient is a tensor: only a new shape, or guidance or noise added or removed, compiles again, not a step,
+    sampler, guidance scale or prompt. The published experiment named this as an open problem.
     """
 
-    def __init__(self, unet, compiler: Compiler, attention: Attention):
+    def __init__(self, unet: UNet, compiler: Compiler, attention: Attention):
         self.unet, self.attention = unet, attention
-        self.call = ObservedCall(compiler.keepable(self._step))
-        self.tables = {}
+        self.call = ObservedCall(compiler.with_cloned_outputs(self._step))
+        self.tables: dict[tuple[Any, ...], Tensor] = {}
 
-    def _step(self, x, timesteps, context, row, history, noise, guided: bool, predicts_v: bool):
+    def _step(
+        self,
+        x: Tensor,
+        timesteps: Tensor | None,
+        context: Tensor | ProjectedContext,
+        row: Tensor,
+        history: tuple[Tensor, ...],
+        noise: Tensor | None,
+        guided: bool,
+        predicts_v: bool,
+    ) -> tuple[Tensor, Tensor]:
         """(x, output) after one evaluation. row [16]: of the plan's table; history: HISTORY_LENGTH outputs, newest first."""
         size = len(COLUMNS) + 1 + HISTORY_LENGTH
         t, c_in, c_x, alpha, sigma, c_skip, c_out, sigma_up, guidance, *weights = row[:size]
@@ -187,12 +182,20 @@ class CompiledStep:
             x = x + weight * past
         return x if noise is None else x + sigma_up * noise, output
 
-    def __call__(self, plan: Plan, denoise, x, noises=None, on_step=None):
+    def __call__(
+        self,
+        plan: Plan,
+        denoise: Denoiser,
+        x: Tensor,
+        noises: Tensor | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         """As sd.sampling.samplers.run."""
-        if not plan.evaluations:  # img2img of a strength that leaves no step: there is no table to make
+        if not plan.evaluations:  # img2img at a strength without steps has an empty table
             return plan.init_noise_sigma * x
+        guided = denoise.guidance is not None
         key = (plan, denoise.guidance, x.device, x.dtype)
-        if key not in self.tables:  # copied to the device at the first run alone
+        if key not in self.tables:  # copied to the device at the first run only
             self.tables[key] = plan_table(plan, denoise.guidance, x.device, x.dtype)
         table = self.tables[key]
         x = plan.init_noise_sigma * x
@@ -201,7 +204,6 @@ class CompiledStep:
         for i, evaluation in enumerate(plan.evaluations):
             timesteps = None if denoise.time_table is None else denoise.timesteps(evaluation.t, x)
             noise = None if noises is None else noises[i]
-            guided = denoise.guidance is not None
             with allowed_kernels(self.attention):
                 x, output = self.call(
                     x, timesteps, denoise.context, table[i], history, noise, guided, denoise.predicts_v

@@ -5,65 +5,73 @@ Source: torch.cuda.CUDAGraph; the wrapper keyed by shapes follows huggingface/fl
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from sd.attention.modules import ProjectedContext
+from sd.sampling.denoiser import Denoiser
 from sd.sampling.samplers import Plan, run
 
-WARM_UP_CALLS = 3  # before recording, so that libraries have chosen their kernels and their memory
+# Arguments and results: a tensor, None, or tuples of them.
+Nested = Tensor | None | tuple["Nested", ...]
+WARM_UP_CALLS = 3  # libraries choose their kernels and workspaces before the recording
 
 
-def leaves(arguments) -> list[torch.Tensor]:
-    """The tensors in nested tuples, in order; None is skipped."""
-    if isinstance(arguments, torch.Tensor):
-        return [arguments]
-    return [] if arguments is None else [leaf for value in arguments for leaf in leaves(value)]
+def leaves(nested: Nested) -> list[Tensor]:
+    """The tensors in nested tuples, in order, without None."""
+    if isinstance(nested, Tensor):
+        return [nested]
+    return [] if nested is None else [leaf for value in nested for leaf in leaves(value)]
 
 
-def _static(arguments):
-    """The same nest with copies of its tensors, strides included."""
-    if isinstance(arguments, torch.Tensor):
-        return arguments.clone()
-    return None if arguments is None else tuple(_static(value) for value in arguments)
+def cloned(nested: Nested) -> Nested:
+    """A copy of nested tuples and of their tensors, strides included."""
+    if isinstance(nested, Tensor):
+        return nested.clone()
+    return None if nested is None else tuple(cloned(value) for value in nested)
 
 
 class _Recording:
-    """One graph, the memory it reads and the memory it writes."""
+    """One graph with its static input and output memory."""
 
-    def __init__(self, function, arguments):
-        self.inputs = _static(arguments)
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Nested, ...]):
+        inputs = tuple(cloned(argument) for argument in arguments)
+        self.inputs = leaves(inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
-                function(*self.inputs)
+                function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
-        self.given = [(None, 0)] * len(leaves(arguments))
+            self.output = function(*inputs)
+        self.copied: list[tuple[Tensor | None, int]] = [(None, 0)] * len(self.inputs)
 
-    def __call__(self, arguments):
-        for i, (held, new) in enumerate(zip(leaves(self.inputs), leaves(arguments))):
-            # What was given last time and not written to since, such as a run's context, is in place already.
-            if self.given[i][0] is not new or self.given[i][1] != new._version:
-                held.copy_(new)
-                self.given[i] = (new, new._version)
+    def __call__(self, arguments: tuple[Nested, ...]) -> Nested:
+        for i, (static, new) in enumerate(zip(self.inputs, leaves(arguments))):
+            # A tensor copied at the last call and unchanged since, such as a run's context, needs no second copy.
+            if self.copied[i][0] is not new or self.copied[i][1] != new._version:
+                static.copy_(new)
+                self.copied[i] = (new, new._version)
         self.graph.replay()
-        return _static(self.output)  # the graph writes to the same memory again at its next call
+        return cloned(self.output)  # the next replay overwrites the static output
 
 
 class Graphed:
-    """`function` of tensors on a CUDA device, nested in tuples, that returns such, as CUDA graphs.
+    """`function` of nested CUDA tensors as CUDA graphs, one recorded at the first call with each set of shapes.
 
-    Recorded at the first call with arguments of such shapes; a result is safe to keep. Its kernels must depend on
-    nothing but the arguments' contents.
+    Results stay valid after later calls. The kernels may depend on nothing but the arguments' contents.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.recordings = {}
+        self.recordings: dict[tuple[Any, ...], _Recording] = {}
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Nested) -> Any:
         key = tuple((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves(arguments))
         if key not in self.recordings:
             self.recordings[key] = _Recording(self.function, arguments)
@@ -71,18 +79,22 @@ class Graphed:
 
 
 class GraphedLoop:
-    """A whole sampling loop as one CUDA graph for each plan, guidance scale and shape. `loop`: as sd.sampling.samplers.run."""
+    """A whole sampling loop as one CUDA graph for each plan, guidance scale and shape. loop: as sd.sampling.samplers.run."""
 
-    def __init__(self, loop=run):
+    def __init__(self, loop: Callable[..., Tensor] = run):
         self.loop = loop
-        self.graphs = {}
+        self.graphs: dict[tuple[Plan, float | None], Graphed] = {}
 
-    def __call__(self, plan: Plan, denoise, x, noises, on_step):
-        """As sd.sampling.samplers.run; on_step is called once, at the end, since a graph has no steps to stop at."""
+    def __call__(
+        self, plan: Plan, denoise: Denoiser, x: Tensor, noises: Tensor | None, on_step: Callable[[int, int], None]
+    ) -> Tensor:
+        """As sd.sampling.samplers.run, but on_step is called only once, after the replay."""
         key = (plan, denoise.guidance)
         if key not in self.graphs:
 
-            def recorded(x, noises, context, time_table):
+            def recorded(
+                x: Tensor, noises: Tensor | None, context: Tensor | ProjectedContext, time_table: Tensor | None
+            ) -> Tensor:
                 return self.loop(plan, denoise.with_tensors(context, time_table), x, noises)
 
             self.graphs[key] = Graphed(recorded)

@@ -1,4 +1,4 @@
-"""Techniques by the names that `--optimise` takes: a preset, techniques, or a preset and techniques that change it."""
+"""`--optimise`: a preset, names of techniques, or a preset and names of techniques that change it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ import torch
 
 from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, PRECISIONS, PRESETS
 from sd.errors import ConfigError
-from sd.optimise.compile import GRAPH_MODES
+from sd.optimise.compile import CUDA_GRAPH_MODES
 from sd.optimise.optimisations import Optimisations
 
-# The fields that each name sets.
+# Fields of Optimisations by the name of the technique that sets them.
 TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
-    "tf32": {"tf32": True},
-    "channels_last": {"channels_last": True},
-    "fused_qkv": {"fused_qkv": True},
-    "fused_kv": {"fused_kv": True},
-    "cache_context_kv": {"cache_context_kv": True},
-    "cache_time_embeddings": {"cache_time_embeddings": True},
-    "triton_group_norm": {"triton_group_norm": True},
-    "triton_geglu": {"triton_geglu": True},
+    **{name: {name: True} for name in ("tf32", "channels_last", "fused_qkv", "fused_kv")},
+    **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
+    **{name: {name: True} for name in ("triton_group_norm", "triton_geglu")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
     "compile_blocks": {"compile_scope": "blocks"},
@@ -42,19 +37,18 @@ TECHNIQUES: dict[str, dict[str, object]] = {
 
 
 def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None = None) -> Optimisations:
-    """`fast`, `none`, `original`, names of TECHNIQUES with commas between, or a preset and then such names.
+    """Optimisations from `none`, `original`, `fast`, comma-separated names of TECHNIQUES, or a preset and such names.
 
-    A scope or an option of the compiler brings mode `default` where none is chosen, and what of `fast` cannot go with
-    the names gives way to them. changes: fields over all that, which other options chose. Raises ConfigError for unknown
-    names and contradictions; whether it can run here is not decided here (sd.optimise.optimisations.require_available).
+    A compile scope or an inductor option implies compile mode `default` if no mode is named. Fields of `fast` that
+    contradict a named technique are reset. changes: fields that override the text. Raises ConfigError for unknown names
+    and contradictions; sd.optimise.apply.require_available checks the machine.
     """
     names = text.split(",")
-    base = Optimisations()
+    base = Optimisations.none()
     if names[0] in PRESETS:
         preset = names.pop(0)
-        base = {"none": Optimisations.none, "original": Optimisations.original}.get(
-            preset, lambda: Optimisations.fast(device)
-        )()
+        base = Optimisations.fast(device) if preset == "fast" else base
+        base = Optimisations.original() if preset == "original" else base
     fields: dict[str, Any] = {}
     for name in names:
         if name not in TECHNIQUES:
@@ -65,26 +59,26 @@ def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None 
             if isinstance(value, tuple):
                 value = (*fields.get(field, ()), *value)
             elif fields.get(field, value) != value:
-                raise ConfigError(f"optimise {text}: {field} is both {fields[field]} and {value}: give one of them")
+                raise ConfigError(f"optimise {text}: {field} is both {fields[field]} and {value}: choose one of them")
             fields[field] = value
-    options_of_another = "inductor" in fields and {"compile_autoencoder", "compile_text_encoder"} & set(fields)
-    asks = "compile_scope" in fields or ("inductor" in fields and not options_of_another)
-    if asks and base.compile == "none":
+    compiles_another = {"compile_autoencoder", "compile_text_encoder"} & set(fields)
+    implies_compile = "compile_scope" in fields or ("inductor" in fields and not compiles_another)
+    if implies_compile and base.compile == "none":
         fields.setdefault("compile", "default")
     fields.update(changes or {})
-    return replace(base, **{**_giving_way(fields), **fields})
+    return replace(base, **{**_resets(fields), **fields})
 
 
-def _giving_way(fields: dict[str, Any]) -> dict[str, Any]:
-    """What of `fast` cannot go with these fields, at what it is without a preset (sd.optimise.optimisations says why)."""
-    given_up: dict[str, Any] = {}
+def _resets(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `fast` that contradict `fields`, at their defaults."""
+    resets: dict[str, Any] = {}
     if "quantisation" in fields:
-        given_up.update(fused_qkv=False, fused_kv=False)
+        resets.update(fused_qkv=False, fused_kv=False)
     if fields.get("attention") == "mha":
-        given_up.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
+        resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:
-        given_up.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
-    records_itself = fields.get("compile") in GRAPH_MODES
-    if records_itself or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
-        given_up.update(cuda_graph="none")
-    return given_up
+        resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
+    records_graphs = fields.get("compile") in CUDA_GRAPH_MODES
+    if records_graphs or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
+        resets.update(cuda_graph="none")
+    return resets

@@ -1,8 +1,8 @@
-"""What each technique asks of PyTorch in one UNet call, counted exactly: `python tests/helpers/count_techniques.py` prints the table,
-and with `--compiled`, after minutes, what torch.compile's code generator makes of them.
+"""Exact operator counts of one UNet call by technique: `python tests/helpers/count_techniques.py` prints the table.
 
-Of the embedded model and of SD2's topology at a fifth of its width (34 M parameters), guidance's batch of 2, fp32, eager.
-Counts have no noise, so that docs/optimisations.md holds the table and tests/sd/test_counts.py holds it to the code.
+With `--compiled` it prints the kernels that torch.compile generates, which takes minutes. Models: the embedded one and SD2's
+topology at a fifth of its width (34 M parameters); guidance's batch of 2, fp32, eager. docs/optimisations.md contains
+the table, and tests/sd/test_counts.py compares it with the code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sd.config.presets import preset
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
-from sd.optimise import apply
+from sd.optimise.apply import apply
 from sd.optimise.optimisations import Optimisations
 
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
@@ -50,13 +50,13 @@ class Case:
 
     @torch.no_grad()
     def call(self, counting: Counting | None = None, **fields):
-        """The output of one UNet call as the sampling loop makes it under these optimisations."""
-        how = Optimisations(**{"attention": DEFAULT_ATTENTION, **fields})
-        apply(self.unet, *self.others, torch.device("cpu"), how)
-        x, times, context = self.x.contiguous(memory_format=how.memory_format()), self.timesteps, self.context
-        if how.cache_context_kv:
+        """The output of one UNet call with the inputs of the sampling loop under these optimisations."""
+        chosen = Optimisations(**{"attention": DEFAULT_ATTENTION, **fields})
+        apply(self.unet, *self.others, torch.device("cpu"), chosen)
+        x, times, context = self.x.contiguous(memory_format=chosen.memory_format()), self.timesteps, self.context
+        if chosen.cache_context_kv:
             context = self.unet.project_context(context)
-        if how.cache_time_embeddings:
+        if chosen.cache_time_embeddings:
             times = self.unet.time_table(times[:1])
         if counting is None:
             return self.unet(x, times, context)
@@ -64,7 +64,7 @@ class Case:
             return self.unet(x, times, context)
 
     def count(self, **fields) -> Counting:
-        """What such a call consists of."""
+        """The counts of such a call."""
         counting = Counting()
         self.call(counting, **fields)
         return counting
@@ -72,42 +72,42 @@ class Case:
 
 def table() -> list[str]:
     """Lines of Markdown."""
-    heads = [f"{name}: {what}" for name in CASES for what in ("ops", "MB moved", "copies")]
+    heads = [f"{name}: {quantity}" for name in CASES for quantity in ("ops", "MB moved", "copies")]
     lines = ["| " + " | ".join(["technique", *heads]) + " |", "|---" * (len(heads) + 1) + "|"]
     cases = [Case(name) for name in CASES]
     for row, fields in ROWS.items():
         counts = [case.count(**fields) for case in cases]
-        cells = [cell for one in counts for cell in (str(one.total), f"{one.bytes / 1e6:.1f}", str(one.copies))]
+        cells = [cell for c in counts for cell in (str(c.total), f"{c.bytes / 1e6:.1f}", str(c.copies))]
         lines.append("| " + " | ".join([f"`{row}`" if row != "all of them" else row, *cells]) + " |")
     return lines
 
 
 def compiled_table() -> Iterator[str]:
-    """Lines of Markdown, one as soon as it is known: the kernels of one compiled call and inductor's graphs."""
+    """Yield lines of Markdown: the kernels of one compiled call, row by row."""
     from torch._dynamo.utils import counters
     from torch._inductor import config
     from torch._inductor.utils import run_and_get_code
 
-    config.force_disable_caches = True  # what comes from a cache is not generated
-    heads = [f"{name}: {what}" for name in CASES for what in ("fused", "of libraries")]
+    config.force_disable_caches = True  # cached code is not generated
+    heads = [f"{name}: {source}" for name in CASES for source in ("fused", "of libraries")]
     yield "| " + " | ".join(["technique, compiled", *heads]) + " |"
     yield "|---" * (len(heads) + 1) + "|"
     cases = [Case(name) for name in CASES]
     for row, fields in ROWS.items():
-        if row == "original":  # waits for the host within the call: not one graph
+        if row == "original":  # synchronises within the call: not one graph
             continue
         cells = []
         for case in cases:
             torch._dynamo.reset()
             counters.clear()
-            _, (code,) = run_and_get_code(case.call, compile="default", **fields)  # one graph, or this fails
+            _, (code,) = run_and_get_code(case.call, compile="default", **fields)  # fails unless there is one graph
             assert not counters["graph_break"]
             cells += map(str, kernels_in(code))
         yield "| " + " | ".join([f"`{row}`" if row != "all of them" else row, *cells]) + " |"
 
 
 def kernels_in(code: str) -> tuple[int, int]:
-    """(fused ones that were generated, calls of libraries) in the function that inductor's output calls them from."""
+    """(generated fused kernels, library calls) in the `call` function of inductor's output."""
     called = code[code.index("def call(") :]
     fused = re.findall(r"^ +cpp_fused\w*\(", called, re.MULTILINE)
     library = re.findall(r"^ +(?:\w+ = )?(?:extern_kernels|torch\.ops)[\w.]*\(", called, re.MULTILINE)

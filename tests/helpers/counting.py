@@ -1,4 +1,4 @@
-"""What a function asks of PyTorch, counted exactly: aten ops, bytes, copies between layouts and waits for the host."""
+"""Exact counts of a function's aten operators, bytes, copies and synchronisations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd.features import has
 
-needs_counting = pytest.mark.skipif(not has("sdpa"), reason="torch 1.12 enters dispatch modes in another way")
-# Before 2.2, SDPA on a CPU is a function of a dozen ops and copies of its own, and those would be counted as the model's.
+needs_counting = pytest.mark.skipif(not has("sdpa"), reason="torch 1.12 has another API of dispatch modes")
+# Before 2.2, SDPA on a CPU is composed of a dozen operators and copies, which would be counted as the model's.
 needs_fused_attention = pytest.mark.skipif(
-    not has("cpu_flash"), reason="this torch has no fused attention on the CPU: its parts would be counted"
+    not has("cpu_flash"), reason="this torch composes CPU attention of several operators"
 )
 
-# These move no data: the output is a view of the input, or nothing is computed.
+# Operators that move no data: the output is a view of the input, or nothing is computed.
 VIEWS = {
     "alias", "as_strided", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view",
     "_reshape_alias",
 }  # fmt: skip
-# `.item()`, and with it float(tensor), an if on a tensor, ...: the host waits for the device.
+# `.item()`, float(tensor), branches on a tensor and the like: the host waits for the device.
 SYNCHRONISATIONS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 
 
@@ -35,11 +35,10 @@ def _tensors(values):
 
 
 class Counting(TorchDispatchMode):
-    """Counts while it is entered.
+    """Counts operators while active.
 
-    ops: by name, views left out. bytes: of every input and output of them, each read or written once: what eager
-    kernels move. synchronisations: ops for which the host waits. copies: of layout, dtype or device. made: tensors
-    made from host data.
+    ops: number by name, without views. bytes: all their inputs and outputs, which eager kernels read or write once.
+    calls: (name, input tensors, output) in order.
     """
 
     def __init__(self):
@@ -58,20 +57,20 @@ class Counting(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Number of ops that are no views."""
+        """Number of operators without views."""
         return sum(self.ops.values())
 
     @property
     def copies(self) -> int:
-        """Ops that only copy, be it to another layout, dtype or device."""
+        """Number of operators that only copy, also to another layout, dtype or device."""
         return sum(self.ops[name] for name in ("clone", "_to_copy", "copy_", "contiguous"))
 
     @property
     def synchronisations(self) -> int:
-        """Ops for which the host waits."""
+        """Number of operators for which the host waits."""
         return sum(self.ops[name] for name in SYNCHRONISATIONS)
 
     @property
     def made(self) -> int:
-        """Tensors made from numbers of the host, which a device would have to be sent."""
+        """Number of tensors made from host data, which would be copied to a device."""
         return sum(self.ops[name] for name in ("lift_fresh", "scalar_tensor", "arange", "tensor"))

@@ -1,7 +1,7 @@
-"""Our kernels under Triton's interpreter, on a CPU: tests/sd/test_kernels.py runs this file with TRITON_INTERPRET=1.
+"""Tests of the Triton kernels by Triton's interpreter on a CPU; tests/sd/test_kernels.py runs them with TRITON_INTERPRET=1.
 
-triton reads the variable when it is imported, so this is a process of its own. Every program of a grid runs in turn by
-numpy: sizes are small, and chosen so that every path, tail and mask is met.
+triton reads the variable at import, so this needs a separate process. The programs of a grid run one after another in
+numpy: sizes are small and chosen to cover every path, tail and mask.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ WHOLE = [
     ((3, 32, 1, 1), 32),
 ]
 SPLIT = [
-    ((1, 320, 33, 33), 32),  # a last split of one row
+    ((1, 320, 33, 33), 32),  # the last split has one row
     pytest.param((1, 640, 26, 26), 32, marks=pytest.mark.slow),
-    ((2, 40, 41, 29), 4),  # channels that fill no tile
+    ((2, 40, 41, 29), 4),  # channels do not fill a tile
     pytest.param((1, 64, 130, 130), 32, marks=pytest.mark.slow),  # several tiles in a split
 ]
 
@@ -39,7 +39,7 @@ def test_group_norm(shape, groups):
     assert group_norm_error(group_norm, shape, groups, torch.float32, add=1) <= BOUNDS[torch.float32]
 
 
-def test_a_case_has_several_tiles_in_a_split():
+def test_one_case_has_several_tiles_in_a_split():
     rows, splits = splits_of(130 * 130, 64)
     assert rows > 32 and rows * (splits - 1) < 130 * 130 <= rows * splits
 
@@ -63,15 +63,15 @@ def test_group_norm_options(shape, groups, dtype, add, conv_bias, silu):
 
 @pytest.mark.parametrize("mean", [30.0, 3000.0])
 @pytest.mark.parametrize("shape, groups", [WHOLE[0], SPLIT[2], SPLIT[3]])
-def test_a_large_mean_cancels_nothing(shape, groups, mean):
-    """Where E[x^2] - E[x]^2 in fp32 has no digit left."""
+def test_a_large_mean_causes_no_cancellation(shape, groups, mean):
+    """E[x^2] - E[x]^2 in fp32 would have no correct digit here."""
     error = group_norm_error(group_norm, shape, groups, torch.float32, mean=mean, add=1)
     assert error <= group_norm_bound(torch.float32, mean)
 
 
 @pytest.mark.parametrize("shape, groups", [WHOLE[0], SPLIT[2]])
-def test_a_first_row_far_from_the_rest(shape, groups):
-    """The deviations are summed from the mean of a split's first rows."""
+def test_a_first_row_that_differs_from_the_rest(shape, groups):
+    """Deviations are taken from the mean of a split's first rows."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     x[:, :, 0] += 1000.0
     ones, zeros = torch.ones(shape[1]), torch.zeros(shape[1])
@@ -79,16 +79,16 @@ def test_a_first_row_far_from_the_rest(shape, groups):
     assert relative_error(group_norm(x, ones, zeros, groups, 1e-5), exact) <= 1e-6
 
 
-def test_the_same_image_has_the_same_bits_in_any_batch():
+def test_an_image_has_the_same_bits_in_any_batch():
     for shape, groups in (WHOLE[3], SPLIT[2]):
         x = torch.randn(2, *shape[1:]).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(2, shape[1]).unbind()
-        together = group_norm(x, weight, bias, groups, 1e-5, silu=True)
-        assert torch.equal(together, group_norm(x, weight, bias, groups, 1e-5, silu=True))
-        assert torch.equal(together[1:], group_norm(x[1:], weight, bias, groups, 1e-5, silu=True))
+        batched = group_norm(x, weight, bias, groups, 1e-5, silu=True)
+        assert torch.equal(batched, group_norm(x, weight, bias, groups, 1e-5, silu=True))
+        assert torch.equal(batched[1:], group_norm(x[1:], weight, bias, groups, 1e-5, silu=True))
 
 
-def test_other_layouts_are_taken_too():
+def test_other_layouts_are_accepted():
     x, (weight, bias) = torch.randn(2, 64, 8, 8), torch.randn(2, 64).unbind()
     nhwc = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(group_norm(x, weight, bias, 32, 1e-5), group_norm(nhwc, weight, bias, 32, 1e-5))
@@ -116,7 +116,7 @@ def model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"channels_last": True, "triton_group_norm": True}, {"triton_geglu": True}, BOTH])
-def test_the_unet_with_kernels_is_the_plain_one(model, fields):
+def test_the_unet_with_kernels_equals_the_plain_code(model, fields):
     model.optimise(Optimisations(attention="original"))
     reference, keys = _unet(model), list(model.unet.state_dict())
     model.optimise(Optimisations(attention="original", **fields))
@@ -128,7 +128,7 @@ def test_the_unet_with_kernels_is_the_plain_one(model, fields):
 
 @pytest.mark.slow
 def test_autocast(model):
-    """Half activations and fp32 weights in one kernel."""
+    """One kernel takes half activations and fp32 weights."""
     model.optimise(Optimisations(attention="original"))
     reference = _unet(model)
     model.optimise(Optimisations(attention="original", precision="autocast", **BOTH))
@@ -136,18 +136,18 @@ def test_autocast(model):
 
 
 @pytest.mark.slow
-def test_a_picture_with_kernels_and_without_them_again(model):
-    def picture():
+def test_an_image_with_kernels_and_then_without(model):
+    def run():
         return model.txt2img("a red star on a white background", steps=2, sampler="ddim", scale=4.0, seed=2)
 
     plain = Optimisations(attention="original", channels_last=True)
     model.optimise(plain)
-    before = picture()
+    before = run()
     model.optimise(Optimisations(attention="original", **BOTH))
-    ours = picture()
+    ours = run()
     assert relative_error(ours.latents, before.latents) <= 1e-4
     assert (ours.images.int() - before.images.int()).abs().max() <= 1
-    assert not torch.equal(ours.latents, before.latents), "the kernels ran"
+    assert not torch.equal(ours.latents, before.latents), "the kernels did not run"
     model.optimise(plain)
-    after = picture()
+    after = run()
     assert torch.equal(after.latents, before.latents) and torch.equal(after.images, before.images)

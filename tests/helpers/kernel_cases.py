@@ -1,11 +1,11 @@
-"""What our own kernels are held to, by the interpreter on a CPU and on a GPU: the same operation in float64."""
+"""Shapes and error bounds of the Triton kernels against float64, by the interpreter on a CPU and on a GPU."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-# Relative norm of the error. One rounding of the output for halves: Triton's interpreter cuts bf16 off, a GPU rounds it.
+# Relative norm of the error. Half types: one rounding of the output; Triton's interpreter truncates bf16, a GPU rounds it.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 # (cells, channels) of the UNet's norms at 512 and 768 pixels, and of the VAE's.
 UNET_SHAPES = [
@@ -24,9 +24,9 @@ VAE_SHAPES = [(4096, 512), (16384, 512), (65536, 512), (65536, 256), (262144, 25
 def group_norm_error(
     kernel, shape, groups, dtype, device="cpu", mean=0.0, add=None, conv_bias=True, silu=True
 ) -> float:
-    """Relative error of the kernel on seeded numbers; raises where shape, dtype or layout are not as promised.
+    """Relative error of the kernel on seeded random numbers; asserts shape, dtype and layout.
 
-    shape [B, C, H, W]; add: None, or the batch of what is added.
+    shape [B, C, H, W]; add: batch size of the added tensor, or None.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -35,14 +35,14 @@ def group_norm_error(
 
     batch, channels, height, width = shape
     x = (draw(batch, height, width, channels) + mean).to(dtype).permute(0, 3, 1, 2)
-    weight, bias, before = (draw(channels).to(dtype) for _ in range(3))
+    weight, bias, conv_offset = (draw(channels).to(dtype) for _ in range(3))
     added = None if add is None else draw(add, channels, 1, 1).to(dtype)
-    out = kernel(x, weight, bias, groups, 1e-5, before if conv_bias else None, added, silu)
+    out = kernel(x, weight, bias, groups, 1e-5, conv_offset if conv_bias else None, added, silu)
     assert (out.shape, out.dtype) == (x.shape, dtype)
     assert out.is_contiguous(memory_format=torch.channels_last)
     exact = x.double()
     if conv_bias:
-        exact = exact + before.double()[:, None, None]
+        exact = exact + conv_offset.double()[:, None, None]
     if added is not None:
         exact = exact + added.double()
     exact = F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
@@ -51,7 +51,7 @@ def group_norm_error(
 
 
 def group_norm_bound(dtype, mean=0.0) -> float:
-    """A rounding of the mean of all numbers, in fp32, is seen beside a deviation of 1: no fp32 result is without it."""
+    """The bound for inputs with a mean: every fp32 result has the rounding error of the mean beside a deviation of 1."""
     return BOUNDS[dtype] + 2 * mean * 2**-24
 
 

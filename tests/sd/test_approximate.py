@@ -1,4 +1,4 @@
-"""Approximate techniques: how far each moves the pictures of the embedded model, with a bound of its own."""
+"""Approximate techniques: PSNR bounds of each on images of the embedded model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def exact(model):
-    return _pictures(model)
+    return _images(model)
 
 
-def _pictures(model):
+def _images(model):
     return model.txt2img(PROMPTS, steps=50, sampler="ddim", scale=4.0, seed=2).images.float()
 
 
@@ -41,17 +41,17 @@ def _pictures(model):
     [({"token_merging": 0.25}, 36), ({"feature_caching": 2}, 44), ({"feature_caching": 3}, 39)],
     ids=lambda value: str(value),
 )
-def test_pictures_stay_near(model, exact, fields, psnr):
+def test_psnr_is_above_its_bound(model, exact, fields, psnr):
     model.optimise(Optimisations(**fields))
-    error = (_pictures(model) - exact).pow(2).mean()
+    error = (_images(model) - exact).pow(2).mean()
     model.optimise(Optimisations())
     assert error > 0, "nothing was approximated"
     assert 10 * torch.log10(255**2 / error) >= psnr
-    assert torch.equal(_pictures(model), exact)
+    assert torch.equal(_images(model), exact)
 
 
-def test_merged_tokens_come_back_to_their_places():
-    """Where every 2x2 cells are alike, merging all of them loses nothing; unmerging nothing is the identity."""
+def test_unmerging_restores_token_positions():
+    """Merging identical 2x2 cells is lossless; merging nothing is the identity."""
     cells = torch.randn(2, 4, 6, 16, generator=torch.Generator().manual_seed(0))
     tokens = cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1, 2)
     merge, unmerge = merging(tokens, (8, 12), 0.75)
@@ -62,7 +62,7 @@ def test_merged_tokens_come_back_to_their_places():
     assert torch.equal(unmerge(merge(tokens)), tokens)
 
 
-def test_the_deep_part_runs_at_every_third_call():
+def test_the_deep_part_runs_every_third_call():
     deep_of_calls = []
 
     def call(x, timesteps, context, deep):
@@ -75,7 +75,7 @@ def test_the_deep_part_runs_at_every_third_call():
     assert deep_of_calls == [None, 1, 2, None, 4, 5, None]
 
 
-def test_features_of_the_same_call_change_nothing():
+def test_cached_features_of_the_same_call_are_exact():
     unet = seeded(
         UNet,
         UNetConfig(context_dim=24, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_heads=4),
@@ -87,12 +87,12 @@ def test_features_of_the_same_call_change_nothing():
 
 
 @pytest.mark.quant
-def test_int8_pictures_stay_near(exact):
-    """Every layer quantised, whatever its width."""
+def test_int8_psnr_is_above_its_bound(exact):
+    """All layers quantised, regardless of width."""
     model = StableDiffusion.tiny()
     quantise(model.unet, "int8", smallest=1)
     model.optimise(Optimisations(quantisation="int8"))
-    error = (_pictures(model) - exact).pow(2).mean()
+    error = (_images(model) - exact).pow(2).mean()
     assert error > 0, "nothing was approximated"
     assert 10 * torch.log10(255**2 / error) >= 45  # measured 48.9 dB
     with pytest.raises(ConfigError, match="already rounded to int8"):
@@ -100,7 +100,7 @@ def test_int8_pictures_stay_near(exact):
 
 
 @pytest.mark.quant
-def test_int8_of_a_model_too_narrow_for_it_is_refused(model):
+def test_int8_of_a_narrow_model_is_refused(model):
     with pytest.raises(Unavailable, match="quantisation int8: this model has no linear layer of 128 features"):
         model.optimise(Optimisations(quantisation="int8"))
     assert model.unet.quantisation == "none"
@@ -126,7 +126,7 @@ def test_int8():
         compiled = torch.compile(unet, fullgraph=True, dynamic=False)(x, t, context)
     assert unet.quantisation == "int8"
     assert 0 < relative_error(rounded, expected) < 0.05
-    assert relative_error(compiled, rounded) < 0.01  # of an activation, another rounding here and there
+    assert relative_error(compiled, rounded) < 0.01  # single activations round differently
 
 
 def test_fp8_is_refused_without_its_gpu(model):

@@ -1,4 +1,4 @@
-"""The compile cache: a second process does not compile again, and what cannot be used is refused by name."""
+"""The compile cache and ahead-of-time packages: a second process compiles nothing, and unusable files are refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sd.optimise.compile_cache import FILE, open_compile_cache
 
 TINY = ["--device", "cpu", "--steps", "1"]
 
-# CPU seconds of the first picture, the C++ compiler's included: what else runs on the machine does not move them.
-FIRST_PICTURE = """
+# CPU seconds of the first image, the C++ compiler's included: other load on the machine hardly changes them.
+FIRST_IMAGE = """
 import os, sys
 from pathlib import Path
 from models import smallest
@@ -38,22 +38,22 @@ save_compile_cache(directory)
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile_cache"), reason="torch >= 2.7")
-def test_a_second_process_reaches_its_first_picture_five_times_sooner(tmp_path):
+def test_a_second_process_reaches_its_first_image_five_times_sooner(tmp_path):
     tests = Path(__file__).parents[1]
     environment = {
         **{key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"},
         "PYTHONPATH": os.pathsep.join([str(tests / "helpers"), str(tests.parent)]),
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or the compiler runs in processes whose time is not ours to read
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # other processes' CPU time would not be counted
     }
 
-    def first_picture() -> float:
-        command = [sys.executable, "-c", FIRST_PICTURE, str(tmp_path / "cache")]
+    def first_image() -> float:
+        command = [sys.executable, "-c", FIRST_IMAGE, str(tmp_path / "cache")]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return float(run.stdout.split("SECONDS")[1])
 
-    cold, warm = first_picture(), first_picture()
+    cold, warm = first_image(), first_image()
     assert cold >= 5 * warm, f"{cold:.1f} s cold, {warm:.1f} s warm"
     assert (tmp_path / "cache" / FILE).stat().st_size > 10_000
 
@@ -69,19 +69,19 @@ class TestRefusals:
     @pytest.fixture(autouse=True)
     def _environment(self, monkeypatch):
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            monkeypatch.setenv(name, "")  # restored afterwards, whatever the test sets
+            monkeypatch.setenv(name, "")  # restored by monkeypatch after the test
 
-    def test_a_file_that_is_no_cache(self, tmp_path):
+    def test_an_invalid_cache_file(self, tmp_path):
         (tmp_path / FILE).write_bytes(b"not a cache")
         with pytest.raises(ConfigError, match="is no cache of this torch"):
             open_compile_cache(tmp_path)
 
-    def test_a_directory_that_is_none(self, tmp_path):
+    def test_a_file_in_place_of_the_directory(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match="cannot be used"):
             open_compile_cache(tmp_path / "file")
 
-    def test_nothing_to_keep(self, tmp_path, monkeypatch, capsys):
+    def test_a_cache_without_compilation(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         assert txt2img.main([*TINY, "--compile-cache", "cache"]) == 2
         assert "nothing is compiled" in capsys.readouterr().err
@@ -96,10 +96,10 @@ class TestAheadOfTime:
         return smallest(Optimisations(aot=str(path), channels_last=True, fused_qkv=fused_qkv, **caches))
 
     @pytest.mark.slow
-    def test_the_file_serves_another_model_object_and_refuses_others(self, tmp_path):
+    def test_a_package_serves_the_same_model_and_refuses_others(self, tmp_path):
         path = tmp_path / "unet.pt2"
         expected = smallest().txt2img("a red circle", steps=5, scale=4.0).latents
-        for _ in range(2):  # made, then loaded
+        for _ in range(2):  # written, then loaded
             latents = self._model(path).txt2img("a red circle", steps=5, scale=4.0).latents
             assert relative_error(latents, expected) <= 2e-5
         assert path.is_file() and [file.name for file in tmp_path.iterdir()] == ["unet.pt2"]
@@ -115,12 +115,12 @@ class TestAheadOfTime:
         with pytest.raises(ConfigError, match="other weights"):
             other.txt2img("a red circle", steps=2)
 
-    def test_a_file_that_is_none(self, tmp_path):
+    def test_an_invalid_package(self, tmp_path):
         (tmp_path / "unet.pt2").write_bytes(b"no package")
         with pytest.raises(ConfigError, match="cannot be loaded"):
             self._model(tmp_path / "unet.pt2").txt2img("a red circle", steps=2)
 
     @pytest.mark.parametrize("name, match", [("unet.bin", "must end in .pt2"), ("absent/unet.pt2", "no folder")])
-    def test_a_path_that_cannot_be(self, tmp_path, name, match):
+    def test_an_invalid_path(self, tmp_path, name, match):
         with pytest.raises(ConfigError, match=match):
             self._model(tmp_path / name)

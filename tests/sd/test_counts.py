@@ -1,4 +1,4 @@
-"""Ops, bytes, copies and waits of one UNet call, technique by technique, on the embedded model's UNet and one of 34 M."""
+"""Operators, bytes, copies and synchronisations of a UNet call by technique, for the embedded UNet and one of 34 M."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _products(counting):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_numbers_stay_the_same(case, row):
+def test_results_are_unchanged(case, row):
     reference = case.call(attention="original")
     assert relative_error(case.call(**ROWS[row]), reference) <= 1e-5
 
@@ -34,7 +34,7 @@ def test_the_numbers_stay_the_same(case, row):
 @pytest.mark.parametrize(
     "name, saved",
     [
-        ("fused_qkv", lambda blocks, res_blocks: 2 * blocks),  # three products become one
+        ("fused_qkv", lambda blocks, res_blocks: 2 * blocks),  # one product instead of three
         ("fused_kv", lambda blocks, res_blocks: blocks),
         ("cache_context_kv", lambda blocks, res_blocks: 2 * blocks),
         ("cache_time_embeddings", lambda blocks, res_blocks: 2 + res_blocks),
@@ -48,16 +48,16 @@ def test_products_saved(case, name, saved):
     assert counting.bytes < plain.bytes
 
 
-def test_time_embeddings_leave_no_table_to_make(case):
+def test_cached_time_embeddings_create_no_table(case):
     assert case.count().made == 1  # the frequencies
     assert case.count(cache_time_embeddings=True).made == 0
 
 
 @needs_fused_attention
-def test_together_they_save_a_fifth_of_the_ops(case):
-    plain, together = case.count(), case.count(**ALL)
-    assert together.total <= 0.8 * plain.total
-    assert together.bytes <= 0.92 * plain.bytes
+def test_all_techniques_save_a_fifth_of_the_operators(case):
+    plain, combined = case.count(), case.count(**ALL)
+    assert combined.total <= 0.8 * plain.total
+    assert combined.bytes <= 0.92 * plain.bytes
 
 
 @needs_fused_attention
@@ -68,7 +68,7 @@ def test_original_moves_more(case):
 @needs_fused_attention
 @pytest.mark.parametrize("fields", [{"channels_last": True}, ALL])
 def test_channels_last_copies_no_layout(case, fields):
-    """Every convolution takes and holds NHWC, every linear layer takes tokens as they lie, and nothing is rearranged."""
+    """Convolutions have NHWC inputs and weights, linear layers contiguous inputs, and no tensor is copied."""
     counting = case.count(**fields)
     assert counting.copies == 0
     convolutions = [arguments for op, arguments, _ in counting.calls if op == "convolution"]
@@ -82,11 +82,11 @@ def test_channels_last_copies_no_layout(case, fields):
 
 @needs_fused_attention
 @pytest.mark.parametrize("row", ROWS)
-def test_no_call_waits_for_the_host(case, row):
+def test_no_call_synchronises(case, row):
     assert case.count(**ROWS[row]).synchronisations == 0
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.15."), reason="the table in the docs is of torch 2.15")
-def test_the_table_in_the_docs_is_this_one():
+@pytest.mark.skipif(not torch.__version__.startswith("2.15."), reason="the docs have counts for torch 2.15")
+def test_the_docs_have_this_table():
     text = (ROOT / "docs" / "optimisations.md").read_text(encoding="utf-8")
     assert "\n".join(count_techniques.table()) in text, "run: python tests/helpers/count_techniques.py"

@@ -1,7 +1,7 @@
-"""The networks and sampling loops on CUDA tensors without memory: devices, dtypes and shapes are right, and nothing is read back.
+"""The networks and sampling loops on fake CUDA tensors: devices, dtypes and shapes, and no synchronisation.
 
-PyTorch's fake tensors go through an op's rules and compute nothing, so that no GPU is needed. Tensors of two devices in one
-op are an error there as on a GPU, and so is what would wait for the device: a fake tensor has no number to give.
+PyTorch's fake tensors check operators without computing, so no GPU is needed. As on a GPU, operands on two devices are an
+error; reading a value, which would synchronise, is an error too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from sd.config.presets import preset
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
-from sd.optimise import apply as optimise
 from sd.optimise.apply import apply
 from sd.optimise.optimisations import WEIGHT_DTYPES
 from sd.sampling import samplers
@@ -23,7 +22,7 @@ from sd.sampling.schedule import Schedule
 
 fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor", reason="this torch has no fake tensors")
 CUDA = torch.device("cuda")
-SCHEDULE = Schedule()  # of numbers, which fake tensors have not
+SCHEDULE = Schedule()  # made outside the fake mode: fake tensors have no values
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
 CHOICES = {
     "autocast-original": {"precision": "autocast", "attention": "original"},
@@ -35,7 +34,7 @@ CHOICES = {
 
 
 def _works() -> bool:
-    """Whether fake CUDA tensors can be had without a GPU here, which changed from torch to torch."""
+    """Whether this torch can create fake CUDA tensors without a GPU."""
     try:
         with fake_tensor.FakeTensorMode():
             a = torch.ones(2, 2, device=CUDA)
@@ -47,31 +46,31 @@ def _works() -> bool:
 pytestmark = pytest.mark.skipif(not _works(), reason="no fake CUDA tensors without a GPU in this torch")
 
 
-class Fake:
-    """The three networks of a model on a GPU that is not there, as `apply` leaves them."""
+class FakeModel:
+    """The three networks of a model on a fake GPU after `apply`."""
 
-    def __init__(self, name: str, how: Optimisations):
-        self.how, self.config = how, preset(name)
-        torch.set_default_dtype(WEIGHT_DTYPES[how.precision])
+    def __init__(self, name: str, optimisations: Optimisations):
+        self.optimisations, self.config = optimisations, preset(name)
+        torch.set_default_dtype(WEIGHT_DTYPES[optimisations.precision])
         try:
             with CUDA:
                 self.unet, self.autoencoder = UNet(self.config.unet), Autoencoder(self.config.autoencoder)
                 self.text_encoder = TextEncoder(self.config.text)
         finally:
             torch.set_default_dtype(torch.float32)
-        self.calls = apply(self.unet, self.autoencoder, self.text_encoder, CUDA, how)
+        self.calls = apply(self.unet, self.autoencoder, self.text_encoder, CUDA, optimisations)
 
     def contexts(self, batch: int):
-        """As prompts and negative prompts have them."""
+        """Contexts of prompts and of negative prompts."""
         tokens = torch.zeros(batch, self.config.text.context_length, dtype=torch.long, device=CUDA)
         return self.text_encoder(tokens), self.text_encoder(tokens)
 
     def denoiser(self, times: list[float]) -> Denoiser:
-        """Of two prompts, with what the optimisations compute beforehand for these timesteps."""
+        """The denoiser of two prompts, with the caches of the optimisations for these timesteps."""
         denoise = Denoiser(self.calls.unet_of_run(), *self.contexts(2), 7.5, self.config.parameterization)
-        if self.how.cache_context_kv:
+        if self.optimisations.cache_context_kv:
             denoise.context = self.unet.project_context(denoise.context)
-        if self.how.cache_time_embeddings:
+        if self.optimisations.cache_time_embeddings:
             denoise.times, denoise.time_table = times, self.unet.time_table(torch.tensor(times).to(CUDA))
         return denoise
 
@@ -82,16 +81,16 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Makes a Fake, in fake tensors, without a gradient."""
-    # Asked of the GPU that is not there, or of a call on it.
-    monkeypatch.setattr(optimise, "require_available", lambda *_: None)
-    monkeypatch.setattr(optimise, "check", lambda *_: None)
-    monkeypatch.setattr(optimise, "for_head_dim", lambda attention, *_: attention)
+    """Create a FakeModel under the fake mode and no_grad."""
+    # These query the absent GPU.
+    monkeypatch.setattr("sd.optimise.apply.require_available", lambda *_: None)
+    monkeypatch.setattr("sd.optimise.apply.check", lambda *_: None)
+    monkeypatch.setattr("sd.optimise.apply.for_head_dim", lambda attention, *_: attention)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    # The weights are made where and what they shall be; fake ones cannot be moved in place.
+    # The weights have their final device and dtype; fake ones cannot be moved in place.
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
     with fake_tensor.FakeTensorMode(), torch.no_grad():
-        yield lambda name, choice: Fake(name, Optimisations(**choice))
+        yield lambda name, choice: FakeModel(name, Optimisations(**choice))
 
 
 @pytest.mark.parametrize(
@@ -103,14 +102,14 @@ def fake(monkeypatch):
         ("sd2-v", "exact"),
     ],
 )
-def test_a_step_and_a_picture(fake, name, choice):
-    made = fake(name, CHOICES[choice])
-    how, config = made.how, made.config
-    with how.autocast(CUDA):
-        denoise = made.denoiser([501.0])
-        x = made.latents(2).contiguous(memory_format=how.memory_format())
+def test_a_step_and_a_decoded_image(fake, name, choice):
+    model = fake(name, CHOICES[choice])
+    optimisations, config = model.optimisations, model.config
+    with optimisations.autocast(CUDA):
+        denoise = model.denoiser([501.0])
+        x = model.latents(2).contiguous(memory_format=optimisations.memory_format())
         noise = denoise(x, 501.0, 0.5)
-        pixels = made.calls.decode(x)
+        pixels = model.calls.decode(x)
     assert (noise.shape, noise.dtype, noise.device.type) == (x.shape, torch.float32, "cuda")
     assert pixels.shape == (2, 3, config.image_size, config.image_size) and pixels.device.type == "cuda"
 
@@ -118,26 +117,26 @@ def test_a_step_and_a_picture(fake, name, choice):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver", "euler"])
 @pytest.mark.parametrize("choice", ["autocast-sdpa", "exact"])
-def test_no_sampler_reads_from_the_device(fake, sampler, eta, choice):
+def test_no_sampler_synchronises(fake, sampler, eta, choice):
     if eta and sampler != "ddim":
         pytest.skip("this sampler has no eta")
-    made = fake("tiny", CHOICES[choice])
+    model = fake("tiny", CHOICES[choice])
     plan = samplers.sampler(sampler)(SCHEDULE, 10, eta)
-    denoise = made.denoiser(sorted({one.t for one in plan.evaluations}))
-    x, steps = made.latents(2), []
+    denoise = model.denoiser(sorted({evaluation.t for evaluation in plan.evaluations}))
+    x, steps = model.latents(2), []
     noises = [torch.randn_like(x) for _ in plan.evaluations] if eta else None
-    with made.how.autocast(CUDA):
+    with model.optimisations.autocast(CUDA):
         out = samplers.run(plan, denoise, x, noises, lambda step, _: steps.append(step))
     assert (out.shape, out.device.type, steps[-1]) == (x.shape, "cuda", 10)
 
 
 def test_reading_from_the_device_is_an_error(fake):
-    """Else the tests above could not fail."""
+    """The tests above rely on this error."""
     with pytest.raises(RuntimeError, match="_local_scalar_dense"):
         fake("tiny", CHOICES["autocast-sdpa"]).latents(1).sum().item()
 
 
 def test_a_tensor_on_the_cpu_is_an_error(fake):
-    made = fake("tiny", CHOICES["autocast-sdpa"])
+    model = fake("tiny", CHOICES["autocast-sdpa"])
     with pytest.raises(RuntimeError, match="device"):
-        made.unet(torch.randn(2, 4, 8, 8), torch.full((2,), 1.0), torch.randn(2, 77, 32, device=CUDA))
+        model.unet(torch.randn(2, 4, 8, 8), torch.full((2,), 1.0), torch.randn(2, 77, 32, device=CUDA))

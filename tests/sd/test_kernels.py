@@ -1,4 +1,4 @@
-"""Our own Triton kernels: their numbers, the code made of them for real GPUs without one, and how they are asked for."""
+"""Triton kernels: accuracy, machine code for GPUs that need not be present, refusals and switching."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sd import Optimisations, StableDiffusion
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.models.unet import UNet
-from sd.optimise.kernels import require_kernels, use_kernels
+from sd.optimise.apply import require_triton, use_triton_kernels
 
 BOTH = {"triton_group_norm": True, "triton_geglu": True}
 needs_triton = pytest.mark.skipif(
@@ -37,7 +37,7 @@ needs_triton = pytest.mark.skipif(
 def _triton_older_than(*version: int) -> bool:
     try:
         return tuple(map(int, metadata.version("triton").split(".")[:2])) < version
-    except metadata.PackageNotFoundError:  # needs_triton says so
+    except metadata.PackageNotFoundError:  # needs_triton skips
         return False
 
 
@@ -46,8 +46,8 @@ def _triton_older_than(*version: int) -> bool:
     "_triton_older_than(3, 9)", reason="its interpreter cannot count a loop with a newer numpy (seen in 3.6)"
 )
 @pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_numbers_by_the_interpreter(part):
-    """Against float64, and the whole embedded model against the plain code."""
+def test_accuracy_by_the_interpreter(part):
+    """Kernels against float64, the embedded model against the plain code."""
     command = [
         sys.executable,
         "-m",
@@ -59,29 +59,29 @@ def test_numbers_by_the_interpreter(part):
         part,
         "tests/helpers/interpreted_kernels.py",
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"\d\d? passed", done.stdout) and "skipped" not in done.stdout
+    assert process.returncode == 0, process.stdout
+    assert re.search(r"\d\d? passed", process.stdout) and "skipped" not in process.stdout
 
 
 class TestMachineCode:
-    """Compiled ahead of time for GPUs that need not be there; ptxas comes with triton."""
+    """Machine code compiled for GPUs that need not be present; ptxas comes with triton."""
 
     POINTERS = ("x", "out", "weight", "bias", "conv_bias", "add")
     BETWEEN = ("means", "squares", "scales", "shifts")
     OPTIONS = ("HAS_CONV_BIAS", "HAS_ADD", "SILU")
 
     @pytest.fixture(autouse=True)
-    def _nothing_from_a_cache(self, monkeypatch, tmp_path):
+    def _empty_cache(self, monkeypatch, tmp_path):
         triton = pytest.importorskip("triton", reason="needs triton, which is where torch is for NVIDIA GPUs")
         if not hasattr(triton, "knobs") or not has("triton_op"):
-            pytest.skip("this triton is too old to be asked for the path of its tools")
+            pytest.skip("this triton does not expose the paths of its tools")
         monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
     def _launches(self):
-        """(kernel, what is constant in it, warps) of every kernel at every shape of SD1 and SD2."""
+        """(kernel, constants, warps) of every kernel at every shape of SD1 and SD2."""
         from sd.optimise import triton_kernels as kernels
 
         tile = {"TILE_ROWS": kernels.ROWS, "TILE_COLUMNS": kernels.COLUMNS}
@@ -98,7 +98,7 @@ class TestMachineCode:
                 padded = [1 << (number - 1).bit_length() for number in (splits, width)]
                 constants = {"WIDTH": width, "TILE_SPLITS": padded[0], "TILE_COLUMNS": padded[1]}
                 launches.append((kernels.scales_and_shifts, constants, 4))
-        return [one for i, one in enumerate(launches) if one not in launches[:i]]
+        return [launch for i, launch in enumerate(launches) if launch not in launches[:i]]
 
     def _compiled(self, kernel, constants, warps, dtype, capability):
         import triton
@@ -112,7 +112,7 @@ class TestMachineCode:
         }
         types = {"eps": "fp32", **dict.fromkeys(self.POINTERS, f"*{dtype}"), **dict.fromkeys(self.BETWEEN, "*fp32")}
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        aligned = (*self.POINTERS, *self.BETWEEN, "cells", "channels", "inner")  # as a launch finds them
+        aligned = (*self.POINTERS, *self.BETWEEN, "cells", "channels", "inner")  # alignment at a launch
         attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
         source = ASTSource(kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -120,7 +120,7 @@ class TestMachineCode:
     @pytest.mark.parametrize("capability", [80, 90])
     @pytest.mark.parametrize("dtype", ["fp16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("bf16", "fp32"))])
     def test_fits_in_registers(self, dtype, capability, tmp_path):
-        """No spills, no stack, hardly any shared memory; rows are read and written 16 bytes at a time."""
+        """No spills, no stack, at most 4 KiB of shared memory; rows are read and written 16 bytes at a time."""
         import triton
 
         from sd.optimise import triton_kernels as kernels
@@ -130,23 +130,23 @@ class TestMachineCode:
         for kernel, constants, warps in launches:
             code = self._compiled(kernel, constants, warps, dtype, capability)
             cubin.write_bytes(code.asm["cubin"])
-            told = subprocess.run(
+            report = subprocess.run(
                 [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
                 capture_output=True,
                 text=True,
                 check=True,
             )
-            use = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout))
-            what = f"{kernel.__name__} {constants} of {dtype} for sm_{capability}: {use}"
+            use = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout))
+            launch = f"{kernel.__name__} {constants} of {dtype} for sm_{capability}: {use}"
             # The ptxas of triton 3.6 gives scales_and_shifts a frame of 8 bytes on sm_90; a spilled tile would have hundreds.
             frame = 8 if kernel is kernels.scales_and_shifts else 0
-            assert int(use["STACK"]) <= frame and use["LOCAL"] == "0", what
-            assert int(use["REG"]) * 32 * warps <= 65536 and code.metadata.shared <= 4096, what
+            assert int(use["STACK"]) <= frame and use["LOCAL"] == "0", launch
+            assert int(use["REG"]) * 32 * warps <= 65536 and code.metadata.shared <= 4096, launch
             most[kernel.__name__] = max(most.get(kernel.__name__, 0), int(use["REG"]))
             if kernel.__name__ in ("channel_statistics", "scaled", "gated"):
-                assert "ld.global.v4.b32" in code.asm["ptx"], what
+                assert "ld.global.v4.b32" in code.asm["ptx"], launch
             if kernel.__name__ in ("scaled", "gated"):
-                assert "st.global.v4.b32" in code.asm["ptx"], what
+                assert "st.global.v4.b32" in code.asm["ptx"], launch
         print(f"sm_{capability} {dtype}: {len(launches)} compiled; registers {most}")
         assert {kernel.__name__ for kernel, *_ in launches} == {
             *("whole_group", "channel_statistics", "scales_and_shifts", "scaled", "gated")
@@ -155,39 +155,39 @@ class TestMachineCode:
 
 @needs_triton
 @pytest.mark.compile
-def test_a_compiled_unet_is_one_graph_that_copies_nothing_for_a_kernel(monkeypatch):
-    """What inductor is given of the UNet: the kernels themselves, each writing nothing but its outputs."""
+def test_a_compiled_unet_is_one_graph_without_copies_for_kernels(monkeypatch):
+    """Inductor's input graph contains the kernels, each of which writes only its outputs."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.utils import counters
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     class Driver:
-        """Asked for which GPU to lower a kernel, to find out what it writes; nothing is launched on this one."""
+        """The target that kernels are lowered for, to find the arguments they write; nothing is launched."""
 
         def get_current_target(self):
             return GPUTarget("cuda", 90, 32)
 
     if not hasattr(driver, "_active"):
-        pytest.skip("this triton cannot be told of a GPU that is not there")
+        pytest.skip("this triton accepts no absent GPU as the target")
     monkeypatch.setattr(driver, "_active", Driver())
     graphs = []
 
-    class Enough(Exception):
+    class GraphCaptured(Exception):
         pass
 
     def compiler(module, inputs):
         graphs.append(module.graph)
-        raise Enough
+        raise GraphCaptured
 
     torch.manual_seed(0)
     unet = UNet(SMALLEST.unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    use_kernels((unet,), True, True)
+    use_triton_kernels((unet,), True, True)
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     counters.clear()
     torch._dynamo.reset()
     call = torch.compile(unet.denoise, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=compiler))
-    with torch.no_grad(), pytest.raises(Exception, match="Enough"):
+    with torch.no_grad(), pytest.raises(Exception, match="GraphCaptured"):
         call(x, torch.full((2,), 501.0), torch.randn(2, 77, 32))
     torch._dynamo.reset()
     assert len(graphs) == 1 and not counters["graph_break"]
@@ -198,8 +198,8 @@ def test_a_compiled_unet_is_one_graph_that_copies_nothing_for_a_kernel(monkeypat
     assert not {"aten.native_group_norm.default", "aten.gelu.default"} & set(names)
     assert {tuple(node.kwargs["tensors_to_clone"]) for node in kernels} == {("out",)}
     copies = [node for node in graphs[0].nodes if str(node.target) == "aten.clone.default"]
-    given = [value for kernel in kernels for value in kernel.kwargs["kwargs"].values()]
-    assert not set(copies) & {value for value in given if isinstance(value, torch.fx.Node)}
+    arguments = [value for kernel in kernels for value in kernel.kwargs["kwargs"].values()]
+    assert not set(copies) & {value for value in arguments if isinstance(value, torch.fx.Node)}
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -213,18 +213,18 @@ def test_is_refused_by_name_without_a_gpu(name, monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("module, match", [("triton", "needs triton"), (None, "compute capability 8.0")])
-def test_is_refused_by_name_on_a_gpu_that_lacks_something(module, match, monkeypatch):
+def test_is_refused_by_name_on_an_unsuitable_gpu(module, match, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if module:
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
     with pytest.raises(Unavailable, match=f"triton_geglu: .*{match}"):
-        require_kernels("triton_geglu", torch.device("cuda"))
+        require_triton("triton_geglu", torch.device("cuda"))
 
 
-@pytest.mark.skipif(has("triton_op"), reason="this torch has what is to be missing")
+@pytest.mark.skipif(has("triton_op"), reason="this torch has triton_op")
 def test_is_refused_by_name_on_an_old_torch():
-    with pytest.raises(Unavailable, match="triton_geglu needs operators made of Triton kernels"):
-        require_kernels("triton_geglu", torch.device("cuda"))
+    with pytest.raises(Unavailable, match="triton_geglu needs custom operators from Triton kernels"):
+        require_triton("triton_geglu", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -241,9 +241,14 @@ def test_contradictions(fields, match):
 
 def test_is_in_no_preset_and_imports_no_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for how in (Optimisations.none(), Optimisations.original(), Optimisations.fast("cpu"), Optimisations.fast("cuda")):
-        assert not how.triton_group_norm and not how.triton_geglu
-    code = "import sys, sd.optimise.kernels, sd.pipeline; sys.exit('sd.optimise.triton_kernels' in sys.modules)"
+    for preset in (
+        Optimisations.none(),
+        Optimisations.original(),
+        Optimisations.fast("cpu"),
+        Optimisations.fast("cuda"),
+    ):
+        assert not preset.triton_group_norm and not preset.triton_geglu
+    code = "import sys, sd.pipeline; sys.exit('sd.optimise.triton_kernels' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -257,7 +262,7 @@ class TestOnAGPU:
 
     @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
     def test_group_norm(self, dtype):
-        """Every shape of SD1 and SD2, and every option at one shape of each path."""
+        """All shapes of SD1 and SD2, and all options at one shape for each code path."""
         from sd.optimise.triton_kernels import group_norm
 
         def error(cells, channels, batch, **options):
@@ -286,28 +291,30 @@ class TestOnAGPU:
 
         assert geglu_error(geglu, shape, dtype, "cuda") <= BOUNDS[dtype]
 
-    @pytest.mark.parametrize("how", [{}, {"cuda_graph": "unet"}, {"cuda_graph": "loop"}], ids=["eager", "unet", "loop"])
-    def test_pictures_are_those_of_the_plain_code(self, model, how):
-        """Another seed replays the graph; back at the plain code, its pictures are bit for bit those of before."""
+    @pytest.mark.parametrize(
+        "fields", [{}, {"cuda_graph": "unet"}, {"cuda_graph": "loop"}], ids=["eager", "unet", "loop"]
+    )
+    def test_images_equal_those_of_the_plain_code(self, model, fields):
+        """Another seed replays the graph; afterwards the plain code gives the former images bit for bit."""
 
-        def pictures():
+        def results():
             return [model.txt2img("a red star", steps=5, scale=4.0, seed=seed) for seed in (2, 3)]
 
         plain = Optimisations(channels_last=True)
         model.optimise(plain)
-        before = pictures()
-        model.optimise(Optimisations(channels_last=True, **BOTH, **how))
-        for ours, theirs in zip(pictures(), before):
+        before = results()
+        model.optimise(Optimisations(channels_last=True, **BOTH, **fields))
+        for ours, theirs in zip(results(), before):
             assert relative_error(ours.latents, theirs.latents) <= 1e-4
         model.optimise(plain)
-        for again, theirs in zip(pictures(), before):
+        for again, theirs in zip(results(), before):
             assert torch.equal(again.images, theirs.images)
 
     @pytest.mark.slow
     @pytest.mark.compile
     @pytest.mark.parametrize("scope", ["unet", "blocks", "step"])
     def test_compiled(self, model, scope):
-        """No break, nothing compiled twice, and the numbers of the plain code."""
+        """No graph break, no recompilation, and the results of the plain code."""
         from torch._dynamo.utils import counters
 
         model.optimise(Optimisations(attention="original"))

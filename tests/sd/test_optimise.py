@@ -1,4 +1,4 @@
-"""Each technique alone: its error against the fp32 original, what it saves by exact count, and that it leaves no trace."""
+"""Each technique alone: its error against the fp32 original, the operators it saves, and that it can be undone."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EXACT = {
     "original_steps": {"original_steps": True},
     "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES},
 }
-# What of `fast` cannot be beside a technique, and so is left out where that is named.
-GIVES_WAY = {
+# Fields of `fast` that contradict a technique and are reset when it is named.
+RESET = {
     **{name: {"fused_qkv"} for name in ("int8", "fp8")},
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step", "autocast")},
     "original_steps": {*CACHES, "cuda_graph"},
 }
-# Of one UNet call and of a whole picture in fp32 against the original attention: sums in another order, nothing else.
-UNET_BOUND, PICTURE_BOUND = 1e-5, 1e-4
+# Relative error of a UNet call and of a run's latents in fp32 against `original`: only the order of sums differs.
+UNET_BOUND, LATENTS_BOUND = 1e-5, 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +45,19 @@ def model():
 def reference(model):
     """The fp32 original's UNet output and latents."""
     model.optimise(Optimisations(attention="original"))
-    return _call(model), _picture(model).latents
+    return _call(model), _run(model).latents
 
 
 @torch.no_grad()
 def _call(model, counting=None):
-    """A UNet call as the sampling loop makes it, with guidance's batch of 2."""
-    how, generator = model.optimisations, torch.Generator().manual_seed(0)
+    """A UNet call with the inputs of the sampling loop and guidance's batch of 2."""
+    chosen, generator = model.optimisations, torch.Generator().manual_seed(0)
     x, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 77, 32)))
     timesteps = torch.full((2,), 501.0)
-    x = x.contiguous(memory_format=how.memory_format())
-    if how.cache_context_kv:
+    x = x.contiguous(memory_format=chosen.memory_format())
+    if chosen.cache_context_kv:
         context = model.unet.project_context(context)
-    if how.cache_time_embeddings:
+    if chosen.cache_time_embeddings:
         timesteps = model.unet.time_table(timesteps[:1])
     if counting is None:
         return model.unet(x, timesteps, context)
@@ -65,7 +65,7 @@ def _call(model, counting=None):
         return model.unet(x, timesteps, context)
 
 
-def _picture(model, **options):
+def _run(model, **options):
     return model.txt2img(
         "a red star on a white background",
         **{"steps": 5, "sampler": "plms", "scale": 4.0, "seed": 2, **options},
@@ -81,20 +81,20 @@ def _count(model, **fields) -> Counting:
 
 @pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in ("mha", "xformers")])
 @pytest.mark.parametrize("name", EXACT)
-def test_equals_the_original_and_comes_back_bit_for_bit(model, reference, name, attention):
+def test_equals_the_original_and_is_undone_bit_for_bit(model, reference, name, attention):
     reason = unavailable_reason(Attention(attention), head_dim=8)
     if reason:
         pytest.skip(reason)
     plain = Optimisations(attention=attention)
     model.optimise(plain)
-    before, weights = _picture(model), {key: value.clone() for key, value in model.unet.state_dict().items()}
+    before, weights = _run(model), {key: value.clone() for key, value in model.unet.state_dict().items()}
 
     model.optimise(Optimisations(attention=attention, **EXACT[name]))
     assert relative_error(_call(model), reference[0]) <= UNET_BOUND
-    assert relative_error(_picture(model).latents, reference[1]) <= PICTURE_BOUND
+    assert relative_error(_run(model).latents, reference[1]) <= LATENTS_BOUND
 
     model.optimise(plain)
-    after = _picture(model)
+    after = _run(model)
     assert torch.equal(after.latents, before.latents) and torch.equal(after.images, before.images)
     state = model.unet.state_dict()
     assert state.keys() == weights.keys()
@@ -123,7 +123,7 @@ def test_channels_last_of_the_decoder_copies_no_layout(model):
 
 @needs_counting
 def test_autocast_casts_each_weight_once(model):
-    """It keeps a cast weight only where a gradient could be asked for: without that, every call casts them all again."""
+    """Autocast caches the cast of a weight only if the weight requires a gradient."""
     model.optimise(Optimisations(attention=DEFAULT_ATTENTION, precision="autocast"))
     weights = {tuple(weight.shape) for weight in model.unet.parameters() if weight.dim() > 1}
     with model.optimisations.autocast(model.device):
@@ -136,7 +136,7 @@ def test_autocast_casts_each_weight_once(model):
 
 
 class TestSamplingLoop:
-    """No wait for the device, nothing sent to it, and few ops of the sampler's own, at every step of every sampler."""
+    """No synchronisation, no copy to the device and few operators of the sampler itself, at every step of every sampler."""
 
     STEPS = 5
 
@@ -150,13 +150,13 @@ class TestSamplingLoop:
                 return calls.sample(*arguments)
 
         monkeypatch.setattr(model, "_calls", _with_sample(calls, counted))
-        _picture(model, steps=steps, sampler=sampler, eta=eta)
+        _run(model, steps=steps, sampler=sampler, eta=eta)
         return counting
 
     @needs_counting
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
     @pytest.mark.parametrize("fields", [{}, EXACT["all"]], ids=["plain", "fast"])
-    def test_never_waits_or_sends(self, model, monkeypatch, sampler, eta, fields):
+    def test_neither_synchronises_nor_copies(self, model, monkeypatch, sampler, eta, fields):
         counting = self._loop(model, monkeypatch, sampler, eta=eta, **fields)
         assert counting.synchronisations == 0
         if fields:
@@ -164,7 +164,7 @@ class TestSamplingLoop:
             assert counting.ops["_to_copy"] == counting.ops["copy_"] == 0
 
     @needs_counting
-    # Of guidance (cat, sub, mul, add), v to noise (3), timesteps (full) and the update itself.
+    # Guidance (cat, sub, mul, add), v to noise (3), timesteps (full) and the update.
     @pytest.mark.parametrize("sampler, most", [("ddim", 11), ("euler", 10), ("dpm_solver", 14), ("plms", 15)])
     def test_ops_per_step(self, model, monkeypatch, sampler, most):
         with_unet = [self._loop(model, monkeypatch, sampler, steps=steps, **EXACT["all"]) for steps in (5, 10)]
@@ -174,35 +174,35 @@ class TestSamplingLoop:
 
     @needs_counting
     @pytest.mark.parametrize("sampler", ["ddim", "plms"])
-    def test_original_steps_wait_three_times_a_step(self, model, monkeypatch, sampler):
-        from sd.sampling import original_loop as original
+    def test_original_steps_synchronise_three_times_a_step(self, model, monkeypatch, sampler):
+        from sd.sampling import original_loop
 
-        counting, run = Counting(), original.run
+        counting, run = Counting(), original_loop.run
 
         def counted(*arguments, **options):
             with counting:
                 return run(*arguments, **options)
 
-        monkeypatch.setattr(original, "run", counted)
+        monkeypatch.setattr(original_loop, "run", counted)
         model.optimise(Optimisations(attention="original", original_steps=True))
-        _picture(model, steps=self.STEPS, sampler=sampler)
-        updates = self.STEPS + (sampler == "plms")  # its first step is made twice
+        _run(model, steps=self.STEPS, sampler=sampler)
+        updates = self.STEPS + (sampler == "plms")  # its first step has two UNet calls
         assert counting.synchronisations == 3 * updates
-        assert counting.ops["arange"] == updates  # the frequencies, once a UNet call
+        assert counting.ops["arange"] == updates  # the frequencies, once for each UNet call
 
     @pytest.mark.parametrize("sampler", ["dpm_solver", "euler"])
-    def test_original_steps_are_of_two_samplers(self, model, sampler):
+    def test_original_steps_support_two_samplers(self, model, sampler):
         model.optimise(Optimisations(original_steps=True))
         with pytest.raises(ConfigError, match="ddim, plms"):
-            _picture(model, sampler=sampler)
+            _run(model, sampler=sampler)
 
     @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("plms", 0.0)])
-    def test_original_steps_are_those_of_the_plans(self, model, sampler, eta):
+    def test_original_steps_equal_the_plans(self, model, sampler, eta):
         options = {"steps": self.STEPS, "sampler": sampler, "eta": eta, "rng": "original"}
         model.optimise(Optimisations())
-        ours = _picture(model, **options).latents
+        ours = _run(model, **options).latents
         model.optimise(Optimisations(original_steps=True))
-        assert relative_error(_picture(model, **options).latents, ours) <= PICTURE_BOUND
+        assert relative_error(_run(model, **options).latents, ours) <= LATENTS_BOUND
 
 
 def _with_sample(calls, sample):
@@ -221,50 +221,50 @@ class TestOnAGPU:
     @pytest.fixture(scope="class")
     def reference(self, model):
         model.optimise(Optimisations(attention="original"))
-        return _picture(model).latents
+        return _run(model).latents
 
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
     @pytest.mark.parametrize("fields", [{}, EXACT["all"], {"cuda_graph": "unet"}], ids=["plain", "fast", "graph"])
-    def test_never_waits(self, model, monkeypatch, sampler, eta, fields):
-        """PyTorch itself raises at the first synchronisation of the loop."""
+    def test_never_synchronises(self, model, monkeypatch, sampler, eta, fields):
+        """PyTorch raises at the first synchronisation of the loop."""
         model.optimise(Optimisations(precision="fp16", **fields))
-        _picture(model, sampler=sampler, eta=eta)
+        _run(model, sampler=sampler, eta=eta)
         calls = model._calls
 
-        def watched(*arguments):
+        def checked(*arguments):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 return calls.sample(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        monkeypatch.setattr(model, "_calls", _with_sample(calls, watched))
-        _picture(model, sampler=sampler, eta=eta)
+        monkeypatch.setattr(model, "_calls", _with_sample(calls, checked))
+        _run(model, sampler=sampler, eta=eta)
 
     @pytest.mark.parametrize("cuda_graph", ["unet", "loop"])
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
     def test_cuda_graphs(self, model, reference, cuda_graph, sampler, eta):
-        """The same pictures as without; another prompt and another seed replay it; kept results stay what they were."""
+        """The latents equal those without a graph, another seed replays it, and earlier results stay valid."""
         options = {"sampler": sampler, "eta": eta}
         model.optimise(Optimisations(**EXACT["all"]))
-        expected = [_picture(model, seed=seed, **options).latents for seed in (2, 3)]
+        expected = [_run(model, seed=seed, **options).latents for seed in (2, 3)]
         model.optimise(Optimisations(cuda_graph=cuda_graph, **EXACT["all"]))
-        kept = [_picture(model, seed=seed, **options).latents for seed in (2, 3)]
-        for ours, theirs in zip(kept, expected):
-            assert relative_error(ours, theirs) <= PICTURE_BOUND
+        graphed = [_run(model, seed=seed, **options).latents for seed in (2, 3)]
+        for ours, theirs in zip(graphed, expected):
+            assert relative_error(ours, theirs) <= LATENTS_BOUND
 
     def test_cuda_graphs_with_feature_caching(self, model):
-        """Calls with and without the deep part are recordings of their own."""
+        """Calls with and without the deep part are separate recordings."""
         model.optimise(Optimisations(feature_caching=2))
-        expected = [_picture(model, seed=seed).latents for seed in (2, 3)]
+        expected = [_run(model, seed=seed).latents for seed in (2, 3)]
         model.optimise(Optimisations(feature_caching=2, cuda_graph="unet"))
-        for ours, theirs in zip([_picture(model, seed=seed).latents for seed in (2, 3)], expected):
-            assert relative_error(ours, theirs) <= PICTURE_BOUND
+        for ours, theirs in zip([_run(model, seed=seed).latents for seed in (2, 3)], expected):
+            assert relative_error(ours, theirs) <= LATENTS_BOUND
 
     def test_fast(self, model, reference):
         fast = Optimisations.fast("cuda")
-        model = StableDiffusion.tiny("cuda", fast)  # its weights are rounded
-        assert relative_error(_picture(model).latents, reference) <= 0.05
+        model = StableDiffusion.tiny("cuda", fast)  # separate weights, since these are rounded
+        assert relative_error(_run(model).latents, reference) <= 0.05
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_contradictions_are_refused_by_name(fields, match):
 
 
 @pytest.mark.parametrize("fields", [{"tf32": True}, {"cuda_graph": "unet"}])
-def test_what_needs_a_gpu_is_refused_before_anything_is_changed(model, fields):
+def test_gpu_techniques_are_refused_before_any_change(model, fields):
     model.optimise(Optimisations(channels_last=True))
     with pytest.raises(Unavailable, match="NVIDIA GPU"):
         model.optimise(Optimisations(**fields))
@@ -311,7 +311,7 @@ def test_presets():
 
 
 @pytest.mark.parametrize("capability, precision", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_fast_follows_the_gpu(monkeypatch, capability, precision):
+def test_fast_depends_on_the_gpu(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     fast = Optimisations.fast("cuda")
     assert fast.precision == precision
@@ -320,8 +320,8 @@ def test_fast_follows_the_gpu(monkeypatch, capability, precision):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_every_technique_goes_with_fast(monkeypatch, name, device):
-    """What is asked for by name is there, on either device; of the rest of the preset only what cannot be beside it goes."""
+def test_every_technique_combines_with_fast(monkeypatch, name, device):
+    """The named technique is set on either device, and only contradicting fields of the preset are reset."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     fast = Optimisations.fast(device)
     if name == "triton_group_norm" and not fast.channels_last:
@@ -329,15 +329,15 @@ def test_every_technique_goes_with_fast(monkeypatch, name, device):
     chosen = parse(f"fast,{name}", device)
     assert {field: getattr(chosen, field) for field in TECHNIQUES[name]} == TECHNIQUES[name]
     rest = {field: value for field, value in fast.changed().items() if field not in TECHNIQUES[name]}
-    gone = {field for field, value in rest.items() if getattr(chosen, field) != value}
-    assert gone == GIVES_WAY.get(name, set()) & set(rest)
+    reset = {field for field, value in rest.items() if getattr(chosen, field) != value}
+    assert reset == RESET.get(name, set()) & set(rest)
 
 
-def test_an_option_beside_fast_is_as_its_name(monkeypatch):
+def test_an_option_beside_fast_acts_like_the_technique(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for name in ("autocast", "reduce-overhead"):
         assert parse("fast", "cuda", TECHNIQUES[name]) == parse(f"fast,{name}", "cuda")
     chosen = parse("fast", "cuda", {"attention": "mha"})
     assert (chosen.attention, chosen.fused_qkv, chosen.cache_context_kv) == ("mha", False, False)
-    with pytest.raises(ConfigError, match="autocast frees"):  # named as well, and so not given up
+    with pytest.raises(ConfigError, match="autocast frees"):  # named, therefore not reset
         parse("cuda_graph_unet", "cuda", {"precision": "autocast"})

@@ -1,4 +1,4 @@
-"""One checkpoint, the same latents and seed: the same picture on torch 1.12 and on this torch, by running both."""
+"""The same checkpoint, latents and seed give the same image on torch 1.12 and on this torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def python_of_torch112() -> Path:
-    """SD_PERF_TORCH112_PYTHON, which must then exist, or the interpreter that `tox run -e torch112` left behind."""
+    """SD_PERF_TORCH112_PYTHON, which must exist if set, or the interpreter of `tox run -e torch112`."""
     if torch.__version__.startswith("1.12."):
         pytest.skip("this is torch 1.12 itself")
     named = os.environ.get("SD_PERF_TORCH112_PYTHON")
     python = Path(named) if named else ROOT / ".tox/torch112/bin/python"
     if not python.exists():
         assert not named, f"SD_PERF_TORCH112_PYTHON={named} does not exist"
-        pytest.skip("no torch 1.12 beside this one: run `tox run -e torch112 --notest` or set SD_PERF_TORCH112_PYTHON")
+        pytest.skip("torch 1.12 is not installed: run `tox run -e torch112 --notest` or set SD_PERF_TORCH112_PYTHON")
     return python
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Pictures of torch 1.12 and of this torch, from the same latents, new ones every run."""
+    """Images of torch 1.12 and of this torch from the same latents, which are new in every run."""
     python, folder = python_of_torch112(), tmp_path_factory.mktemp("torch112")
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).numpy()
     np.save(folder / "latents.npy", latents)
@@ -43,10 +43,10 @@ def both(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*CASES, "seed"])
-def test_the_same_picture(seed, both, name):
-    theirs, ours = (pictures[name].astype(int) for pictures in both)
+def test_the_same_image(seed, both, name):
+    theirs, ours = (images[name].astype(int) for images in both)
     difference = np.abs(theirs - ours)
     print(f"{name}: at most {difference.max()}/255 at {np.count_nonzero(difference)} of {difference.size} values")
     assert ours.shape == theirs.shape == (2, 64, 64, 3)
-    assert ours.std() > 5  # a picture, not one colour
+    assert ours.std() > 5  # not a constant colour
     assert difference.max() <= 2

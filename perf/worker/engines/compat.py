@@ -20,6 +20,13 @@ MODULES = {
 PRESETS = ("none", "original", "fast")  # of --optimise; sd.choices, which older commits lack, has the same
 
 
+def model_context(model: Any) -> Any:
+    """The context for direct calls of a model's networks; older commits set TF32 for the process and have only autocast."""
+    if hasattr(model, "context"):
+        return model.context()
+    return model.optimisations.autocast(model.device)
+
+
 def load(symbol: str) -> Any:
     """The symbol or module of that name in MODULES. Raises Unavailable where this `sd` is older than it."""
     for path in MODULES[symbol]:

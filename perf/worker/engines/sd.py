@@ -94,7 +94,7 @@ class SDEngine:
     def _unet(self, seed: int) -> Output:
         x = initial_latents(self.model, self.configuration, seed)
         timesteps = torch.full((2 * len(x),), UNET_TIMESTEP, device=x.device)
-        with torch.no_grad(), self.model.optimisations.autocast(self.model.device):
+        with torch.no_grad(), compat.model_context(self.model):
             out = self.model.unet(torch.cat([x, x]), timesteps, self._context)
         return Output(_by_image(out), None, {}, 1)
 
