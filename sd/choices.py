@@ -33,7 +33,7 @@ INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
 )
 CUDA_GRAPHS = ("none", "unet", "loop")
 
-PRESETS = ("none", "original", "fast")  # of --optimise
+OPTIMISE_PRESETS = ("none", "original", "fast")  # of --optimise
 QUANTISATIONS = ("none", "int8", "fp8")
 # Techniques of --optimise that change the image; they are measured but never reported as the fastest.
 APPROXIMATE = ("token_merging", "feature_caching", "int8", "fp8")

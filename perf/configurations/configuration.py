@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sd import choices
-from sd.choices import APPROXIMATE, PRESETS
+from sd.choices import APPROXIMATE, OPTIMISE_PRESETS
 
 PROMPT = "A photo"  # from the published experiment, like the default seed, sampler and steps
 CHOICES = {
@@ -137,7 +137,7 @@ class Configuration:
 def preset_of(optimise: str) -> str | None:
     """The preset at the start of an `--optimise` value, if any."""
     first = optimise.split(",")[0]
-    return first if first in PRESETS else None
+    return first if first in OPTIMISE_PRESETS else None
 
 
 def is_approximate(optimise: str) -> bool:

@@ -11,11 +11,11 @@ from pathlib import Path
 from perf.machine.facts import cpu_facts
 from perf.machine.nvml import Device, NoTelemetry
 
-CEILINGS = ("matmul_flops_per_second", "copy_bytes_per_second")
+PEAK_RATES = ("matmul_flops_per_second", "copy_bytes_per_second")
 
 
 def stack(device: str, gpu: Device | NoTelemetry) -> dict:
-    """Return `machine_info.stack` of a saved run; a session measures its peak rates (CEILINGS)."""
+    """Return `machine_info.stack` of a saved run; a session measures its peak rates (PEAK_RATES)."""
     cpu = cpu_facts()
     facts = {
         "device": device,
@@ -32,7 +32,7 @@ def stack(device: str, gpu: Device | NoTelemetry) -> dict:
         "power_limit_watts": None,
         "sm_clock_max_mhz": None,
         "memory_clock_max_mhz": None,
-        **dict.fromkeys(CEILINGS),
+        **dict.fromkeys(PEAK_RATES),
     }
     if device == "cuda":
         facts.update({name: value for name, value in vars(gpu.facts()).items() if name in facts})

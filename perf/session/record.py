@@ -17,7 +17,7 @@ from perf.session.run import Session
 
 SCHEMA = 1
 # The dtype whose matrix products are the ceiling of a precision, by what computes (see perf.worker.images).
-CEILINGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PEAK_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def extra_info(session: Session, id: str) -> dict:
@@ -202,7 +202,7 @@ def _image(session: Session, measured: SlotMeasurements) -> dict:
 
 def _fraction(session: Session, number: str, device: str, counted: int | None, seconds: float) -> float | None:
     ceilings = session.stack.get("matmul_flops_per_second") or {}
-    ceiling = ceilings.get(CEILINGS[number])
+    ceiling = ceilings.get(PEAK_DTYPES[number])
     if ceiling is None or counted is None or device != session.settings.device:
         return None
     return counted / seconds / ceiling

@@ -11,7 +11,7 @@ from perf.analysis.verdicts import Decision, Verdict, decide_paired
 from perf.configurations.configuration import Configuration
 from perf.launch.process import ROOT
 from perf.machine.nvml import Device, NoTelemetry, open_device, open_visible_device
-from perf.machine.stack import CEILINGS, stack
+from perf.machine.stack import PEAK_RATES, stack
 from perf.machine.telemetry import Watch, no_watch
 from perf.runs import fingerprints
 from perf.session.lock import DeviceLock
@@ -58,7 +58,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
     with _device_lock(facts, log), compile_cache(settings.compile_cache) as cache:
         launches = Launches(settings, cache)
         probed = launches.probe(configurations)
-        facts.update({name: probed[name] for name in CEILINGS})
+        facts.update({name: probed[name] for name in PEAK_RATES})
         watch = _watch(gpu, probed["uuid"], log)
         opened = _open_journal(settings, plan, facts, begin, log)
         measurements, interrupted, traces = opened.measurements, False, {}

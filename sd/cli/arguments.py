@@ -17,8 +17,15 @@ import torch
 
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION as IMPLEMENTATIONS
-from sd.choices import ATTENTION_PRECISIONS, ATTENTION_WITH_KERNELS, COMPILE_MODES, PRECISIONS, RNGS, SDPA_KERNELS
-from sd.choices import PRESETS as OPTIMISATION_PRESETS
+from sd.choices import (
+    ATTENTION_PRECISIONS,
+    ATTENTION_WITH_KERNELS,
+    COMPILE_MODES,
+    OPTIMISE_PRESETS,
+    PRECISIONS,
+    RNGS,
+    SDPA_KERNELS,
+)
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import ConfigError, Unavailable
@@ -83,7 +90,7 @@ def _add_execution(add: Callable[..., object]) -> None:
     add(
         "--optimise",
         metavar="LIST",
-        help=f"a preset ({', '.join(OPTIMISATION_PRESETS)}), comma-separated techniques ({', '.join(TECHNIQUES)}), or "
+        help=f"a preset ({', '.join(OPTIMISE_PRESETS)}), comma-separated techniques ({', '.join(TECHNIQUES)}), or "
         "a preset followed by techniques; the options below override single fields of it",
     )
     add(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, PRECISIONS, PRESETS
+from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS
 from sd.errors import ConfigError
 from sd.optimise.compile import CUDA_GRAPH_MODES
 from sd.optimise.optimisations import Optimisations
@@ -45,7 +45,7 @@ def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None 
     """
     names = text.split(",")
     base = Optimisations.none()
-    if names[0] in PRESETS:
+    if names[0] in OPTIMISE_PRESETS:
         preset = names.pop(0)
         base = Optimisations.fast(device) if preset == "fast" else base
         base = Optimisations.original() if preset == "original" else base
@@ -53,7 +53,8 @@ def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None 
     for name in names:
         if name not in TECHNIQUES:
             raise ConfigError(
-                f"optimise {name!r}: choose a preset ({', '.join(PRESETS)}), which comes first, or of {', '.join(TECHNIQUES)}"
+                f"optimise {name!r}: choose a preset ({', '.join(OPTIMISE_PRESETS)}), which comes first, "
+                f"or of {', '.join(TECHNIQUES)}"
             )
         for field, value in TECHNIQUES[name].items():
             if isinstance(value, tuple):

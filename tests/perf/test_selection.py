@@ -13,7 +13,7 @@ from perf.configurations.configuration import CHOICES, usual
 from perf.configurations.sets import SETS
 from perf.launch.process import ROOT, Interpreter
 from perf.plugin import selection
-from sd.choices import PRESETS
+from sd.choices import OPTIMISE_PRESETS
 
 FIVE = ["original", "original-xformers", "mha-math", "mha-mem_efficient", "mha-mem_efficient-compile"]
 PUBLISHED_TINY = [f"tiny-{name}-b{batch}" for batch in (1, 2, 4) for name in FIVE]
@@ -163,7 +163,7 @@ def test_markers_have_summaries():
 CROSSED = {
     **{field: values for field, values in CHOICES.items() if field not in ("engine", "workload")},
     "sdpa_kernels": tuple((kernel,) for kernel in CHOICES["sdpa_kernels"]),
-    "optimise": (*PRESETS, "channels_last", "fast,channels_last"),
+    "optimise": (*OPTIMISE_PRESETS, "channels_last", "fast,channels_last"),
     "batch": (1, 3),
 }
 

@@ -17,7 +17,7 @@ MODULES = {
     "layouts": ("sd.checkpoint.layouts", "sd.layouts"),
     "diffusers_folder": ("sd.checkpoint.diffusers_folder", "sd.diffusers_folder"),
 }
-PRESETS = ("none", "original", "fast")  # of --optimise; sd.choices, which older commits lack, has the same
+OPTIMISE_PRESETS = ("none", "original", "fast")  # of --optimise; sd.choices, which older commits lack, has the same
 
 
 def model_context(model: Any) -> Any:

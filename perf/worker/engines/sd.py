@@ -20,7 +20,7 @@ UNET_TIMESTEP = 501.0  # of the workload `unet`
 def optimisations(configuration: SimpleNamespace, device: str) -> Optimisations:
     """The Optimisations of a configuration. Fields at their defaults are not passed, so that older `sd` takes the rest."""
     names = configuration.optimise
-    if names.split(",")[0] in compat.PRESETS:
+    if names.split(",")[0] in compat.OPTIMISE_PRESETS:
         return parse_techniques(names, device)
     chosen = {"attention": configuration.attention, "precision": configuration.precision}
     if configuration.sdpa_kernels:
