@@ -68,4 +68,4 @@ def test_docs_state_the_rates_of_the_stored_battery(capsys):
     assert "| 1 %, the least | 0 of 30 | 30 of 30 |" in text and "| 0 of 30 | 28 of 30 |" in text
     verdicts = [selftest.judge(session, 0.05, 0.01)[0].verdict.value for session in stored["sessions"]]
     same, undecided = verdicts.count("SAME"), verdicts.count("INCONCLUSIVE")
-    assert same + undecided == 30 and f"the answer was SAME in {same} sessions and INCONCLUSIVE in {undecided}" in text
+    assert same + undecided == 30 and f"the verdict was SAME in {same} sessions and INCONCLUSIVE in {undecided}" in text
