@@ -1,4 +1,4 @@
-"""`python -m perf COMMAND`: what is done beside measuring. Each command's module is imported when it is asked for."""
+"""`python -m perf COMMAND`: the commands beside `pytest perf`, each imported only when it runs."""
 
 from __future__ import annotations
 
@@ -9,25 +9,20 @@ import sys
 
 from perf.analysis.verdicts import ExitCode
 
-# name -> (module, its function that adds arguments, its function that runs and returns the exit status, summary)
+# name -> (module with `add_arguments(parser)` and `run(arguments) -> exit status`, summary)
 COMMANDS = {
-    "doctor": ("perf.commands.doctor", "add_arguments", "run", "is this machine fit to measure?"),
-    "battery": (
-        "perf.commands.selftest",
-        "add_arguments",
-        "run",
-        "does the gate work here? A/A and an injected slowdown",
-    ),
-    "gpu-run": ("perf.commands.gpu_run", "add_arguments", "run", "spend a short time on a borrowed GPU well"),
-    "compare": ("perf.commands.compare", "add_arguments", "run", "judge one saved run against another"),
-    "show": ("perf.commands.compare", "add_show_arguments", "run_show", "print a saved run"),
-    "merge": ("perf.commands.merge", "add_arguments", "run", "join the saved runs of many machines in one folder"),
-    "report": ("perf.commands.report", "add_arguments", "run", "plots, tables and one page from saved runs"),
+    "doctor": ("perf.commands.doctor", "check whether this machine is fit to measure"),
+    "battery": ("perf.commands.selftest", "test the regression gate on this machine: A/A and an injected slowdown"),
+    "gpu-run": ("perf.commands.gpu_run", "run the planned GPU measurements within a time budget"),
+    "compare": ("perf.commands.compare", "judge one saved run against another"),
+    "show": ("perf.commands.show", "print saved runs"),
+    "merge": ("perf.commands.merge", "join the saved runs of many machines in one folder"),
+    "report": ("perf.commands.report", "write plots, tables and one page from saved runs"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's own usage errors exit with 2; ours is the one of perf.analysis.verdicts.ExitCode."""
+    """An argument parser whose usage errors exit with ExitCode.REFUSED rather than argparse's 2."""
 
     def error(self, message: str):
         self.print_usage(sys.stderr)
@@ -37,22 +32,33 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None) -> int:
     """Run a command; returns its exit status (perf.analysis.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="python -m perf", description=__doc__.split(":")[1].split(".")[0].strip())
-    # By name: what reads saved runs has nothing else to do with the model.
-    version = importlib.import_module("sd").__version__
+    parser = Parser(prog="python -m perf", description="The commands beside `pytest perf`.")
+    version = importlib.import_module("sd").__version__  # by name: perf imports sd statically in the worker only
     parser.add_argument("--version", action="version", version=f"sd-perf {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, add, _, summary) in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:
-            getattr(importlib.import_module(module), add)(command)
+            importlib.import_module(module).add_arguments(command)
+    if empty := _empty_value(argv):
+        parser.error(f"{empty}: the value is empty; is a variable unset?")
     arguments = parser.parse_args(argv)
-    module, _, run, _ = COMMANDS[arguments.command]
     try:
-        return getattr(importlib.import_module(module), run)(arguments)
-    except BrokenPipeError:  # whoever read our output has enough
+        return importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
+    except BrokenPipeError:  # stdout was closed by the reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
+
+
+def _empty_value(argv: list[str]) -> str | None:
+    """The first option or argument with an empty value, such as `--output=$UNSET` leaves in a CI script."""
+    for before, text in zip(["", *argv], argv):
+        option, equals, value = text.partition("=")
+        if option.startswith("--") and equals and not value:
+            return option
+        if not text.strip():
+            return before if before.startswith("-") else "an argument"
+    return None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the harness itself costs: reading its clocks, and a question to a worker and back.
+"""Overhead of the harness: clock readings, and round trips to a worker.
 
     pytest perf/test_overhead.py
 
-Neither is inside a timed round - a worker times itself - but the first brackets it. `fraction_of_a_round` in the saved run
-states the median against a tenth of a second, shorter than any round of the suite; it should stay under 0.001.
+A timed round contains no round trip, because workers time themselves; clock readings bracket it. `fraction_of_a_round` in
+the saved run relates the median to 0.1 s, shorter than any round of the suite, and should stay below 0.001.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHORT_ROUND_SECONDS = 0.1
 pytestmark = pytest.mark.benchmark(group=OVERHEAD)
 
 
-def _state(benchmark) -> None:
+def _add_fraction(benchmark) -> None:
     if benchmark.enabled:
         benchmark.extra_info["fraction_of_a_round"] = benchmark.stats.stats.median / SHORT_ROUND_SECONDS
 
@@ -27,10 +27,10 @@ def _state(benchmark) -> None:
 def test_clock(benchmark, name):
     read = CLOCKS[name]
     benchmark.pedantic(read, rounds=1000, warmup_rounds=100)
-    _state(benchmark)
+    _add_fraction(benchmark)
 
 
 def test_round_trip(benchmark):
     with ProcessLaunch(Interpreter()) as worker:
         benchmark.pedantic(worker.ask, ("ping", 10.0), rounds=1000, warmup_rounds=100)
-    _state(benchmark)
+    _add_fraction(benchmark)

@@ -1,14 +1,13 @@
-"""Our UNet against diffusers' UNet: the same weights, fp32, SDPA on both sides, in turns, on one thread of a CPU.
+"""UNet of `sd` against the UNet of diffusers: same weights, fp32, SDPA, one CPU thread.
 
     pytest perf/test_peers.py
 
-`sd` is the plain code and `diffusers` its counterpart, both eager; `sd-fast` is what `Optimisations.fast("cpu")` makes of
-ours and `diffusers-compiled` what diffusers' documentation advises for its own (channels_last, fused projections,
-torch.compile with the same mode as ours). Whole pictures are compared by `pytest perf -m peers`.
+`sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")`; `diffusers-compiled` follows diffusers'
+documentation (channels_last, fused projections, torch.compile in the same mode). `pytest perf -m peers` compares whole
+images.
 
-Rounds alternate between the sides, so that what the machine does meanwhile meets all of them; each side's rounds then pass
-through `benchmark` by a replay clock. The clock is the CPU time of the thread, which other work on the machine moves
-less than wall time.
+Rounds alternate between the sides, so that changes of the machine affect all of them, and then pass through `benchmark` by
+a replay clock. The clock is CPU time of the thread, which other load affects less than wall time.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROUNDS = 30
 SD_TOPOLOGY_34M = UNetConfig(
     context_dim=256, model_channels=64, num_head_channels=32, use_linear_in_transformer=True
 )  # a fifth of SD2's width
-CASES = {"tiny": (preset("tiny").unet, 8), "sd-34M": (SD_TOPOLOGY_34M, 16)}  # and the latents' height and width
+CASES = {"tiny": (preset("tiny").unet, 8), "sd-34M": (SD_TOPOLOGY_34M, 16)}  # (config, latent height and width)
 SIDES = ("sd", "sd-fast", "diffusers", "diffusers-compiled")
 
 
@@ -53,17 +52,17 @@ def _diffusers_unet(unet: UNet):
 
 
 def _calls(unet: UNet, x, t, context) -> dict:
-    """One call of the UNet by each side, over weights of its own."""
+    """One UNet call of each side, with its own copy of the weights."""
     peer = _diffusers_unet(unet)
     compiled = copy.deepcopy(peer).to(memory_format=torch.channels_last)
     compiled.fuse_qkv_projections()
     compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
-    how = Optimisations.fast("cpu")
+    optimisations = Optimisations.fast("cpu")
     fast = copy.deepcopy(unet)
-    others = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)  # not measured
-    call = apply(fast, *others, torch.device("cpu"), how).unet
-    nhwc = x.contiguous(memory_format=how.memory_format())
-    # What `fast` computes once per prompt and once per run.
+    unused = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)
+    call = apply(fast, *unused, torch.device("cpu"), optimisations).unet
+    nhwc = x.contiguous(memory_format=optimisations.memory_format())
+    # `fast` computes the first once per run and the second once per prompt.
     row, contexts = fast.time_table(t[:1]), fast.project_context(context)
     return {
         "sd": lambda: unet(x, t, context),
@@ -75,7 +74,7 @@ def _calls(unet: UNet, x, t, context) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """What is measured here has one thread of the CPU."""
+    """Limit torch to one CPU thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,14 +82,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def ceiling():
-    """FLOP/s of one thread in a large matrix product, by the same clock: what no call can be faster than."""
+def peak_flops_per_second():
+    """FLOP/s of one thread in a large matrix product by the same clock: the upper bound of every call."""
     return matmul_flops_per_second(torch.device("cpu"), torch.float32, time.thread_time)
 
 
 @pytest.fixture(scope="module")
 def alternated():
-    """CPU seconds of one UNet call with guidance's batch of 2, by case and side, measured in turns."""
+    """A function that returns the CPU seconds of UNet calls with batch 2 (guidance) by side, measured in turns."""
     measured = {}
 
     def measure(case: str) -> dict[str, list[float]]:
@@ -106,7 +105,7 @@ def alternated():
             reference = calls["sd"]()
             for side, call in calls.items():
                 error = (call() - reference).norm() / reference.norm()
-                assert error <= 1e-5, f"{side}: not the same numbers ({error:.1e}): nothing to compare"
+                assert error <= 1e-5, f"{side}: different output (relative error {error:.1e})"
                 call()  # warm-up
             measured[case] = {side: [] for side in SIDES}
             for i in range(ROUNDS):
@@ -122,21 +121,21 @@ def alternated():
 clock = ReplayClock()
 
 
-@pytest.mark.skipif(not has("compile"), reason="SDPA and torch.compile are on both sides")
+@pytest.mark.skipif(not has("compile"), reason="both sides need SDPA and torch.compile")
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.benchmark(timer=clock)
-def test_unet_forward(benchmark, alternated, ceiling, case, side):
-    """CPU seconds of a UNet call; in the saved run `ratio_to_...` with its 95 % interval, and what part of the ceiling it is."""
+def test_unet_forward(benchmark, alternated, peak_flops_per_second, case, side):
+    """CPU seconds of a UNet call; the saved run adds `ratio_to_...` with its 95 % interval and the fraction of peak FLOP/s."""
     if benchmark.disabled and case != "tiny":
-        pytest.skip("it compiles for minutes, and untimed shows nothing that the tiny one does not")
+        pytest.skip("compiles for minutes; without timing the tiny case covers the same code")
     benchmark.group = f"UNet forward, {case}, one thread, CPU time"
     seconds = alternated(case)
     clock.load(seconds[side])
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
     config, size = CASES[case]
     benchmark.extra_info["flops_fraction"] = (
-        2 * flops.total(flops.unet(config, size, size)) / statistics.median(seconds[side]) / ceiling
+        2 * flops.total(flops.unet(config, size, size)) / statistics.median(seconds[side]) / peak_flops_per_second
     )
     for peer in ("diffusers", "diffusers-compiled"):
         ratio = paired_ratio(seconds[side], seconds[peer], seed=f"{case}-{side}")

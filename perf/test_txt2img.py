@@ -1,6 +1,6 @@
-"""Full txt2img runs, prompt in and pixels in host memory out, and the stages by themselves.
+"""Full txt2img runs, from the prompt to pixels in host memory, and single stages.
 
-All selected configurations are measured in turns before the first test reports: see perf.plugin.hooks.
+All selected configurations are measured in turns before the first test reports (perf.plugin.hooks).
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ clock = ReplayClock()
 
 @pytest.mark.benchmark(timer=clock)
 def test_txt2img(measured, configuration: Configuration):
-    """One round is one call of what the configuration names; loading, compiling and the warm-up round are outside."""
+    """Time one call of the workload per round, without loading, compilation and the warm-up round."""
     workload = "" if configuration.workload == "txt2img" else f", {configuration.workload} alone"
     measured(clock, f"{configuration.model}, batch {configuration.batch}{workload}")

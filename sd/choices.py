@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny" / "tiny.safetensors"  # of the model `tiny`
@@ -37,3 +40,8 @@ OPTIMISE_PRESETS = ("none", "original", "fast")  # of --optimise
 QUANTISATIONS = ("none", "int8", "fp8")
 # Techniques of --optimise that change the image; they are measured but never reported as the fastest.
 APPROXIMATE = ("token_merging", "feature_caching", "int8", "fp8")
+
+
+def cpp_compiler() -> str | None:
+    """The path of the C++ compiler that inductor calls for a CPU, or None."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))

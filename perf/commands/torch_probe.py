@@ -1,8 +1,7 @@
-"""Which torch, CUDA, Triton and xFormers an interpreter has, asked in a process of its own: a torch that crashes or
-hangs on import is an answer too.
+"""Versions of torch, CUDA, Triton and xFormers in any Python interpreter, read in a subprocess.
 
-This file is also the program that runs in that process, and so imports the standard library only. Imports neither torch
-nor pytest on the asking side.
+A torch that crashes or hangs on import is reported as an error. This file is also the program of the subprocess, whose
+interpreter may have no `perf`: it imports the standard library only and has its own copies of small helpers.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StackFacts:
-    """What an interpreter has; None is what it has not, or what could not be found out.
+    """The stack of an interpreter; None for an absent or unreadable value.
 
-    `torch_error`, `triton_error` and `xformers_error` say why an installed package does not import, `cuda_warning` what
-    torch said when it looked for a GPU. `device`, `uuid`, `capability` and `arch_list` are there only with a GPU.
-    `error` says why the interpreter gave no full answer.
+    torch_error, triton_error, xformers_error: the import error of an installed package. cuda_warning: torch's warning
+    when it finds no GPU. device, uuid, capability, arch_list: set only with a GPU. error: the reason why the subprocess
+    did not finish.
     """
 
     python: str | None = None
@@ -54,65 +53,65 @@ class StackFacts:
 
 @dataclass(frozen=True)
 class CompileTrial:
-    """One small function through torch.compile, cold: the seconds it took, or why it did not work."""
+    """Result of torch.compile on one small function with a cold cache: seconds, or the error."""
 
     seconds: float | None = None
     error: str | None = None
 
 
 def stack_facts(python: str = sys.executable, index: int = 0, timeout_seconds: float = 120) -> StackFacts:
-    """The stack of the interpreter `python`, seen from CUDA device `index`. Raises nothing: see `error`."""
-    answers, error = _ask(python, ["facts", str(index)], timeout_seconds)
-    known = {field.name for field in fields(StackFacts)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in answers.items() if key in known}
+    """Read the stack of the interpreter `python` and of CUDA device `index`; errors are fields of the result."""
+    answers, error = _run_probe(python, ["facts", str(index)], timeout_seconds)
+    names = {field.name for field in fields(StackFacts)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in answers.items() if key in names}
     return StackFacts(**{**values, "error": error})
 
 
 def compile_trial(python: str = sys.executable, index: int | None = None, timeout_seconds: float = 300) -> CompileTrial:
-    """torch.compile of a small function on CUDA device `index`, or on the CPU. Its caches are thrown away after it."""
-    answers, error = _ask(python, ["compile", "cpu" if index is None else f"cuda:{index}"], timeout_seconds)
+    """Compile a small function on CUDA device `index`, or on the CPU, with temporary caches."""
+    answers, error = _run_probe(python, ["compile", "cpu" if index is None else f"cuda:{index}"], timeout_seconds)
     return CompileTrial(answers.get("seconds"), answers.get("compile_error") or error)
 
 
 def runs_on(capability: tuple[int, int], arch_list: tuple[str, ...]) -> bool:
     """Whether a build for `arch_list` (torch.cuda.get_arch_list) has code for a GPU of this compute capability.
 
-    Binary code (`sm_80`) runs on later minor versions of the same major, PTX (`compute_80`) on everything later; an `f`
-    behind the number keeps PTX to its major, an `a` keeps either to exactly its own version.
+    Binary code (`sm_80`) runs on later minor versions of the same major, PTX (`compute_80`) on every later version; the
+    suffix `f` restricts PTX to its major, `a` restricts either to exactly its own version.
     Source: NVIDIA, CUDA C++ Programming Guide, compute capabilities.
     """
     for arch in arch_list:
-        kind, _, number = arch.partition("_")
+        code, _, number = arch.partition("_")
         digits = number.rstrip("af")
-        if kind not in ("sm", "compute") or not digits.isdigit():
+        if code not in ("sm", "compute") or not digits.isdigit():
             continue
         built_for = (int(digits[:-1] or 0), int(digits[-1]))
         same_major = built_for[0] == capability[0]
         if built_for == capability or (
             built_for < capability
             and not number.endswith("a")
-            and (same_major or (kind, number) == ("compute", digits))
+            and (same_major or (code, number) == ("compute", digits))
         ):
             return True
     return False
 
 
-def _ask(python: str, arguments: list[str], timeout_seconds: float) -> tuple[dict, str | None]:
-    """What this file, run by `python`, answers, and what kept it from finishing."""
+def _run_probe(python: str, arguments: list[str], timeout_seconds: float) -> tuple[dict, str | None]:
+    """Run this file with `python`; returns (its answers merged, the error that ended it early)."""
     command = [shutil.which(python) or python, "-c", Path(__file__).read_text(), *arguments]
     with tempfile.TemporaryDirectory(prefix="sd-perf-", ignore_cleanup_errors=True) as scratch:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "TRITON_CACHE_DIR": f"{scratch}/triton"}
         try:
             process = subprocess.Popen(
                 [os.path.abspath(command[0]), *command[1:]],
-                cwd=scratch,  # `-c` looks for modules here first, and perf/ has one called statistics
+                cwd=scratch,  # `-c` imports from the working directory first
                 env={**os.environ, **caches},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # inductor has children, which must end with it
+                start_new_session=True,  # inductor's child processes are killed with it
             )
         except OSError as refusal:
             return {}, f"{python} cannot be run ({refusal.strerror})"
@@ -128,7 +127,7 @@ def _ask(python: str, arguments: list[str], timeout_seconds: float) -> tuple[dic
         try:
             answer = json.loads(line)
         except ValueError:
-            continue  # something that an import printed
+            continue  # output of an import
         answers.update(answer if isinstance(answer, dict) else {})
     return answers, error
 
@@ -137,7 +136,7 @@ def _ending(returncode: int, err: str) -> str | None:
     if returncode == 0:
         return None
     if returncode < 0:
-        return f"it died of signal {-returncode} ({signal.strsignal(-returncode)})"
+        return f"it was ended by signal {-returncode} ({signal.strsignal(-returncode)})"
     return _one_line(err.strip().splitlines()[-1]) if err.strip() else f"it ended with code {returncode}"
 
 
@@ -145,7 +144,7 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# From here on: what runs in the interpreter that is asked.
+# The program of the subprocess.
 
 
 def _answer(**values) -> None:
@@ -171,7 +170,7 @@ def _answer_facts(index: int) -> None:
     packages = {package: _version(package) for package in ("torch", "triton", "xformers")}
     requires = (metadata.requires("xformers") or []) if packages["xformers"] else []
     _answer(python=platform.python_version(), xformers_requires=requires, **packages)
-    if importlib.util.find_spec("torch"):  # answered apart from the rest, because this may be the last that is heard
+    if importlib.util.find_spec("torch"):  # a separate answer, because a crash may follow
         _answer(torch_error=_import_error("torch"))
     if "torch" not in sys.modules:
         return
@@ -196,7 +195,7 @@ def _answer_torch(torch, index: int) -> None:
     )
     if available and index < torch.cuda.device_count():
         properties = torch.cuda.get_device_properties(index)
-        uuid = getattr(properties, "uuid", None)  # since torch 2.4 or so
+        uuid = getattr(properties, "uuid", None)  # since torch 2.4
         _answer(
             device=properties.name,
             uuid=None if uuid is None else str(uuid),
@@ -220,14 +219,14 @@ def _answer_compile(device: str) -> None:
     begin = time.perf_counter()
     try:
         result = torch.compile(function)(x)
-    except Exception as error:  # inductor raises whatever a compiler, a linker or Triton did
+    except Exception as error:  # compilers, linkers and Triton raise anything
         _answer(compile_error=f"{type(error).__name__}: {_one_line(error)}")
         return
     seconds = time.perf_counter() - begin
     if not counters["stats"]["unique_graphs"]:
-        _answer(compile_error="torch.compile left the function as it was")
+        _answer(compile_error="torch.compile did not compile the function")
     elif not torch.allclose(result, function(x), atol=1e-5):
-        _answer(compile_error="the compiled function gives other numbers")
+        _answer(compile_error="the compiled function returns different values")
     else:
         _answer(seconds=seconds)
 

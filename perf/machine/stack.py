@@ -22,11 +22,11 @@ def stack(device: str, gpu: Device | NoTelemetry) -> dict:
         "name": cpu.name,
         "uuid": None,
         "driver": None,
-        "torch": torch_version("__version__") or _installed("torch"),
+        "torch": torch_version("__version__") or package_version("torch"),
         "cuda": torch_version("cuda"),
         "cudnn": _cudnn(),
-        "triton": _installed("triton"),
-        "xformers": _installed("xformers"),
+        "triton": package_version("triton"),
+        "xformers": package_version("xformers"),
         "python": platform.python_version(),
         "memory_bytes": cpu.memory_bytes,
         "power_limit_watts": None,
@@ -55,10 +55,11 @@ def torch_version(name: str) -> str | None:
 def _cudnn() -> str | None:
     """The version of cuDNN's own package, which torch from a package index depends on."""
     names = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu11")
-    return next(filter(None, map(_installed, names)), None)
+    return next(filter(None, map(package_version, names)), None)
 
 
-def _installed(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

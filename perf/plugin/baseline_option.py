@@ -1,86 +1,97 @@
-"""Which stored run a pytest run is compared with, said before anything is collected: what is wrong costs no measurement."""
+"""`--benchmark-compare`: choose and validate the baseline before collection, so that no error costs a measurement."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from perf.analysis.statistics import MARGIN_FLOOR
-from perf.plugin import options
+from perf.plugin.options import disabled
 from perf.runs import baselines
+from perf.runs.saved_run import BaselineError, SavedRun, read
 from perf.session.settings import Settings
 
 
-def choose(config, folder: Path | None, stack: dict, how: Settings) -> tuple[baselines.Choice, float, list[str]]:
-    """(the baselines, the margin, what is to be said) for the options of `config`.
+@dataclass(frozen=True)
+class Comparison:
+    """The baselines of a run, the margin (a fraction) and notices for the terminal."""
 
-    folder: where runs are stored, None for a storage that is not a folder. Tells pytest-benchmark what it is to compare
-    with. Raises pytest.UsageError for a baseline that is refused, or for options that need one.
+    choice: baselines.Choice = field(default_factory=baselines.Choice)
+    margin: float = MARGIN_FLOOR
+    notices: tuple[str, ...] = ()
+
+
+def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comparison:
+    """Choose the baselines by the options of `config`, and set pytest-benchmark's own option to the newest.
+
+    folder: the storage, None if it is no folder. Raises pytest.UsageError for a refused baseline, or for options that need
+    one.
     """
-    nothing = baselines.Choice(), MARGIN_FLOOR, []
-    compare = config.option.benchmark_compare
-    failing, strict = config.option.benchmark_compare_fail, config.getoption("perf_strict")
-    if options.disabled(config):  # every target is called once, and there is nothing to compare
-        config.option.benchmark_compare = []
-        return nothing
+    option = config.option
+    if isinstance(option.benchmark_compare, str) and not option.benchmark_compare.strip():
+        raise pytest.UsageError("--benchmark-compare: the value is empty; is a variable unset?")
+    compare, paired = option.benchmark_compare, config.getoption("perf_against") or config.getoption("perf_aa")
+    strict, failing = config.getoption("perf_strict"), option.benchmark_compare_fail
+    if disabled(config):
+        option.benchmark_compare = []
+        return Comparison()
     if not compare:
-        paired = config.getoption("perf_against") or config.getoption("perf_aa")
-        for option, given in (("--benchmark-compare-fail", failing), ("--perf-strict", strict and not paired)):
-            if given:
-                raise pytest.UsageError(f"{option} needs --benchmark-compare: what should it be compared with?")
-        if paired and folder is not None:  # this machine's own noise, measured by --perf-aa
-            return baselines.Choice(), _stored(folder, stack, how).margin, []
-        return nothing
+        for name, value in (("--benchmark-compare-fail", failing), ("--perf-strict", strict and not paired)):
+            if value:
+                raise pytest.UsageError(f"{name} needs --benchmark-compare: there is nothing to compare with")
+        if paired and folder is not None:  # the margin still comes from stored A/A comparisons
+            return Comparison(margin=_stored(folder, stack, settings).margin)
+        return Comparison()
     if folder is None:
-        return nothing  # another kind of storage is pytest-benchmark's own affair
+        return Comparison()  # pytest-benchmark handles other storages itself
     if isinstance(compare, str) and (Path(compare).is_dir() or compare.partition("::")[0].endswith(".py")):
         raise pytest.UsageError(
             f"--benchmark-compare took {compare!r} for the name of a saved run; put it first, or write "
             f"--benchmark-compare=NAME: pytest {compare} --benchmark-compare"
         )
-    choice, notices = _stored(folder, stack, how), []
+    choice, notices = _stored(folder, stack, settings), []
     if isinstance(compare, str):
-        named = _named(config, folder, stack, how, compare)
+        named = _named(config, folder, stack, settings, compare)
         choice = replace(choice, named=named)
         if named.why_no_candidate:
             notices.append(f"the baseline {named.path.name} is {named.why_no_candidate}")
     if choice.newest is not None:
-        config.option.benchmark_compare = str(choice.newest.path)
-        return choice, choice.margin, notices
+        option.benchmark_compare = str(choice.newest.path)
+        return Comparison(choice, choice.margin, tuple(notices))
     refused = "".join(f"\n  {path.name}: {reason}" for path, reason in choice.refused)
-    words = f"there is no baseline in {folder} for this machine; save one with --benchmark-autosave{refused}"
+    message = f"there is no baseline in {folder} for this machine; save one with --benchmark-autosave{refused}"
     if failing or strict:
-        raise pytest.UsageError(words)
-    config.option.benchmark_compare = []  # pytest-benchmark would take a damaged or foreign one
-    return choice, choice.margin, [*notices, words]
+        raise pytest.UsageError(message)
+    option.benchmark_compare = []  # else pytest-benchmark would load a damaged or foreign file
+    return Comparison(choice, choice.margin, (*notices, message))
 
 
-def _stored(folder: Path, stack: dict, how: Settings) -> baselines.Choice:
+def _stored(folder: Path, stack: dict, settings: Settings) -> baselines.Choice:
     try:
-        return baselines.candidates(folder, stack, how.clock, how.threads, how.isolated)
-    except baselines.BaselineError as error:
+        return baselines.candidates(folder, stack, settings.clock, settings.threads, settings.isolated)
+    except BaselineError as error:
         raise pytest.UsageError(str(error)) from None
 
 
-def _named(config, folder: Path, stack: dict, how: Settings, compare: str) -> baselines.SavedRun:
-    """The run that the user named, which may be one that would not be chosen by itself."""
+def _named(config, folder: Path, stack: dict, settings: Settings, compare: str) -> SavedRun:
+    """The run that the user named, whether or not it would be chosen automatically."""
     path = Path(compare)
     if not path.is_file():
         try:
-            found = sorted(folder.rglob(f"{compare.rstrip('*')}*.json"), key=lambda file: file.name)
-        except (ValueError, NotImplementedError):  # a pattern that is none, or a path that is not there
-            found = []
-        if not found:
+            paths = sorted(folder.rglob(f"{compare.rstrip('*')}*.json"), key=lambda file: file.name)
+        except (ValueError, NotImplementedError):  # an invalid or absolute pattern
+            paths = []
+        if not paths:
             raise pytest.UsageError(f"--benchmark-compare={compare}: no saved run in {folder} has that name")
-        path = found[-1]
+        path = paths[-1]
     try:
-        saved = baselines.read(path)
-    except baselines.BaselineError as error:
+        saved = read(path)
+    except BaselineError as error:
         raise pytest.UsageError(str(error)) from None
-    here = {**stack, "clock": how.clock, "threads": how.threads, "isolated": how.isolated}
+    here = {**stack, "clock": settings.clock, "threads": settings.threads, "isolated": settings.isolated}
     foreign = baselines.why_foreign(saved.machine, here)
     if foreign and not config.getoption("perf_foreign"):
-        raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares all the same")
+        raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares anyway")
     return saved

@@ -1,8 +1,8 @@
-"""The one place that touches pytest-benchmark's session, whose name is private though it has been the same since 3.x.
+"""Bridge to pytest-benchmark's session, whose name is private but unchanged since version 3.
 
-Its storage writes in place and numbers without a lock; ours (perf.runs.storage) is put in its stead. Its check of
-`--benchmark-compare-fail` knows tests by name alone and ends pytest by a traceback; here it knows configurations, and a
-regression is a failed test. A test pins the names.
+pytest-benchmark's storage writes in place and numbers files without a lock, so perf.runs.storage replaces it. Its
+`--benchmark-compare-fail` matches tests by name and raises an error; here it matches configurations, and a regression is a
+failed test. This is the only module that uses private names, and a test pins them.
 """
 
 from __future__ import annotations
@@ -15,65 +15,55 @@ from pathlib import Path
 from perf.runs.saved_run import BaselineError, SavedRun
 from perf.runs.storage import save_numbered, write_atomically
 
-OVERHEAD = "the harness's own overhead"  # a group of benchmarks that are compared, and gate nothing
+OVERHEAD = "the harness's own overhead"  # a group of benchmarks that are compared but never fail a run
 
 
 def benchmark_session(config):
-    """pytest-benchmark's session, or None where the plugin is not there."""
+    """pytest-benchmark's session, or None without the plugin."""
     return getattr(config, "_benchmarksession", None)
 
 
 def take_over(config) -> None:
-    """From now on what is saved is on the disk whole or not at all, and a regression is told in words."""
+    """Replace the session's storage by atomic writes, and its errors about regressions by log lines."""
     session = benchmark_session(config)
     if session is None:
         return
-    if hasattr(session.storage, "_next_num"):  # other storages than folders are left alone
-        session.storage = WholeFileStorage(session.storage, session.logger)
+    if hasattr(session.storage, "_next_num"):  # storages that are no folders are left unchanged
+        session.storage = AtomicStorage(session.storage, session.logger)
     session.save_json = JsonReport(session.json, session.logger)
-    session.check_regressions = _told(session, session.check_regressions)
-    session.handle_saving = _without_warning(session.handle_saving)
+    check, save = session.check_regressions, session.handle_saving
 
-
-def _told(session, check):
-    """pytest-benchmark's check, but that a regression is not raised: the exit code says it (see perf.plugin.hooks)."""
-
-    def tell() -> None:
+    def log_regressions() -> None:
         if not session.performance_regressions:
             return check()
-        found = _regressed(session)
-        lines = "".join(f"\n\t{name} - {words}" for name, words in found)
-        if found:
+        lines = "".join(f"\n\t{name} - {reason}" for name, reason in _regressed(session))
+        if lines:
             session.logger.error(f"Performance has regressed:{lines}")
 
-    return tell
+    def save_without_warning() -> None:
+        with warnings.catch_warnings():  # under -W error, the warning of an empty run would be an internal error
+            warnings.filterwarnings("ignore", "Not saving anything")
+            save()
+
+    session.check_regressions, session.handle_saving = log_regressions, save_without_warning
 
 
 def _regressed(session) -> list[tuple[str, str]]:
-    """The regressions that pytest-benchmark found, as (test and baseline, words), but for the harness's own microseconds."""
-    ours = {one.name for one in session.benchmarks if one.group == OVERHEAD}
-    return [one for one in session.performance_regressions if one[0].rpartition(" (")[0] not in ours]
+    """pytest-benchmark's regressions as (test and baseline, reason), without those of the group OVERHEAD."""
+    overhead = {benchmark.name for benchmark in session.benchmarks if benchmark.group == OVERHEAD}
+    return [
+        (name, reason) for name, reason in session.performance_regressions if name.rpartition(" (")[0] not in overhead
+    ]
 
 
 def has_regressed(config) -> bool:
-    """Whether `--benchmark-compare-fail` found a regression in any benchmark but the harness's own."""
+    """Whether `--benchmark-compare-fail` found a regression outside the group OVERHEAD."""
     session = benchmark_session(config)
     return bool(session and _regressed(session))
 
 
-def _without_warning(save):
-    """Where nothing could be measured that is said already; under -W error its warning would end pytest by a traceback."""
-
-    def quietly() -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Not saving anything")
-            save()
-
-    return quietly
-
-
 def save_error(config) -> str | None:
-    """Why the run could not be saved, or None."""
+    """The reason why the run could not be saved, or None."""
     session = benchmark_session(config)
     if session is None:
         return None
@@ -81,40 +71,41 @@ def save_error(config) -> str | None:
 
 
 def regressions(config, benchmark, id: str, history: Sequence[SavedRun] = ()) -> list[str]:
-    """What `--benchmark-compare-fail` has against a configuration, which is found in the baseline whatever its test's name.
+    """Violations of `--benchmark-compare-fail` by a configuration, whatever its test is called in the baseline.
 
-    history: the stored sessions that it may be compared with, the oldest first: the newest of all may be of another set.
+    history: the comparable stored sessions, oldest first; the newest may be of another set and lack the configuration.
     """
-    session, found = benchmark_session(config), []
+    session, violations = benchmark_session(config), []
     for stored in session.compared_mapping.values():
-        same = next((one for one in stored.values() if _configuration(one) == id), None) or _newest(history, id)
-        if same is None or benchmark.stats is None:
+        baseline = next((saved for saved in stored.values() if _id(saved) == id), None) or _newest(history, id)
+        if baseline is None or benchmark.stats is None:
             continue
-        stored[benchmark.fullname] = same  # the table and pytest-benchmark's own check look there
-        found += filter(None, (check.fails(benchmark.stats, same["stats"]) for check in session.compare_fail or ()))
-    return found
+        stored[benchmark.fullname] = baseline  # read by the table and the check of pytest-benchmark
+        checks = (check.fails(benchmark.stats, baseline["stats"]) for check in session.compare_fail or ())
+        violations += filter(None, checks)
+    return violations
 
 
 def _newest(history: Sequence[SavedRun], id: str) -> dict | None:
-    """A configuration's benchmark in the newest of the stored sessions that has it, as pytest-benchmark wrote it."""
+    """A configuration's entry in the newest stored session that has it, in pytest-benchmark's format."""
     for run in reversed(history):
-        if any(one.id == id and one.variant is None for one in run.benchmarks):
+        if id in run.by_id:
             benchmarks = json.loads(run.path.read_text(encoding="utf-8"))["benchmarks"]
-            return next((one for one in benchmarks if _configuration(one) == id), None)
+            return next((saved for saved in benchmarks if _id(saved) == id), None)
     return None
 
 
-def _configuration(stored: dict) -> str | None:
-    return (stored.get("extra_info", {}).get("configuration") or {}).get("id")
+def _id(saved: dict) -> str | None:
+    return (saved.get("extra_info", {}).get("configuration") or {}).get("id")
 
 
 def leave_unused(benchmark) -> None:
-    """A configuration that could not be measured has no use for the fixture: no warning about it."""
+    """Mark the fixture as used, so that pytest-benchmark does not warn about a configuration without rounds."""
     benchmark._mode = "not measured"
 
 
 class JsonReport:
-    """Writes the file of `--benchmark-json`. error: why it could not, or None."""
+    """Writer of `--benchmark-json`. error: the reason why the file was not written, or None."""
 
     def __init__(self, path, logger):
         self.path, self.logger, self.error = path, logger, None
@@ -130,62 +121,61 @@ class JsonReport:
 
 
 def document(config) -> dict | None:
-    """The run as pytest-benchmark would save it with its rounds, through the same hooks; None where nothing was measured."""
+    """The run as pytest-benchmark saves it, with rounds; None if nothing was measured."""
     session, hook = benchmark_session(config), config.hook
     if session is None or not session.benchmarks:
         return None
     commit_info = hook.pytest_benchmark_generate_commit_info(config=config)
     hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit_info)
-    made = hook.pytest_benchmark_generate_json(
+    output_json = hook.pytest_benchmark_generate_json(
         config=config,
         benchmarks=session.benchmarks,
         include_data=True,
         machine_info=session.get_machine_info(),
         commit_info=commit_info,
     )
-    hook.pytest_benchmark_update_json(config=config, benchmarks=session.benchmarks, output_json=made)
-    return json.loads(json.dumps(made, default=str))
+    hook.pytest_benchmark_update_json(config=config, benchmarks=session.benchmarks, output_json=output_json)
+    return json.loads(json.dumps(output_json, default=str))
 
 
-class WholeFileStorage:
-    """A FileStorage whose `save` is atomic. error: why the last one failed, or None; path: what it wrote."""
+class AtomicStorage:
+    """A FileStorage with an atomic `save`. error: the reason why the run was not saved, or None."""
 
-    def __init__(self, plain, logger):
-        self.plain, self.logger = plain, logger
-        self.error, self.path = None, None
+    def __init__(self, storage, logger):
+        self.storage, self.logger, self.error = storage, logger, None
 
     def __str__(self):
-        return str(self.plain)
+        return str(self.storage)
 
     @property
     def location(self) -> str:
-        """Where the files are; pytest-benchmark's own fails for a folder outside of the working directory."""
-        return str(self.plain.path)
+        """The folder; pytest-benchmark's property fails for a folder outside the working directory."""
+        return str(self.storage.path)
 
     def load(self, *globs_or_files):
-        """As pytest-benchmark does."""
-        return self.plain.load(*globs_or_files)
+        """As FileStorage.load."""
+        return self.storage.load(*globs_or_files)
 
     def save(self, output_json: dict, label: str) -> None:
         """Write NNNN_label.json."""
         try:
-            self.path = save_numbered(Path(self.plain.get("")), label, _native(output_json))
+            path = save_numbered(Path(self.storage.get("")), label, _native(output_json))
         except (BaselineError, ValueError) as error:
             self.error = f"the run was not saved: {error}"
             self.logger.error(self.error)
         else:
-            self.logger.info(f"Saved benchmark data in: {self.path}")
+            self.logger.info(f"Saved benchmark data in: {path}")
 
 
 def _native(output_json: dict) -> dict:
-    """With everything that JSON cannot hold, such as the parameter `configuration`, as the text that pytest-benchmark has."""
+    """The document with values that JSON lacks, such as the parameter `configuration`, as pytest-benchmark's texts."""
     from pytest_benchmark.utils import safe_dumps
 
     return json.loads(safe_dumps(output_json))
 
 
 class ReplayClock:
-    """A clock that moves by recorded durations, so that rounds measured in turns pass through `benchmark.pedantic`:
+    """A clock that advances by recorded durations, to pass rounds that were measured in turns to `benchmark.pedantic`.
 
     >>> clock = ReplayClock([0.5, 0.7])
     >>> begin = clock(); clock.advance(); round(clock() - begin, 9)
@@ -196,12 +186,12 @@ class ReplayClock:
         self.load(durations)
 
     def load(self, durations: Iterable[float]) -> None:
-        """Start again with other durations, in seconds."""
+        """Restart with these durations, in seconds."""
         self.durations = iter(list(durations))
         self.now = 0.0
 
     def advance(self) -> None:
-        """What stands for the measured work: the clock moves on by the next duration."""
+        """Advance by the next duration; stands for the measured call."""
         self.now += next(self.durations)
 
     def __call__(self) -> float:

@@ -1,4 +1,4 @@
-"""Which tests a run has: the named sets as markers, options that cross into them, and what is left out when nothing is named."""
+"""Selection of configurations: named sets as markers, options crossed into them, and the default set of a machine."""
 
 from __future__ import annotations
 
@@ -10,76 +10,72 @@ from perf.configurations.configuration import Configuration, UnknownChoice, usua
 from perf.configurations.sets import SETS, SUMMARIES, cross, suiting
 from perf.plugin.options import disabled
 
-MATRIX = "matrix"  # the marker of what options alone describe
+MATRIX = "matrix"  # the marker of the configurations that options alone describe
 
 
 def markers() -> list[str]:
     """Lines for pytest's list of markers."""
     lines = [f"{name}: {SUMMARIES[name]}" for name in SETS]
-    return [*lines, f"{MATRIX}: what --model, --attention and their sisters describe, crossed"]
+    return [*lines, f"{MATRIX}: the configurations that --model, --attention and the other matrix options describe"]
 
 
 def parameters(values: dict[str, list], device: str) -> list:
-    """Every configuration of every set, with the sets it belongs to as marks.
+    """Every configuration of every set as a pytest.param, with its sets as marks.
 
-    Options change the fields that they name in every set: `-m published --model tiny` is the article's five on the
-    embedded model. Raises pytest.UsageError for values that contradict each other.
+    Options replace the fields that they name in every set: `-m published --model tiny` is the article's five on the
+    embedded model. Raises pytest.UsageError for contradictory values.
     """
     sets = dict(SETS)
     if values:
-        first = values.get("model", ["sd2" if device == "cuda" else "tiny"])[0]
-        sets[MATRIX] = [usual(first)]
-    belongs: dict[Configuration, list[str]] = {}
+        model = values.get("model", ["sd2" if device == "cuda" else "tiny"])[0]
+        sets[MATRIX] = [usual(model)]
+    sets_of: dict[Configuration, list[str]] = {}
+    by_id: dict[str, Configuration] = {}
     for name, configurations in sets.items():
         try:
             for configuration in cross(configurations, values):
-                belongs.setdefault(configuration, []).append(name)
+                sets_of.setdefault(configuration, []).append(name)
         except UnknownChoice as error:
             raise pytest.UsageError(str(error)) from None
-    return [
-        pytest.param(one, id=one.id, marks=[getattr(pytest.mark, name) for name in names])
-        for one, names in _distinct(belongs)
-    ]
-
-
-def _distinct(belongs: dict[Configuration, list[str]]):
-    seen: dict[str, Configuration] = {}
-    for configuration, names in belongs.items():
-        other = seen.setdefault(configuration.id, configuration)
+    for configuration in sets_of:
+        other = by_id.setdefault(configuration.id, configuration)
         if other != configuration:
             raise pytest.UsageError(
                 f"two configurations are both called {configuration.id}: {other!r} and {configuration!r}"
             )
-        yield configuration, names
+    return [
+        pytest.param(configuration, id=configuration.id, marks=[getattr(pytest.mark, name) for name in names])
+        for configuration, names in sets_of.items()
+    ]
 
 
-def with_interpreters(values: dict[str, list], labels) -> dict[str, list]:
-    """The values with every other Python crossed in, this one first."""
+def with_interpreters(values: dict[str, list], labels: list[str]) -> dict[str, list]:
+    """The values with the interpreters of --perf-python crossed in, this process's own first."""
     return {**values, "interpreter": [None, *labels]} if labels else values
 
 
-def leave_out(config, items: list, values: dict[str, list], device: str) -> list:
-    """The items that stay when no set is named: what options describe, else the set that suits the machine.
+def select(config, items: list, values: dict[str, list], device: str) -> list:
+    """The items to run: those of the options, else of the machine's default set; all if a marker expression is given.
 
-    A marker expression, or an id with the configuration in it, names what is wanted. Benchmarks of another kind that
-    are `slow` are for who names their file, and for a run that measures nothing.
+    A test id with a configuration in it adds that configuration. Other benchmarks marked `slow` run only if their file is
+    named, or with --benchmark-disable.
     """
     if config.option.markexpr:
         return items
-    wanted, named = MATRIX if values else suiting(device), named_tests(config)
+    marker, named = MATRIX if values else suiting(device), named_tests(config)
     files = {Path(argument.partition("::")[0]).name for argument in config.args}
 
-    def stays(item) -> bool:
+    def selected(item) -> bool:
         if configuration_of(item) is None:
             slow = item.get_closest_marker("slow") and "benchmark" in getattr(item, "fixturenames", ())
             return not slow or disabled(config) or item.path.name in files
-        return item.get_closest_marker(wanted) is not None or item.nodeid.partition("::")[2] in named
+        return item.get_closest_marker(marker) is not None or item.nodeid.partition("::")[2] in named
 
-    return [item for item in items if stays(item)]
+    return [item for item in items if selected(item)]
 
 
 def named_tests(config) -> set[str]:
-    """The tests that the command line names one by one: `FILE::test_txt2img[ID]`, without the file."""
+    """The tests named by id on the command line (`FILE::test_txt2img[ID]`), without the file."""
     return {argument.partition("::")[2] for argument in config.args if "::" in argument and "[" in argument}
 
 

@@ -1,6 +1,8 @@
-"""The summary after `pytest perf`: one table, ranked, and the lines that say how far to trust it."""
+"""Terminal summary of `pytest perf`: one ranked table, then the lines about its validity."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -10,24 +12,18 @@ from perf.analysis.ranking import fastest_line, sort_by_seconds
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict
 from perf.configurations.configuration import is_approximate
+from perf.plugin.state import Results
 from perf.report.text import interval_seconds, size
-from perf.runs.baselines import Judgement
 from perf.session import record
 from perf.session.run import Session
 
 STYLES = {"SLOWER": "bold red", "INVALID": "bold red", "FASTER": "green", "SAME": "", "INCONCLUSIVE": "yellow"}
-WIDE = 150  # columns from which on a configuration has one line; under it, three that fit 80
+WIDE = 150  # columns of a terminal that holds one line per configuration; the other layout fits 80
+COLUMNS = ("time", "images/s", "speed-up", "peak memory", "energy", "of peak FLOP/s", "image", "verdict", "reason")
 
 
-def write(
-    reporter,
-    session: Session,
-    infos: dict[str, dict],
-    decisions: dict[str, Decision],
-    judgement: Judgement | None,
-    partial: str | None,
-) -> None:
-    """Print the summary of a session to pytest's terminal: with colour where it has any, else plain."""
+def write(reporter, results: Results, partial: str | None) -> None:
+    """Print the summary to pytest's terminal, with colour if it has any."""
     reporter.section("perf", sep="-")
     terminal = reporter._tw
     console = Console(
@@ -37,9 +33,9 @@ def write(
         no_color=not terminal.hasmarkup,
         highlight=False,
     )
-    if infos or session_failures(session):
-        print_table(console, session, infos, decisions)
-    for line in lines(session, infos, decisions, judgement, partial):
+    if results.infos or failures(results.session):
+        print_table(console, results)
+    for line in lines(results, partial):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -48,173 +44,165 @@ def ranked(infos: dict[str, dict]) -> list[str]:
     return sort_by_seconds(infos, lambda id: infos[id]["seconds_per_image"])
 
 
-def session_failures(session: Session) -> dict[str, str]:
-    """Why configurations of the working tree have no time, by id; but for what cannot run here, which is skipped."""
-    failed = {}
+def failures(session: Session) -> dict[str, str]:
+    """Reasons of the failed configurations of the working tree, by id; unavailable ones are skips, not failures."""
+    reasons = {}
     for slot in session.plan.slots:
         failure = session.measurements.by_name[slot.name].failure
         if slot.variant is None and failure and failure[0] != "unavailable":
-            failed[slot.configuration.id] = f"{failure[0]}: {failure[1]}"
-    return failed
+            reasons[slot.configuration.id] = f"{failure[0]}: {failure[1]}"
+    return reasons
 
 
-def print_table(console: Console, session: Session, infos: dict[str, dict], decisions: dict[str, Decision]) -> None:
-    """Every configuration, the fastest first, and those that failed last."""
-    rows = [(id, cells(session, id, infos[id], decisions.get(id)), decisions.get(id)) for id in ranked(infos)]
+def print_table(console: Console, results: Results) -> None:
+    """Print every configuration, the fastest first and the failed ones last."""
+    rows = [(id, cells(results, id), results.decisions.get(id)) for id in ranked(results.infos)]
+    clock = "CPU time/image [95 %]" if results.session.settings.clock == "cpu" else "time/image [95 %]"
     if console.width >= WIDE:
-        console.print(_wide(session, rows))
+        console.print(_wide(clock, rows))
     else:
-        for line in _narrow(session, rows):
+        for line in _narrow(clock, rows):
+            line.rstrip()
             console.print(line, soft_wrap=True)
-    for id, reason in session_failures(session).items():
+    for id, reason in failures(results.session).items():
         console.print(Text.assemble((f"{id}  ", ""), ("INVALID", STYLES["INVALID"]), f" ({reason})"), soft_wrap=True)
 
 
-def cells(session: Session, id: str, info: dict, decision: Decision | None) -> dict[str, str]:
-    """What is known of a configuration, by the names of columns; what is not known is left out."""
-    batch, seconds = info["configuration"]["batch"], info["seconds_per_image"]
-    bounds = record.interval(session.measurements.by_name[id])
-    found = {"time": interval_seconds(seconds, *(bound / batch for bound in bounds or ()))}
-    found["images/s"] = f"{1 / seconds:.3g}"
-    speedup, peak = info["speedup"], info["peak_bytes"]
+def cells(results: Results, id: str) -> dict[str, str]:
+    """The known values of a configuration by column; unknown ones are left out."""
+    info, decision = results.infos[id], results.decisions.get(id)
+    bounds, batch = record.interval(results.session.measurements.by_name[id]), info["configuration"]["batch"]
+    time, speedup, image = info["seconds_per_image"], info["speedup"], info["image"]
+    memory = info["peak_bytes"]["allocated"] or info["peak_bytes"]["rss"]
+    values = {
+        "time": interval_seconds(time, *(bound / batch for bound in bounds or ())),
+        "images/s": f"{1 / time:.3g}",
+        "peak memory": size(memory) if memory else "",
+        "energy": f"{info['joules_per_image']:.1f} J/image" if info["joules_per_image"] else "",
+        "of peak FLOP/s": f"{100 * info['flops_fraction']:.1f} %" if info["flops_fraction"] else "",
+    }
     if speedup:
-        found["speed-up"] = f"{speedup['estimate']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+        values["speed-up"] = f"{speedup['estimate']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}]"
     elif _is_reference(info):
-        found["speed-up"] = "reference"
-    held = peak["allocated"] or peak["rss"]
-    if held:
-        found["peak"] = size(held)
-    if info["joules_per_image"]:
-        found["energy"] = f"{info['joules_per_image']:.1f} J/image"
-    if info["flops_fraction"]:
-        found["of peak FLOP/s"] = f"{100 * info['flops_fraction']:.1f} %"
-    if info["image"]["psnr_db"] is not None:
-        approximate = ", approximate" if info["image"]["verdict"] == "approximate" else ""
-        found["picture"] = f"{info['image']['psnr_db']:.0f} dB{approximate}"
+        values["speed-up"] = "reference"
+    if image["psnr_db"] is not None:
+        values["image"] = f"{image['psnr_db']:.0f} dB{', approximate' if image['verdict'] == 'approximate' else ''}"
     if decision:
-        found["verdict"], found["reason"] = decision.verdict.value, str(decision).removeprefix(decision.verdict.value)
-    return found
+        values["verdict"], _, values["reason"] = str(decision).partition(" ")
+    return {column: value for column, value in values.items() if value}
 
 
 def _is_reference(info: dict) -> bool:
-    """Whether this is the configuration that speed-ups refer to."""
-    chosen = info["configuration"]
-    wanted = {"engine": "sd", "attention": "original", "compile": "none", "optimise": ""}
-    return {name: chosen[name] for name in wanted} == wanted
+    """Whether speed-ups refer to this configuration."""
+    reference = {"engine": "sd", "attention": "original", "compile": "none", "optimise": ""}
+    return all(info["configuration"][field] == value for field, value in reference.items())
 
 
-def _unit(session: Session) -> str:
-    return "CPU time/image [95 %]" if session.settings.clock == "cpu" else "time/image [95 %]"
+def _style(decision: Decision | None) -> str:
+    return STYLES[decision.verdict.value] if decision else ""
 
 
-def _wide(session: Session, rows) -> Table:
-    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    result.add_column("configuration", overflow="fold")
-    there = ("time", "images/s", "speed-up", "peak", "energy", "of peak FLOP/s", "picture", "verdict", "reason")
-    columns = [name for name in there if any(name in known for _, known, _ in rows)]
-    for name in columns:
-        left = name in ("verdict", "reason")
-        result.add_column(_unit(session) if name == "time" else name, justify="left" if left else "right")
-    for id, known, decision in rows:
-        style = STYLES[decision.verdict.value] if decision else ""
-        result.add_row(Text(id), *(Text(known.get(name, ""), style if name == "verdict" else "") for name in columns))
-    return result
+def _wide(clock: str, rows) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("configuration", overflow="fold")
+    columns = [column for column in COLUMNS if any(column in values for _, values, _ in rows)]
+    for column in columns:
+        justify = "left" if column in ("verdict", "reason") else "right"
+        table.add_column(clock if column == "time" else column, justify=justify)
+    for id, values, decision in rows:
+        styles = {"verdict": _style(decision)}
+        table.add_row(Text(id), *(Text(values.get(column, ""), styles.get(column, "")) for column in columns))
+    return table
 
 
-def _narrow(session: Session, rows) -> list[Text]:
-    """Two lines a configuration, and a third where there is more to say, each within 80 columns."""
-    found = [Text(f"   {_unit(session):<30} {'images/s':>8}   {'speed-up':<21} verdict".rstrip(), "bold")]
-    for rank, (id, known, decision) in enumerate(rows, 1):
-        found.append(Text(f"{rank:>2} {id}", "bold"))
-        numbers = f"   {known['time']:<30} {known['images/s']:>8}   {known.get('speed-up', ''):<21} "
-        style = STYLES[decision.verdict.value] if decision else ""
-        found.append(Text.assemble(numbers, (known.get("verdict", ""), style)))
-        words = {"peak": "{} peak", "energy": "{}", "of peak FLOP/s": "{} of peak FLOP/s", "picture": "picture {}"}
-        more = ", ".join(text.format(known[name]) for name, text in words.items() if name in known)
-        if more:
-            found.append(Text(f"   {more}", "dim"))
+def _narrow(clock: str, rows) -> Iterator[Text]:
+    """Two to four lines per configuration, each within 80 columns."""
+    yield Text(f"   {clock:<30} {'images/s':>8}   {'speed-up':<21} verdict", "bold")
+    forms = {
+        "peak memory": "{} peak memory",
+        "energy": "{}",
+        "of peak FLOP/s": "{} of peak FLOP/s",
+        "image": "image {}",
+    }
+    for rank, (id, values, decision) in enumerate(rows, 1):
+        yield Text(f"{rank:>2} {id}", "bold")
+        numbers = f"   {values['time']:<30} {values['images/s']:>8}   {values.get('speed-up', ''):<21} "
+        yield Text.assemble(numbers, (values.get("verdict", ""), _style(decision)))
+        details = ", ".join(form.format(values[column]) for column, form in forms.items() if column in values)
+        if details:
+            yield Text(f"   {details}", "dim")
         if decision and decision.verdict is not Verdict.SAME:
-            found.append(Text(f"  {known['reason']}", "dim"))
-    for line in found:
-        line.rstrip()
-    return found
+            yield Text(f"   {values['reason']}", "dim")
 
 
-def lines(
-    session: Session,
-    infos: dict[str, dict],
-    decisions: dict[str, Decision],
-    judgement: Judgement | None,
-    partial: str | None,
-) -> list[str]:
-    """What must be known beside the table: how it was measured, what was decided, and which is the fastest."""
-    measurements = session.measurements
-    found = [_how(session)]
-    for id, info in infos.items():
-        if info["compile"]:
-            found.append(_compiling(id, info))
-    for id, reason in session.unchecked.items():
-        found.append(f"{id}: its picture was not checked: {reason}")
-    thrown, total = measurements.counts()
-    if thrown:
-        found.append(f"{thrown} of {total} rounds were invalid and measured again")
-    if measurements.invalid():
-        found.append(f"INVALID session: {measurements.invalid()}: no baseline, no verdict")
+def lines(results: Results, partial: str | None) -> list[str]:
+    """The protocol, warnings, verdicts and the fastest configuration, one line each."""
+    session, decisions, judgement = results.session, results.decisions, results.judgement
+    text = [_protocol(session)]
+    text += [_compiling(id, info) for id, info in results.infos.items() if info["compile"]]
+    text += [f"{id}: its image was not checked: {reason}" for id, reason in session.unchecked.items()]
+    invalid, total = session.measurements.counts()
+    if invalid:
+        text.append(f"{invalid} of {total} rounds were invalid and measured again")
+    if session.measurements.invalid():
+        text.append(f"INVALID session: {session.measurements.invalid()}: no baseline, no verdict")
     if partial:
-        found.append(f"partial run ({partial}): never a baseline by itself")
-    for id, decision in decisions.items():
-        found.append(f"{id}: {decision}")
+        text.append(f"partial run ({partial}): never chosen as a baseline")
+    text += [f"{id}: {decision}" for id, decision in decisions.items()]
     if decisions:
-        margins = [decision.margin for decision in decisions.values() if decision.margin]
-        expected = f", margin {100 * max(margins):.1f} %" if margins else ""
-        launches = (len(one.launches) for one in measurements.by_name.values())
-        wrong = 25 if max(launches) > session.plan.launches else 40  # the undecided ones were looked at twice
-        found.append(
-            f"{len(decisions)} comparison(s){expected}; under no change at most 1 in {wrong} of them is wrong each way"
-        )
-    if judgement:
-        found += [f"{name}: {', '.join(ids)}" for name, ids in _absent(judgement) if ids]
-    return found + _fastest(infos, session)
+        text.append(_error_rate(session, decisions))
+    if judgement and judgement.missing:
+        text.append(f"in the baseline, but not measured: {', '.join(judgement.missing)}")
+    if judgement and judgement.new:
+        text.append(f"new, without a baseline: {', '.join(judgement.new)}")
+    return text + _fastest(results.infos)
 
 
-def _absent(judgement: Judgement):
-    return ("not measured, though the baseline has it", judgement.missing), ("new, without a baseline", judgement.new)
-
-
-def _how(session: Session) -> str:
+def _protocol(session: Session) -> str:
     settings = session.settings
     clock = "CPU time" if settings.clock == "cpu" else "wall time"
     threads = f" of {settings.threads} thread(s)" if settings.threads else ""
-    how = "fresh processes in turns" if settings.isolated else "one process: launch variance is not in the interval"
+    processes = "fresh processes in turns"
+    if not settings.isolated:
+        processes = "one process: launch variance is not in the interval"
     drift = session.measurements.drift()
-    moved = "" if drift is None else f", anchor moved {100 * drift:.1f} %"
+    reference = "" if drift is None else f", reference workload drift {100 * drift:.1f} %"
     return (
-        f"{clock}{threads}, {settings.launches} launches of {settings.rounds} rounds, {how}{moved}; "
+        f"{clock}{threads}, {settings.launches} launches of {settings.rounds} rounds, {processes}{reference}; "
         f"{session.seconds:.0f} s in all"
     )
 
 
+def _error_rate(session: Session, decisions: dict[str, Decision]) -> str:
+    margins = [decision.margin for decision in decisions.values() if decision.margin]
+    margin = f", margin {100 * max(margins):.1f} %" if margins else ""
+    launches = max(len(measured.launches) for measured in session.measurements.by_name.values())
+    share = 25 if launches > session.plan.launches else 40  # doubling the undecided pairs tests them twice
+    return f"{len(decisions)} comparison(s){margin}; without a change at most 1 in {share} is wrong in each direction"
+
+
 def _compiling(id: str, info: dict) -> str:
-    first, counts, pays = info["first_call_seconds"], info["compile"], info["images_to_amortise"]
-    words = f"{id}: first call {first['cold']:.1f} s cold"
+    first, graphs, amortised = info["first_call_seconds"], info["compile"], info["images_to_amortise"]
+    text = f"{id}: first call {first['cold']:.1f} s cold"
     if first["warm"] is not None:
-        words += f", {first['warm']:.1f} s with a warm compile cache"
-        words += f", which is a process's first picture after {info['first_picture_seconds']['warm']:.1f} s"
-    words += f"; {counts['graph_breaks']} graph breaks, {counts['recompiles']} recompiles"
-    if pays is None:
-        return words
-    if pays["estimate"] is None:
-        return words + "; never pays here"
-    return words + f"; pays after {pays['estimate']} images [{pays['low']}, {pays['high'] or 'never'}]"
+        text += f", {first['warm']:.1f} s with a warm compile cache"
+        text += f" (first image of a process after {info['first_picture_seconds']['warm']:.1f} s)"
+    text += f"; {graphs['graph_breaks']} graph breaks, {graphs['recompiles']} recompiles"
+    if amortised is None:
+        return text
+    if amortised["estimate"] is None:
+        return text + "; never pays here"
+    return text + f"; pays after {amortised['estimate']} images [{amortised['low']}, {amortised['high'] or 'never'}]"
 
 
-def _fastest(infos: dict[str, dict], session: Session) -> list[str]:
+def _fastest(infos: dict[str, dict]) -> list[str]:
     exact = {id: info for id, info in infos.items() if not is_approximate(info["configuration"]["optimise"])}
     if not exact:
         return []
-    best = ranked(exact)[0]
-    time, speedup = interval_seconds(infos[best]["seconds_per_image"]), infos[best]["speedup"]
+    id = ranked(exact)[0]
+    time, speedup = interval_seconds(infos[id]["seconds_per_image"]), infos[id]["speedup"]
     if not speedup:
-        return [fastest_line(best, time)]
-    ratio = Interval(speedup["estimate"], speedup["low"], speedup["high"])
-    return [fastest_line(best, time, ratio, speedup["against"])]
+        return [fastest_line(id, time)]
+    return [
+        fastest_line(id, time, Interval(*(speedup[key] for key in ("estimate", "low", "high"))), speedup["against"])
+    ]

@@ -1,10 +1,9 @@
-"""Baselines: which stored sessions a new one may be judged against, and the judgement. Needs neither torch nor pytest."""
+"""Baselines: selection of stored sessions for a comparison, and the comparison, without torch or pytest."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,40 +11,25 @@ from pathlib import Path
 
 from perf.analysis.statistics import MIN_SESSIONS, Interval, margin
 from perf.analysis.verdicts import REASONS, Decision, Verdict, decide_against_history, ratio_of_sessions
-from perf.runs.saved_run import IDENTITY, BaselineError, SavedBenchmark, SavedRun, identity, parse, read, shown
-
-__all__ = [
-    "BaselineError",
-    "Choice",
-    "Judgement",
-    "SavedBenchmark",
-    "SavedRun",
-    "candidates",
-    "judge",
-    "judge_foreign",
-    "parse",
-    "read",
-    "why_foreign",
-]
-NUMBERED = re.compile(r"(\d{4,})_.*\.json")
+from perf.runs.saved_run import IDENTITY, NUMBERED, BaselineError, SavedBenchmark, SavedRun, identity, read, shown
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The stored sessions that a new one may be judged against, oldest first, and the files refused with their reasons."""
+    """The stored sessions of a comparison, oldest first, and the rejected files with their reasons."""
 
     history: tuple[SavedRun, ...] = ()
     refused: tuple[tuple[Path, str], ...] = ()
-    named: SavedRun | None = None  # the one that the user asked for, which need not be a candidate
+    named: SavedRun | None = None  # the run that the user named, whether or not it is in `history`
 
     @property
     def newest(self) -> SavedRun | None:
-        """The session that a ratio to one session refers to."""
+        """The session that the reported ratio refers to: the named one, else the newest."""
         return self.named or (self.history[-1] if self.history else None)
 
     @property
     def sessions(self) -> tuple[SavedRun, ...]:
-        """The history with the named one at its end."""
+        """The history with the named run moved to the end."""
         if self.named is None:
             return self.history
         return (*(run for run in self.history if run.path != self.named.path), self.named)
@@ -66,12 +50,12 @@ class Judgement:
 
 
 def why_foreign(saved: Mapping[str, object], here: Mapping[str, object]) -> str | None:
-    """What differs between two machines, by the keys of IDENTITY; None if nothing.
+    """The differences between two machines by the keys of IDENTITY, or None.
 
-    Takes the facts of `machine_info.stack`, with `clock`, `threads` and `isolated` of the session beside them.
+    Takes the facts of `machine_info.stack` together with `clock`, `threads` and `isolated` of the session.
     """
-    one, other = identity(saved), identity(here)
-    differences = [f"{key} {_fact(one[key])}, here {_fact(other[key])}" for key in IDENTITY if one[key] != other[key]]
+    old, new = identity(saved), identity(here)
+    differences = [f"{key} {_fact(old[key])}, here {_fact(new[key])}" for key in IDENTITY if old[key] != new[key]]
     return "; ".join(differences) or None
 
 
@@ -88,10 +72,10 @@ def candidates(
     threads: int | None,
     isolated: bool = True,
 ) -> Choice:
-    """The runs `NNNN_*.json` under `folder`, at any depth, that a session of this machine may be judged against.
+    """Select the runs `NNNN_*.json` under `folder`, at any depth, that are comparable with a session of this machine.
 
-    Refused, each with its reason: damaged files, plain, partial, invalid and regressed runs, other machines. No folder is
-    no history; raises BaselineError for a folder that cannot be listed.
+    Rejected with a reason: damaged files, plain, partial, invalid and regressed runs, other machines. A missing folder is
+    an empty history; raises BaselineError for a folder that cannot be listed.
     """
     here = {**stack, "clock": clock, "threads": threads, "isolated": isolated}
     history, refused = [], []
@@ -107,43 +91,41 @@ def candidates(
             refused.append((path, reason))
         else:
             history.append(run)
-    # The clock first: a moved or merged storage keeps its order. The number settles what was started in one second.
+    # Start times order the sessions, so that a merged storage keeps its order; the number breaks ties within a second.
     history.sort(key=lambda run: (run.started_unix_seconds or 0.0, run.path.name))
-    # A copy, or a session that was saved again by --perf-resume, is no second session: the spread would shrink to nothing.
-    for one, other in itertools.pairwise(history):
-        if one.started_unix_seconds is not None and one.started_unix_seconds == other.started_unix_seconds:
-            refused.append((one.path, f"the same session as {other.path.name}"))
-    again = {path for path, _ in refused}
-    return Choice(tuple(run for run in history if run.path not in again), tuple(refused))
+    # A copy, or a resumed session that was saved twice, counts once: duplicates would narrow the prediction interval.
+    for run, later in itertools.pairwise(history):
+        if run.started_unix_seconds is not None and run.started_unix_seconds == later.started_unix_seconds:
+            refused.append((run.path, f"the same session as {later.path.name}"))
+    duplicates = {path for path, _ in refused}
+    return Choice(tuple(run for run in history if run.path not in duplicates), tuple(refused))
 
 
 def _numbered_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         if Path(error.filename) == folder and isinstance(error, FileNotFoundError):
             return
-        reason = f"cannot be listed: {error.strerror}; check the path and its rights"
+        reason = f"cannot be listed: {error.strerror}; check the path and its permissions"
         raise BaselineError(f"{shown(Path(error.filename))}: {reason}") from None
 
     return sorted(
-        Path(place) / name
-        for place, _, names in os.walk(folder, onerror=refuse)
+        Path(parent) / name
+        for parent, _, names in os.walk(folder, onerror=refuse)
         for name in names
         if NUMBERED.fullmatch(name)
     )
 
 
 def judge(current: SavedRun, baseline: SavedRun | Choice, margin: float) -> Judgement:
-    """Judge every configuration of a session against stored sessions, or one stored run; `margin` is a fraction.
+    """Compare every configuration of a session with stored sessions, or with one run; `margin` is a fraction.
 
-    From 6 stored sessions of a configuration a verdict rests on their prediction interval; under 6 it is INCONCLUSIVE,
-    with the ratio to the newest. Where one was named the ratio is to that one, and the others say how much sessions
-    differ. A session that is invalid has INVALID verdicts only. Whether the machines are alike is for the caller to ask
-    (`why_foreign`): `candidates` has done so.
+    With 6 stored sessions of a configuration or more, the verdict uses their prediction interval; with fewer it is
+    INCONCLUSIVE with the ratio to the newest. The ratio refers to the named run, if any. An invalid session gets INVALID
+    verdicts only. The caller checks that the machines are comparable (`why_foreign`), as `candidates` does.
     """
     choice = baseline if isinstance(baseline, Choice) else Choice((baseline,))
-    history = choice.sessions
+    history, measured = choice.sessions, current.by_id
     known = {id for run in history for id in run.by_id}
-    measured = current.by_id
     return Judgement(
         {id: _decide(current, benchmark, choice, margin) for id, benchmark in measured.items()},
         missing=_missing(history[-1], current) if history else (),
@@ -152,26 +134,18 @@ def judge(current: SavedRun, baseline: SavedRun | Choice, margin: float) -> Judg
 
 
 def judge_foreign(current: SavedRun, baseline: SavedRun) -> Judgement:
-    """Plain ratios of the sessions' medians between two machines, for looking at: every verdict is INCONCLUSIVE."""
-    ours, theirs = current.by_id, baseline.by_id
-    return Judgement(
-        {
-            id: Decision(
-                Verdict.INCONCLUSIVE,
-                "foreign_machine",
-                Interval.point(ours[id].session_median / theirs[id].session_median) if id in theirs else None,
-                against=baseline.name,
-            )
-            for id in ours
-        },
-        missing=_missing(baseline, current),
-        new=tuple(id for id in ours if id not in theirs),
-    )
+    """Plain ratios of session medians between two machines, for information: every verdict is INCONCLUSIVE."""
+    new, old = current.by_id, baseline.by_id
+    decisions = {}
+    for id, benchmark in new.items():
+        ratio = Interval.point(benchmark.session_median / old[id].session_median) if id in old else None
+        decisions[id] = Decision(Verdict.INCONCLUSIVE, "foreign_machine", ratio, against=baseline.name)
+    return Judgement(decisions, _missing(baseline, current), tuple(id for id in new if id not in old))
 
 
 def _missing(baseline: SavedRun, current: SavedRun) -> tuple[str, ...]:
-    """Configurations alone: other benchmarks of a file, such as the harness's overhead, are no part of a session."""
-    return tuple(id for id, one in baseline.by_id.items() if one.configuration and id not in current.by_id)
+    """Configurations of the baseline that the session lacks; plain benchmarks of the file do not count."""
+    return tuple(id for id, old in baseline.by_id.items() if old.configuration and id not in current.by_id)
 
 
 def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin: float) -> Decision:
@@ -200,25 +174,25 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin
         ratio = ratio_of_sessions(benchmark.launch_medians, old.launch_medians, seed)
         return Decision(Verdict.INCONCLUSIVE, "no_anchor", ratio, margin, newest.name)
     last, launches = anchored[-1]
-    # A run that could not have been chosen, such as one that regressed, says nothing about sessions without a change.
-    spread = [
+    # A named run that regressed or is invalid is excluded: the history must show the variation without a change.
+    history = [
         statistics.median(values) for run, values in anchored if run is not choice.named or not run.why_no_candidate
     ]
-    if len(spread) < MIN_SESSIONS:
+    if len(history) < MIN_SESSIONS:
         ratio = ratio_of_sessions(benchmark.anchored_launch_medians, launches, seed)
         return Decision(Verdict.INCONCLUSIVE, "too_few_sessions", ratio, margin, last.name)
-    ours = statistics.median(benchmark.anchored_launch_medians)
+    median = statistics.median(benchmark.anchored_launch_medians)
     base = statistics.median(launches) if last is choice.named else None
-    return decide_against_history(ours, spread, margin, last.name, base)
+    return decide_against_history(median, history, margin, last.name, base)
 
 
 def _coded(code: str, detail: str) -> str:
-    """A reason read from a file: as it is if it has a code of ours, else under `code`."""
+    """A reason from a file, with `code` prepended unless it starts with a known code."""
     return detail if detail.partition(" ")[0] in REASONS else f"{code} {detail}"
 
 
-def _same_work(one: Mapping[str, object] | None, other: Mapping[str, object] | None) -> bool:
-    """Whether all fields agree that both have: one added since did not exist, so that it cannot have differed."""
-    if one is None or other is None:
-        return one is other
-    return all(one[key] == other[key] for key in one.keys() & other.keys())
+def _same_work(new: Mapping[str, object] | None, old: Mapping[str, object] | None) -> bool:
+    """Whether all common fields agree; a field that older files lack had one possible value then."""
+    if new is None or old is None:
+        return new is old
+    return all(new[key] == old[key] for key in new.keys() & old.keys())

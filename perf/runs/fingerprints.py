@@ -1,4 +1,4 @@
-"""Which weights a configuration runs, and which code: by their hashes. Imports no torch."""
+"""SHA-256 fingerprints of a configuration's weights and of source trees, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from perf.configurations.configuration import Configuration
 from sd.choices import EMBEDDED_WEIGHTS
 
 
-def identity(configuration: Configuration) -> dict:
-    """{"kind": "tiny", "random" or "file", "sha256"}. Raises OSError for a file that cannot be read."""
+def identity(configuration: Configuration) -> dict[str, str | None]:
+    """The origin and hash of the weights: `kind` is "tiny", "random" or "file". Raises OSError for an unreadable file."""
     if configuration.checkpoint is not None:
         return {"kind": "file", "sha256": sha256(Path(configuration.checkpoint))}
     if configuration.model == "tiny":
@@ -20,7 +20,7 @@ def identity(configuration: Configuration) -> dict:
 
 
 def source_sha256(folder: Path) -> str:
-    """The hash of all Python files below a folder, by name and content: what code it is."""
+    """The hash of all Python files below a folder, by relative path and content."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")

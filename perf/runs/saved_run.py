@@ -1,10 +1,11 @@
-"""A saved run: an untrusted file in, validated values out (docs/saved-run.md). Needs neither torch nor pytest."""
+"""Saved-run format: read untrusted JSON into validated dataclasses (docs/saved-run.md), without torch or pytest."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import stat
 import statistics
 from collections.abc import Mapping
@@ -17,9 +18,11 @@ from perf.analysis.verdicts import REASONS, Decision, Verdict
 
 SCHEMA = 1
 MAX_BYTES = 200_000_000
-SECONDS = (1e-12, 1e7)  # no clock resolves the first, and the second is four months
-# What has to be alike for seconds to be comparable. Of one GPU model, single ones differ by 8 % on average (arXiv
-# 2208.11035), hence the UUID. Of Python, `identity` keeps the minor version.
+NUMBERED = re.compile(r"(\d{4,})_.*\.json")  # file names of a storage
+SECONDS = (1e-12, 1e7)  # bounds of a plausible duration: below any clock's resolution, and four months
+READ_ADVICE = "name a saved run, or measure this one again"
+# The facts that two machines must share for their seconds to be comparable. GPUs of one model differ by 8 % on average
+# (arXiv 2208.11035), hence the UUID. `identity` reduces the Python version to its minor version.
 IDENTITY = (
     *("device", "name", "uuid", "driver", "torch", "cuda", "cudnn", "triton", "xformers", "python"),
     *("power_limit_watts", "sm_clock_max_mhz", "memory_clock_max_mhz", "clock", "threads", "isolated"),
@@ -27,22 +30,22 @@ IDENTITY = (
 
 
 class BaselineError(ValueError):
-    """A saved run that cannot be read, trusted or written: one line that names the file and the way out."""
+    """A saved run that cannot be read, validated or written: one line with the file, the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class SavedBenchmark:
-    """One configuration of a saved run; seconds per round, invalid rounds already left out.
+    """One configuration of a saved run, in seconds per valid round; invalid rounds are excluded.
 
-    A benchmark that did not run by our protocol (no `schema` of its own) has its full test name as id, one launch, and
-    neither configuration nor anchor.
+    A plain pytest-benchmark entry (without `schema`) has its full test name as id, one launch, no configuration and no
+    reference workload.
     """
 
     id: str
     variant: str | None
     configuration: Mapping[str, object] | None
     launches: tuple[tuple[float, ...], ...]
-    anchored_launch_medians: tuple[float, ...] | None  # each round over the anchor's seconds beside it
+    anchored_launch_medians: tuple[float, ...] | None  # of round seconds / reference workload seconds
     image_failure: str | None = None
     seconds_per_image: float | None = None
     first_call_seconds: float | None = None
@@ -57,13 +60,13 @@ class SavedBenchmark:
 
     @property
     def session_median(self) -> float:
-        """Median seconds over launches: the launch is the unit, not the round."""
+        """Median seconds over launches; each launch has equal weight, whatever its number of rounds."""
         return statistics.median(self.launch_medians)
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """One session. `plain` marks a file of pytest-benchmark alone: its rounds can be looked at, but it is no baseline."""
+    """One session. `plain` marks a file of pytest-benchmark alone, which can be shown but is never a baseline."""
 
     path: Path
     plain: bool
@@ -81,17 +84,17 @@ class SavedRun:
 
     @property
     def name(self) -> str:
-        """Such as `0007_nightly`."""
+        """The file name without extension, such as `0007_nightly`."""
         return shown(Path(self.path.stem))
 
     @property
     def by_id(self) -> dict[str, SavedBenchmark]:
-        """The benchmarks of the working tree: without the other side of a comparison made inside the session."""
+        """The benchmarks of the working tree, without those of `--perf-against` and `--perf-aa`."""
         return {benchmark.id: benchmark for benchmark in self.benchmarks if benchmark.variant is None}
 
     @property
     def why_no_candidate(self) -> str | None:
-        """Why this run may not become the baseline of its own accord; None where it may."""
+        """The reason why this run is never chosen as a baseline automatically, or None."""
         if self.plain:
             return "a plain pytest-benchmark file"
         if self.partial or self.invalid:
@@ -101,14 +104,14 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class _Node:
-    """A place in a parsed document that knows its name, so that every refusal says where and in which file."""
+    """A value of a parsed document with its file and location, which every error message names."""
 
     path: Path
     place: str
     value: object
 
-    def fail(self, what: str) -> NoReturn:
-        raise BaselineError(f"{shown(self.path)}: {self.place} {what}; measure it again, or delete the file")
+    def fail(self, problem: str) -> NoReturn:
+        raise BaselineError(f"{shown(self.path)}: {self.place} {problem}; {READ_ADVICE}")
 
     def __getitem__(self, key: str) -> _Node:
         return _Node(self.path, f"{self.place}.{key}", self.object().get(key))
@@ -124,7 +127,7 @@ class _Node:
         return [_Node(self.path, f"{self.place}[{index}]", value) for index, value in enumerate(self.value)]
 
     def text(self) -> str:
-        # Printable, since it is going to stand in a terminal: no escape sequences, line ends or lone surrogates.
+        # The text is printed to terminals: escape sequences, line ends and lone surrogates are rejected.
         if not isinstance(self.value, str) or not self.value.isprintable() or not 0 < len(self.value) <= 1000:
             self.fail("is not a printable text")
         return self.value
@@ -150,62 +153,60 @@ class _Node:
 
 
 def shown(path: Path) -> str:
-    """A path for a message of one line: what cannot be printed is escaped."""
+    """A path for a one-line message, with unprintable characters escaped."""
     return str(path).encode("unicode_escape").decode("ascii")
 
 
-def _constant(text: str) -> NoReturn:
+def _reject_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number of JSON")
 
 
 def read(path: str | os.PathLike[str]) -> SavedRun:
-    """The saved run in a file. Raises BaselineError for whatever is not one: absent, damaged, too large, another schema."""
+    """Read and validate a saved run. Raises BaselineError (absent, damaged, too large, another schema)."""
     return parse(load(path), Path(path))
 
 
 def load(path: str | os.PathLike[str]) -> object:
-    """The JSON document in a file, not looked into yet. Raises BaselineError where there is none."""
+    """Parse a JSON file without validating its keys. Raises BaselineError."""
     return document_in(content_of(path), Path(path))
 
 
 def content_of(path: str | os.PathLike[str]) -> bytes:
-    """What is in the file of a saved run, unread as yet. Raises BaselineError where there is none."""
+    """Read the bytes of a saved run's file. Raises BaselineError if it is unreadable, empty or too large."""
     path = Path(path)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would be waited for without end
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # reading from a pipe would block
                 raise BaselineError(f"{shown(path)}: is not a file; name a saved run")
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, BaselineError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise BaselineError(f"{shown(path)}: cannot be read: {reason}; check the path and its rights") from None
+        raise BaselineError(f"{shown(path)}: cannot be read: {reason}; check the path and its permissions") from None
     if len(content) > MAX_BYTES:
-        raise BaselineError(
-            f"{shown(path)}: is larger than {MAX_BYTES // 10**6} MB; no saved run is, name another file"
-        )
+        raise BaselineError(f"{shown(path)}: is larger than {MAX_BYTES // 10**6} MB, the limit of saved runs")
     if not content.strip():
-        raise BaselineError(f"{shown(path)}: is empty, its writer was interrupted; delete it")
+        raise BaselineError(f"{shown(path)}: is empty; {READ_ADVICE}")
     return content
 
 
 def document_in(content: bytes, path: Path) -> object:
-    """The JSON document in the content of a file; `path` names it. Raises BaselineError where it is none."""
+    """Parse the JSON content of the file `path`. Raises BaselineError."""
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_constant)
+        return json.loads(content.decode("utf-8"), parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BaselineError(f"{shown(path)}: is not JSON: {reason}; measure it again, or delete the file") from None
+        raise BaselineError(f"{shown(path)}: is not JSON: {reason}; {READ_ADVICE}") from None
 
 
 def root_of(document: object, path: Path) -> _Node:
-    """The place at which to read further keys of a document by the rules of this module."""
+    """The root node of a document, for reading further keys with the same validation."""
     return _Node(path, "the run", document)
 
 
 def parse(document: object, path: Path) -> SavedRun:
-    """The saved run in a parsed JSON document; `path` names it. Raises BaselineError where it breaks docs/saved-run.md."""
+    """Validate a parsed JSON document read from `path`. Raises BaselineError where it violates docs/saved-run.md."""
     root = root_of(document, path)
     machine_info, benchmarks = root["machine_info"], root["benchmarks"].items()
     machine_info.object()
@@ -259,9 +260,8 @@ def _without_duplicates(root: _Node, run: SavedRun) -> SavedRun:
 def _require_schema(node: _Node) -> None:
     schema = node["schema"].value
     if schema != SCHEMA or isinstance(schema, bool):
-        found = repr(schema)[:40]
         raise BaselineError(
-            f"{shown(node.path)}: {node.place} has schema {found}, this version reads {SCHEMA}; use the other"
+            f"{shown(node.path)}: {node.place} has schema {schema!r:.40}, this version reads {SCHEMA}; use that version"
         )
 
 
@@ -270,11 +270,11 @@ def _scalar(node: _Node) -> object:
         return node.text()
     if isinstance(node.value, (bool, int, float)):
         return node.value if isinstance(node.value, bool) else node.number(-1e18, 1e18)
-    return None  # the measured ceilings are an object, and say nothing about which machine it is
+    return None  # such as the object of measured peak rates, which is no identity
 
 
 def identity(facts: Mapping[str, object]) -> dict[str, object]:
-    """The facts that make seconds comparable, by the keys of IDENTITY; Python without its patch level."""
+    """The facts of IDENTITY, with Python reduced to its minor version; absent facts are None."""
     known = {key: facts.get(key) for key in IDENTITY}
     if isinstance(known["python"], str):
         known["python"] = ".".join(known["python"].split(".")[:2])
@@ -304,7 +304,7 @@ def _plain_benchmark(node: _Node) -> SavedBenchmark:
 def _benchmark(node: _Node) -> SavedBenchmark:
     info = node["extra_info"]
     _require_schema(info)
-    node["fullname"].text()  # by which pytest-benchmark's own table finds it
+    node["fullname"].text()  # pytest-benchmark's table reads it
     if info["variant"].value not in (None, "base", "aa"):
         info["variant"].fail("is neither null, base nor aa")
     launches, anchored = _launches(info)
@@ -331,7 +331,7 @@ def _benchmark(node: _Node) -> SavedBenchmark:
 
 
 def _launches(info: _Node) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...] | None]:
-    """The valid rounds of each launch, and the medians of each launch in anchors."""
+    """(valid round seconds of each launch, median ratio to the reference workload of each launch)."""
     nodes = info["launches"].items()
     anchors = info["anchor"].items() if info["anchor"].value else None
     if anchors is not None and len(anchors) != len(nodes):
@@ -341,15 +341,15 @@ def _launches(info: _Node) -> tuple[tuple[tuple[float, ...], ...], tuple[float, 
         seconds = [value.seconds() for value in node["round_seconds"].items()]
         invalid = node["invalid"].object()
         if not invalid.keys() <= {str(index) for index in range(len(seconds))}:
-            node["invalid"].fail("names rounds that there are not")
-        kept = [index for index in range(len(seconds)) if str(index) not in invalid]
-        launches.append(tuple(seconds[index] for index in kept))
+            node["invalid"].fail("names rounds that do not exist")
+        valid = [index for index in range(len(seconds)) if str(index) not in invalid]
+        launches.append(tuple(seconds[index] for index in valid))
         if anchors is not None:
-            beside = [value.seconds() for value in anchors[launch].items()]
-            if len(beside) != len(seconds):
-                anchors[launch].fail(f"has {len(beside)} rounds, not {len(seconds)}")
-            if kept:
-                anchored.append(statistics.median(seconds[index] / beside[index] for index in kept))
+            reference = [value.seconds() for value in anchors[launch].items()]
+            if len(reference) != len(seconds):
+                anchors[launch].fail(f"has {len(reference)} rounds, not {len(seconds)}")
+            if valid:
+                anchored.append(statistics.median(seconds[index] / reference[index] for index in valid))
     return tuple(launches), None if anchors is None else tuple(anchored)
 
 

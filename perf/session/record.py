@@ -10,12 +10,11 @@ from pathlib import Path
 from perf.analysis.statistics import MIN_VALUES, break_even, paired_ratio, self_comparison, sign_interval
 from perf.configurations.configuration import Configuration, usual_precision
 from perf.runs import fingerprints
-from perf.runs.saved_run import SavedRun, parse
+from perf.runs.saved_run import SCHEMA, SavedRun, parse
 from perf.session.image_check import computing_type
 from perf.session.measurements import REFERENCE_SECONDS, Launch, SlotMeasurements, paired_medians
 from perf.session.run import Session
 
-SCHEMA = 1
 # The dtype whose matrix products are the ceiling of a precision, by what computes (see perf.worker.images).
 PEAK_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -15,6 +15,10 @@ class SessionError(Exception):
     """A session that cannot start or resume; the message names the cause and the remedy."""
 
 
+class SessionRefused(SessionError):
+    """A device or an option that the first worker rejects, before anything is measured: a usage error."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of a session, independent of the configurations to measure.

@@ -14,7 +14,7 @@ from perf.configurations.configuration import Configuration
 from perf.launch.in_process import InProcessLaunch
 from perf.launch.process import Interpreter, ProcessLaunch
 from perf.session.plan import Slot
-from perf.session.settings import SessionError, Settings
+from perf.session.settings import SessionError, SessionRefused, Settings
 from perf.worker.wire import WorkerError
 
 PROBE_SECONDS = 600.0
@@ -87,7 +87,8 @@ class Launches:
                     optimise=sorted(techniques),
                 )
         except WorkerError as error:
-            raise SessionError(f"nothing can be measured: {error}") from None
+            refusal = SessionRefused if error.kind in ("unavailable", "usage") else SessionError
+            raise refusal(f"nothing can be measured: {error}") from None
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -99,14 +96,9 @@ def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
     return patch(enable_autograd_cache=False) if hasattr(functorch, "enable_autograd_cache") else nullcontext()
 
 
-def cpp_compiler() -> str | None:
-    """The C++ compiler that inductor runs for a CPU; None if it is not installed."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
-
-
 def require_cpp_compiler(option: str) -> None:
     """Raise Unavailable, naming the option, if inductor would find no C++ compiler."""
-    if cpp_compiler() is None:
+    if choices.cpp_compiler() is None:
         raise Unavailable(f"{option}: needs a C++ compiler on a CPU; install g++, or name one in CXX")
 
 

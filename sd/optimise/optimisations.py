@@ -20,11 +20,12 @@ from sd.choices import (
     PRECISIONS,
     QUANTISATIONS,
     SDPA_KERNELS,
+    cpp_compiler,
 )
 from sd.errors import ConfigError
 from sd.features import has
 from sd.models.token_merging import MAX_RATIO
-from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler, cpp_compiler
+from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler
 
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHOICES = {

@@ -145,9 +145,9 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
         if program in ("sd.txt2img", "sd.img2img"):
             importlib.import_module(program).parser().parse_args(arguments)
         elif program == "perf" and arguments[0] in COMMANDS:
-            module, add, *_ = COMMANDS[arguments[0]]
+            module, _ = COMMANDS[arguments[0]]
             parser = argparse.ArgumentParser()
-            getattr(importlib.import_module(module), add)(parser)
+            importlib.import_module(module).add_arguments(parser)
             if "--help" not in arguments:
                 parser.parse_args(arguments[1:])
         elif program == "perf":

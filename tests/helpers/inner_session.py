@@ -1,7 +1,7 @@
-"""Inner `pytest` runs with the real perf.plugin.hooks and pytest-benchmark, on a synthetic machine that answers at once.
+"""Inner `pytest` runs with the real plugin and pytest-benchmark on a synthetic machine without worker processes.
 
-`Machine` stands where `perf.session.run` starts processes: it answers the worker's protocol with seeded log-normal durations.
-`Inner` is a folder with one measured test in it, run by pytester in this process.
+`Machine` replaces the worker processes of a session: it implements their protocol with seeded log-normal durations. `Inner`
+is a folder with one measured test, run by pytester in this process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import rich._emoji_codes  # noqa: F401
 
-import perf.session.record  # noqa: F401 (what an inner run imports first, pytester takes out of sys.modules again after it)
+import perf.session.record  # noqa: F401 (pytester removes modules that an inner run imports first)
 from perf.configurations.configuration import from_dict
 from perf.launch.process import ROOT
 from perf.machine.nvml import NoTelemetry
@@ -35,12 +35,13 @@ SDPA, ORIGINAL = "tiny-sdpa-plms2-b1", "tiny-original-plms2-b1"
 
 
 class Machine:
-    """What a session starts as a process. Its fields are what a test makes of it.
+    """A synthetic machine that replaces worker processes; tests set its fields.
 
-    slow: factor by configuration id, of the working tree alone; base_slow: of another commit's. offset: of the machine,
-    the anchor's too. noise: standard deviation of a round's log seconds. drift: what the anchor's gain by the session's
-    end. compile_seconds: of a first call with a cold cache. wrong: ids whose pictures are. refused: {id: (kind, message)} of
-    loads. interrupt_after: rounds until Ctrl-C.
+    slow: factor of the working tree by configuration id; base_slow: of another commit. offset: factor of the machine,
+    reference workload included. noise: standard deviation of the log seconds of a round. drift: relative slowdown of the
+    reference workload by the end of the session. compile_seconds: of a first call with a cold cache. wrong: ids with
+    wrong images. refused: {id: (kind, message)} of failing loads. no_device: the error of the probe. interrupt_after:
+    rounds until Ctrl-C.
     """
 
     def __init__(self, seed: int = SEED):
@@ -51,8 +52,9 @@ class Machine:
         self.compile_seconds, self.compiled = 2.0, set()
         self.wrong: set[str] = set()
         self.refused: dict[str, tuple[str, str]] = {}
+        self.no_device: str | None = None
         self.interrupt_after: int | None = None
-        self.rounds = 0  # timed and warm-up rounds so far
+        self.rounds = 0  # including warm-up rounds
         self.opened: list = []  # the interpreter of every process
 
     def __call__(self, interpreter) -> _Launch:
@@ -77,10 +79,12 @@ class _Launch:
         pass
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
-        """The answer that perf.worker.server would give."""
+        """The response of perf.worker.server."""
         return getattr(self, "_" + operation)(**arguments)
 
     def _probe(self, device, clock, threads, optimise):
+        if self.machine.no_device:
+            raise WorkerError("unavailable", self.machine.no_device)
         return {"uuid": None, "matmul_flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e10}
 
     def _load(self, configuration, device, clock, threads, slowdown=0.0):
@@ -150,22 +154,22 @@ class Inner:
         (self.path / "suite" / "test_measured.py").write_text(MEASURED, encoding="utf-8")
 
     def run(self, *arguments, launches: int = 2, rounds: int = 2, what=ONE, plugins=()):
-        """Run pytest in this process with these arguments; `what` is measured."""
+        """Run pytest in this process; `what` holds the matrix options."""
         result = self.pytester.runpytest_inprocess(
             *arguments, *what, f"--perf-launches={launches}", f"--perf-rounds={rounds}", plugins=plugins
         )
         self.output = result.stdout.str() + result.stderr.str() + f"\n(seed {SEED})"
         return result
 
-    def says(self, *words: str) -> None:
-        """Assert that each of the words is in one line of the last output."""
+    def prints(self, *texts: str) -> None:
+        """Assert that each text is in one line of the last output."""
         lines = self.output.splitlines()
-        for wanted in words:
-            assert any(wanted in line for line in lines), f"nobody says {wanted!r}:\n{self.output}"
+        for text in texts:
+            assert any(text in line for line in lines), f"{text!r} was not printed:\n{self.output}"
 
-    def silent(self, *words: str) -> None:
-        """Assert that none of the words is in the last output."""
-        assert not [unwanted for unwanted in words if unwanted in self.output], self.output
+    def prints_no(self, *texts: str) -> None:
+        """Assert that no text is in the last output."""
+        assert not [text for text in texts if text in self.output], self.output
 
     @property
     def storage(self) -> Path:
@@ -174,18 +178,16 @@ class Inner:
         return folder
 
     def saved(self, folder: Path | None = None) -> list[Path]:
-        """The saved runs, the oldest first."""
-        found = (folder or self.path).rglob("[0-9]*_*.json")
-        return sorted(found, key=lambda path: path.name)
+        """The saved runs, oldest first."""
+        return sorted((folder or self.path).rglob("[0-9]*_*.json"), key=lambda path: path.name)
 
     def last(self) -> dict:
         """The newest saved run."""
         return json.loads(self.saved()[-1].read_text(encoding="utf-8"))
 
-    def store(self, sessions: int, offset: float = 0.03, **how) -> list[Path]:
-        """Save that many sessions of an unchanged tree: one measured, the others like it on better and worse days."""
-        how = {"what": ONE, "launches": 6, **how}
-        first = self.run("--benchmark-save=nightly", **how)
+    def store(self, sessions: int, offset: float = 0.03, **options) -> list[Path]:
+        """Save sessions of an unchanged tree: one measured, the others derived from it with random machine offsets."""
+        first = self.run("--benchmark-save=nightly", **{"what": ONE, "launches": 6, **options})
         assert first.ret == 0, self.output
         path, draw = self.saved()[-1], random.Random(SEED)
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -197,7 +199,7 @@ class Inner:
 
 
 def another_day(document: dict, number: int, offset: float, draw: random.Random) -> dict:
-    """The same session some days on: `offset` is the machine's, which the anchor has too; the code's own noise is 0.2 %."""
+    """The same session on another day: `offset` applies to the reference workload too; the rounds have 0.2 % more noise."""
     made = copy.deepcopy(document)
     made["perf"]["started_unix_seconds"] += float(number) - 1000.0
     for benchmark in made["benchmarks"]:
@@ -212,16 +214,16 @@ def another_day(document: dict, number: int, offset: float, draw: random.Random)
 
 @pytest.fixture(name="machine")
 def machine_fixture() -> Machine:
-    """A quiet machine."""
+    """A machine with little noise."""
     return Machine()
 
 
 @pytest.fixture(name="inner")
 def inner_fixture(pytester, machine, monkeypatch, tmp_path) -> Inner:
-    """A folder to run pytest in, on the synthetic machine: a CPU, whatever this one has."""
-    frequencies = iter(range(1_000_000))  # the momentary one, which pytest-benchmark takes for another machine
+    """A folder to run pytest in, on the synthetic machine, which has no GPU."""
+    frequencies = iter(range(1_000_000))  # pytest-benchmark treats another frequency as another machine
     monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
-    monkeypatch.setattr("perf.plugin.hooks.open_visible_device", lambda: NoTelemetry("a test"))
+    monkeypatch.setattr("perf.plugin.state.open_visible_device", lambda: NoTelemetry("a test"))
     monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
     monkeypatch.setattr(
         "pytest_benchmark.plugin.get_cpu_info",  # the real one takes a second
@@ -233,7 +235,7 @@ def inner_fixture(pytester, machine, monkeypatch, tmp_path) -> Inner:
 
 
 def fill_disk_for(monkeypatch, ending: str) -> None:
-    """From now on no file whose name ends so comes into being: the disk is full when it is to be renamed into place."""
+    """Simulate a full disk for files with this ending, at their renaming into place."""
     replace = shutil.os.replace
 
     def refuse(source, target, **options):
@@ -245,7 +247,7 @@ def fill_disk_for(monkeypatch, ending: str) -> None:
 
 
 def watched_by(monkeypatch, invalid, telemetry: dict | None = None) -> None:
-    """Every timed round is watched: invalid(n) is why the one tried as number n does not count, or None."""
+    """Replace telemetry: invalid(n) is the reason why the n-th timed round is invalid, or None."""
     tries = iter(range(1_000_000))
 
     @contextlib.contextmanager

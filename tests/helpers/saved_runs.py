@@ -1,4 +1,4 @@
-"""Saved runs for tests: the golden one, changed as asked."""
+"""Saved runs for tests: variations of the golden run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INFO = ("benchmarks", 0, "extra_info")
 
 
 def document(number: int = 1, slow: dict[str, float] | None = None, offset: float = 1.0, noise: float = 0.0) -> dict:
-    """The golden run as session `number` would have it: `offset` is the machine's (the anchor has it too), `slow` the code's."""
+    """The golden run as session `number`: `offset` scales all seconds, the reference workload's too, `slow` single ids."""
     made, draw = copy.deepcopy(DOCUMENT), random.Random(number)
     made["perf"]["started_unix_seconds"] += 86_400.0 * number
     for benchmark in made["benchmarks"]:
@@ -44,7 +44,7 @@ def store(folder: Path, made: dict, number: int = 1, label: str = "nightly") -> 
 
 
 def put(*path_and_value):
-    """A change that puts a value at a path into the document."""
+    """A function that sets the value at a path of a document."""
     *path, key, value = path_and_value
 
     def change(made):

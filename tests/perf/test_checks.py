@@ -1,9 +1,8 @@
-"""Is this machine fit to measure? The judgement from given facts."""
+"""Checks of `python -m perf doctor` on given facts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -16,26 +15,26 @@ from perf.machine.facts import CpuFacts
 from perf.machine.nvml import GpuFacts
 
 
-def statuses(found: list[checks.Check]) -> dict[str, str]:
-    return {check.name: check.status for check in found}
+def statuses(results: list[checks.Check]) -> dict[str, str]:
+    return {check.name: check.status for check in results}
 
 
-def the(name: str, found: list[checks.Check]) -> checks.Check:
-    (check,) = (check for check in found if check.name == name)
+def the(name: str, results: list[checks.Check]) -> checks.Check:
+    (check,) = (check for check in results if check.name == name)
     return check
 
 
-# --- judging the GPU
+# --- GPU
 
 
-def test_a_fit_gpu():
+def test_quiet_gpu_passes():
     assert set(statuses(checks.gpu_checks(H200)).values()) == {OK}
 
 
-def test_an_unreadable_gpu_is_no_fit_one():
-    found = statuses(checks.gpu_checks(GpuFacts(name="NVIDIA P100", uuid="GPU-2")))
-    assert found.pop("gpu") == OK and found.pop("mig") == OK
-    assert set(found.values()) == {WARNING}
+def test_unreadable_gpu_facts_are_warnings():
+    status = statuses(checks.gpu_checks(GpuFacts(name="NVIDIA P100", uuid="GPU-2")))
+    assert status.pop("gpu") == OK and status.pop("mig") == OK
+    assert set(status.values()) == {WARNING}
 
 
 @pytest.mark.parametrize(
@@ -66,11 +65,11 @@ def test_an_unreadable_gpu_is_no_fit_one():
         ("mig", {"mig_mode": None}, OK, "not on this model"),
     ],
 )
-def test_what_is_wrong_with_a_gpu(name, changes, status, words):
-    found = checks.gpu_checks(replace(H200, **changes))
-    check = the(name, found)
+def test_gpu_problem(name, changes, status, words):
+    results = checks.gpu_checks(replace(H200, **changes))
+    check = the(name, results)
     assert check.status == status and words in str(check) and "\n" not in str(check)
-    assert {other: state for other, state in statuses(found).items() if other != name and state != OK} == {}
+    assert {other: state for other, state in statuses(results).items() if other != name and state != OK} == {}
 
 
 @pytest.mark.parametrize(
@@ -86,10 +85,10 @@ def test_no_gpu(stack, required, status, words):
     assert check.status == status and words in str(check)
 
 
-# --- judging the stack
+# --- software stack
 
 
-def test_a_fit_stack():
+def test_compatible_stack_passes():
     assert set(statuses(checks.stack_checks(STACK, H200)).values()) == {OK}
     on_cpu = replace(STACK, device=None, uuid=None, capability=None, arch_list=())
     assert statuses(checks.stack_checks(on_cpu, GpuFacts())) == {"torch": OK, "xformers": OK}
@@ -108,19 +107,19 @@ def test_a_fit_stack():
         ("triton", {"triton_error": "ImportError: libcuda"}, WARNING, "ImportError: libcuda"),
         ("xformers", {"xformers": None}, WARNING, "not installed"),
         ("xformers", {"xformers_requires": ("torch==2.6.0",)}, WARNING, "is built for torch==2.6.0, and this is torch"),
-        ("xformers", {"xformers_requires": ("torch==2.15.0", "numpy<2", "??")}, OK, "goes with"),
+        ("xformers", {"xformers_requires": ("torch==2.15.0", "numpy<2", "??")}, OK, "compatible with"),
         ("xformers", {"xformers_error": "OSError: x"}, WARNING, "does not import: OSError: x"),
-        ("imports", {"error": "it died of signal 11"}, WARNING, "Triton or xFormers did not import"),
+        ("imports", {"error": "it was ended by signal 11"}, WARNING, "Triton or xFormers did not import"),
     ],
 )
-def test_what_does_not_go_together(name, changes, status, words):
-    found = checks.stack_checks(replace(STACK, **changes), H200)
-    check = the(name, found)
+def test_incompatible_stack(name, changes, status, words):
+    results = checks.stack_checks(replace(STACK, **changes), H200)
+    check = the(name, results)
     assert check.status == status and words in str(check)
-    assert {other: state for other, state in statuses(found).items() if other != name and state != OK} == {}
+    assert {other: state for other, state in statuses(results).items() if other != name and state != OK} == {}
 
 
-def test_the_compiler_is_inductors(monkeypatch, tmp_path):
+def test_compiler_check_uses_inductors_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert checks.compiler_check().status == WARNING
@@ -129,17 +128,17 @@ def test_the_compiler_is_inductors(monkeypatch, tmp_path):
     assert checks.compiler_check().fact == str(tmp_path / "g++")
 
 
-# --- judging the machine
+# --- CPU and suite
 
 
-def test_a_quiet_machine():
+def test_quiet_machine_passes():
     assert set(statuses(checks.cpu_checks(QUIET, LATER)).values()) == {OK}
 
 
-def test_an_unreadable_machine_is_no_quiet_one():
-    found = statuses(checks.cpu_checks(CpuFacts(), CpuFacts()))
-    assert found.pop("cpu limit") == OK  # no cgroup is no limit
-    assert set(found.values()) == {WARNING}
+def test_unreadable_machine_facts_are_warnings():
+    status = statuses(checks.cpu_checks(CpuFacts(), CpuFacts()))
+    assert status.pop("cpu limit") == OK  # no cgroup is no limit
+    assert set(status.values()) == {WARNING}
 
 
 @pytest.mark.parametrize(
@@ -156,49 +155,44 @@ def test_an_unreadable_machine_is_no_quiet_one():
         ("swap", {"swap_used_bytes": GIB}, WARNING, "1.0 GiB in use"),
     ],
 )
-def test_what_is_wrong_with_a_machine(name, changes, status, words):
-    found = checks.cpu_checks(replace(QUIET, **changes), LATER)
-    check = the(name, found)
+def test_machine_problem(name, changes, status, words):
+    results = checks.cpu_checks(replace(QUIET, **changes), LATER)
+    check = the(name, results)
     assert check.status == status and words in str(check)
-    assert {other: state for other, state in statuses(found).items() if other != name and state != OK} == {}
+    assert {other: state for other, state in statuses(results).items() if other != name and state != OK} == {}
 
 
 @pytest.mark.parametrize("stolen, status", [(10, OK), (11, WARNING)])
-def test_steal_is_taken_between_the_two_looks(stolen, status):
+def test_steal_is_the_difference_of_two_readings(stolen, status):
     before = replace(QUIET, steal_seconds=500)  # since boot: long ago
     check = the("steal", checks.cpu_checks(before, replace(LATER, steal_seconds=500 + stolen)))
     assert check.status == status and f"{stolen / 1000:.1%}" in check.fact
 
 
 @pytest.mark.parametrize("free, status", [(2 * GIB, OK), (GIB // 2, WARNING), (GIB // 32, CANNOT)])
-def test_room_for_the_runs(monkeypatch, tmp_path, free, status):
+def test_free_disk_space(monkeypatch, tmp_path, free, status):
     monkeypatch.setattr("perf.commands.checks.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     check = the("storage", checks.suite_checks(tmp_path / "not" / "made" / "yet"))
     assert check.status == status
     assert not (tmp_path / "not").exists()
 
 
-def test_a_storage_that_is_a_file(tmp_path):
+def test_storage_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     check = the("storage", checks.suite_checks(tmp_path / "file" / "below"))
-    assert check.status == CANNOT and "no folder that can be written to" in check.fact
+    assert check.status == CANNOT and "is not a writable folder" in check.fact
 
 
 @pytest.mark.parametrize("version, status", [("5.3.1", OK), ("4.0.0", CANNOT), (None, CANNOT)])
-def test_the_version_of_pytest_benchmark(monkeypatch, tmp_path, version, status):
-    def answer(package):
-        if version is None:
-            raise metadata.PackageNotFoundError(package)
-        return version
-
-    monkeypatch.setattr("perf.commands.checks.metadata.version", answer)
+def test_version_of_pytest_benchmark(monkeypatch, tmp_path, version, status):
+    monkeypatch.setattr("perf.commands.checks.package_version", lambda package: version)
     assert the("pytest-benchmark", checks.suite_checks(tmp_path)).status == status
 
 
-def test_a_slow_clock_and_no_git(monkeypatch, tmp_path):
+def test_slow_clock_and_missing_git(monkeypatch, tmp_path):
     ticks = iter(range(10_000))
     monkeypatch.setattr("perf.commands.checks.time.perf_counter", lambda: next(ticks) // 100 * 0.01)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = checks.suite_checks(tmp_path)
-    assert the("clock", found).status == WARNING and "steps of 10000000 ns" in the("clock", found).fact
-    assert the("git", found).status == WARNING
+    results = checks.suite_checks(tmp_path)
+    assert the("clock", results).status == WARNING and "steps of 10000000 ns" in the("clock", results).fact
+    assert the("git", results).status == WARNING

@@ -1,4 +1,4 @@
-"""`perf compare` and `perf show`: what is printed, and with which exit status, on a machine without torch."""
+"""`perf compare` and `perf show`: output and exit status, on a machine without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from saved_runs import GOLDEN, IDS, RUNS, document, store
 
-from perf.commands import compare
+from perf.commands import compare, show
+from perf.report.text import seconds
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,10 +23,10 @@ def invoke(*arguments: object) -> int:
     return compare.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def show(*paths: object) -> int:
+def invoke_show(*paths: object) -> int:
     parser = argparse.ArgumentParser()
-    compare.add_show_arguments(parser)
-    return compare.run_show(parser.parse_args([str(path) for path in paths]))
+    show.add_arguments(parser)
+    return show.run(parser.parse_args([str(path) for path in paths]))
 
 
 @pytest.fixture
@@ -53,11 +54,9 @@ def test_two_runs_have_ratios_and_no_verdict(write, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["configuration", "A:", "0001_synthetic", "B:", "new", "verdict"]
     line = next(line for line in lines if IDS[1] in line)
-    assert (
-        "300.8 ms" in line and "379 ms" in line
-    )  # as measured, on a machine that was 20 % slower; then the anchored ratio
+    assert "300.8 ms" in line and "379 ms" in line  # raw seconds; the ratio is relative to the reference workload
     assert "INCONCLUSIVE +5.0 % [4." in line and "against 0001_synthetic (too_few_sessions)" in line
-    assert "what sessions differ in without a change is not in them" in lines[-1]
+    assert "not between sessions; --storage FOLDER" in lines[-1]
     assert invoke(GOLDEN, new, "--strict") == 21
 
 
@@ -76,7 +75,7 @@ def test_unchanged_against_a_storage(storage, write, capsys):
 
 
 def test_storage_that_holds_both_runs_and_later_ones(storage, capsys):
-    """B is not its own history, nor is what came after it; A is, even when it lies elsewhere."""
+    """The history excludes B and later sessions, and includes A even if it is stored elsewhere."""
     assert invoke(GOLDEN, storage / "0006_nightly.json", "--storage", storage) == 0
     assert "over 6 stored sessions" in capsys.readouterr().out
     assert invoke(storage / "0001_nightly.json", storage / "0006_nightly.json", "--storage", storage) == 0
@@ -97,7 +96,7 @@ def test_missing_fails_and_new_is_listed(write, capsys):
     assert f"missing in B: {IDS[0]}" in out and "new in B: tiny-renamed-b1" in out
 
 
-def test_invalid_and_partial_sessions_say_so(write, capsys):
+def test_invalid_and_partial_sessions_are_marked(write, capsys):
     made = document(9)
     made["perf"].update(invalid="anchor_drift 4.1 %", partial="deselected 3 of 9")
     assert invoke(GOLDEN, write(made)) == 1
@@ -105,7 +104,7 @@ def test_invalid_and_partial_sessions_say_so(write, capsys):
     assert out.count("INVALID (anchor_drift 4.1 %)") == 3 and "new is partial: deselected 3 of 9" in out
 
 
-def test_other_machine_is_refused_unless_asked_for(write, capsys):
+def test_other_machine_is_refused_without_foreign(write, capsys):
     made = document(9, dict.fromkeys(IDS, 3.0))
     made["machine_info"]["stack"]["uuid"] = "GPU-1"
     new = write(made)
@@ -126,7 +125,7 @@ def test_plain_files(capsys):
 @pytest.mark.parametrize(
     "arguments", [("absent.json", GOLDEN), (GOLDEN, "absent.json"), (GOLDEN, GOLDEN, "--storage", GOLDEN)]
 )
-def test_what_cannot_be_read(arguments, capsys):
+def test_unreadable_runs_are_one_line_errors(arguments, capsys):
     assert invoke(*arguments) == 4
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -139,7 +138,7 @@ def test_impossible_margin_is_a_usage_error(text, capsys):
 
 
 def test_show(capsys):
-    assert show(GOLDEN) == 0
+    assert invoke_show(GOLDEN) == 0
     out = capsys.readouterr().out
     assert "0001_synthetic: name Synthetic GPU, driver 570.86, torch 2.15.0+cu132" in out
     assert "started 2026-01-01 00:00 UTC, 35 of 36 rounds valid" in out
@@ -148,23 +147,31 @@ def test_show(capsys):
     assert row.split() == "tiny-sdpa-b1 6 300.8 ms [299.8 ms, 301.5 ms] 300.8 ms 360 ms 1.12 GiB 150.4 -".split()
 
 
-def test_show_what_is_wrong_and_go_on(write, capsys):
+def test_show_continues_after_unreadable_files(write, capsys):
     made = document(9)
     made["perf"]["regressed"] = [IDS[0]]
     made["benchmarks"][0]["extra_info"]["image"] = {"verdict": "INVALID", "reason": "constant colour"}
     made["benchmarks"][1]["extra_info"]["variant"] = "base"
-    assert show("absent.json", write(made), RUNS / "plain.json") == 4
+    assert invoke_show("absent.json", write(made), RUNS / "plain.json") == 4
     captured = capsys.readouterr()
     assert "absent.json" in captured.err
     assert f"regressed: {IDS[0]}" in captured.out and "wrong image: constant colour" in captured.out
     assert f"{IDS[1]} (base)" in captured.out and "13.3 us" in captured.out
 
 
+def test_show_of_another_file_does_not_advise_to_delete_it(capsys):
+    """A user who names the wrong file must not lose it."""
+    assert invoke_show(ROOT / "README.md", ROOT / "pyproject.toml", RUNS / ".." / "held" / "absent.json") == 4
+    err = capsys.readouterr().err
+    assert err.count("\n") == 3 and "delete" not in err
+    assert "README.md: is not JSON" in err and "name a saved run" in err
+
+
 def test_table_of_rich_on_a_terminal(monkeypatch, capsys):
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    compare._print_table(["name"], [["[red]id[/red]"]])
+    show.print_table(["name"], [["[red]id[/red]"]])
     assert "[red]id[/red]" in capsys.readouterr().out  # text, not markup
 
 
@@ -172,7 +179,7 @@ def test_table_of_rich_on_a_terminal(monkeypatch, capsys):
     "value, text", [(None, "-"), (24.0, "24 s"), (0.3001, "300.1 ms"), (1e-5, "10 us"), (2e-9, "2 ns")]
 )
 def test_seconds(value, text):
-    assert compare.seconds(value) == text
+    assert seconds(value) == text
 
 
 def test_no_torch_pytest_numpy_or_rich_is_needed(storage, write):

@@ -18,7 +18,7 @@ from perf.commands.checks import CANNOT, OK, WARNING
 
 @pytest.fixture
 def command(monkeypatch, fake_torch, tmp_path):
-    """Run the doctor on a quiet machine, with a torch and a library of NVML that the test chooses."""
+    """Run the doctor on a quiet machine with a given torch and NVML library."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     facts = iter([QUIET, LATER])
     monkeypatch.setattr("perf.commands.doctor.cpu_facts", lambda: next(facts))
@@ -44,7 +44,7 @@ def test_a_fit_machine_line_by_line(command, capsys):
     assert library.users == 0
 
 
-def test_a_machine_that_is_not_fit_says_so_and_exits_1(command, capsys):
+def test_unfit_machine_exits_1(command, capsys):
     assert command(FakeNvml({"ComputeRunningProcesses_v3": [4242]}), "--no-compile") == 1
     out = capsys.readouterr().out
     assert "cannot   processes         the GPU is in use by pid 4242; every round" in out
@@ -61,25 +61,25 @@ def test_json(command, capsys):
     assert set(found["gpu"]) == {"name", "status", "fact", "advice"}
 
 
-def test_a_cpu_is_examined_without_a_look_at_gpus(command, capsys):
+def test_device_cpu_skips_gpu_checks(command, capsys):
     assert command(FakeNvml({"ComputeRunningProcesses_v3": [4242]}), "--device", "cpu", "--json", "--no-compile") == 0
     assert not {"gpu", "processes", "cuda", "triton"} & {
         check["name"] for check in json.loads(capsys.readouterr().out)["checks"]
     }
 
 
-def test_a_missing_driver_ends_the_look_at_a_gpu_that_torch_sees(command, capsys):
+def test_missing_nvml_with_a_gpu_in_torch(command, capsys):
     assert command(FakeNvml(init_error=LIBRARY_NOT_FOUND), "--no-compile") == 0
     assert "NVIDIA H200, unseen by NVML: the NVIDIA driver does not respond" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device, code", [("auto", 0), ("cuda", 1)])
-def test_without_any_gpu_only_who_asks_for_one_is_refused(command, device, code):
+def test_missing_gpu_fails_only_with_device_cuda(command, device, code):
     no_gpu = "cuda.is_available = lambda: False"
     assert command(FakeNvml(init_error=LIBRARY_NOT_FOUND), "--device", device, "--no-compile", torch=no_gpu) == code
 
 
-def test_it_changes_nothing(command, monkeypatch, tmp_path):
+def test_doctor_is_read_only(command, monkeypatch, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
@@ -88,14 +88,14 @@ def test_it_changes_nothing(command, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", ""])
-def test_a_device_that_is_none_is_a_usage_error(command, text):
+def test_unknown_device_is_a_usage_error(command, text):
     with pytest.raises(SystemExit) as exit_:
         command(FakeNvml(), "--device", text)
     assert exit_.value.code == 2
 
 
 def test_this_machine_has_facts():
-    """On whatever machine: the doctor's own looks at it give lines, and only known words."""
+    """On any machine, every check has a fact and a known status."""
     cpu = doctor.cpu_facts()
     for check in [*checks.cpu_checks(cpu, cpu), *checks.suite_checks(Path(os.curdir)), checks.compiler_check()]:
         assert check.status in (OK, WARNING, CANNOT) and check.fact and "\n" not in str(check)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from perf import __main__ as commands
 from perf.commands import gpu_run
 
 QUICK = gpu_run.Step("correctness", ("--version",), "first", measures=False)
@@ -147,10 +146,3 @@ def test_another_model_takes_the_place_of_a_steps_own(tmp_path, steps, monkeypat
     seen.clear()
     assert _run(tmp_path / "b") == 0
     assert ["sd2-v"] in seen and ["sd2"] in seen and [] in seen
-
-
-def test_unknown_commands_exit_with_our_usage_error(capsys):
-    with pytest.raises(SystemExit) as exit:
-        commands.main(["nonsense"])
-    assert exit.value.code == 4
-    assert "doctor" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m perf merge`: the runs of many machines in one folder; nothing is lost, overwritten or led astray."""
+"""`python -m perf merge`: runs of many machines in one folder, without loss, overwriting or path traversal."""
 
 from __future__ import annotations
 
@@ -52,27 +52,27 @@ def fleet(tmp_path) -> Path:
     return tmp_path / "fleet"
 
 
-def test_every_run_is_there_byte_for_byte_by_device_and_stack(fleet, tmp_path, capsys):
+def test_runs_are_copied_byte_for_byte_by_device_and_stack(fleet, tmp_path, capsys):
     assert merge(tmp_path / "all", fleet) == ExitCode.OK
-    assert "merge: 8 added, 0 there already, 0 not taken, of 3 kinds of machine" in capsys.readouterr().out
+    assert "merge: 8 added, 0 already present, 0 not taken, 3 machine folder(s)" in capsys.readouterr().out
     assert files(tmp_path / "all") == [
         *(
             f"NVIDIA-A100-SXM4-80GB_570.86_torch2.0.1+cu118/{name}"
             for name in ("0001_nightly.json", "0002_nightly.json")
         ),
         *(f"NVIDIA-A100-SXM4-80GB_570.86_torch2.15.0+cu132/{n}" for n in ("0001_nightly.json", "0002_nightly.json")),
-        # Of the second H200, whose numbers the first one has.
+        # The second H200 used the numbers of the first.
         *(f"NVIDIA-H200_570.86_torch2.15.0+cu132/000{number}_nightly.json" for number in (1, 2, 3, 4)),
     ]
     before = sorted(path.read_bytes() for path in fleet.rglob("*.json"))
     assert sorted(path.read_bytes() for path in (tmp_path / "all").rglob("*.json")) == before
 
 
-def test_again_adds_nothing_and_a_new_run_is_added_alone(fleet, tmp_path, capsys):
+def test_repeated_merge_adds_new_runs_only(fleet, tmp_path, capsys):
     merge(tmp_path / "all", fleet)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*.json")}
     assert merge(tmp_path / "all", fleet, fleet / "a100" / "storage" / "0001_nightly.json") == ExitCode.OK
-    assert "merge: 0 added, 8 there already" in capsys.readouterr().out
+    assert "merge: 0 added, 8 already present" in capsys.readouterr().out
     store(fleet / "h200-b" / "storage", of_machine(document(40), name="NVIDIA H200", uuid="GPU-b"), 3)
     assert merge(tmp_path / "all", fleet) == ExitCode.OK
     new = set((tmp_path / "all").rglob("*.json")) - set(before)
@@ -80,17 +80,17 @@ def test_again_adds_nothing_and_a_new_run_is_added_alone(fleet, tmp_path, capsys
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_the_same_run_in_other_words_is_the_same_run(tmp_path):
+def test_reformatted_run_is_a_duplicate(tmp_path):
     (tmp_path / "0001_a.json").write_text(json.dumps(DOCUMENT, indent=4, sort_keys=True), encoding="utf-8")
     assert merge(tmp_path / "all", GOLDEN, tmp_path / "0001_a.json") == ExitCode.OK
     assert len(files(tmp_path / "all")) == 1
 
 
-def test_what_stands_there_is_never_overwritten(tmp_path):
-    """A file that is no saved run keeps its place too."""
+def test_existing_files_are_never_overwritten(tmp_path):
+    """A file that is no saved run is kept too."""
     merge(tmp_path / "all", GOLDEN)
     (there,) = (tmp_path / "all").rglob("*.json")
-    for content in ("of somebody else", json.dumps(document(3))):
+    for content in ("another program's file", json.dumps(document(3))):
         there.write_text(content, encoding="utf-8")
         assert merge(tmp_path / "all", GOLDEN) == ExitCode.OK
         assert there.read_text(encoding="utf-8") == content
@@ -118,17 +118,17 @@ DAMAGED = {
 }
 
 
-def test_damaged_runs_are_named_left_alone_and_cost_the_others_nothing(tmp_path, capsys):
+def test_damaged_runs_are_reported_and_left_in_place(tmp_path, capsys):
     runs = tmp_path / "runs"
     runs.mkdir()
     for name, content in DAMAGED.items():
         (runs / name).write_bytes(content)
     store(runs, document(1))
-    (runs / "0001_x.trace.json").write_text("{}")  # of --perf-trace: no run, and nothing wrong
+    (runs / "0001_x.trace.json").write_text("{}")  # of --perf-trace
     (runs / "state.json").write_text("{}")  # of gpu-run
     assert merge(tmp_path / "all", runs, tmp_path / "absent.json") == ExitCode.FAILED
     out, err = capsys.readouterr()
-    assert "merge: 1 added, 0 there already, 6 not taken, of 1 kinds of machine, 1 JSON files of another kind" in out
+    assert "merge: 1 added, 0 already present, 6 not taken, 1 machine folder(s), 1 other JSON files skipped" in out
     for name in (*DAMAGED, "absent.json"):
         assert sum(name in line for line in err.splitlines()) == 1, err
     assert all((runs / name).read_bytes() == content for name, content in DAMAGED.items())
@@ -136,7 +136,7 @@ def test_damaged_runs_are_named_left_alone_and_cost_the_others_nothing(tmp_path,
 
 
 @pytest.mark.parametrize("what", ["damaged", "absent", "empty folder", "a file as folder"])
-def test_nothing_merged_is_refused(tmp_path, what, capsys):
+def test_merge_without_a_readable_run_is_refused(tmp_path, what, capsys):
     source = {"damaged": tmp_path / "half.json", "empty folder": tmp_path / "runs"}.get(what, tmp_path / "absent.json")
     (tmp_path / "half.json").write_bytes(DAMAGED["half.json"])
     (tmp_path / "runs").mkdir()
@@ -159,7 +159,7 @@ def test_usage(capsys):
 @pytest.mark.parametrize(
     "name", ["../../escaped", "/etc/passwd", "..", "a/b", "x\\y", ".hidden", "~root", "-rf", "a" * 900]
 )
-def test_nothing_in_a_file_leads_out_of_the_folder(tmp_path, name):
+def test_file_contents_cannot_escape_the_folder(tmp_path, name):
     made = of_machine(copy.deepcopy(DOCUMENT), name=name, driver=name, torch=name, cuda=None)
     made["perf"]["against"] = made["commit_info"]["id"] = name
     made["benchmarks"][0]["extra_info"]["configuration"].update(id=name, checkpoint=name)
@@ -170,13 +170,13 @@ def test_nothing_in_a_file_leads_out_of_the_folder(tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0001_nightly.json", "in"]
 
 
-def test_a_plain_file_of_pytest_benchmark_is_kept(tmp_path):
+def test_plain_pytest_benchmark_file_is_copied(tmp_path):
     assert merge(tmp_path, RUNS / "plain.json") == ExitCode.OK
     (run,) = tmp_path.rglob("*.json")
     assert run.name == "0001_plain.json" and run.read_bytes() == (RUNS / "plain.json").read_bytes()
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_full_disk_is_a_one_line_error(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise BaselineError("all: cannot be written: No space left on device")
 

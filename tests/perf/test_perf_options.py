@@ -1,4 +1,4 @@
-"""The command line of `pytest perf`: what is refused before anything is measured, in which words, and what is set."""
+"""Options of `pytest perf`: usage errors before anything is measured, and the resulting settings."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from perf.configurations.configuration import CHOICES
 from perf.launch.process import Interpreter
 from perf.plugin import options
 
-CROSSED = {option: field for option, field, _ in options.MATRIX if field in CHOICES}
+CROSSED = {option: field for option, field, *_ in options.MATRIX if field in CHOICES}
 
 
 @pytest.mark.parametrize("option", CROSSED)
 def test_unknown_value(inner, option):
     assert inner.run(f"{option}=nonsense", what=()).ret == ExitCode.REFUSED
-    inner.says(f"{option}: 'nonsense': choose from {', '.join(CHOICES[CROSSED[option]])}")
+    inner.prints(f"{option}: 'nonsense': choose from {', '.join(CHOICES[CROSSED[option]])}")
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (["--batch=0"], "--batch: '0' is not a whole number of at least 1"),
         (["--batch=two"], "--batch: 'two' is not a whole number of at least 1"),
         (["--steps=-1"], "--steps: '-1' is not a whole number of at least 1"),
         (["--size=512x"], "--size: '512x': give pixels such as 512, or HEIGHTxWIDTH such as 512x768"),
         (["--sdpa-kernels=math,nonsense"], "--sdpa-kernels: 'nonsense': choose from math, mem_efficient, flash, cudnn"),
-        (["--sdpa-kernels="], "--sdpa-kernels: '': choose from"),
+        (["--sdpa-kernels=math,"], "--sdpa-kernels: '': choose from"),
         (["--ckpt=absent.ckpt"], "--ckpt: absent.ckpt: there is no such file"),
         (["--config=absent.yaml"], "--config: absent.yaml: there is no such file"),
         (["--config=tox.ini"], "--config describes the weights of --ckpt: give both"),
-        (["--perf-launches=0"], "--perf-launches 0: must be at least 1"),
-        (["--perf-rounds=-1"], "--perf-rounds -1: must be at least 1"),
-        (["--perf-threads=0"], "--perf-threads 0: must be at least 1"),
+        (["--perf-launches=0"], "--perf-launches: '0' is not a whole number of at least 1"),
+        (["--perf-rounds=-1"], "--perf-rounds: '-1' is not a whole number of at least 1"),
+        (["--perf-threads=0"], "--perf-threads: '0' is not a whole number of at least 1"),
         (["--perf-clock=sun"], "argument --perf-clock: invalid choice: 'sun'"),
         (["--perf-inject-slowdown=2"], "--perf-inject-slowdown: a fraction between 0 and 1"),
         (["--perf-inject-slowdown=nan"], "--perf-inject-slowdown: a fraction between 0 and 1"),
@@ -56,12 +56,38 @@ def test_unknown_value(inner, option):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refused_before_anything_is_measured(inner, arguments, words):
+def test_usage_error_before_anything_is_measured(inner, arguments, message):
     result = inner.pytester.runpytest_inprocess(*arguments)
     output = result.stdout.str() + result.stderr.str()
     assert result.ret == ExitCode.REFUSED, output
-    assert words in output and "Traceback" not in output and "INTERNALERROR" not in output
+    assert message in output and "Traceback" not in output and "INTERNALERROR" not in output
     assert inner.machine.opened == []
+
+
+PERF_TEXTS = (
+    "python",
+    "against",
+    "compile-cache",
+    "report",
+    "trace",
+    "launches",
+    "rounds",
+    "threads",
+    "inject-slowdown",
+)
+TAKES_TEXT = (
+    [option for option, *_ in options.MATRIX] + [f"--perf-{name}" for name in PERF_TEXTS] + ["--benchmark-compare"]
+)
+
+
+@pytest.mark.parametrize("value", ["", " "], ids=["empty", "blank"])
+@pytest.mark.parametrize("option", TAKES_TEXT)
+def test_empty_value_is_a_usage_error(inner, option, value):
+    """An unset variable of a CI script must not select the defaults or compare with nothing."""
+    assert inner.run(f"{option}={value}", "--benchmark-save=a").ret == ExitCode.REFUSED, inner.output
+    inner.prints(f"{option}: the value is empty; is a variable unset?")
+    inner.prints_no("Traceback", "INTERNALERROR")
+    assert inner.machine.opened == [] and not inner.saved()
 
 
 @pytest.fixture
@@ -95,7 +121,7 @@ def test_other_commit(repository):
 
 
 @pytest.mark.parametrize("reference", ["nonsense", "--help", "v1:sd", ""])
-def test_commit_that_there_is_not(repository, reference):
+def test_unknown_commit(repository, reference):
     with pytest.raises(pytest.UsageError, match=r"--perf-against .*: (there is no such commit|fatal: )"):
         options.other_commit(reference, repository.path)
 
@@ -106,38 +132,36 @@ def test_against_a_commit_end_to_end(repository):
     sources = {one.source for one in repository.machine.opened}
     assert len(sources) == 2
     assert not any(source.exists() for source in sources if source.name.startswith("sd-perf-base-")), "left behind"
-    repository.says("against ", "(beyond_margin)")
+    repository.prints("against ", "(beyond_margin)")
 
 
-def test_against_nothing(repository):
+def test_against_an_unknown_commit(repository):
     assert repository.run("--perf-against=nonsense").ret == ExitCode.REFUSED
-    repository.says("--perf-against nonsense: ")
+    repository.prints("--perf-against nonsense: ")
     assert repository.machine.opened == []
 
 
 def test_against_without_git(inner, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert inner.run("--perf-against=HEAD").ret == ExitCode.REFUSED
-    inner.says("--perf-against needs git, which is not installed")
+    inner.prints("--perf-against needs git, which is not installed")
 
 
-def test_other_interpreter_takes_its_turns(inner, tmp_path):
+def test_other_interpreter_is_measured_in_turns(inner, tmp_path):
     python = tmp_path / "python"
     python.symlink_to(sys.executable)
     assert inner.run(f"--perf-python=old={python}", "--benchmark-save=a").ret == 0, inner.output
     assert [one["extra_info"]["configuration"]["interpreter"] for one in inner.last()["benchmarks"]] == [None, "old"]
-    used = [one.python for one in inner.machine.opened]
-    assert used.count(str(python)) == 2, (
-        "a launch each, and the link as it is: what it points at is another environment"
-    )
+    used = [interpreter.python for interpreter in inner.machine.opened]
+    assert used.count(str(python)) == 2, "two launches, by the unresolved link: its target is another environment"
 
 
-# --- what the options come to
+# --- settings
 
 
 @pytest.fixture
 def settings(inner):
-    """The settings that a command line comes to."""
+    """The settings of a command line."""
 
     def read(*arguments, device="cpu"):
         config = inner.pytester.parseconfig(*arguments)
@@ -170,14 +194,14 @@ def settings(inner):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_settings(settings, device, arguments, expected):
-    found = settings(*arguments, device=device)
-    assert {name: getattr(found, name) for name in expected} == expected
+    result = settings(*arguments, device=device)
+    assert {name: getattr(result, name) for name in expected} == expected
 
 
 def test_every_option_is_described(inner):
     result = inner.pytester.runpytest_inprocess("--help")
     assert result.ret == 0
-    words = " ".join(result.stdout.str().split())
-    for option, field, _ in options.MATRIX:
-        assert f"{option}={field.upper()}" in words or f"{option} {field.upper()}" in words
+    text = " ".join(result.stdout.str().split())
+    for option, field, *_ in options.MATRIX:
+        assert f"{option}={field.upper()}" in text or f"{option} {field.upper()}" in text
     assert "published: the article's five" in " ".join(inner.pytester.runpytest_inprocess("--markers").outlines)

@@ -1,4 +1,4 @@
-"""`pytest perf` end to end on a synthetic machine: partial runs, failures, pairs, the protocol's odd ends, and twice for real."""
+"""`pytest perf` end to end on a synthetic machine: partial runs, failures, options, and two real measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inner_session import ORIGINAL, SDPA, TWO, inner_fixture, machine_fixture, w
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import ROOT, Interpreter
-from perf.plugin import benchmark_bridge as benchmark_glue
+from perf.plugin import benchmark_bridge
 from perf.runs import saved_run
 from perf.session.lock import DeviceLock
 
@@ -34,35 +34,35 @@ def partial(inner) -> str | None:
     ],
     ids=["-k", "--deselect", "node id", "-m with -k"],
 )
-def test_a_part_of_the_suite_is_saved_as_that_and_never_chosen(inner, arguments):
+def test_partial_run_is_marked_and_never_chosen(inner, arguments):
     assert inner.run("--benchmark-save=part", *arguments, what=TWO).ret == 0, inner.output
     assert [one["extra_info"]["configuration"]["id"] for one in inner.last()["benchmarks"]] == [ORIGINAL]
     assert partial(inner) in ("deselected 1", "selected by test id", "narrowed by more than -m")
-    inner.says(f"partial run ({partial(inner)}): never a baseline by itself")
+    inner.prints(f"partial run ({partial(inner)}): never chosen as a baseline")
     assert inner.run("--benchmark-compare", what=TWO).ret == 0
-    inner.says("there is no baseline in", f"0001_part.json: partial: {partial(inner)}")
+    inner.prints("there is no baseline in", f"0001_part.json: partial: {partial(inner)}")
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m", "matrix"), ("-k", "steps or plms2"), ("suite",)], ids=str)
 def test_the_whole_suite_is_not_partial(inner, arguments):
-    """-m names a suite, and -k may leave out what would not have run anyway."""
+    """-m selects a complete suite, and -k may exclude tests that the default set excludes too."""
     assert inner.run("--benchmark-save=whole", *arguments, what=TWO).ret == 0
     assert partial(inner) is None
     assert len(inner.last()["benchmarks"]) == 2
 
 
-def test_a_function_named_without_a_configuration_runs_the_usual_set(inner):
+def test_function_without_a_configuration_runs_the_default_set(inner):
     inner.run("suite/test_measured.py::test_txt2img", "--benchmark-save=a", what=TWO).assert_outcomes(passed=2)
     assert partial(inner) is None
 
 
-def test_node_ids_of_other_tests_do_not_widen_the_choice(inner):
+def test_ids_of_other_tests_do_not_change_the_selection(inner):
     other = inner.path / "suite" / "test_other.py"
     other.write_text("import pytest\n@pytest.mark.parametrize('n', [1])\ndef test_other(n): pass\n")
     inner.run("suite/test_other.py::test_other[1]", "suite/test_measured.py").assert_outcomes(passed=2)
 
 
-def test_a_parameter_called_configuration_elsewhere_is_left_alone(inner):
+def test_parameter_configuration_of_other_tests_is_ignored(inner):
     other = inner.path / "suite" / "test_other.py"
     other.write_text(
         "import pytest\n@pytest.mark.parametrize('configuration', [1, 2])\ndef test_other(configuration): pass\n"
@@ -72,8 +72,8 @@ def test_a_parameter_called_configuration_elsewhere_is_left_alone(inner):
 
 
 def test_interrupted(inner):
-    """Ctrl-C keeps what there is, as partial; --perf-resume measures the rest; then it is a baseline."""
-    inner.machine.interrupt_after = 8  # a reference and two launches of three rounds each are before it
+    """Ctrl-C saves a partial run; --perf-resume measures the rest and completes it to a baseline."""
+    inner.machine.interrupt_after = 8  # after a reference image and two launches of three rounds
     result = inner.run("--benchmark-save=cut", what=TWO)
     assert result.ret == pytest.ExitCode.INTERRUPTED, inner.output
     assert partial(inner) == "interrupted"
@@ -81,22 +81,22 @@ def test_interrupted(inner):
     assert sum(rounds) < 8
     inner.machine.interrupt_after, before = None, inner.machine.rounds
     assert inner.run("--benchmark-save=rest", "--perf-resume", what=TWO).ret == 0, inner.output
-    inner.says("perf: resuming from")
+    inner.prints("perf: resuming from")
     assert partial(inner) is None
     assert [len(one["stats"]["data"]) for one in inner.last()["benchmarks"]] == [4, 4]
-    assert inner.machine.rounds - before < 12, "measured again what was there"
+    assert inner.machine.rounds - before < 12, "measured rounds were repeated"
     assert inner.run("--benchmark-compare", what=TWO).ret == 0
-    inner.says("against 0002_rest")
-    for _ in range(2):  # of the one just before
+    inner.prints("against 0002_rest")
+    for _ in range(2):  # resumes the run before
         assert inner.run("--benchmark-save=again", "--perf-resume", what=TWO).ret == 0, inner.output
     started = [json.loads(path.read_text())["perf"]["started_unix_seconds"] for path in inner.saved()]
-    assert started[0] == started[1] < started[2] == started[3], "gone on with, it is the same session"
+    assert started[0] == started[1] < started[2] == started[3], "a resumed run is the same session"
 
 
 def test_interrupted_before_the_first_round(inner):
     inner.machine.interrupt_after = 1
     assert inner.run("--benchmark-save=cut").ret == pytest.ExitCode.INTERRUPTED
-    inner.says(f"INVALID {SDPA}: interrupted before its first round")
+    inner.prints(f"INVALID {SDPA}: interrupted before its first round")
     assert not inner.saved()
 
 
@@ -104,30 +104,30 @@ def test_resume_with_other_options_is_refused(inner):
     inner.machine.interrupt_after = 5
     inner.run(launches=2)
     assert inner.run("--perf-resume", launches=3).ret == ExitCode.FAILED
-    inner.says("was started with other launches: 2, now 3")
+    inner.prints("was started with other launches: 2, now 3")
 
 
-# --- what cannot be measured
+# --- failures
 
 
-def test_wrong_picture_has_no_time(inner):
+def test_wrong_image_invalidates_the_timing(inner):
     inner.machine.wrong = {SDPA}
     result = inner.run("--benchmark-save=a", what=TWO)
     assert result.ret == ExitCode.FAILED
     result.assert_outcomes(passed=1, failed=1)
-    inner.says(f"INVALID {SDPA}: wrong_image: latents: relative error 0.5 against the fp32 reference")
-    inner.silent("was not used at all", "Traceback")
+    inner.prints(f"INVALID {SDPA}: wrong_image: latents: relative error 0.5 against the fp32 reference")
+    inner.prints_no("was not used at all", "Traceback")
     assert [one["extra_info"]["configuration"]["id"] for one in inner.last()["benchmarks"]] == [ORIGINAL]
     assert partial(inner) == "1 failed"
 
 
 @pytest.mark.parametrize("arguments", [(), ("-W", "error")], ids=["plain", "-W error"])
-def test_nothing_measured_at_all(inner, arguments):
+def test_session_without_valid_rounds(inner, arguments):
     inner.machine.wrong = {SDPA}
     result = inner.run("--benchmark-save=a", "--benchmark-json=out.json", *arguments)
     assert result.ret == ExitCode.FAILED, inner.output
     result.assert_outcomes(failed=1)
-    inner.silent("INTERNALERROR", "Traceback")
+    inner.prints_no("INTERNALERROR", "Traceback")
     assert not inner.saved() and not (inner.path / "out.json").exists()
 
 
@@ -136,47 +136,56 @@ def test_unavailable_is_a_skip_with_its_reason(inner):
     result = inner.run("--benchmark-save=a", "-ra", what=TWO)
     assert result.ret == 0
     result.assert_outcomes(passed=1, skipped=1)
-    inner.says("SKIPPED", "sdpa needs torch 2.0")
+    inner.prints("SKIPPED", "sdpa needs torch 2.0")
     assert partial(inner) is None
 
 
-def test_a_worker_that_dies_fails_its_configuration_alone(inner):
+def test_dying_worker_fails_its_configuration_only(inner):
     inner.machine.refused = {SDPA: ("died", "the worker was ended by SIGKILL")}
     result = inner.run(what=TWO)
     assert result.ret == ExitCode.FAILED
     result.assert_outcomes(passed=1, failed=1)
-    inner.says(f"INVALID {SDPA}: died: the worker was ended by SIGKILL")
+    inner.prints(f"INVALID {SDPA}: died: the worker was ended by SIGKILL")
 
 
-def test_reference_that_cannot_be_made(inner):
-    """Without the picture to compare with the time is there, and the run is no baseline."""
+def test_missing_gpu_is_one_line_and_a_usage_error(inner):
+    inner.machine.no_device = "torch 2.15.0 of python sees no CUDA device"
+    result = inner.run("--device=cuda", what=TWO)
+    assert result.ret == ExitCode.REFUSED, inner.output
+    assert inner.output.count("sees no CUDA device") == 1 and inner.machine.rounds == 0
+    inner.prints("perf: nothing can be measured: torch 2.15.0 of python sees no CUDA device")
+    inner.prints_no("Traceback", "INTERNALERROR", "ERROR")
+
+
+def test_failing_reference_image(inner):
+    """Without a reference image the timing is kept, and the run is no baseline."""
     inner.machine.refused = {ORIGINAL: ("out_of_memory", "out of memory at a peak of 1 GiB")}
     assert inner.run("--benchmark-save=a").ret == 0
-    inner.says(f"{SDPA}: its picture was not checked: out of memory")
-    assert partial(inner) == "1 without a reference picture"
+    inner.prints(f"{SDPA}: its image was not checked: out of memory")
+    assert partial(inner) == "1 without a reference image"
     assert inner.last()["benchmarks"][0]["extra_info"]["image"]["verdict"] == "unchecked"
 
 
-def test_device_that_another_session_measures(inner, tmp_path):
+def test_device_locked_by_another_session(inner, tmp_path):
     with DeviceLock("cpu", tmp_path / "locks"):
         result = inner.run(what=TWO)
     assert result.ret == ExitCode.FAILED
     result.assert_outcomes(errors=2)
-    inner.says("cpu is being measured by pid")
-    inner.silent("Traceback")
+    inner.prints("cpu is being measured by pid")
+    inner.prints_no("Traceback")
 
 
 def test_too_many_invalid_rounds(inner, monkeypatch):
-    """Every first try is throttled: the rounds are measured again, and the session is not to be trusted."""
+    """Every first attempt is throttled: the rounds are repeated, and the session is INVALID."""
     watched_by(monkeypatch, lambda attempt: "throttled: hw_slowdown" if attempt % 2 == 0 else None)
     assert inner.run("--benchmark-save=a").ret == ExitCode.FAILED
-    inner.says("4 of 8 rounds were invalid and measured again", "INVALID session: invalid_rounds 50 %")
+    inner.prints("4 of 8 rounds were invalid and measured again", "INVALID session: invalid_rounds 50 %")
     assert inner.last()["perf"]["invalid_rounds"] == 4
     assert saved_run.read(inner.saved()[-1]).why_no_candidate.startswith("invalid: invalid_rounds")
 
 
 def test_first_round_that_stays_invalid(inner, monkeypatch):
-    """The picture that is saved is still the checked one, of round 0."""
+    """The saved image is still the checked one of round 0."""
     watched_by(monkeypatch, lambda attempt: "throttled: hw_slowdown" if attempt < 4 else None)
     inner.run("--benchmark-save=a", launches=1)
     info = inner.last()["benchmarks"][0]["extra_info"]
@@ -187,16 +196,16 @@ def test_first_round_that_stays_invalid(inner, monkeypatch):
     )
 
 
-# --- pytest's and pytest-benchmark's own options
+# --- options of pytest and pytest-benchmark
 
 
 @pytest.mark.parametrize("arguments", [("-n1",), ("-n2", "--dist=each"), ("-n1", "--benchmark-disable")], ids=str)
 def test_xdist_is_refused(inner, arguments):
-    """Not disabled in silence, as pytest-benchmark has it: measurements beside each other are none."""
+    """pytest-benchmark alone would silently disable the benchmarks."""
     pytest.importorskip("xdist")
     assert inner.run(*arguments).ret == ExitCode.REFUSED, inner.output
-    inner.says("perf: measurements cannot run beside each other: leave out -n")
-    inner.silent("INTERNALERROR")
+    inner.prints("perf: measurements cannot run in parallel: leave out -n")
+    inner.prints_no("INTERNALERROR")
 
 
 def test_xdist_runs_other_tests(inner):
@@ -227,7 +236,7 @@ def test_benchmark_only_and_skip(inner):
 def test_group_by(inner, by):
     assert inner.run(f"--benchmark-group-by={by}", what=TWO).ret == 0
     shown = {"group": "tiny, batch 1", "param": f"'{SDPA}'", "param:configuration": f"'configuration={SDPA}'"}
-    inner.says(shown.get(by, "test_txt2img"))
+    inner.prints(shown.get(by, "test_txt2img"))
 
 
 def test_without_pytest_benchmark_other_tests_run(inner):
@@ -237,13 +246,13 @@ def test_without_pytest_benchmark_other_tests_run(inner):
 
 
 def test_private_names_of_pytest_benchmark(inner):
-    """What perf.plugin.benchmark_bridge touches; a release that renames one of them fails here and not in a nightly run."""
+    """The private names that perf.plugin.benchmark_bridge uses: a renaming release fails here first."""
     seen = {}
 
     class Look:
-        @pytest.hookimpl(tryfirst=True)  # before perf.plugin.hooks puts its own in their stead
+        @pytest.hookimpl(tryfirst=True)  # before perf.plugin.hooks replaces them
         def pytest_sessionstart(self, session):
-            seen["session"] = benchmark_glue.benchmark_session(session.config)
+            seen["session"] = benchmark_bridge.benchmark_session(session.config)
             seen["plain"] = seen["session"].storage
 
     assert inner.run("--benchmark-save=good").ret == 0
@@ -266,12 +275,12 @@ def test_private_names_of_pytest_benchmark(inner):
     assert "_mode" in BenchmarkFixture.__init__.__code__.co_names
 
 
-# --- the real thing
+# --- real measurements
 
 
-def test_for_real_in_this_process(inner):
-    """The tiny model over one step: a picture that is checked, and a table that says what it cannot know."""
-    # Imported out here: pytester takes what an inner run imports out of sys.modules again, and torch bears no second import.
+def test_real_measurement_in_this_process(inner):
+    """The tiny model over one step, with a checked image and a warning about launch variance."""
+    # pytester removes modules that an inner run imports first, and torch cannot be imported twice.
     import torch
 
     import perf.worker.engines.sd  # noqa: F401
@@ -280,15 +289,15 @@ def test_for_real_in_this_process(inner):
         "--perf-inprocess", "--benchmark-save=a", launches=1, rounds=1, what=("--attention=original", "--steps=1")
     )
     assert result.ret == 0, inner.output
-    inner.says("one process: launch variance is not in the interval")
+    inner.prints("one process: launch variance is not in the interval")
     info = inner.last()["benchmarks"][0]["extra_info"]
     assert info["image"]["verdict"] == "right" and 0 < info["flops_fraction"] < 1
     assert info["facts"]["torch"] == torch.__version__ and inner.last()["perf"]["isolated"] is False
 
 
 @pytest.mark.slow
-def test_for_real_in_a_fresh_process(inner, tmp_path):
-    """One launch through pipes, from another pytest, which does not import torch itself."""
+def test_real_measurement_in_a_fresh_process(inner, tmp_path):
+    """One launch through pipes; the pytest process itself never imports torch."""
     (inner.path / "conftest.py").write_text(
         'pytest_plugins = ["perf.plugin"]\nimport sys\n\n'
         "def pytest_unconfigure():\n    print('torch imported:', 'torch' in sys.modules)\n"

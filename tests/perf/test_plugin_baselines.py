@@ -1,4 +1,4 @@
-"""`--benchmark-compare` end to end: every way in which pytest-benchmark alone loses a baseline in silence, and the verdicts."""
+"""`--benchmark-compare` end to end: missing, damaged and foreign baselines, verdicts and saving."""
 
 from __future__ import annotations
 
@@ -19,32 +19,31 @@ STORED = 8
 
 def verdict(document: dict, id: str = SDPA) -> dict:
     """The verdict on a configuration in a saved run."""
-    (found,) = (
-        one["extra_info"]["verdict"] for one in document["benchmarks"] if one["extra_info"]["configuration"]["id"] == id
-    )
-    return found
+    infos = [benchmark["extra_info"] for benchmark in document["benchmarks"]]
+    (saved,) = (info["verdict"] for info in infos if info["configuration"]["id"] == id)
+    return saved
 
 
-# --- no baseline, or none that can be trusted
+# --- missing and damaged baselines
 
 
-@pytest.mark.parametrize("arguments", [(), ("-W", "error"), ("-q",)], ids=lambda given: "".join(given) or "plain")
-def test_no_baseline_is_said_and_measuring_goes_on(inner, arguments):
+@pytest.mark.parametrize("arguments", [(), ("-W", "error"), ("-q",)], ids=lambda options: "".join(options) or "plain")
+def test_missing_baseline_is_a_notice(inner, arguments):
     assert inner.run("--benchmark-compare", *arguments).ret == 0, inner.output
-    inner.says("perf: there is no baseline in", "save one with --benchmark-autosave", "fastest here: " + SDPA)
+    inner.prints("perf: there is no baseline in", "save one with --benchmark-autosave", "fastest here: " + SDPA)
 
 
 @pytest.mark.parametrize("arguments", [("--benchmark-compare-fail=median:5%",), ("--perf-strict",)])
-def test_no_baseline_for_a_gate_is_an_error_before_anything_is_measured(inner, arguments):
+def test_missing_baseline_of_a_gate_is_a_usage_error(inner, arguments):
     assert inner.run("--benchmark-compare", *arguments).ret == ExitCode.REFUSED
-    inner.says("there is no baseline in", "save one with --benchmark-autosave")
+    inner.prints("there is no baseline in", "save one with --benchmark-autosave")
     assert inner.machine.rounds == 0
 
 
 @pytest.mark.parametrize("option", ["--benchmark-compare-fail=median:5%", "--perf-strict"])
-def test_a_gate_without_a_comparison_is_an_error(inner, option):
+def test_gate_without_a_comparison_is_a_usage_error(inner, option):
     assert inner.run(option).ret == ExitCode.REFUSED
-    inner.says("needs --benchmark-compare: what should it be compared with?")
+    inner.prints("needs --benchmark-compare: there is nothing to compare with")
     assert inner.machine.rounds == 0
 
 
@@ -69,50 +68,50 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_baseline_is_refused_by_name(inner, kind):
+def test_damaged_baseline_is_refused(inner, kind):
     damage, reason = DAMAGE[kind]
     assert inner.run("--benchmark-save=good").ret == 0
     (path,) = inner.saved()
     path.write_text(damage(path.read_text()))
     assert inner.run("--benchmark-compare").ret == 0, inner.output
-    inner.says("there is no baseline in", f"{path.name}: ", reason)
-    inner.silent("INTERNALERROR", "(too_few_sessions)")
+    inner.prints("there is no baseline in", f"{path.name}: ", reason)
+    inner.prints_no("INTERNALERROR", "(too_few_sessions)")
     assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:5%").ret == ExitCode.REFUSED
     assert inner.run("--benchmark-compare=0001").ret == ExitCode.REFUSED
-    inner.says(reason)
+    inner.prints(reason)
 
 
-def test_damaged_newest_falls_back_to_the_older_one_by_its_name(inner):
+def test_damaged_newest_run_falls_back_to_an_older_one(inner):
     inner.store(2)
     newest = inner.saved()[-1]
     newest.write_text("")
     assert inner.run("--benchmark-compare").ret == 0
-    inner.says(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (too_few_sessions)")
+    inner.prints(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (too_few_sessions)")
 
 
 @pytest.mark.parametrize("compare", ["suite", "suite/test_measured.py", "suite/test_measured.py::test_txt2img"])
-def test_compare_that_took_the_path(inner, compare):
+def test_compare_that_consumed_the_test_path(inner, compare):
     assert inner.run("--benchmark-compare", compare).ret == ExitCode.REFUSED
-    inner.says(f"took '{compare}' for the name of a saved run", f"pytest {compare} --benchmark-compare")
+    inner.prints(f"took '{compare}' for the name of a saved run", f"pytest {compare} --benchmark-compare")
     assert inner.machine.rounds == 0
 
 
 @pytest.mark.parametrize("name", ["0042", "/no/such/run.json", "a**b", "[", "nothing*"])
-def test_named_run_that_is_not_there(inner, name):
+def test_missing_named_run(inner, name):
     assert inner.run(f"--benchmark-compare={name}").ret == ExitCode.REFUSED, inner.output
-    inner.says(f"--benchmark-compare={name}: no saved run in")
-    inner.silent("INTERNALERROR")
+    inner.prints(f"--benchmark-compare={name}: no saved run in")
+    inner.prints_no("INTERNALERROR")
 
 
 def test_storage_that_cannot_be_listed(inner):
     (inner.path / "file").write_text("")
     assert inner.run("--benchmark-compare", "--benchmark-storage=file://file").ret == ExitCode.REFUSED
-    inner.says("cannot be listed")
+    inner.prints("cannot be listed")
     assert inner.run("--benchmark-storage=file://file").ret == ExitCode.FAILED
-    inner.says("the journal cannot be written")
+    inner.prints("the journal cannot be written")
 
 
-# --- another machine, another place, another name
+# --- other machines, folders and test names
 
 
 def _elsewhere(path) -> None:
@@ -122,28 +121,28 @@ def _elsewhere(path) -> None:
 
 
 def test_foreign_baseline(inner):
-    """By itself it is passed over and listed; named it is refused, and with --perf-foreign its verdicts say nothing."""
+    """Skipped and listed by default; refused if named; INCONCLUSIVE verdicts with --perf-foreign."""
     (path,) = inner.store(1)
     _elsewhere(path)
     assert inner.run("--benchmark-compare").ret == 0
-    inner.says("there is no baseline in", "0001_nightly.json: foreign: torch 1.12.1, here")
+    inner.prints("there is no baseline in", "0001_nightly.json: foreign: torch 1.12.1, here")
     assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:5%").ret == ExitCode.REFUSED
     assert inner.run("--benchmark-compare=0001").ret == ExitCode.REFUSED
-    inner.says("was measured elsewhere: torch 1.12.1, here", "--perf-foreign compares all the same")
+    inner.prints("was measured elsewhere: torch 1.12.1, here", "--perf-foreign compares anyway")
     inner.machine.slow[SDPA] = 2.0
     assert inner.run("--benchmark-compare=0001", "--perf-foreign").ret == 0, inner.output
-    inner.says(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (foreign_machine)")
+    inner.prints(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (foreign_machine)")
 
 
 def test_other_clock_or_threads_are_foreign(inner):
     inner.store(1)
     assert inner.run("--benchmark-compare", "--perf-clock=wall").ret == 0
-    inner.says("foreign: clock cpu, here wall; threads 1, here unknown")
+    inner.prints("foreign: clock cpu, here wall; threads 1, here unknown")
 
 
 @pytest.mark.parametrize("scheme", ["file://", ""])
 def test_storage_outside_of_the_working_directory(inner, tmp_path_factory, scheme):
-    """Where pytest-benchmark alone ends by a traceback; a path without `file://` is a folder as well."""
+    """pytest-benchmark alone fails with a traceback; a path without `file://` is a folder too."""
     folder = tmp_path_factory.mktemp("elsewhere")
     storage = f"--benchmark-storage={scheme}{folder}"
     assert inner.run("--benchmark-save=a", storage).ret == 0
@@ -153,8 +152,8 @@ def test_storage_outside_of_the_working_directory(inner, tmp_path_factory, schem
         "references",
     ]
     assert inner.run("--benchmark-compare", storage).ret == 0, inner.output
-    inner.says(f"{SDPA}: INCONCLUSIVE", "against 0001_a (too_few_sessions)")
-    inner.silent("machine_info is different", "INTERNALERROR")
+    inner.prints(f"{SDPA}: INCONCLUSIVE", "against 0001_a (too_few_sessions)")
+    inner.prints_no("machine_info is different", "INTERNALERROR")
 
 
 def test_renamed_test_is_compared_by_its_configuration(inner):
@@ -163,7 +162,7 @@ def test_renamed_test_is_compared_by_its_configuration(inner):
     test.with_name("test_renamed.py").write_text(test.read_text().replace("test_txt2img", "test_other"))
     test.unlink()
     assert inner.run("--benchmark-compare", launches=6).ret == 0
-    inner.says(f"{SDPA}: SAME", "test_other", "(0008_nightly)", "(NOW)")
+    inner.prints(f"{SDPA}: SAME", "test_other", "(0008_nightly)", "(NOW)")
     inner.machine.slow[SDPA] = 1.5
     result = inner.run("--benchmark-compare=0001", "--benchmark-compare-fail=median:20%", launches=2)
     assert result.ret == ExitCode.SLOWER, inner.output
@@ -174,7 +173,7 @@ def test_run_from_the_folder_of_the_tests(inner, monkeypatch):
     monkeypatch.chdir(inner.path / "suite")
     inner.machine.slow[SDPA] = 1.05
     assert inner.run(".", "--benchmark-compare", launches=6).ret == ExitCode.SLOWER, inner.output
-    inner.says(f"{SDPA}: SLOWER", "against 0008_nightly (beyond_margin)")
+    inner.prints(f"{SDPA}: SLOWER", "against 0008_nightly (beyond_margin)")
     assert not (inner.path / "suite" / ".benchmarks").exists()
 
 
@@ -184,58 +183,58 @@ def test_run_from_the_folder_of_the_tests(inner, monkeypatch):
 def test_unchanged_is_the_same(inner):
     inner.store(STORED)
     assert inner.run("--benchmark-compare", "--benchmark-save=now", launches=6).ret == 0, inner.output
-    inner.says(f"{SDPA}: SAME", "against 0008_nightly (within_margin)", "1 comparison(s), margin 1.0 %")
+    inner.prints(f"{SDPA}: SAME", "against 0008_nightly (within_margin)", "1 comparison(s), margin 1.0 %")
     assert verdict(inner.last())["verdict"] == "SAME"
     assert inner.last()["perf"]["regressed"] == []
 
 
-def test_slowdown_of_5_percent_is_found_in_the_same_words_everywhere(inner):
+def test_slowdown_of_5_percent_has_one_wording_everywhere(inner):
     inner.store(STORED, what=TWO)
     inner.machine.slow[SDPA] = 1.05
     result = inner.run("--benchmark-compare", "--benchmark-save=now", "--junitxml=junit.xml", launches=6, what=TWO)
     assert result.ret == ExitCode.SLOWER, inner.output
     result.assert_outcomes(passed=1, failed=1)
-    found = verdict(inner.last())
-    assert (found["verdict"], found["reason"], found["against"]) == ("SLOWER", "beyond_margin", "0008_nightly")
-    assert found["ratio"]["estimate"] == pytest.approx(1.05, abs=0.01), inner.output
+    saved = verdict(inner.last())
+    assert (saved["verdict"], saved["reason"], saved["against"]) == ("SLOWER", "beyond_margin", "0008_nightly")
+    assert saved["ratio"]["estimate"] == pytest.approx(1.05, abs=0.01), inner.output
     assert verdict(inner.last(), ORIGINAL)["verdict"] == "SAME"
-    words = str(next(one for one in saved_run.read(inner.saved()[-1]).benchmarks if one.id == SDPA).decision)
-    inner.says(f"{SDPA}: {words}")
+    decision = str(saved_run.read(inner.saved()[-1]).by_id[SDPA].decision)
+    inner.prints(f"{SDPA}: {decision}")
     suite = ElementTree.parse(inner.path / "junit.xml").getroot().find("testsuite")
     assert (suite.get("failures"), suite.get("errors")) == ("1", "0")
     case = next(one for one in suite.iter("testcase") if SDPA in one.get("name"))
-    assert [one.get("value") for one in case.iter("property")] == [words]
-    assert case.find("failure").get("message") == f"Failed: {SDPA}: {words}"
+    assert [one.get("value") for one in case.iter("property")] == [decision]
+    assert case.find("failure").get("message") == f"Failed: {SDPA}: {decision}"
 
 
-def test_no_ratchet(inner):
-    """A regressed run is saved and marked, and the next run is compared with what was there before it."""
+def test_regressed_run_is_never_a_baseline(inner):
+    """A regressed run is saved and marked; the next run is compared with the sessions before it."""
     inner.store(STORED)
     inner.machine.slow[SDPA] = 1.05
     for _ in range(2):
         result = inner.run("--benchmark-compare", "--benchmark-save=slow", launches=6)
         assert result.ret == ExitCode.SLOWER, inner.output
-        inner.says("against 0008_nightly (beyond_margin)")
+        inner.prints("against 0008_nightly (beyond_margin)")
         assert inner.last()["perf"]["regressed"] == [SDPA]
     assert len(inner.saved()) == STORED + 2
     inner.run("--benchmark-compare=0009")
-    inner.says(f"perf: the baseline 0009_slow.json is regressed: {SDPA}")
+    inner.prints(f"perf: the baseline 0009_slow.json is regressed: {SDPA}")
 
 
 def test_few_sessions_warn_only(inner):
     inner.store(5)
     inner.machine.slow[SDPA] = 1.5
     assert inner.run("--benchmark-compare", launches=6).ret == 0
-    inner.says(f"{SDPA}: INCONCLUSIVE +", "(too_few_sessions)")
+    inner.prints(f"{SDPA}: INCONCLUSIVE +", "(too_few_sessions)")
 
 
 def test_strict_exits_21_when_inconclusive(inner):
     inner.store(2)
     assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == ExitCode.INCONCLUSIVE
-    inner.says("(too_few_sessions)")
+    inner.prints("(too_few_sessions)")
 
 
-def test_strict_exits_0_when_it_is_known(inner):
+def test_strict_exits_0_with_a_verdict(inner):
     inner.store(STORED)
     assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == 0, inner.output
 
@@ -245,34 +244,34 @@ def test_anchor_drift_makes_the_session_invalid(inner):
     inner.machine.drift, inner.machine.rounds = 0.05, 0
     result = inner.run("--benchmark-compare", "--benchmark-save=now", launches=6)
     assert result.ret == ExitCode.FAILED
-    inner.says("INVALID session: anchor_drift ", f"{SDPA}: INVALID (anchor_drift")
+    inner.prints("INVALID session: anchor_drift ", f"{SDPA}: INVALID (anchor_drift")
     assert verdict(inner.last())["verdict"] == "INVALID"
     assert inner.last()["perf"]["invalid"].startswith("anchor_drift ")
     inner.machine.drift = 0.0
     assert inner.run("--benchmark-compare", launches=6).ret == 0
-    inner.says("against 0008_nightly")
+    inner.prints("against 0008_nightly")
 
 
-def test_what_is_missing_and_what_is_new_is_listed(inner):
+def test_missing_and_new_configurations_are_listed(inner):
     inner.store(1)
     assert inner.run("--benchmark-compare", what=("--attention=mha", "--steps=2")).ret == 0
-    inner.says(f"not measured, though the baseline has it: {SDPA}", "new, without a baseline: tiny-mha-plms2-b1")
+    inner.prints(f"in the baseline, but not measured: {SDPA}", "new, without a baseline: tiny-mha-plms2-b1")
 
 
-def test_what_is_missing_fails_a_strict_run(inner):
-    """It may be missing because it cannot run any more; a run that -k narrowed misses the rest on purpose."""
+def test_missing_configuration_fails_a_strict_run(inner):
+    """It may have stopped working; a run narrowed by -k lacks configurations intentionally."""
     both = ("--attention=mha", *ONE)
     inner.store(STORED, what=both)
     inner.machine.refused = {"tiny-mha-plms2-b1": ("unavailable", "not here")}
     assert inner.run("--benchmark-compare", "--perf-strict", what=both, launches=6).ret == ExitCode.FAILED
-    inner.says("not measured, though the baseline has it: tiny-mha-plms2-b1")
+    inner.prints("in the baseline, but not measured: tiny-mha-plms2-b1")
     assert inner.run("--benchmark-compare", what=both, launches=6).ret == 0
     inner.machine.refused = {}
     assert inner.run("--benchmark-compare", "--perf-strict", "-k", "sdpa", what=both, launches=6).ret == 0, inner.output
 
 
 def test_benchmarks_without_a_configuration_are_not_missing(inner):
-    """Beside the configurations `pytest perf` has benchmarks of the harness, which no session measures."""
+    """Benchmarks of the harness itself are no part of a session."""
     inner.store(STORED)
     for path in inner.saved():
         document = json.loads(path.read_text())
@@ -280,7 +279,7 @@ def test_benchmarks_without_a_configuration_are_not_missing(inner):
         document["benchmarks"][-1]["extra_info"] = {}
         path.write_text(json.dumps(document))
     assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == 0, inner.output
-    inner.silent("though the baseline has it")
+    inner.prints_no("but not measured")
 
 
 # --- saving
@@ -289,28 +288,28 @@ def test_benchmarks_without_a_configuration_are_not_missing(inner):
 def test_full_disk_when_the_run_is_saved(inner, monkeypatch):
     fill_disk_for(monkeypatch, ".json")
     assert inner.run("--benchmark-save=a").ret == ExitCode.FAILED
-    inner.says("the run was not saved: ", "No space left on device")
-    inner.silent("Traceback", "INTERNALERROR")
+    inner.prints("the run was not saved: ", "No space left on device")
+    inner.prints_no("Traceback", "INTERNALERROR")
     assert not inner.saved()
     (journal,) = inner.storage.glob("journal/*.jsonl")
     assert json.loads(journal.read_text().splitlines()[-1])["event"] == "end"
     monkeypatch.undo()
 
 
-def test_full_disk_comes_before_slower(inner, monkeypatch):
+def test_full_disk_takes_precedence_over_slower(inner, monkeypatch):
     inner.store(STORED)
     inner.machine.slow[SDPA] = 1.05
     fill_disk_for(monkeypatch, "_now.json")
     result = inner.run("--benchmark-compare", "--benchmark-save=now", launches=6)
     assert result.ret == ExitCode.FAILED
-    inner.says(f"{SDPA}: SLOWER", "the run was not saved: ")
+    inner.prints(f"{SDPA}: SLOWER", "the run was not saved: ")
 
 
 def test_benchmark_json_that_cannot_be_written_does_not_lose_the_save(inner):
     (inner.path / "file").write_text("")
     assert inner.run("--benchmark-save=a", "--benchmark-json=file/out.json").ret == ExitCode.FAILED
-    inner.says("file/out.json was not written: ")
-    inner.silent("Traceback", "INTERNALERROR")
+    inner.prints("file/out.json was not written: ")
+    inner.prints_no("Traceback", "INTERNALERROR")
     assert len(inner.saved()) == 1
 
 
@@ -324,7 +323,7 @@ def test_benchmark_json_is_the_saved_run(inner):
 def test_saved_runs_are_read_by_pytest_benchmark_itself(inner):
     inner.store(2)
     command = [sys.executable, "-m", "pytest_benchmark", "--storage", f"file://{inner.storage}", "compare", "--csv"]
-    environment = Interpreter().variables()  # it loads the conftest there, and with it perf.plugin.hooks
+    environment = Interpreter().variables()  # the conftest there loads the plugin
     done = subprocess.run(command, capture_output=True, text=True, cwd=inner.path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"test_txt2img[{SDPA}] (0001_nightly)" in done.stdout and "(0002_nightly)" in done.stdout

@@ -1,4 +1,4 @@
-"""Two labels in one session, end to end: --perf-aa, this machine's own noise, and --perf-against, the pull-request gate."""
+"""Two labels in one session, end to end: --perf-aa measures this machine's noise, --perf-against is the pull-request gate."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def test_aa_saves_the_noise_and_the_next_comparison_uses_it(inner):
     paired = document["benchmarks"][0]["extra_info"]["paired"]
     assert paired["variant"] == "aa" and len(paired["launches"]) == 6
     inner.run("--benchmark-compare", launches=6, what=TWO)
-    inner.says(f"comparison(s), margin {100 * noise:.1f} %")
+    inner.prints(f"comparison(s), margin {100 * noise:.1f} %")
     inner.run("--perf-aa", launches=6, what=TWO)
-    inner.says(f"comparison(s), margin {100 * noise:.1f} %")
+    inner.prints(f"comparison(s), margin {100 * noise:.1f} %")
 
 
 def test_aa_of_a_quiet_machine_is_the_same(inner):
     assert inner.run("--perf-aa", launches=6).ret == 0, inner.output
-    inner.says(f"{SDPA}: SAME", "against itself (within_margin)")
+    inner.prints(f"{SDPA}: SAME", "against itself (within_margin)")
 
 
-def test_aa_that_cries_wolf_is_noise_and_no_regression(inner, monkeypatch):
-    """Its ratios make the margin, so that the run must stay a candidate."""
+def test_false_alarm_of_aa_is_no_regression(inner, monkeypatch):
+    """Its ratios define the margin, so the run must stay a baseline candidate."""
     ask, calls = Machine.__call__, iter(range(1000))
 
     def second_label_is_faster(machine, interpreter):
@@ -57,11 +57,11 @@ def other_commit(monkeypatch, inner):
 
     class Folder:
         def cleanup(self):
-            self.gone = True
+            self.removed = True
 
     folder = Folder()
-    found = ("0123456789ab", Interpreter(sys.executable, inner.path), folder)
-    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root: found)
+    commit = ("0123456789ab", Interpreter(sys.executable, inner.path), folder)
+    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root: commit)
     return folder
 
 
@@ -69,8 +69,8 @@ def test_against_a_faster_commit(inner, other_commit):
     inner.machine.base_slow = 1 / 1.05
     result = inner.run("--perf-against=v1", "--benchmark-save=a", launches=6)
     assert result.ret == ExitCode.SLOWER, inner.output
-    inner.says(f"{SDPA}: SLOWER +5.", "against 0123456789ab (beyond_margin)")
-    assert other_commit.gone
+    inner.prints(f"{SDPA}: SLOWER +5.", "against 0123456789ab (beyond_margin)")
+    assert other_commit.removed
     perf = inner.last()["perf"]
     assert (perf["against"], perf["regressed"]) == ("0123456789ab", [SDPA])
     paired = inner.last()["benchmarks"][0]["extra_info"]["paired"]
@@ -79,20 +79,20 @@ def test_against_a_faster_commit(inner, other_commit):
 
 def test_against_the_same_commit(inner, other_commit):
     assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
-    inner.says(f"{SDPA}: SAME")
+    inner.prints(f"{SDPA}: SAME")
 
 
-def test_against_doubles_what_is_undecided(inner, other_commit):
+def test_against_doubles_undecided_configurations(inner, other_commit):
     inner.machine.base_slow, inner.machine.noise = 1 / 1.015, 0.06
     inner.run("--perf-against=v1", launches=6)
-    inner.says("perf: inconclusive after 6 launches, doubling them")
+    inner.prints("perf: inconclusive after 6 launches, doubling them")
 
 
-def test_against_a_commit_that_cannot_be_measured_is_a_failure(inner, other_commit):
-    """The gate was asked and has no answer."""
+def test_failing_base_commit_fails_the_run(inner, other_commit):
+    """Without a comparison the gate must not pass."""
     inner.machine.refused = {f"{SDPA}@base": ("usage", "attention 'sdpa': choose from original, mha")}
     assert inner.run("--perf-against=v1", launches=6).ret == ExitCode.FAILED
-    inner.says(f"INVALID {SDPA}@base: usage: attention 'sdpa': choose from")
+    inner.prints(f"INVALID {SDPA}@base: usage: attention 'sdpa': choose from")
 
 
 def test_against_uses_the_stored_noise(inner, other_commit):
@@ -103,7 +103,7 @@ def test_against_uses_the_stored_noise(inner, other_commit):
     path.write_text(json.dumps(document))
     inner.machine.base_slow = 1 / 1.03
     assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
-    inner.says("margin 4.0 %")
+    inner.prints("margin 4.0 %")
 
 
 def test_injected_slowdown_makes_no_baseline(inner):

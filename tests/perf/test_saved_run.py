@@ -1,4 +1,4 @@
-"""Reading saved runs: each kind of damage is one clear line that names the file, and never a traceback."""
+"""Reading saved runs: every damage is a one-line error that names the file."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def test_golden_run():
     )
     assert tuple(run.by_id) == IDS
     slow = run.by_id["tiny-mha-b1"]
-    assert [len(rounds) for rounds in slow.launches] == [2, 2, 2, 1, 2, 2]  # the throttled round is out
+    assert [len(rounds) for rounds in slow.launches] == [2, 2, 2, 1, 2, 2]  # without the throttled round
     assert slow.session_median == pytest.approx(0.31, rel=0.01)
     assert statistics.median(slow.anchored_launch_medians) == pytest.approx(0.31 / 0.0125, rel=0.01)
     assert (slow.peak_bytes, slow.configuration["attention"]) == (1.2e9, "mha")
     assert str(slow.decision) == "INCONCLUSIVE +0.4 % against 0000_synthetic (too_few_sessions)"
 
 
-def test_launches_are_the_unit():
-    """A launch of many rounds has one vote, like one of few; each round is divided by the anchor beside it."""
+def test_medians_are_over_launches():
+    """Launches have equal weight; each round is divided by the reference workload beside it."""
 
     def change(made):
         benchmark = made["benchmarks"][0]
@@ -55,7 +55,7 @@ def test_launches_are_the_unit():
     assert benchmark.anchored_launch_medians == (2.0, 4.0, 4.0)
 
 
-def test_plain_file_is_readable_and_no_candidate():
+def test_plain_file_is_readable_but_no_candidate():
     run = read(RUNS / "plain.json")
     assert run.plain and run.why_no_candidate == "a plain pytest-benchmark file"
     assert run.by_id["test_a.py::test_a"].session_median == pytest.approx(1.33e-5)
@@ -101,7 +101,7 @@ DAMAGE = {
     "anchor of zero": (put(*INFO, "anchor", 0, 0, 0), "is not a number"),
     "invalid round that is not there": (
         put(*INFO, "launches", 0, "invalid", {"7": "throttled"}),
-        "rounds that there are not",
+        "rounds that do not exist",
     ),
     "variant": (put(*INFO, "variant", "head"), "neither null, base nor aa"),
     "no id": (
@@ -155,7 +155,7 @@ def test_damaged_file(tmp_path, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_file(tmp_path):
+def test_unreadable_paths(tmp_path):
     with pytest.raises(BaselineError, match="No such file"):
         read(tmp_path / "absent.json")
     with pytest.raises(BaselineError, match="directory"):
@@ -176,7 +176,7 @@ def test_size_is_bounded(tmp_path, monkeypatch):
 
 
 def outcome(path: Path, content: bytes) -> str:
-    """Read mutated bytes: a run, all of whose numbers are sound, or a refusal; anything else is an error of the test."""
+    """Read mutated bytes: the result must be a valid run or a BaselineError."""
     path.write_bytes(content)
     try:
         run = read(path)
@@ -203,7 +203,7 @@ def test_fuzzed_bytes(tmp_path):
             del mutated[start : start + draw.randrange(1, 200)]
         outcomes.append(outcome(path, bytes(mutated)))
     assert outcomes.count("refused") > 400
-    assert outcomes.count("read") > 20  # else the mutations never got as far as the validation
+    assert outcomes.count("read") > 20  # the mutations must reach the validation
 
 
 def places(value: object, path: tuple = ()) -> list[tuple]:
@@ -213,7 +213,7 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
 
 
 def test_fuzzed_values(tmp_path):
-    """Each value of the document in turn is exchanged for one of another type or magnitude, or taken out."""
+    """Replace each value of the document by another type or magnitude, or delete it."""
     odd = [None, True, 0, -1, 10**400, 1e308, 5e-324, "", "x", "\ud800", "NaN", [], {}, [[]], {"a": 1}]
     draw, path, outcomes = random.Random(2), tmp_path / "0001_a.json", []
     for place in places(DOCUMENT)[1:]:

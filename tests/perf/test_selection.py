@@ -1,4 +1,4 @@
-"""Which configurations a command line stands for: sets, options that cross, ids; all without importing torch."""
+"""Selection of configurations by sets, crossed options and test ids, without importing torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PUBLISHED_TINY = [f"tiny-{name}-b{batch}" for batch in (1, 2, 4) for name in FIV
 
 @pytest.fixture
 def chosen(inner):
-    """The ids that a command line chooses, by collecting alone."""
+    """The ids that a command line selects, by collection only."""
 
     def choose(*arguments) -> list[str]:
         result = inner.pytester.runpytest_inprocess("--collect-only", "-q", "-p", "no:xdist", *arguments)
@@ -36,34 +36,34 @@ def ids(name: str) -> list[str]:
     return [one.id for one in SETS[name]]
 
 
-def test_nothing_named_is_the_set_that_suits_a_cpu(chosen):
+def test_default_set_of_a_cpu(chosen):
     assert chosen() == ids("smoke") == chosen("--device=cpu")
 
 
 @pytest.mark.parametrize(
-    "arguments, there",
+    "arguments, selected",
     [
         ((), False),
-        (("--benchmark-disable",), True),  # it is called once, and not measured
+        (("--benchmark-disable",), True),  # called once without timing
         (("test_long.py",), True),
         (("test_long.py::test_long",), True),
         (("-m", "slow"), True),
         (("-m", "smoke"), False),
     ],
 )
-def test_a_long_benchmark_of_another_kind_is_for_who_names_it(inner, arguments, there):
+def test_slow_benchmark_without_a_configuration_runs_only_if_named(inner, arguments, selected):
     long = "import pytest\n\n\n@pytest.mark.slow\ndef test_long(benchmark): benchmark(int)\n"
     inner.pytester.makepyfile(
         test_long=long, test_tests="import pytest\n\n\n@pytest.mark.slow\ndef test_slow(): pass\n"
     )
     inner.pytester.makeini("[pytest]\nmarkers = slow\n")
     result = inner.pytester.runpytest_inprocess("--collect-only", "-q", "-p", "no:xdist", *arguments)
-    assert ("test_long.py::test_long" in result.outlines) == there, result.stdout.str()
+    assert ("test_long.py::test_long" in result.outlines) == selected, result.stdout.str()
     if not arguments:
-        assert "test_tests.py::test_slow" in result.outlines  # which is no benchmark
+        assert "test_tests.py::test_slow" in result.outlines  # a test, not a benchmark
 
 
-def test_nothing_named_is_the_set_that_suits_a_gpu(chosen):
+def test_default_set_of_a_gpu(chosen):
     assert sorted(chosen("--device=cuda")) == sorted(ids("batches"))
 
 
@@ -127,22 +127,22 @@ def test_keyword(chosen):
     assert chosen("-k", "mha") == [id for id in ids("smoke") if "mha" in id]
 
 
-def test_node_id_of_a_set_that_does_not_suit(chosen):
+def test_node_id_of_another_set(chosen):
     assert chosen("suite/test_measured.py::test_txt2img[sd2-original-b4]") == ["sd2-original-b4"]
 
 
-def test_node_id_beside_the_usual_set(chosen):
+def test_node_id_beside_the_default_set(chosen):
     named = "suite/test_measured.py::test_txt2img[sd2-original-b4]"
     assert sorted(chosen(named, "suite")) == sorted(["sd2-original-b4", *ids("smoke")])
 
 
-def test_nothing_is_left(inner):
+def test_empty_selection(inner):
     assert inner.run("-m", "smoke and published").ret == pytest.ExitCode.NO_TESTS_COLLECTED
     assert inner.machine.opened == []
 
 
-def test_set_that_there_is_not(inner):
-    """pytest 9 refuses it by name; before, it chose no test, which is no success either."""
+def test_unknown_set(inner):
+    """pytest 9 rejects the name; older versions select no test, which is a failure too."""
     assert inner.run("-m", "nonsense").ret in (ExitCode.REFUSED, pytest.ExitCode.NO_TESTS_COLLECTED)
     assert inner.machine.opened == []
 
@@ -152,7 +152,7 @@ def test_two_weights_of_one_name(inner):
         (inner.path / folder).mkdir()
         (inner.path / folder / "mine.ckpt").write_text("")
     assert inner.run("--model=tiny", "--ckpt=a/mine.ckpt", "--ckpt=b/mine.ckpt", what=()).ret == ExitCode.REFUSED
-    inner.says("two configurations are both called tiny-mine-original-b1")
+    inner.prints("two configurations are both called tiny-mine-original-b1")
 
 
 def test_markers_have_summaries():
@@ -170,25 +170,25 @@ CROSSED = {
 
 @pytest.mark.parametrize("device", CHOICES["device"])
 @pytest.mark.parametrize("field", CROSSED)
-def test_every_value_fits_every_set(field, device):
-    """Options cross into all sets, chosen or not: in none of them may two configurations get one id, which is refused."""
+def test_ids_stay_unique_for_every_option_value(field, device):
+    """Options cross into all sets, and two configurations with one id are an error in any of them."""
     for values in ([[one] for one in CROSSED[field]], [list(CROSSED[field])]):
         for chosen in values:
             parameters = selection.parameters({field: chosen}, device)
             assert len({one.id for one in parameters}) == len(parameters) > 0
 
 
-def test_matrix_starts_from_what_is_usual():
-    given = {"batch": [2]}
+def test_matrix_starts_from_the_defaults():
+    values = {"batch": [2]}
     for device, model in (("cuda", "sd2"), ("cpu", "tiny")):
         matrix = [
-            one.values[0] for one in selection.parameters(given, device) if any(m.name == "matrix" for m in one.marks)
+            one.values[0] for one in selection.parameters(values, device) if any(m.name == "matrix" for m in one.marks)
         ]
         assert [(one.model, one.batch, one.attention) for one in matrix] == [(model, 2, usual(model).attention)]
 
 
 def test_collecting_imports_no_torch(tmp_path):
-    """Of the real tree, as an editor does it all the time."""
+    """Editors collect the real tree all the time."""
     code = (
         "import sys, pytest\n"
         "status = pytest.main(['perf/test_txt2img.py', '--collect-only', '-q', '-p', 'no:cacheprovider'])\n"

@@ -1,4 +1,4 @@
-"""The battery: what it calls a false alarm and a find, and how it goes on from a file."""
+"""`python -m perf battery`: rates of false alarms and detected slowdowns, and resuming from a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import Verdict
-from perf.commands import selftest as battery
+from perf.commands import selftest
 from perf.launch.process import ROOT
 
 
@@ -31,41 +31,41 @@ def draw(request):
 
 def test_quiet_machine(draw, capsys):
     sessions = [_session(draw, 0.002, 0.05) for _ in range(30)]
-    same, slow = battery.judge(sessions[0], 0.05, MARGIN_FLOOR)
+    same, slow = selftest.judge(sessions[0], 0.05, MARGIN_FLOOR)
     assert (same.verdict, slow.verdict) == (Verdict.SAME, Verdict.SLOWER)
-    assert battery.report(sessions, 0.05) == 0
-    assert "0 false alarms in 30 A/A comparisons, 5 % slowdown found in 30 of 30" in capsys.readouterr().out
+    assert selftest.report(sessions, 0.05) == 0
+    assert "0 false alarms in 30 A/A comparisons, 5 % slowdown detected in 30 of 30" in capsys.readouterr().out
 
 
-def test_a_gate_that_cannot_see_fails(draw):
-    assert battery.report([_session(draw, 0.2, 0.05) for _ in range(30)], 0.05) == 1
+def test_missed_slowdowns_fail(draw):
+    assert selftest.report([_session(draw, 0.2, 0.05) for _ in range(30)], 0.05) == 1
 
 
-def test_a_gate_that_cries_wolf_fails(draw):
-    assert battery.report([_session(draw, 0.002, 0.05, difference=0.1) for _ in range(30)], 0.05) == 1
+def test_false_alarms_fail(draw):
+    assert selftest.report([_session(draw, 0.002, 0.05, difference=0.1) for _ in range(30)], 0.05) == 1
 
 
-def test_goes_on_from_its_own_file_alone(tmp_path):
+def test_only_a_battery_with_the_same_options_is_resumed(tmp_path):
     path, header = tmp_path / "battery.json", {"schema": 1, "clock": "cpu", "launches": 6}
-    assert battery._earlier(path, header) == []
+    assert selftest._earlier(path, header) == []
     path.write_text(json.dumps({**header, "sessions": [{"medians": {}}]}))
-    assert battery._earlier(path, header) == [{"medians": {}}]
+    assert selftest._earlier(path, header) == [{"medians": {}}]
     with pytest.raises(ValueError, match="other launches"):
-        battery._earlier(path, {**header, "launches": 10})
+        selftest._earlier(path, {**header, "launches": 10})
     for damaged in ("", "[]", "{", json.dumps(header)):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is no battery"):
-            battery._earlier(path, header)
+            selftest._earlier(path, header)
 
 
-def test_the_documents_say_what_the_stored_battery_says(capsys):
+def test_docs_state_the_rates_of_the_stored_battery(capsys):
     stored = json.loads((ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json").read_text(encoding="utf-8"))
-    assert battery.report(stored["sessions"], stored["slowdown"]) == 0
-    said = capsys.readouterr().out
-    assert "margin 1.00 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown found in 30 of 30" in said
-    assert "margin 1.46 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown found in 28 of 30" in said
+    assert selftest.report(stored["sessions"], stored["slowdown"]) == 0
+    out = capsys.readouterr().out
+    assert "margin 1.00 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown detected in 30 of 30" in out
+    assert "margin 1.46 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown detected in 28 of 30" in out
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert "| 1 %, the least | 0 of 30 | 30 of 30 |" in text and "| 0 of 30 | 28 of 30 |" in text
-    verdicts = [battery.judge(session, 0.05, 0.01)[0].verdict.value for session in stored["sessions"]]
+    verdicts = [selftest.judge(session, 0.05, 0.01)[0].verdict.value for session in stored["sessions"]]
     same, undecided = verdicts.count("SAME"), verdicts.count("INCONCLUSIVE")
-    assert same + undecided == 30 and f"the answer was SAME in {same} sessions and INCONCLUSIVE in {undecided}" in text
+    assert same + undecided == 30 and f"the verdict was SAME in {same} sessions and INCONCLUSIVE in {undecided}" in text

@@ -1,4 +1,4 @@
-"""The folder of saved runs: names, numbers, and files that are whole or not there."""
+"""Storage of saved runs: folder names, numbers and atomic writes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_write_makes_folders_and_keeps_modes(tmp_path):
     assert os.listdir(path.parent) == ["run.json"]
 
 
-def test_write_through_a_link_and_what_json_has_not(tmp_path):
+def test_write_through_a_link_and_values_that_json_lacks(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     write_atomically(tmp_path / "link.json", "text")
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "text"
@@ -70,7 +70,7 @@ def test_write_through_a_link_and_what_json_has_not(tmp_path):
 
 
 def test_full_disk_leaves_the_old_file(tmp_path):
-    """A real refusal of the kernel: a limit on the size of files, in a process of its own."""
+    """A real kernel error: a file size limit in a subprocess."""
     path = tmp_path / "run.json"
     path.write_text("old")
     script = (
@@ -80,12 +80,12 @@ def test_full_disk_leaves_the_old_file(tmp_path):
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "run.json: cannot be written: File too large; what was there is unchanged" in done.stdout, done
+    assert "run.json: cannot be written: File too large; the old content is unchanged" in done.stdout, done
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["run.json"]
 
 
 def test_killed_writers_leave_whole_files(tmp_path):
-    """kill -9 at random moments of a process that writes all the time."""
+    """kill -9 at random moments of a continuously writing process."""
     path = tmp_path / "run.json"
     script = (
         "import sys; from perf.runs.storage import write_atomically; print('ready', flush=True)\n"
@@ -116,7 +116,7 @@ def test_numbers(tmp_path):
     assert json.loads((tmp_path / "10003_x.json").read_text()) == {}
 
 
-def test_writers_at_once_have_numbers_of_their_own(tmp_path):
+def test_concurrent_writers_get_distinct_numbers(tmp_path):
     def write(label: str) -> None:
         for _ in range(25):
             save_numbered(tmp_path, label, label)
@@ -129,7 +129,7 @@ def test_writers_at_once_have_numbers_of_their_own(tmp_path):
     assert sorted(int(name[:4]) for name in os.listdir(tmp_path)) == list(range(1, 101))
 
 
-def test_number_that_another_took_between_looking_and_marking(tmp_path, monkeypatch):
+def test_number_taken_between_listing_and_marking(tmp_path, monkeypatch):
     (tmp_path / "0001_other.json").write_text("{}")
     look, stale = storage._numbers, [set(), set()]  # of files and of markers, as before the other had finished
     monkeypatch.setattr(storage, "_numbers", lambda *place: stale.pop() if stale else look(*place))

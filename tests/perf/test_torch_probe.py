@@ -1,4 +1,4 @@
-"""What an interpreter says of its torch, asked in a process of its own: right, wrong, or never."""
+"""The torch probe subprocess: results, errors, crashes and hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_stack_of_an_interpreter(fake_torch):
     assert facts.python == ".".join(map(str, sys.version_info[:3]))
 
 
-def test_the_installed_torch_is_the_one_that_is_found(monkeypatch, tmp_path):
+def test_installed_torch_is_reported(monkeypatch, tmp_path):
     stand_in(monkeypatch, tmp_path, ["xformers/__init__", "xformers/ops"])
     facts = stack_facts()
     assert facts.torch_imported and facts.torch.split("+")[0] == metadata.version("torch").split("+")[0]
@@ -42,10 +42,10 @@ def test_a_torch_that_raises_on_import(fake_torch):
 def test_a_torch_that_crashes_on_import(fake_torch):
     fake_torch("os.kill(os.getpid(), signal.SIGSEGV)")
     (check,) = checks.stack_checks(stack_facts(), GpuFacts())
-    assert check.status == CANNOT and "it died of signal 11" in check.fact
+    assert check.status == CANNOT and "it was ended by signal 11" in check.fact
 
 
-def test_a_torch_that_hangs_is_ended_with_its_children(fake_torch, tmp_path):
+def test_hanging_torch_is_killed_with_its_children(fake_torch, tmp_path):
     fake_torch(
         "child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
@@ -54,29 +54,28 @@ def test_a_torch_that_hangs_is_ended_with_its_children(fake_torch, tmp_path):
     facts = stack_facts(timeout_seconds=2)
     assert facts.error == "no answer within 2 s" and not facts.torch_imported
     child = int((tmp_path / "child").read_text())
-    end = time.monotonic() + 10  # it has been killed, and dies when it next gets a core
+    end = time.monotonic() + 10  # a killed process ends when it is next scheduled
     while _lives(child):
-        assert time.monotonic() < end, f"process {child} goes on"
+        assert time.monotonic() < end, f"process {child} is still alive"
 
 
 def _lives(pid: int) -> bool:
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-        )  # dead, if not yet buried
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"  # zombie or dead
     except OSError:
         return False
 
 
-def test_modules_of_the_working_folder_are_not_taken_for_the_librarys(fake_torch, monkeypatch, tmp_path):
+def test_modules_of_the_working_directory_are_not_imported(fake_torch, monkeypatch, tmp_path):
     (tmp_path / "here").mkdir()
-    (tmp_path / "here/json.py").write_text("raise SystemExit('perf/ has a statistics.py, for one')")
+    (tmp_path / "here/json.py").write_text("raise SystemExit('imported from the working directory')")
     monkeypatch.chdir(tmp_path / "here")
     fake_torch()
     assert stack_facts().error is None
 
 
-def test_an_interpreter_that_is_none():
+def test_missing_interpreter():
     facts = stack_facts("/nowhere/python")
     (check,) = checks.stack_checks(facts, GpuFacts())
     assert check.status == CANNOT and "/nowhere/python cannot be run" in check.fact
@@ -86,13 +85,13 @@ def test_an_interpreter_that_is_none():
     "lines, error",
     [
         ("", None),
-        ("def compile(function): return function", "torch.compile left the function as it was"),
+        ("def compile(function): return function", "torch.compile did not compile the function"),
         ("def compile(function): raise RuntimeError('no\\ncompiler')", "RuntimeError: no compiler"),
-        ("allclose = lambda a, b, atol: False", "the compiled function gives other numbers"),
+        ("allclose = lambda a, b, atol: False", "the compiled function returns different values"),
         ("del compile", "torch 2.99.0+cu130 has no torch.compile"),
     ],
 )
-def test_the_trial_of_compile(fake_torch, lines, error):
+def test_compile_trial(fake_torch, lines, error):
     fake_torch(lines)
     trial = compile_trial()
     assert trial.error == error
@@ -119,5 +118,5 @@ def test_the_trial_of_compile(fake_torch, lines, error):
         ((9, 0), ("gfx90a", "", "sm_", "sm_x"), False),
     ],
 )
-def test_which_builds_run_on_which_gpu(capability, arch_list, fits):
+def test_builds_and_compute_capabilities(capability, arch_list, fits):
     assert runs_on(capability, arch_list) is fits

@@ -37,7 +37,7 @@ def test_out_of_memory_is_reported_with_advice_and_the_run_continues(inner):
     result = inner.run("--benchmark-save=a", what=TWO)
     assert result.ret == ExitCode.FAILED
     result.assert_outcomes(passed=1, failed=1)
-    inner.says(f"INVALID {SDPA}: out_of_memory: {message}")
+    inner.prints(f"INVALID {SDPA}: out_of_memory: {message}")
     saved = inner.last()
     assert [benchmark["extra_info"]["configuration"]["id"] for benchmark in saved["benchmarks"]] == [ORIGINAL]
     assert saved["perf"]["partial"] == "1 failed"

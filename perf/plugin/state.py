@@ -1,0 +1,166 @@
+"""State of one `pytest perf` run: machine, options, measured session, verdicts and exit status."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from perf.analysis.statistics import MARGIN_FLOOR
+from perf.analysis.verdicts import Decision, ExitCode, Verdict
+from perf.machine.nvml import open_visible_device
+from perf.machine.stack import stack
+from perf.plugin import options, selection
+from perf.plugin.baseline_option import Comparison, choose
+from perf.runs import baselines
+from perf.runs.storage import storage_name
+from perf.session import record
+from perf.session.measurements import INVALID_SHARE_LIMIT
+from perf.session.run import Session
+from perf.session.settings import Settings
+
+DEFAULT_STORAGE = "file://./.benchmarks"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A measured session with the saved data and the verdicts of its configurations, by id."""
+
+    session: Session
+    infos: dict[str, dict] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    judgement: baselines.Judgement | None = None  # against stored sessions
+
+    @property
+    def regressed(self) -> set[str]:
+        """Configurations that are SLOWER; A/A comparisons do not count, because their noise defines the margin."""
+        decisions = [] if self.session.settings.aa else [*self.session.decisions.items()]
+        decisions += self.judgement.decisions.items() if self.judgement else []
+        return {id for id, decision in decisions if decision.verdict is Verdict.SLOWER}
+
+
+def evaluate(session: Session, comparison: Comparison) -> Results:
+    """Compute the saved data of every measured configuration and its verdict against the baseline."""
+    measured = [session.measurements.by_name[slot.name] for slot in session.plan.slots if slot.variant is None]
+    ids = [one.slot.configuration.id for one in measured if one.failure is None and one.rounds()]
+    infos = {id: record.extra_info(session, id) for id in ids}
+    decisions, judgement = dict(session.decisions), None
+    baseline = comparison.choice.newest
+    if baseline is not None and infos:
+        current = record.saved_run(session, infos)
+        if baselines.why_foreign(baseline.machine, current.machine):
+            judgement = baselines.judge_foreign(current, baseline)
+        else:
+            judgement = baselines.judge(current, comparison.choice, comparison.margin)
+        decisions = {**judgement.decisions, **decisions}
+    for id, decision in decisions.items():
+        if id in infos:
+            infos[id]["verdict"] = decision.as_dict()
+    return Results(session, infos, decisions, judgement)
+
+
+@dataclass
+class RunState:
+    """The state that the hooks of one pytest run share.
+
+    values: configuration fields set by options. parameters: a pytest.param for every configuration of every set.
+    folder: the storage, None if it is no folder. parallel: a pytest-xdist worker collected measurements. error: the
+    reason why the session could not be measured. problems: reasons why the run is not the whole suite. failed, slower:
+    node ids. regressed: ids found slower by --benchmark-compare-fail. reported: ids whose test has run.
+    """
+
+    device: str
+    stack: dict
+    values: dict[str, list]
+    parameters: list
+    folder: Path | None = None
+    settings: Settings | None = None
+    comparison: Comparison = field(default_factory=Comparison)
+    parallel: bool = False
+    results: Results | None = None
+    error: str | None = None
+    problems: list[str] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    slower: set[str] = field(default_factory=set)
+    regressed: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+    cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def partial(self) -> str | None:
+        """Why this run is not the whole suite, or None."""
+        problems = [*self.problems, *([f"{len(self.failed)} failed"] if self.failed else [])]
+        if self.results:
+            session, unreported = self.results.session, set(self.results.infos) - self.reported
+            problems += ["interrupted"] if session.interrupted else []
+            problems += [f"{len(session.unchecked)} without a reference image"] if session.unchecked else []
+            problems += ["slowed down on purpose"] if session.settings.slowdown else []
+            problems += [f"{len(unreported)} measured, but not reported"] if unreported else []  # -x, --maxfail
+        return ", ".join(problems) or None
+
+
+STATE = pytest.StashKey[RunState]()
+
+
+def create(config) -> RunState:
+    """The state after reading the options. Raises pytest.UsageError for options that cannot work."""
+    gpu = open_visible_device()
+    device = options.machine_device(config, gpu)
+    labels = [text.partition("=")[0] for text in config.getoption("perf_python")]
+    values = selection.with_interpreters(options.matrix_values(config), labels)
+    return RunState(device, stack(device, gpu), values, selection.parameters(values, device))
+
+
+def set_storage(config, state: RunState) -> None:
+    """Set the storage folder and the options of pytest-benchmark that depend on it."""
+    config.option.benchmark_save_data = True  # a run without raw rounds cannot be compared
+    storage = config.option.benchmark_storage
+    if storage == DEFAULT_STORAGE:
+        state.folder = config.rootpath / ".benchmarks" / storage_name(state.stack)
+        config.option.benchmark_storage = f"file://{state.folder}"
+    elif storage.startswith("file://") or "://" not in storage:  # pytest-benchmark reads a plain path as a folder too
+        state.folder = Path(storage.removeprefix("file://")).absolute()
+    if config.getoption("perf_aa") and not config.option.benchmark_save and not config.option.benchmark_autosave:
+        config.option.benchmark_save = "aa"
+
+
+def prepare_session(config, state: RunState) -> None:
+    """Validate the settings, the baseline and the other commit before collection, so that no error costs a measurement."""
+    state.settings = options.settings(config, state.device, state.folder or Path(), MARGIN_FLOOR)
+    state.comparison = choose(config, state.folder, state.stack, state.settings)
+    reference = config.getoption("perf_against")
+    if reference:
+        name, interpreter, folder = options.other_commit(reference, config.rootpath)
+        state.cleanup.callback(folder.cleanup)
+        state.settings = replace(state.settings, against=(name, interpreter))
+
+
+def exit_status(state: RunState, status: int, unsaved: bool, regressed: bool, strict: bool) -> int:
+    """The exit status (perf.analysis.verdicts.ExitCode) for pytest's own `status`.
+
+    Failures take precedence over SLOWER, and SLOWER over INCONCLUSIVE. unsaved: the run could not be saved. regressed:
+    --benchmark-compare-fail found a regression in a benchmark without a configuration.
+    """
+    if state.parallel:
+        return ExitCode.REFUSED
+    if unsaved:
+        status = ExitCode.FAILED
+    results = state.results
+    if results and results.session.interrupted:
+        return pytest.ExitCode.INTERRUPTED
+    if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and (state.slower or regressed):
+        return ExitCode.FAILED if state.failed or unsaved else ExitCode.SLOWER
+    if status != pytest.ExitCode.OK or not results:
+        return status
+    invalid, total = results.session.measurements.counts()
+    if invalid > INVALID_SHARE_LIMIT * total:
+        return ExitCode.FAILED
+    if strict:
+        # A configuration that is missing although no option excluded it may have stopped working.
+        if not state.problems and results.judgement and results.judgement.missing:
+            return ExitCode.FAILED
+        if any(decision.verdict is Verdict.INCONCLUSIVE for decision in results.decisions.values()):
+            return ExitCode.INCONCLUSIVE
+    return status
