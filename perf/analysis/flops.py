@@ -36,7 +36,7 @@ def of_round(configuration: Any, model: Any, unet_calls: int) -> int:
         "unet": guided * unet_calls * total(unet(model.unet, height, width, tokens)),
         "vae": total(decoder(model.autoencoder, height, width)),
     }
-    return configuration.batch * _of_workload(configuration, parts)
+    return int(configuration.batch) * _of_workload(configuration, parts)
 
 
 def minimum_bytes_of_round(configuration: Any, model: Any, unet_calls: int, item_bytes: int) -> int:

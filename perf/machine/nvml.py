@@ -60,7 +60,6 @@ class GpuFacts:
     uuid: str | None = None
     driver: str | None = None
     cuda_driver: tuple[int, int] | None = None
-    compute_capability: tuple[int, int] | None = None
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
     power_limit_watts: float | None = None
@@ -115,7 +114,6 @@ class Device:
         """Read all facts."""
         memory = self._read("nvmlDeviceGetMemoryInfo", self._handle)
         cuda = self._read("nvmlSystemGetCudaDriverVersion_v2")
-        capability = self._read("nvmlDeviceGetCudaComputeCapability", self._gpu)
         default_limit = self._read("nvmlDeviceGetPowerManagementDefaultLimit", self._gpu)
         persistence = self._read("nvmlDeviceGetPersistenceMode", self._gpu)
         mig_modes = self._read("nvmlDeviceGetMigMode", self._gpu)
@@ -124,7 +122,6 @@ class Device:
             uuid=self.uuid(),
             driver=_text(self._read("nvmlSystemGetDriverVersion")),
             cuda_driver=None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
-            compute_capability=None if capability is None else tuple(capability),
             memory_bytes=None if memory is None else memory.total,
             memory_used_bytes=None if memory is None else memory.used,
             power_limit_watts=self.power_limit_watts(),

@@ -18,7 +18,6 @@ H200 = GpuFacts(
     uuid="GPU-1",
     driver="580.65.06",
     cuda_driver=(13, 0),
-    compute_capability=(9, 0),
     memory_bytes=141 * GIB,
     memory_used_bytes=GIB,
     power_limit_watts=700.0,
