@@ -9,6 +9,8 @@ import pytest
 import synthetic_runs
 from synthetic_runs import results_of
 
+pytest.importorskip("matplotlib")
+
 from perf.report import article, bars, breakdown, growth, history, roofline, summary, tables
 from perf.report.palette import FIXED, MORE, Palette
 from perf.report.results import newest

@@ -375,12 +375,16 @@ def test_resumed_session_reports_the_stale_lock(runner, tmp_path):
 
 
 def test_ctrl_c_at_random_moments_keeps_measured_rounds(runner, tmp_path):
+    script = {"noise": 0.02, "sleep": 0.03}
+    begin = time.monotonic()
+    runner.end(runner.start(tmp_path, script))
+    duration = time.monotonic() - begin  # of an undisturbed session, which depends on the load of the machine
     draw, kept = random.Random(3), 0
     for number in range(6):
         folder = tmp_path / str(number)
         folder.mkdir()
-        started = runner.start(folder, {"noise": 0.02, "sleep": 0.03})
-        time.sleep(draw.uniform(0.1, 0.7))
+        started = runner.start(folder, script)
+        time.sleep(draw.uniform(0.2, 0.9) * duration)
         with contextlib.suppress(ProcessLookupError):
             os.kill(started[0], signal.SIGINT)
         answer = runner.end(started)
