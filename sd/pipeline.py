@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoint.embedding import read_embedding, require_new_token
 from sd.checkpoint.layouts import UNET, native_to_original
 from sd.checkpoint.load import factories, load, materialise
+from sd.checkpoint.lora import Merged, read_lora, targets
 from sd.choices import EMBEDDED_WEIGHTS
 from sd.config.presets import ModelConfig, preset
 from sd.errors import BadImage, CheckpointError, ConfigError
@@ -24,7 +27,7 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import tokenize
 from sd.models.unet import UNet
-from sd.optimise.apply import apply
+from sd.optimise.apply import apply, float32_precision
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.sampling import original_loop
 from sd.sampling.denoiser import Denoiser
@@ -83,6 +86,7 @@ class StableDiffusion:
         tokenize([""], config.text.kind)
         for network in self._networks().values():
             network.eval().requires_grad_(False)
+        self._merged, self._added_tokens = Merged(), dict[str, range]()
         self._apply(torch.device(device), optimisations)
 
     @classmethod
@@ -188,13 +192,11 @@ class StableDiffusion:
         """Copy the weights of a `state_dict` into the networks, in their dtype and on their device.
 
         Raises, with the model unchanged, CheckpointError unless names and shapes match exactly, and ConfigError where
-        code compiled ahead of time, constant folding or quantisation holds the old weights.
+        code compiled ahead of time, constant folding or quantisation holds the old weights, or LoRA is merged into them.
         """
-        chosen = self.optimisations
-        if chosen.aot is not None or "freezing" in chosen.inductor or chosen.quantisation != "none":
-            raise ConfigError(
-                "load_state_dict: aot, freezing and quantisation keep the old weights; load before optimise()"
-            )
+        self._require_weights_in_use("load_state_dict")
+        if self._merged.loras:
+            raise ConfigError("load_state_dict: LoRA is merged into the weights; call unload_lora() first")
         own = self.state_dict()
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
         if wrong:
@@ -202,6 +204,51 @@ class StableDiffusion:
         for prefix, network in self._networks().items():
             start = f"{prefix}."
             network.load_state_dict({k[len(start) :]: weight for k, weight in state.items() if k.startswith(start)})
+
+    def _require_weights_in_use(self, caller: str) -> None:
+        chosen = self.optimisations
+        if chosen.aot is not None or "freezing" in chosen.inductor or chosen.quantisation != "none":
+            raise ConfigError(f"{caller}: aot, freezing and quantisation keep the old weights; load before optimise()")
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Merge a LoRA file into the weights, on top of those already merged.
+
+        scale: factor of the update; 0 leaves the weights unchanged. The changed weights are kept in host memory for
+        `unload_lora`. They change in place, so that nothing is compiled or captured again.
+        Raises, with the model unchanged, CheckpointError for a file that does not fit the model or is of another method
+        (see sd.checkpoint.lora), and ConfigError as `load_state_dict` does.
+        """
+        if not math.isfinite(scale):
+            raise ConfigError(f"load_lora: scale {scale}: must be a finite number")
+        self._require_weights_in_use("load_lora")
+        state = self.state_dict()
+        updates = read_lora(path, state)
+        if scale:
+            with float32_precision(tf32=False):
+                self._merged.add(updates, scale, targets(state))
+
+    def unload_lora(self) -> None:
+        """Restore the weights from before the first `load_lora`, bit for bit. Raises ConfigError as `load_state_dict`."""
+        if self._merged.loras:
+            self._require_weights_in_use("unload_lora")
+            self._merged.remove(targets(self.state_dict()))
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
+        """Load a textual-inversion embedding and return its token, a word of prompts that stands for its vectors.
+
+        token: the word; None for the file's own (see sd.checkpoint.embedding.read_embedding).
+        Raises CheckpointError for a file that does not fit the model, ConfigError for a token that is loaded already.
+        """
+        encoder = self.text_encoder
+        embedding = read_embedding(path, encoder.config.width, token)
+        require_new_token(embedding.token, self._added_tokens)
+        table = encoder.token_embedding.weight
+        vectors = embedding.vectors.to(table.device, table.dtype)
+        before = vectors[:0] if encoder.added is None else encoder.added.detach()
+        start = encoder.config.vocab_size + len(before)
+        encoder.added = torch.cat([before, vectors]).requires_grad_(table.requires_grad)
+        self._added_tokens[embedding.token] = range(start, start + len(vectors))
+        return embedding.token
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
@@ -220,7 +267,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Encode prompts to the UNet's context [B, 77, C], in the dtype of the computation."""
-        tokens = tokenize(prompts, self.config.text.kind).to(self.device)
+        tokens = tokenize(prompts, self.config.text.kind, self._added_tokens).to(self.device)
         with self._calls.context():
             context: Tensor = self.text_encoder(tokens)
         return context

@@ -17,7 +17,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,12 +79,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileIndex:
-    """Tensors of one file by name, the step count of its training, and the names of its other entries."""
+    """Tensors of one file by name, the step count of its training, and the names of its other entries.
+
+    metadata: of a .safetensors file.
+    """
 
     path: Path
     tensors: dict[str, TensorEntry]
     global_step: int | None = None
     others: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def index(path: str | Path) -> FileIndex:
@@ -144,7 +148,7 @@ def _index_safetensors(path: Path, file: IO[bytes], size: int) -> FileIndex:
     step = metadata.get("global_step", "")
     global_step = int(step) if step.isascii() and step.isdigit() and len(step) < 16 else None
     others = tuple(f"__metadata__.{name}" for name in metadata if name not in ("global_step", "format"))
-    return _check_total(FileIndex(path, tensors, global_step, others), size)
+    return _check_total(FileIndex(path, tensors, global_step, others, metadata), size)
 
 
 def _safetensors_entry(name: str, entry: Any, data_start: int, size: int) -> TensorEntry:
@@ -250,7 +254,8 @@ def _index_legacy(path: Path, file: IO[bytes], size: int) -> FileIndex:
 
 def _state_dict(loaded: Any) -> dict[Any, Any]:
     if type(loaded) is dict:
-        nested = loaded.get("state_dict")
+        # A textual-inversion embedding has its vectors in a dict of their own.
+        nested = loaded.get("state_dict", loaded.get("string_to_param"))
         return nested if type(nested) is dict else loaded
     raise CheckpointError("contains no state dict: use the .safetensors of the model")
 
@@ -265,7 +270,7 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
         _check(nbytes >= value.storage.numel * itemsize(value.storage.dtype))
         tensors[name] = TensorEntry(value.storage.dtype, value.size, value.stride, value.offset, start, nbytes)
     step = loaded.get("global_step")
-    others = tuple(str(name) for name in loaded if name not in tensors and name not in ("state_dict", "global_step"))
+    others = tuple(str(name) for name in loaded if name not in tensors and name not in ("state_dict", "string_to_param", "global_step"))
     return _check_total(FileIndex(path, tensors, step if type(step) is int else None, others), size)
 
 

@@ -81,6 +81,22 @@ def _add_model(add: Callable[..., object]) -> None:
         help=f"a preset ({', '.join(PRESETS)}) or a YAML file in the original layout (default: detected from the "
         "weights, SD2 as predicting eps: pass sd2-v for v models)",
     )
+    add(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        type=lora_file,
+        action="append",
+        default=[],
+        help="LoRA to merge into the weights, with a factor (default: 1); may be repeated",
+    )
+    add(
+        "--embedding",
+        metavar="FILE[:TOKEN]",
+        type=embedding_file,
+        action="append",
+        default=[],
+        help="textual-inversion embedding, with its word in prompts (default: the file's own); may be repeated",
+    )
     add("--C", type=positive, help="latent channels; must be those of the model")
     add("--f", type=positive, help="pixels per latent cell; must be those of the model")
 
@@ -177,6 +193,32 @@ def size(text: str) -> int:
     return value
 
 
+def lora_file(text: str) -> tuple[Path, float]:
+    """Parse FILE[:SCALE]."""
+    path, suffix = _file_and_suffix(text)
+    try:
+        scale = 1.0 if suffix is None else float(suffix)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"{text}: {suffix!r} after the colon must be a number, the scale")
+    return path, scale
+
+
+def embedding_file(text: str) -> tuple[Path, str | None]:
+    """Parse FILE[:TOKEN]."""
+    return _file_and_suffix(text)
+
+
+def _file_and_suffix(text: str) -> tuple[Path, str | None]:
+    if Path(text).is_file():  # its name may contain a colon, as on Windows
+        return Path(text), None
+    file, _, suffix = text.rpartition(":")
+    if not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return Path(file), suffix
+
+
 def single(flags: str, values: list[T] | None, default: T) -> T:
     """Return the value of options that may be repeated or spelt in several ways; ConfigError where values differ."""
     distinct = list(dict.fromkeys(values or [default]))
@@ -189,13 +231,16 @@ def single(flags: str, values: list[T] | None, default: T) -> T:
 class Setup:
     """Model, device and optimisations selected by the options and the environment.
 
-    checkpoint: None for the embedded model. config: None to detect it from the weights.
+    checkpoint: None for the embedded model. config: None to detect it from the weights. loras: files and scales.
+    embeddings: files and tokens, None for the file's own.
     """
 
     checkpoint: Path | None
     config: ModelConfig | None
     device: torch.device
     optimisations: Optimisations
+    loras: tuple[tuple[Path, float], ...] = ()
+    embeddings: tuple[tuple[Path, str | None], ...] = ()
 
     @property
     def default_prompt(self) -> str:
@@ -203,10 +248,22 @@ class Setup:
         return TINY_PROMPT if self.checkpoint is None else PROMPT
 
     def load(self) -> StableDiffusion:
-        """Load the model; prints the config where it is detected from the weights."""
+        """Load the model with its LoRA and embeddings; prints the config where it is detected from the weights."""
+        # Some optimisations make the weights constants, so that LoRA comes first.
+        merges = Optimisations(precision=self.optimisations.precision) if self.loras else self.optimisations
+        model = self._load(merges)
+        for path, scale in self.loras:
+            model.load_lora(path, scale)
+        for path, token in self.embeddings:
+            print(f"{path.name}: write {model.load_embedding(path, token)!r} in the prompt")
+        if self.loras:
+            model.optimise(self.optimisations)
+        return model
+
+    def _load(self, optimisations: Optimisations) -> StableDiffusion:
         if self.checkpoint is None:
-            return StableDiffusion.tiny(self.device, self.optimisations)
-        model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, self.optimisations)
+            return StableDiffusion.tiny(self.device, optimisations)
+        model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, optimisations)
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
             if model.config.name == "sd2":
@@ -229,7 +286,8 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     device = _device(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
-    return Setup(Path(args.ckpt) if args.ckpt is not None else None, config, device, optimisations)
+    checkpoint = Path(args.ckpt) if args.ckpt is not None else None
+    return Setup(checkpoint, config, device, optimisations, tuple(args.lora), tuple(args.embedding))
 
 
 def _config(value: str) -> ModelConfig | None:

@@ -129,7 +129,12 @@ class Command:
             for name, value in chosen.changed().items()
             if name not in listed
         ]
+        files = {
+            "lora": " ".join(f"{path.name}:{scale:g}" for path, scale in self.args.lora),
+            "embeddings": " ".join(path.name for path, _ in self.args.embedding),
+        }
         return {
+            **{name: value for name, value in files.items() if value},
             "config": self.model.config.name,
             "checkpoint": self.checkpoint.name if self.checkpoint else "tiny (embedded)",
             "attention": attention.implementation + kernels + upcast,

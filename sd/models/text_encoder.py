@@ -60,7 +60,12 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokens to the context of the UNet's cross-attention."""
+    """Tokens to the context of the UNet's cross-attention.
+
+    added: None, or vectors [n, width] of textual-inversion embeddings, for token ids from vocab_size on.
+    """
+
+    added: Tensor | None
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -72,12 +77,21 @@ class TextEncoder(nn.Module):
         blocks = (ResidualAttentionBlock(width, config.heads, activation) for _ in range(config.layers))
         self.transformer = nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
         self.ln_final = nn.LayerNorm(width)
+        self.register_buffer("added", None, persistent=False)  # no key of the checkpoint
         if not self.positional_embedding.is_meta:
             nn.init.normal_(self.positional_embedding, std=0.01)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, 77] int64 -> [B, 77, width] in the dtype of the computation. Padding is attended to, as in training."""
-        x = self.token_embedding(tokens) + self.positional_embedding
+        x = self._embed(tokens) + self.positional_embedding
         out: Tensor = self.ln_final(self.transformer(x))
         return out
+
+    def _embed(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, C]
+        if self.added is None:
+            vectors: Tensor = self.token_embedding(tokens)
+            return vectors
+        size = self.config.vocab_size
+        learned = F.embedding((tokens - size).clamp(min=0), self.added)
+        return torch.where((tokens >= size)[..., None], learned, self.token_embedding(tokens.clamp(max=size - 1)))
