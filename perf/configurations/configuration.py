@@ -38,7 +38,8 @@ class Configuration:
     or folder of weights; without one `tiny` has its embedded weights and the other models seeded random ones, which take
     the same time. config: YAML file in the original layout, where the weights do not determine it. optimise: as
     `--optimise`, a comma-separated list: a preset (`fast`, `original`, `none`), which sets attention, precision and
-    compile, or techniques to add to them.
+    compile, or techniques to add to them. lora_rank: of a LoRA with seeded random factors that is merged into the UNet's
+    attention, 0 for none.
     """
 
     model: str = "tiny"
@@ -50,6 +51,7 @@ class Configuration:
     compile_scope: str = "unet"
     precision: str = "full"
     optimise: str = ""
+    lora_rank: int = 0
     batch: int = 1
     steps: int = 50
     sampler: str = "plms"
@@ -72,6 +74,8 @@ class Configuration:
         for name in ("batch", "steps"):
             if getattr(self, name) < 1:
                 raise UnknownChoice(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.lora_rank < 0:
+            raise UnknownChoice(f"lora-rank {self.lora_rank}: must be at least 0")
         # Canonical values of fields without effect, so that equivalent configurations compare equal.
         canonical: dict[str, Any] = {}
         kernels = tuple(kernel for kernel in CHOICES["sdpa_kernels"] if kernel in self.sdpa_kernels)
@@ -157,6 +161,8 @@ def technique(values: Mapping[str, Any]) -> list[str]:
         parts += ["original-xformers" if xformers else values["attention"], *values["sdpa_kernels"]]
     if values["optimise"]:
         parts.append(("preset-" if preset else "") + values["optimise"].replace(",", "+"))
+    if values["lora_rank"]:
+        parts.append(f"lora{values['lora_rank']}")
     if values["compile"] != "none":
         parts.append("compile" if values["compile"] == "default" else f"compile-{values['compile']}")
         if values["compile_scope"] != "unet":

@@ -66,6 +66,10 @@ KERNELS = [
 ]
 # Techniques that change the image, each added to the preset.
 APPROXIMATIONS = [{"optimise": ",".join(("fast", *more))} for more in ((), *((name,) for name in APPROXIMATE))]
+# A merged LoRA must cost nothing, eager or compiled.
+LORA: list[dict[str, Any]] = [
+    {"optimise": optimise, "lora_rank": rank} for optimise in ("", "fast") for rank in (0, 16)
+]
 # From the original code's loop, each step adding one optimisation, to the preset.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
 LADDER: list[dict[str, Any]] = [
@@ -99,6 +103,7 @@ SETS: dict[str, list[Configuration]] = {
     "kernels": _variants("sd2", KERNELS, batches=(1, 8)),
     "inductor": _variants("sd2", INDUCTOR),
     "approximate": _variants("sd2", APPROXIMATIONS),
+    "lora": _variants("sd2", LORA),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention backend at three batch sizes, the question of the published experiment.
     "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
@@ -121,6 +126,7 @@ SUMMARIES = {
     "kernels": "the Triton kernels added to the preset, at batch 1 and 8",
     "inductor": "Inductor's options, one at a time",
     "approximate": "techniques that change the image, one at a time added to the preset",
+    "lora": "without and with a merged LoRA of rank 16, eager and with the preset fast",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
     "stages": "text encoder, one UNet call and VAE decoder separately",

@@ -45,6 +45,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rank(text: str) -> int:
+    if not _text(text).isdigit():
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def _fraction(text: str) -> float:
     if not 0 <= float(_text(text)) <= 1:
         raise ArgumentTypeError("a fraction between 0 and 1")
@@ -67,6 +73,7 @@ MATRIX = (
     ("--compile-scope", "compile_scope", _choice("compile_scope"), "the part that is compiled as one graph"),
     ("--precision", "precision", _choice("precision"), "precision"),
     ("--optimise", "optimise", _text, "a preset (fast, original, none) or techniques, comma-separated, as in txt2img"),
+    ("--lora-rank", "lora_rank", _rank, "rank of a LoRA with random factors merged into the weights, 0 for none"),
     ("--batch", "batch", _count, "images per round"),
     ("--steps", "steps", _count, "sampler steps"),
     ("--sampler", "sampler", _choice("sampler"), "sampler"),

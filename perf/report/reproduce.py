@@ -15,6 +15,7 @@ OPTIONS = {
     "compile_scope": "--compile-scope",
     "precision": "--precision",
     "optimise": "--optimise",
+    "lora_rank": "--lora-rank",
     "batch": "--batch",
     "steps": "--steps",
     "sampler": "--sampler",
@@ -47,7 +48,7 @@ def command(result: Result) -> str:
         fields = OF_THE_WORK
     for field in fields:
         value = configuration.get(field)
-        if value not in (None, [], (), ""):
+        if value not in (None, [], (), "", 0):
             arguments += [OPTIONS[field], ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
     if any(result.size):
         arguments += ["--size", f"{result.size[0]}x{result.size[1]}"]

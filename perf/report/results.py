@@ -245,6 +245,7 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         "attention": attention,
         "sdpa_kernels": [node.text() for node in kernels.items()] if kernels.value is not None else [],
         "optimise": optimise,
+        "lora_rank": _whole(configuration["lora_rank"].number(0, 1e6)) if configuration["lora_rank"].value else 0,
         "compile": option("compile", "none"),
         "compile_scope": option("compile_scope", "unet"),
         "precision": option("precision", usual_precision(model)),

@@ -37,7 +37,9 @@ def read_embedding(path: str | Path, width: int, token: str | None = None) -> Em
     file_index = index(path)
     names = list(file_index.tensors)
     if "clip_g" in names or "clip_l" in names:
-        raise CheckpointError(f"{path}: is an embedding for Stable Diffusion XL ({', '.join(names)}); use one of SD1 or SD2")
+        raise CheckpointError(
+            f"{path}: is an embedding for Stable Diffusion XL ({', '.join(names)}); use one of SD1 or SD2"
+        )
     if len(names) != 1:
         listed = ", ".join(names[:5])
         raise CheckpointError(f"{path}: has {len(names)} tensors ({listed}), an embedding has one; give such a file")

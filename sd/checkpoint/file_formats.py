@@ -270,7 +270,8 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
         _check(nbytes >= value.storage.numel * itemsize(value.storage.dtype))
         tensors[name] = TensorEntry(value.storage.dtype, value.size, value.stride, value.offset, start, nbytes)
     step = loaded.get("global_step")
-    others = tuple(str(name) for name in loaded if name not in tensors and name not in ("state_dict", "string_to_param", "global_step"))
+    read = {*tensors, "state_dict", "string_to_param", "global_step"}
+    others = tuple(str(name) for name in loaded if name not in read)
     return _check_total(FileIndex(path, tensors, step if type(step) is int else None, others), size)
 
 

@@ -65,6 +65,7 @@ def test_every_field_but_those_of_the_input_is_in_the_id():
         "compile": "default",
         "precision": "bf16",
         "optimise": "channels_last",
+        "lora_rank": 4,
         "batch": 2,
         "steps": 3,
         "sampler": "euler",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_a_round_is_timed_examined_and_compared(worker, tmp_path):
     assert other["sha256"] != first["image"]["sha256"]
     assert other["latent_relative_error"] > 0.1 and other["psnr_db"] < 45
     json.dumps(first, allow_nan=False)
+
+
+def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
+    plain = ok(worker.handle({"op": "round", "seed": 1}))
+    merged = Worker()
+    ok(merged.handle(loading(replace(TINY, lora_rank=4, optimise="fused_qkv"))))
+    reference = str(tmp_path / "reference.npz")
+    ok(worker.handle({"op": "write_reference", "path": reference}))
+    changed = ok(merged.handle({"op": "round", "seed": 1, "check": [reference]}))
+    assert changed["image"]["finite"] and 0.001 < changed["image"]["latent_relative_error"] < 1
+    assert changed["work"]["flops"] == plain["work"]["flops"]
 
 
 def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():

@@ -358,7 +358,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     model.load_lora(second, -0.02)
     assert torch.equal(pixels, model.txt2img("a red star", steps=2, sampler="ddim", scale=4.0, seed=1).images[0])
     capsys.readouterr()
-    for option, reason in ((f"{first}:much", "must be a number"), ("missing.pt", "no such file"), (":2", "no such file")):
+    for option, reason in (
+        (f"{first}:much", "must be a number"),
+        ("missing.pt", "no such file"),
+        (":2", "no such file"),
+    ):
         with pytest.raises(SystemExit):
             main([*arguments, "--lora", option])
         assert reason in capsys.readouterr().err

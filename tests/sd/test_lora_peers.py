@@ -13,7 +13,7 @@ from models import relative_error
 from sd import StableDiffusion
 from sd.checkpoint.diffusers_folder import write_folder
 from sd.checkpoint.file_formats import write_safetensors
-from sd.config.presets import PRESETS, AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from sd.config.presets import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
 
 pytestmark = pytest.mark.peers
 BOUND = 1e-5
@@ -111,3 +111,30 @@ def test_files_that_diffusers_saves(pair, tmp_path, alphas):
         metadata[f"{name}_lora_adapter_metadata"] = chosen.to_dict()
     StableDiffusionPipeline.save_lora_weights(tmp_path, **layers, **metadata)
     _compare(pair, tmp_path / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize("form", ["diffusers", "a1111.pt", "a1111.safetensors"])
+@torch.no_grad()
+def test_textual_inversion(pair, tmp_path, form):
+    """Token ids and outputs of the text encoder for a prompt with a word of three vectors."""
+    ours, theirs = pair
+    vectors, token = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), f"<{form}>"
+    path = tmp_path / ("a.safetensors" if form.endswith("safetensors") else "a.pt")
+    if form == "diffusers":
+        torch.save({token: vectors}, path)
+    elif form == "a1111.pt":
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": token}, path)
+    else:
+        write_safetensors(path, {"emb_params": vectors}, {"format": "pt"})
+    prompts = [f"a photo of {token}, in colour", f"{token} and {token}", "a photo"]
+    ours.load_embedding(path, token)
+    theirs.load_textual_inversion(path.parent, weight_name=path.name, token=token)
+    converted = theirs.maybe_convert_prompt(prompts, theirs.tokenizer)
+    tokens = theirs.tokenizer(
+        converted, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    reference = theirs.text_encoder(tokens).last_hidden_state
+    error = relative_error(ours.encode_prompts(prompts), reference)
+    print("relative error of the text encoder:", error)
+    assert error <= BOUND
+    assert relative_error(ours.encode_prompts([prompts[2].replace("photo", "cat")]), reference[2:]) > 0.01

@@ -36,6 +36,8 @@ class DiffusersEngine:
             raise Unavailable(f"diffusers cannot be imported ({error}): pip install -e '.[peers]'") from None
         if configuration.workload != "txt2img" or configuration.sdpa_kernels:
             raise Unavailable("diffusers is measured by whole txt2img runs, with the SDPA kernel that PyTorch chooses")
+        if configuration.lora_rank:
+            raise Unavailable("the engine diffusers is measured without LoRA: leave out --lora-rank, or use engine sd")
         if configuration.attention == "mha":
             raise Unavailable("diffusers has no nn.MultiheadAttention: choose original, xformers or sdpa")
         self.configuration, self.device = configuration, torch.device(device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 from perf.worker.engines import compat
 from perf.worker.engines.interface import Output
 from sd import Optimisations, StableDiffusion
+from sd.errors import Unavailable
 
+LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # those that diffusers' training script chooses
 UNET_TIMESTEP = 501.0  # of the workload `unet`
 
 
@@ -53,6 +57,25 @@ def load_model(configuration: SimpleNamespace, device: str, chosen: Optimisation
     return StableDiffusion.random(configuration.model, device=device, optimisations=chosen)
 
 
+def load_random_lora(model: StableDiffusion, rank: int) -> None:
+    """Merge a LoRA of that rank into the UNet's attention, whose updates are a tenth of the weights' standard deviation.
+
+    Raises Unavailable for an `sd` older than LoRA.
+    """
+    if not hasattr(model, "load_lora"):
+        raise Unavailable("this version of sd has no LoRA: it is older than that feature")
+    generator, factors = torch.Generator().manual_seed(rank), {}
+    for name, weight in model.state_dict().items():
+        module = name[: -len(".weight")]
+        if name.endswith(".weight") and module.endswith(LORA_MODULES):
+            up = torch.randn(len(weight), rank, generator=generator)
+            factors[f"{module}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator)
+            factors[f"{module}.lora_B.weight"] = up * (0.1 * float(weight.float().std()) / rank**0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(factors, Path(folder) / "lora.pt")
+        model.load_lora(Path(folder) / "lora.pt")
+
+
 def initial_latents(model: StableDiffusion, configuration: SimpleNamespace, seed: int) -> Tensor:
     """float32 [B, 4, h, w]: the initial noise of txt2img, image i with seed + i."""
     size = configuration.height or None, configuration.width or None
@@ -67,7 +90,13 @@ class SDEngine:
         self, configuration: SimpleNamespace, device: str, after_step: Callable[[int, int], None] | None = None
     ):
         self.configuration, self.after_step = configuration, after_step
-        self.model = load_model(configuration, device, optimisations(configuration, device))
+        chosen = optimisations(configuration, device)
+        if configuration.lora_rank:  # merged first: some optimisations make the weights constants
+            self.model = load_model(configuration, device, Optimisations(precision=chosen.precision))
+            load_random_lora(self.model, configuration.lora_rank)
+            self.model.optimise(chosen)
+        else:
+            self.model = load_model(configuration, device, chosen)
         self.config = self.model.config
         self.precision = self.model.optimisations.precision
         self.compiles = self.model.optimisations.compile != "none"
