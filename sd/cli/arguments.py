@@ -213,10 +213,8 @@ def embedding_file(text: str) -> tuple[Path, str | None]:
 def _file_and_suffix(text: str) -> tuple[Path, str | None]:
     if Path(text).is_file():  # its name may contain a colon, as on Windows
         return Path(text), None
-    file, _, suffix = text.rpartition(":")
-    if not Path(file).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
-    return Path(file), suffix
+    file, colon, suffix = text.rpartition(":")
+    return (Path(file), suffix) if file and colon else (Path(text), None)
 
 
 def single(flags: str, values: list[T] | None, default: T) -> T:
@@ -286,6 +284,10 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     device = _device(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
+    for flag, files in (("--lora", args.lora), ("--embedding", args.embedding)):
+        missing = [path for path, _ in files if not path.is_file()]
+        if missing:
+            raise ConfigError(f"{flag} {missing[0]}: no such file")
     checkpoint = Path(args.ckpt) if args.ckpt is not None else None
     return Setup(checkpoint, config, device, optimisations, tuple(args.lora), tuple(args.embedding))
 

@@ -133,5 +133,5 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         assert image.text["embeddings"] == "a.pt"
     assert main([*arguments, "--embedding", "b.pt"]) == 2
     assert "b.pt: its vectors have width 768 of SD1" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*arguments, "--embedding", "c.pt"])
+    assert main([*arguments, "--embedding", "c.pt:word"]) == 2
+    assert "--embedding c.pt: no such file" in capsys.readouterr().err
