@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": ("perf.commands.doctor", "check whether this machine is fit to measure"),
     "battery": ("perf.commands.selftest", "test the regression gate on this machine: A/A and an injected slowdown"),
     "gpu-run": ("perf.commands.gpu_run", "run the planned GPU measurements within a time budget"),
+    "unfinished": ("perf.commands.unfinished", "list the interrupted sessions, or drop them by name"),
     "compare": ("perf.commands.compare", "judge one saved run against another"),
     "show": ("perf.commands.show", "print saved runs"),
     "merge": ("perf.commands.merge", "join the saved runs of many machines in one folder"),

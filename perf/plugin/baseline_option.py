@@ -79,10 +79,7 @@ def _named(config, folder: Path, stack: dict, settings: Settings, compare: str) 
     """The run that the user named, whether or not it would be chosen automatically."""
     path = Path(compare)
     if not path.is_file():
-        try:
-            paths = sorted(folder.rglob(f"{compare.rstrip('*')}*.json"), key=lambda file: file.name)
-        except (ValueError, NotImplementedError):  # an invalid or absolute pattern
-            paths = []
+        paths = _files_named(folder, compare.rstrip("*"))
         if not paths:
             raise pytest.UsageError(f"--benchmark-compare={compare}: no saved run in {folder} has that name")
         path = paths[-1]
@@ -95,3 +92,16 @@ def _named(config, folder: Path, stack: dict, settings: Settings, compare: str) 
     if foreign and not config.getoption("perf_foreign"):
         raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares anyway")
     return saved
+
+
+def _files_named(folder: Path, name: str) -> list[Path]:
+    """The saved runs whose file name begins with `name`, else those whose label after the number does, by number."""
+    patterns = [f"{name}*.json", f"[0-9][0-9][0-9][0-9]*_{name}*.json"]
+    for pattern in patterns[: 1 if name.isdigit() else 2]:
+        try:
+            paths = sorted(folder.rglob(pattern), key=lambda file: file.name)
+        except (ValueError, NotImplementedError):  # an invalid or absolute pattern
+            paths = []
+        if paths:
+            return paths
+    return []

@@ -41,6 +41,8 @@ def take_over(config) -> None:
             session.logger.error(f"Performance has regressed:{lines}")
 
     def save_without_warning() -> None:
+        # Each rerun of a test (--reruns) adds an entry.
+        session.benchmarks[:] = {benchmark.fullname: benchmark for benchmark in session.benchmarks}.values()
         with warnings.catch_warnings():  # under -W error, the warning of an empty run would be an internal error
             warnings.filterwarnings("ignore", "Not saving anything")
             save()

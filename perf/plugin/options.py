@@ -51,6 +51,12 @@ def _fraction(text: str) -> float:
     return float(text)
 
 
+def _session_name(text: str) -> str:
+    if not re.fullmatch(r"\d[\d-]*(\.jsonl)?", _text(text)):  # such as the path of the tests after the option
+        raise ArgumentTypeError(f"{text!r} is no name of a session; write --perf-resume=NAME, or put {text} before it")
+    return text
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", _text(text))
     if not match or not all(map(int, filter(None, match.groups()))):
@@ -102,7 +108,8 @@ def add_options(parser) -> None:
     add("--perf-aa", action="store_true", help="measure each configuration against itself, and save the noise")
     help = "persistent cache of torch.compile, shared by all configurations: first calls are then warm"
     add("--perf-compile-cache", type=_text, metavar="DIR", help=help)
-    add("--perf-resume", action="store_true", help="resume the last session where it was interrupted")
+    help = "resume the unfinished session with these options, or the one of this name"
+    add("--perf-resume", nargs="?", const=True, default=False, type=_session_name, metavar="NAME", help=help)
     help = "exit 21 if a comparison is inconclusive; refuse to run without a baseline"
     add("--perf-strict", action="store_true", help=help)
     add("--perf-foreign", action="store_true", help="compare with another machine's run, without verdicts")

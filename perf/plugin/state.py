@@ -12,11 +12,12 @@ from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
 from perf.machine.nvml import open_visible_device
 from perf.machine.stack import stack
-from perf.plugin import options, selection
+from perf.plugin import options, preflight, selection
 from perf.plugin.baseline_option import Comparison, choose
 from perf.runs import baselines
 from perf.runs.storage import storage_name
 from perf.session import record
+from perf.session.journal import Recorded, unfinished
 from perf.session.measurements import INVALID_SHARE_LIMIT
 from perf.session.run import Session
 from perf.session.settings import Settings
@@ -68,7 +69,8 @@ class RunState:
     values: configuration fields set by options. parameters: a pytest.param for every configuration of every set.
     folder: the storage, None if it is no folder. parallel: a pytest-xdist worker collected measurements. error: the
     reason why the session could not be measured. problems: reasons why the run is not the whole suite. failed, slower:
-    node ids. regressed: ids found slower by --benchmark-compare-fail. reported: ids whose test has run.
+    node ids. regressed: ids found slower by --benchmark-compare-fail. reported: ids whose test has run. unfinished: the
+    interrupted sessions of this machine.
     """
 
     device: str
@@ -86,6 +88,7 @@ class RunState:
     slower: set[str] = field(default_factory=set)
     regressed: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
+    unfinished: list[Recorded] = field(default_factory=list)
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -128,8 +131,13 @@ def set_storage(config, state: RunState) -> None:
 
 def prepare_session(config, state: RunState) -> None:
     """Validate the settings, the baseline and the other commit before collection, so that no error costs a measurement."""
+    preflight.check_outputs(config)
+    preflight.apply_all_compare_fail(config)
+    preflight.name_autosave(config)
     state.settings = options.settings(config, state.device, state.folder or Path(), MARGIN_FLOOR)
     state.comparison = choose(config, state.folder, state.stack, state.settings)
+    if not state.settings.resume and state.folder is not None:
+        state.unfinished = unfinished(state.folder / "journal")
     reference = config.getoption("perf_against")
     if reference:
         name, interpreter, folder = options.other_commit(reference, config.rootpath)

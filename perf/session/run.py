@@ -130,9 +130,9 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
         "source": fingerprints.source_sha256(ROOT / "sd"),
         "stack": {key: facts[key] for key in ("name", "uuid", "driver", "torch")},
     }
-    return (
-        resume_journal(folder, plan, protocol, log) if settings.resume else start_journal(folder, plan, protocol, begin)
-    )
+    if not settings.resume:
+        return start_journal(folder, plan, protocol, begin)
+    return resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
 
 
 def _references(settings: Settings, launches: Launches, facts: dict) -> References:

@@ -24,6 +24,7 @@ class Settings:
     """The options of a session, independent of the configurations to measure.
 
     clock: `wall` or `cpu`. threads: torch's CPU threads, None for its default. isolated: each launch in a fresh process.
+    resume: the name of the unfinished session to resume, True for the one whose plan matches.
     interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of another commit. aa: measure
     every configuration against itself. slowdown: fraction by which the working tree is slowed, to test the verdicts.
     margin: the smallest relevant change, as a fraction. folder: of the journal and the reference images. trace: folder
@@ -38,7 +39,7 @@ class Settings:
     launches: int = 10
     rounds: int = 2
     isolated: bool = True
-    resume: bool = False
+    resume: bool | str = False
     interpreters: dict[str, Interpreter] = field(default_factory=dict)
     against: tuple[str, Interpreter] | None = None
     aa: bool = False

@@ -72,11 +72,24 @@ def test_compare_fail_ignores_the_overhead_of_the_harness(inner):
     inner.prints_no("Performance has regressed")
 
 
-def test_repeated_and_fractional_compare_fail_as_in_pytest_benchmark(inner):
+def test_repeated_compare_fail_applies_all(inner):
     inner.store(1)
     inner.machine.offset, inner.machine.slow[SDPA] = 1.0, 1.2
-    last_wins = ("--benchmark-compare-fail=median:5%", "--benchmark-compare-fail=median:50%")
-    assert inner.run("--benchmark-compare", *last_wins).ret == 0, inner.output
-    assert inner.run("--benchmark-compare", *last_wins[::-1]).ret == ExitCode.SLOWER
+    both = ("--benchmark-compare-fail=median:5%", "--benchmark-compare-fail=median:50%")
+    for repeated in (both, both[::-1]):
+        assert inner.run("--benchmark-compare", *repeated).ret == ExitCode.SLOWER, inner.output
+    loose = ("--benchmark-compare-fail=median:50%", "--benchmark-compare-fail", "min:60%", "max:60%")
+    assert inner.run("--benchmark-compare", *loose).ret == 0, inner.output
+
+
+def test_compare_fail_of_addopts_applies_too(inner, monkeypatch):
+    inner.store(1)
+    inner.machine.offset, inner.machine.slow[SDPA] = 1.0, 1.2
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--benchmark-compare-fail=median:5%")
+    assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:50%").ret == ExitCode.SLOWER, inner.output
+
+
+def test_fractional_compare_fail_as_in_pytest_benchmark(inner):
+    inner.store(1)
     assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:2.5%").ret == ExitCode.REFUSED
     inner.prints("Could not parse value: 'median:2.5%'")
