@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perf.analysis.statistics import MARGIN_FLOOR
-from perf.plugin.options import disabled
+from perf.plugin.options import PAIRED, disabled
 from perf.runs import baselines
 from perf.runs.saved_run import BaselineError, SavedRun, read
 from perf.session.settings import Settings
@@ -32,7 +32,7 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
     option = config.option
     if isinstance(option.benchmark_compare, str) and not option.benchmark_compare.strip():
         raise pytest.UsageError("--benchmark-compare: the value is empty; is a variable unset?")
-    compare, paired = option.benchmark_compare, config.getoption("perf_against") or config.getoption("perf_aa")
+    compare, paired = option.benchmark_compare, any(map(config.getoption, PAIRED))
     strict, failing = config.getoption("perf_strict"), option.benchmark_compare_fail
     if disabled(config):
         option.benchmark_compare = []

@@ -129,7 +129,8 @@ def _measure(request, state: RunState) -> Session:
     configurations = list(dict.fromkeys(filter(None, map(selection.configuration_of, request.session.items))))
     if state.folder is None:
         state.folder = Path(tempfile.mkdtemp(prefix="sd-perf-"))
-    settings = replace(state.settings, folder=state.folder, margin=state.comparison.margin)
+    second = {configuration.id: state.seconds[configuration] for configuration in configurations if state.seconds}
+    settings = replace(state.settings, folder=state.folder, margin=state.comparison.margin, second=second)
     writer = request.config.get_terminal_writer()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         writer.line()
@@ -190,7 +191,7 @@ def _rounds(session: Session, id: str, benchmark) -> list[float]:
 
 
 def _fail_if_invalid(session: Session, id: str, decision: Decision | None) -> None:
-    """Fail if the verdict is INVALID, or if the second label of --perf-against or --perf-aa could not be measured."""
+    """Fail if the verdict is INVALID, or if the other side of a comparison could not be measured."""
     variant = session.settings.variant
     other = session.measurements.by_name[f"{id}@{variant}"] if variant else None
     if other is not None and other.failure:
