@@ -16,6 +16,7 @@ COMMANDS = {
     "gpu-run": ("perf.commands.gpu_run", "run the planned GPU measurements within a time budget"),
     "unfinished": ("perf.commands.unfinished", "list the interrupted sessions, or drop them by name"),
     "compare": ("perf.commands.compare", "judge one saved run against another"),
+    "history": ("perf.commands.history", "find the sessions from which on a configuration is slower or faster"),
     "show": ("perf.commands.show", "print saved runs"),
     "merge": ("perf.commands.merge", "join the saved runs of many machines in one folder"),
     "report": ("perf.commands.report", "write plots, tables and one page from saved runs"),

@@ -16,11 +16,18 @@ from perf.session.settings import Settings
 
 @dataclass(frozen=True)
 class Comparison:
-    """The baselines of a run, the margin (a fraction) and notices for the terminal."""
+    """The baselines of a run, the margin (a fraction) and notices for the terminal.
+
+    plain: runs whose benchmarks without a configuration pytest-benchmark compares itself. missing: the reason why no
+    configuration can be compared although `plain` can. gate: whether that is an error.
+    """
 
     choice: baselines.Choice = field(default_factory=baselines.Choice)
     margin: float = MARGIN_FLOOR
     notices: tuple[str, ...] = ()
+    plain: tuple[SavedRun, ...] = ()
+    missing: str | None = None
+    gate: bool = False
 
 
 def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comparison:
@@ -54,15 +61,20 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
     choice, notices = _stored(folder, stack, settings), []
     if isinstance(compare, str):
         named = _named(config, folder, stack, settings, compare)
-        choice = replace(choice, named=named)
+        choice = replace(choice, plain=(named,)) if named.plain else replace(choice, named=named, plain=())
         if named.why_no_candidate:
             notices.append(f"the baseline {named.path.name} is {named.why_no_candidate}")
+    plain = choice.plain if isinstance(compare, str) else (*choice.history, *choice.plain)
     if choice.newest is not None:
         option.benchmark_compare = str(choice.newest.path)
-        return Comparison(choice, choice.margin, tuple(notices))
+        return Comparison(choice, choice.margin, tuple(notices), plain)
     refused = "".join(f"\n  {path.name}: {reason}" for path, reason in choice.refused)
     message = f"there is no baseline in {folder} for this machine; save one with --benchmark-autosave{refused}"
-    if failing or strict:
+    gate = bool(failing or strict)
+    if plain:
+        option.benchmark_compare = str(plain[-1].path)
+        return Comparison(choice, choice.margin, tuple(notices), plain, missing=message, gate=gate)
+    if gate:
         raise pytest.UsageError(message)
     option.benchmark_compare = []  # else pytest-benchmark would load a damaged or foreign file
     return Comparison(choice, choice.margin, (*notices, message))
@@ -88,7 +100,7 @@ def _named(config, folder: Path, stack: dict, settings: Settings, compare: str) 
     except BaselineError as error:
         raise pytest.UsageError(str(error)) from None
     here = {**stack, "clock": settings.clock, "threads": settings.threads, "isolated": settings.isolated}
-    foreign = baselines.why_foreign(saved.machine, here)
+    foreign = (baselines.why_plain_foreign if saved.plain else baselines.why_foreign)(saved.machine, here)
     if foreign and not config.getoption("perf_foreign"):
         raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares anyway")
     return saved

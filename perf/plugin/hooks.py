@@ -51,6 +51,7 @@ def pytest_sessionstart(session):
     if state is None or hasattr(session.config, "workerinput"):
         return
     benchmark_bridge.take_over(session.config)
+    benchmark_bridge.compare_plain(session.config, state.comparison.plain)
     for notice in state.comparison.notices:
         session.config.get_terminal_writer().line(f"perf: {notice}", yellow=True)
 
@@ -83,6 +84,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in measuring]
     if measuring and selection.named_tests(config):
         state.problems.append("selected by test id")
+    if measuring and state.comparison.missing:
+        if state.comparison.gate:
+            raise pytest.UsageError(state.comparison.missing)
+        config.get_terminal_writer().line(f"perf: {state.comparison.missing}", yellow=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -118,6 +118,19 @@ def test_commit_is_that_of_the_rootdir(inner, monkeypatch, tmp_path_factory):
     assert Path(os.getcwd()) == elsewhere
 
 
+def test_hosted_runners_are_never_compared_across_sessions(inner, monkeypatch):
+    monkeypatch.setenv("RUNNER_ENVIRONMENT", "github-hosted")
+    assert inner.run("--benchmark-save=a").ret == 0
+    assert inner.last()["machine_info"]["stack"]["hosted"] is True
+    assert inner.run("--benchmark-compare").ret == 0
+    inner.prints("there is no baseline in", "0001_a.json: foreign: a hosted runner")
+    assert inner.run("--benchmark-compare", "--perf-strict").ret == ExitCode.REFUSED
+    assert inner.run("--benchmark-compare=0001").ret == ExitCode.REFUSED
+    inner.prints("a hosted runner, where each job may run on another machine; --perf-against needs no stored run")
+    monkeypatch.delenv("RUNNER_ENVIRONMENT")
+    assert inner.run("--benchmark-compare=0001").ret == ExitCode.REFUSED, "the stored run is of a hosted runner"
+
+
 def test_baseline_is_named_by_its_label(inner):
     for name in ("zero", "first", "second"):
         assert inner.run(f"--benchmark-save={name}").ret == 0
