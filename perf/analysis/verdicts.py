@@ -62,7 +62,8 @@ class Decision:
     """A verdict with its evidence.
 
     reason: begins with a code of REASONS, else ValueError. ratio: new / old seconds; between sessions each divided by the
-    reference workload's seconds. margin: a fraction. against: the name of the baseline.
+    reference workload's seconds. margin: a fraction. against: the name of the baseline. raw_ratio: between sessions, of
+    the seconds themselves.
     """
 
     verdict: Verdict
@@ -70,6 +71,7 @@ class Decision:
     ratio: Interval | None = None
     margin: float | None = None
     against: str | None = None
+    raw_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.code not in REASONS:
@@ -88,15 +90,21 @@ class Decision:
             "ratio": self.ratio.as_dict() if self.ratio else None,
             "margin": self.margin,
             "against": self.against,
+            "raw_ratio": self.raw_ratio,
         }
 
     def __str__(self) -> str:
-        """For example `SLOWER +6.2 % [4.9, 7.7] against 0007_nightly (beyond_margin)`."""
+        """For example `SLOWER +6.2 % [4.9, 7.7] against 0007_nightly (beyond_margin)`.
+
+        Between sessions the unit and the raw ratio follow: `+6.2 % [4.9, 7.7] in reference workloads, raw +9.0 %`.
+        """
         parts = [self.verdict.value]
         if self.ratio:
             parts.append(f"{percent(self.ratio.estimate):+.1f} %")
             if self.ratio.bounded:
                 parts.append(f"[{percent(self.ratio.low):.1f}, {percent(self.ratio.high):.1f}]")
+        if self.raw_ratio is not None:
+            parts.append(f"in reference workloads, raw {percent(self.raw_ratio):+.1f} %,")
         if self.against:
             parts.append(f"against {self.against}")
         return " ".join([*parts, f"({self.reason})"])

@@ -19,7 +19,7 @@ from perf.configurations.configuration import Configuration, UnknownChoice, usua
 from perf.machine.nvml import NoTelemetry, open_visible_device
 from perf.machine.stack import stack
 from perf.machine.telemetry import Watch, no_watch
-from perf.runs.storage import write_atomically
+from perf.runs.storage import why_unwritable, write_atomically
 from perf.session.lock import DeviceBusy, DeviceLock
 from perf.session.measurements import Measurements
 from perf.session.plan import Plan, Slot
@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         configuration = _configuration(arguments)
     except (UnknownChoice, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return ExitCode.REFUSED
+    if reason := why_unwritable(arguments.output):
+        print(f"error: {arguments.output} {reason}; name another file", file=sys.stderr)
         return ExitCode.REFUSED
     gpu = open_visible_device()
     device, clock, threads = ("cpu", "cpu", 1) if isinstance(gpu, NoTelemetry) else ("cuda", "wall", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import re
 from importlib import metadata
@@ -32,6 +33,7 @@ def stack(device: str, gpu: Device | NoTelemetry) -> dict:
         "power_limit_watts": None,
         "sm_clock_max_mhz": None,
         "memory_clock_max_mhz": None,
+        "hosted": {"github-hosted": True, "self-hosted": False}.get(os.environ.get("RUNNER_ENVIRONMENT", "")),
         **dict.fromkeys(PEAK_RATES),
     }
     if device == "cuda":

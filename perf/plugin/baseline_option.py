@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perf.analysis.statistics import MARGIN_FLOOR
-from perf.plugin.options import disabled
+from perf.plugin.options import PAIRED, disabled
 from perf.runs import baselines
 from perf.runs.saved_run import BaselineError, SavedRun, read
 from perf.session.settings import Settings
@@ -16,11 +16,18 @@ from perf.session.settings import Settings
 
 @dataclass(frozen=True)
 class Comparison:
-    """The baselines of a run, the margin (a fraction) and notices for the terminal."""
+    """The baselines of a run, the margin (a fraction) and notices for the terminal.
+
+    plain: runs whose benchmarks without a configuration pytest-benchmark compares itself. missing: the reason why no
+    configuration can be compared although `plain` can. gate: whether that is an error.
+    """
 
     choice: baselines.Choice = field(default_factory=baselines.Choice)
     margin: float = MARGIN_FLOOR
     notices: tuple[str, ...] = ()
+    plain: tuple[SavedRun, ...] = ()
+    missing: str | None = None
+    gate: bool = False
 
 
 def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comparison:
@@ -32,7 +39,7 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
     option = config.option
     if isinstance(option.benchmark_compare, str) and not option.benchmark_compare.strip():
         raise pytest.UsageError("--benchmark-compare: the value is empty; is a variable unset?")
-    compare, paired = option.benchmark_compare, config.getoption("perf_against") or config.getoption("perf_aa")
+    compare, paired = option.benchmark_compare, any(map(config.getoption, PAIRED))
     strict, failing = config.getoption("perf_strict"), option.benchmark_compare_fail
     if disabled(config):
         option.benchmark_compare = []
@@ -54,15 +61,20 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
     choice, notices = _stored(folder, stack, settings), []
     if isinstance(compare, str):
         named = _named(config, folder, stack, settings, compare)
-        choice = replace(choice, named=named)
+        choice = replace(choice, plain=(named,)) if named.plain else replace(choice, named=named, plain=())
         if named.why_no_candidate:
             notices.append(f"the baseline {named.path.name} is {named.why_no_candidate}")
+    plain = choice.plain if isinstance(compare, str) else (*choice.history, *choice.plain)
     if choice.newest is not None:
         option.benchmark_compare = str(choice.newest.path)
-        return Comparison(choice, choice.margin, tuple(notices))
+        return Comparison(choice, choice.margin, tuple(notices), plain)
     refused = "".join(f"\n  {path.name}: {reason}" for path, reason in choice.refused)
     message = f"there is no baseline in {folder} for this machine; save one with --benchmark-autosave{refused}"
-    if failing or strict:
+    gate = bool(failing or strict)
+    if plain:
+        option.benchmark_compare = str(plain[-1].path)
+        return Comparison(choice, choice.margin, tuple(notices), plain, missing=message, gate=gate)
+    if gate:
         raise pytest.UsageError(message)
     option.benchmark_compare = []  # else pytest-benchmark would load a damaged or foreign file
     return Comparison(choice, choice.margin, (*notices, message))
@@ -79,10 +91,7 @@ def _named(config, folder: Path, stack: dict, settings: Settings, compare: str) 
     """The run that the user named, whether or not it would be chosen automatically."""
     path = Path(compare)
     if not path.is_file():
-        try:
-            paths = sorted(folder.rglob(f"{compare.rstrip('*')}*.json"), key=lambda file: file.name)
-        except (ValueError, NotImplementedError):  # an invalid or absolute pattern
-            paths = []
+        paths = _files_named(folder, compare.rstrip("*"))
         if not paths:
             raise pytest.UsageError(f"--benchmark-compare={compare}: no saved run in {folder} has that name")
         path = paths[-1]
@@ -91,7 +100,20 @@ def _named(config, folder: Path, stack: dict, settings: Settings, compare: str) 
     except BaselineError as error:
         raise pytest.UsageError(str(error)) from None
     here = {**stack, "clock": settings.clock, "threads": settings.threads, "isolated": settings.isolated}
-    foreign = baselines.why_foreign(saved.machine, here)
+    foreign = (baselines.why_plain_foreign if saved.plain else baselines.why_foreign)(saved.machine, here)
     if foreign and not config.getoption("perf_foreign"):
         raise pytest.UsageError(f"{path}: was measured elsewhere: {foreign}; --perf-foreign compares anyway")
     return saved
+
+
+def _files_named(folder: Path, name: str) -> list[Path]:
+    """The saved runs whose file name begins with `name`, else those whose label after the number does, by number."""
+    patterns = [f"{name}*.json", f"[0-9][0-9][0-9][0-9]*_{name}*.json"]
+    for pattern in patterns[: 1 if name.isdigit() else 2]:
+        try:
+            paths = sorted(folder.rglob(pattern), key=lambda file: file.name)
+        except (ValueError, NotImplementedError):  # an invalid or absolute pattern
+            paths = []
+        if paths:
+            return paths
+    return []

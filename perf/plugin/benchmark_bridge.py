@@ -41,6 +41,8 @@ def take_over(config) -> None:
             session.logger.error(f"Performance has regressed:{lines}")
 
     def save_without_warning() -> None:
+        # Each rerun of a test (--reruns) adds an entry.
+        session.benchmarks[:] = {benchmark.fullname: benchmark for benchmark in session.benchmarks}.values()
         with warnings.catch_warnings():  # under -W error, the warning of an empty run would be an internal error
             warnings.filterwarnings("ignore", "Not saving anything")
             save()
@@ -54,6 +56,23 @@ def _regressed(session) -> list[tuple[str, str]]:
     return [
         (name, reason) for name, reason in session.performance_regressions if name.rpartition(" (")[0] not in overhead
     ]
+
+
+def compare_plain(config, runs: Sequence[SavedRun]) -> None:
+    """Let pytest-benchmark compare each benchmark without a configuration with the newest of these runs that has it."""
+    session = benchmark_session(config)
+    if session is None or not runs:
+        return
+    for stored in session.compared_mapping.values():
+        for name in [name for name, saved in stored.items() if _id(saved) is None]:
+            del stored[name]
+    known: set[str] = set()
+    for run in sorted(runs, key=lambda run: run.path.name, reverse=True):
+        for path, loaded in session.storage.load(str(run.path)):
+            plain = {saved["fullname"]: saved for saved in loaded["benchmarks"] if _id(saved) is None}
+            added = {name: saved for name, saved in plain.items() if name not in known}
+            session.compared_mapping.setdefault(path, {}).update(added)
+            known |= added.keys()
 
 
 def has_regressed(config) -> bool:
@@ -76,7 +95,7 @@ def regressions(config, benchmark, id: str, history: Sequence[SavedRun] = ()) ->
     history: the comparable stored sessions, oldest first; the newest may be of another set and lack the configuration.
     """
     session, violations = benchmark_session(config), []
-    for stored in session.compared_mapping.values():
+    for stored in [*session.compared_mapping.values()][:1]:  # further ones are of plain benchmarks
         baseline = next((saved for saved in stored.values() if _id(saved) == id), None) or _newest(history, id)
         if baseline is None or benchmark.stats is None:
             continue

@@ -10,7 +10,7 @@ import pytest
 
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
 from perf.machine.stack import torch_version
-from perf.plugin import after_run, benchmark_bridge, options, selection, terminal
+from perf.plugin import after_run, benchmark_bridge, options, preflight, selection, terminal
 from perf.plugin.benchmark_bridge import ReplayClock
 from perf.plugin.state import STATE, RunState, create, evaluate, exit_status, prepare_session, set_storage
 from perf.session import record
@@ -51,6 +51,7 @@ def pytest_sessionstart(session):
     if state is None or hasattr(session.config, "workerinput"):
         return
     benchmark_bridge.take_over(session.config)
+    benchmark_bridge.compare_plain(session.config, state.comparison.plain)
     for notice in state.comparison.notices:
         session.config.get_terminal_writer().line(f"perf: {notice}", yellow=True)
 
@@ -83,6 +84,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in measuring]
     if measuring and selection.named_tests(config):
         state.problems.append("selected by test id")
+    if measuring and state.comparison.missing:
+        if state.comparison.gate:
+            raise pytest.UsageError(state.comparison.missing)
+        config.get_terminal_writer().line(f"perf: {state.comparison.missing}", yellow=True)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -116,9 +121,9 @@ def perf_session(request) -> Session:
     if state.results is None:
         try:
             session = _measure(request, state)
-        except SessionRefused as error:
+        except (SessionRefused, DeviceBusy) as error:
             pytest.exit(f"perf: {error}", returncode=ExitCode.REFUSED)
-        except (SessionError, DeviceBusy, JournalError, OSError) as error:
+        except (SessionError, JournalError, OSError) as error:
             state.error = str(error)
             pytest.fail(state.error, pytrace=False)
         state.results = evaluate(session, state.comparison)
@@ -129,15 +134,22 @@ def _measure(request, state: RunState) -> Session:
     configurations = list(dict.fromkeys(filter(None, map(selection.configuration_of, request.session.items))))
     if state.folder is None:
         state.folder = Path(tempfile.mkdtemp(prefix="sd-perf-"))
-    settings = replace(state.settings, folder=state.folder, margin=state.comparison.margin)
+    second = {configuration.id: state.seconds[configuration] for configuration in configurations if state.seconds}
+    settings = replace(state.settings, folder=state.folder, margin=state.comparison.margin, second=second)
     writer = request.config.get_terminal_writer()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         writer.line()
+        for recorded in state.unfinished:
+            writer.line(
+                f"perf: unfinished session {recorded}: the same command with --perf-resume={recorded.name} resumes it, "
+                f"and sd-perf unfinished --storage {state.folder} --drop {recorded.name} deletes it",
+                yellow=True,
+            )
         return run(settings, configurations, lambda line: writer.line(line))
 
 
 @pytest.fixture
-def measured(request, benchmark, record_property, configuration, perf_session):
+def measured(request, benchmark, configuration, perf_session):
     """Pass a configuration's recorded rounds to `benchmark`, or skip or fail with the reason why there are none.
 
     Use `measured(clock, group)` in a test marked `benchmark(timer=clock)` with a ReplayClock.
@@ -157,7 +169,8 @@ def measured(request, benchmark, record_property, configuration, perf_session):
             state.regressed.add(configuration.id)
         decision = state.results.decisions.get(configuration.id)
         if decision is not None:
-            record_property("verdict", str(decision))
+            # The fixture record_property does the same, and warns with the default family of --junitxml.
+            request.node.user_properties.append(("verdict", str(decision)))
         _fail_if_invalid(perf_session, configuration.id, decision)
         if decision is not None and decision.verdict is Verdict.SLOWER:
             regressions.insert(0, str(decision))
@@ -183,7 +196,7 @@ def _rounds(session: Session, id: str, benchmark) -> list[float]:
 
 
 def _fail_if_invalid(session: Session, id: str, decision: Decision | None) -> None:
-    """Fail if the verdict is INVALID, or if the second label of --perf-against or --perf-aa could not be measured."""
+    """Fail if the verdict is INVALID, or if the other side of a comparison could not be measured."""
     variant = session.settings.variant
     other = session.measurements.by_name[f"{id}@{variant}"] if variant else None
     if other is not None and other.failure:
@@ -197,8 +210,12 @@ def pytest_runtest_makereport(item):
     """Collect the failed tests, without those that only were slower."""
     report = (yield).get_result()
     state = _state(item.config)
-    if state is not None and report.failed and report.nodeid not in state.slower:
+    if state is None:
+        return
+    if report.failed and report.nodeid not in state.slower:
         state.failed.add(report.nodeid)
+    elif report.passed and report.when == "call":  # a rerun of --reruns
+        state.failed.discard(report.nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -209,6 +226,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     state = _state(config)
     if state is not None:
         machine_info["stack"] = state.results.session.stack if state.results else state.stack
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_commit_info(config):
+    """The commit of the rootdir, wherever pytest was started."""
+    return preflight.commit_info(config)
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
@@ -256,6 +279,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line("perf: measurements cannot run in parallel: leave out -n", red=True)
     if state.results is not None:
         terminal.write(terminalreporter, state.results, state.partial)
+        if state.results.session.interrupted:
+            terminalreporter.line("perf: interrupted; the same command with --perf-resume measures the missing rounds")
         if config.getoption("perf_report"):
             folder, traces = Path(config.getoption("perf_report")), state.results.session.settings.trace
             document = benchmark_bridge.document(config)

@@ -57,6 +57,12 @@ def _fraction(text: str) -> float:
     return float(text)
 
 
+def _session_name(text: str) -> str:
+    if not re.fullmatch(r"\d[\d-]*(\.jsonl)?", _text(text)):  # such as the path of the tests after the option
+        raise ArgumentTypeError(f"{text!r} is no name of a session; write --perf-resume=NAME, or put {text} before it")
+    return text
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", _text(text))
     if not match or not all(map(int, filter(None, match.groups()))):
@@ -84,6 +90,9 @@ MATRIX = (
 )
 
 
+PAIRED = ("perf_against", "perf_aa", "perf_a")  # options that compare within a session
+
+
 def add_options(parser) -> None:
     """Define the options of `pytest perf`."""
     matrix = parser.getgroup("perf-matrix", "what to measure; each may be given several times, and all are crossed")
@@ -106,10 +115,14 @@ def add_options(parser) -> None:
     help = "also measure with this Python"
     add("--perf-python", action="append", type=_text, default=[], metavar="LABEL=PATH", help=help)
     add("--perf-against", type=_text, metavar="REF", help="measure the sd/ of another commit in the same interleave")
+    help = "compare two configurations in one session: the options of the first, such as '--attention sdpa'"
+    add("--perf-a", type=_text, metavar="OPTIONS", help=help)
+    add("--perf-b", type=_text, metavar="OPTIONS", help="the options of the second, such as '--attention mha'")
     add("--perf-aa", action="store_true", help="measure each configuration against itself, and save the noise")
     help = "persistent cache of torch.compile, shared by all configurations: first calls are then warm"
     add("--perf-compile-cache", type=_text, metavar="DIR", help=help)
-    add("--perf-resume", action="store_true", help="resume the last session where it was interrupted")
+    help = "resume the unfinished session with these options, or the one of this name"
+    add("--perf-resume", nargs="?", const=True, default=False, type=_session_name, metavar="NAME", help=help)
     help = "exit 21 if a comparison is inconclusive; refuse to run without a baseline"
     add("--perf-strict", action="store_true", help=help)
     add("--perf-foreign", action="store_true", help="compare with another machine's run, without verdicts")
@@ -124,7 +137,14 @@ def add_options(parser) -> None:
 def matrix_values(config) -> dict[str, list]:
     """The configuration fields that options set, each with its values. Raises pytest.UsageError."""
     options = {field: config.getoption(f"perf_{field}", None) for _, field, *_ in MATRIX}
-    values = {field: list(given) for field, given in options.items() if given}
+    values = require_weights({field: list(given) for field, given in options.items() if given})
+    if len(set(values.get("device", ()))) == 1:  # a single device belongs to the session, not to the configurations
+        del values["device"]
+    return values
+
+
+def require_weights(values: dict[str, list]) -> dict[str, list]:
+    """The values with absolute paths of weights. Raises pytest.UsageError for absent files and for missing options."""
     for option, field in (("--ckpt", "checkpoint"), ("--config", "config")):
         for path in values.get(field, ()):
             if not Path(path).exists():
@@ -135,8 +155,6 @@ def matrix_values(config) -> dict[str, list]:
     if "checkpoint" in values and "model" not in values:
         models = ", ".join(CHOICES["model"])
         raise pytest.UsageError(f"--ckpt needs --model beside it: which of {models} the weights are")
-    if len(set(values.get("device", ()))) == 1:  # a single device belongs to the session, not to the configurations
-        del values["device"]
     return values
 
 
@@ -157,7 +175,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     """Convert the options to session settings. Raises pytest.UsageError."""
     option = config.getoption
     isolated = not (option("perf_inprocess") or disabled(config))
-    interpreters = dict(map(_interpreter, option("perf_python")))
+    interpreters = dict(map(interpreter, option("perf_python")))
     _validate(option, isolated, interpreters)
     clock = option("perf_clock")
     if clock == "auto":
@@ -165,7 +183,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     threads = option("perf_threads")
     if threads is None and clock == "cpu":
         threads = 1  # CPU time of several threads includes the time that they wait for each other
-    paired = option("perf_aa") or option("perf_against")
+    paired = any(map(option, PAIRED))
     launches = 10 if device == "cuda" or paired else 6
     # 8 rounds for pairs on a CPU, where rounds vary most: `python -m perf battery` validated this number.
     rounds = 2 if device == "cuda" else 8 if paired else 3
@@ -194,8 +212,9 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
 
 
 def _validate(option, isolated: bool, interpreters: dict[str, Interpreter]) -> None:
-    if option("perf_aa") and option("perf_against"):
-        raise pytest.UsageError("--perf-aa and --perf-against both give every configuration a second label: choose one")
+    given = [f"--{name.replace('_', '-')}" for name in PAIRED if option(name)]
+    if len(given) > 1:
+        raise pytest.UsageError(f"{' and '.join(given[::-1])} both give every configuration a second label: choose one")
     if len(interpreters) < len(option("perf_python")):
         raise pytest.UsageError("--perf-python: one label stands for two interpreters")
     if not isolated and (interpreters or option("perf_against")):
@@ -204,7 +223,7 @@ def _validate(option, isolated: bool, interpreters: dict[str, Interpreter]) -> N
         )
 
 
-def _interpreter(text: str) -> tuple[str, Interpreter]:
+def interpreter(text: str) -> tuple[str, Interpreter]:
     label, separator, path = text.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z0-9._]+", label):
         raise pytest.UsageError(f"--perf-python {text!r}: give LABEL=PATH, such as torch112=.tox/torch112/bin/python")

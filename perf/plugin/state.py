@@ -10,13 +10,15 @@ import pytest
 
 from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
+from perf.configurations.configuration import Configuration
 from perf.machine.nvml import open_visible_device
 from perf.machine.stack import stack
-from perf.plugin import options, selection
+from perf.plugin import options, preflight, selection, sides
 from perf.plugin.baseline_option import Comparison, choose
 from perf.runs import baselines
 from perf.runs.storage import storage_name
 from perf.session import record
+from perf.session.journal import Recorded, unfinished
 from perf.session.measurements import INVALID_SHARE_LIMIT
 from perf.session.run import Session
 from perf.session.settings import Settings
@@ -35,8 +37,11 @@ class Results:
 
     @property
     def regressed(self) -> set[str]:
-        """Configurations that are SLOWER; A/A comparisons do not count, because their noise defines the margin."""
-        decisions = [] if self.session.settings.aa else [*self.session.decisions.items()]
+        """Configurations that are SLOWER; only comparisons with stored sessions and commits count.
+
+        The noise of A/A comparisons defines the margin, and --perf-b is another configuration and no earlier state.
+        """
+        decisions = [*self.session.decisions.items()] if self.session.settings.against else []
         decisions += self.judgement.decisions.items() if self.judgement else []
         return {id for id, decision in decisions if decision.verdict is Verdict.SLOWER}
 
@@ -66,15 +71,19 @@ class RunState:
     """The state that the hooks of one pytest run share.
 
     values: configuration fields set by options. parameters: a pytest.param for every configuration of every set.
+    sides: the options of --perf-a and --perf-b. seconds: the configuration of --perf-b for each one of --perf-a.
     folder: the storage, None if it is no folder. parallel: a pytest-xdist worker collected measurements. error: the
     reason why the session could not be measured. problems: reasons why the run is not the whole suite. failed, slower:
-    node ids. regressed: ids found slower by --benchmark-compare-fail. reported: ids whose test has run.
+    node ids. regressed: ids found slower by --benchmark-compare-fail. reported: ids whose test has run. unfinished: the
+    interrupted sessions of this machine.
     """
 
     device: str
     stack: dict
     values: dict[str, list]
     parameters: list
+    sides: tuple[sides.Side, sides.Side] | None = None
+    seconds: dict[Configuration, Configuration] = field(default_factory=dict)
     folder: Path | None = None
     settings: Settings | None = None
     comparison: Comparison = field(default_factory=Comparison)
@@ -86,6 +95,7 @@ class RunState:
     slower: set[str] = field(default_factory=set)
     regressed: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
+    unfinished: list[Recorded] = field(default_factory=list)
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -110,7 +120,15 @@ def create(config) -> RunState:
     device = options.machine_device(config, gpu)
     labels = [text.partition("=")[0] for text in config.getoption("perf_python")]
     values = selection.with_interpreters(options.matrix_values(config), labels)
-    return RunState(device, stack(device, gpu), values, selection.parameters(values, device))
+    pair = sides.read(config)
+    if pair is None:
+        return RunState(device, stack(device, gpu), values, selection.parameters(values, device))
+    seconds = sides.pairs(*pair, values, device)
+    parameters = [
+        pytest.param(first, id=first.id, marks=getattr(pytest.mark, selection.MATRIX)) for first, _ in seconds
+    ]
+    values = values or {"model": [seconds[0][0].model]}  # options select the set `matrix`
+    return RunState(device, stack(device, gpu), values, parameters, sides=pair, seconds=dict(seconds))
 
 
 def set_storage(config, state: RunState) -> None:
@@ -128,8 +146,15 @@ def set_storage(config, state: RunState) -> None:
 
 def prepare_session(config, state: RunState) -> None:
     """Validate the settings, the baseline and the other commit before collection, so that no error costs a measurement."""
+    preflight.check_outputs(config)
+    preflight.apply_all_compare_fail(config)
+    preflight.name_autosave(config)
     state.settings = options.settings(config, state.device, state.folder or Path(), MARGIN_FLOOR)
+    if state.sides:
+        state.settings = sides.add_interpreters(state.settings, state.sides)
     state.comparison = choose(config, state.folder, state.stack, state.settings)
+    if not state.settings.resume and state.folder is not None:
+        state.unfinished = unfinished(state.folder / "journal")
     reference = config.getoption("perf_against")
     if reference:
         name, interpreter, folder = options.other_commit(reference, config.rootpath)

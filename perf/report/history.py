@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from perf.report.charts import Chart, Point, bar_each, by_technique, groups, short_id, unit
 from perf.report.results import Result, newest
 from perf.report.text import joined_name
+from perf.runs import history as stored
 
 WATCHED = (
     ("GPU", lambda session: session.facts.get("uuid") or session.facts.get("name")),
@@ -38,7 +39,7 @@ def history_charts(results: Sequence[Result]) -> list[Chart]:
                 series=series,
                 scale="time",
                 zero=False,
-                marks=changes(members),
+                marks=tuple(sorted((*changes(members), *change_points(members)))),
             )
         )
     return charts
@@ -103,6 +104,25 @@ def _short(value: object) -> str:
     """A commit as git abbreviates it; other values unchanged."""
     text = str(value or "unknown")
     return text[:10] if len(text) == 40 else text
+
+
+def change_points(members: Sequence[Result]) -> list[tuple[float, str]]:
+    """(Unix seconds, change) half-way before each change point of a configuration; none without `ruptures`.
+
+    Sessions of hosted runners and runs that cannot be trusted are no points of a history (perf.runs.history).
+    """
+    if not stored.is_available():
+        return []
+    starts = {result.session.started for result in members}
+    marks = []
+    for series in stored.series_of(result.session.saved for result in members):
+        if series.id not in {result.id for result in members}:
+            continue
+        times = [run.started_unix_seconds or 0.0 for run in series.runs]
+        for change in stored.find_changes(series) if starts.issuperset(times) else ():
+            text = f"{series.id} {100 * (change.ratio - 1):+.1f} %, {change.commits}"
+            marks.append(((times[change.index - 1] + times[change.index]) / 2, text))
+    return marks
 
 
 def changes(members: Sequence[Result]) -> tuple[tuple[float, str], ...]:

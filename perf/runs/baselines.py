@@ -6,7 +6,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perf.analysis.statistics import MIN_SESSIONS, Interval, margin
@@ -21,6 +21,7 @@ class Choice:
     history: tuple[SavedRun, ...] = ()
     refused: tuple[tuple[Path, str], ...] = ()
     named: SavedRun | None = None  # the run that the user named, whether or not it is in `history`
+    plain: tuple[SavedRun, ...] = ()  # runs of this machine without a configuration, for pytest-benchmark's comparison
 
     @property
     def newest(self) -> SavedRun | None:
@@ -56,7 +57,17 @@ def why_foreign(saved: Mapping[str, object], here: Mapping[str, object]) -> str 
     """
     old, new = identity(saved), identity(here)
     differences = [f"{key} {_fact(old[key])}, here {_fact(new[key])}" for key in IDENTITY if old[key] != new[key]]
+    if old["hosted"] or new["hosted"]:
+        differences.append(
+            "a hosted runner, where each job may run on another machine; --perf-against needs no stored run"
+        )
     return "; ".join(differences) or None
+
+
+def why_plain_foreign(saved: Mapping[str, object], here: Mapping[str, object]) -> str | None:
+    """As `why_foreign` for a plain pytest-benchmark file, by the facts that it has; a session's clock is none of them."""
+    known = {key: value for key, value in identity(saved).items() if value is not None}
+    return why_foreign({**here, **known}, here)
 
 
 def _fact(value: object) -> str:
@@ -78,13 +89,15 @@ def candidates(
     an empty history; raises BaselineError for a folder that cannot be listed.
     """
     here = {**stack, "clock": clock, "threads": threads, "isolated": isolated}
-    history, refused = [], []
+    history, refused, plain = [], [], []
     for path in _numbered_files(Path(folder)):
         try:
             run = read(path)
         except BaselineError as error:
             refused.append((path, str(error).removeprefix(f"{shown(path)}: ")))
             continue
+        if run.plain and not why_plain_foreign(run.machine, here):
+            plain.append(run)
         foreign = why_foreign(run.machine, here)
         reason = run.why_no_candidate or (foreign and f"foreign: {foreign}")
         if reason:
@@ -98,7 +111,7 @@ def candidates(
         if run.started_unix_seconds is not None and run.started_unix_seconds == later.started_unix_seconds:
             refused.append((run.path, f"the same session as {later.path.name}"))
     duplicates = {path for path, _ in refused}
-    return Choice(tuple(run for run in history if run.path not in duplicates), tuple(refused))
+    return Choice(tuple(run for run in history if run.path not in duplicates), tuple(refused), plain=tuple(plain))
 
 
 def _numbered_files(folder: Path) -> list[Path]:
@@ -180,10 +193,15 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin
     ]
     if len(history) < MIN_SESSIONS:
         ratio = ratio_of_sessions(benchmark.anchored_launch_medians, launches, seed)
-        return Decision(Verdict.INCONCLUSIVE, "too_few_sessions", ratio, margin, last.name)
+        raw = benchmark.session_median / last.by_id[benchmark.id].session_median
+        return Decision(Verdict.INCONCLUSIVE, "too_few_sessions", ratio, margin, last.name, raw)
     median = statistics.median(benchmark.anchored_launch_medians)
     base = statistics.median(launches) if last is choice.named else None
-    return decide_against_history(median, history, margin, last.name, base)
+    decision = decide_against_history(median, history, margin, last.name, base)
+    # The raw ratio has the same reference: the named session, or the mean of the stored ones.
+    compared = [last] if base is not None else [run for run, _ in anchored]
+    raw = statistics.geometric_mean(run.by_id[benchmark.id].session_median for run in compared)
+    return replace(decision, raw_ratio=benchmark.session_median / raw)
 
 
 def _coded(code: str, detail: str) -> str:

@@ -70,7 +70,7 @@ class SavedRun:
 
     path: Path
     plain: bool
-    machine: Mapping[str, object]  # the keys of IDENTITY
+    machine: Mapping[str, object]  # the keys of IDENTITY, and `hosted`
     benchmarks: tuple[SavedBenchmark, ...]
     invalid_rounds: int = 0
     total_rounds: int = 0
@@ -81,6 +81,7 @@ class SavedRun:
     anchor_name: str | None = None
     anchor_drift: float | None = None
     aa_ratios: tuple[float, ...] = ()
+    commit: str | None = None
 
     @property
     def name(self) -> str:
@@ -243,6 +244,7 @@ def parse(document: object, path: Path) -> SavedRun:
         anchor_name=perf["anchor"]["name"].text() if anchored else None,
         anchor_drift=perf["anchor"]["drift"].optional_number(0, 1e9) if anchored else None,
         aa_ratios=tuple(node.number(1e-6, 1e6) for node in ratios),
+        commit=root["commit_info"]["id"].optional_text() if isinstance(root["commit_info"].value, dict) else None,
     )
     return _without_duplicates(root, run)
 
@@ -274,14 +276,20 @@ def _scalar(node: _Node) -> object:
 
 
 def identity(facts: Mapping[str, object]) -> dict[str, object]:
-    """The facts of IDENTITY, with Python reduced to its minor version; absent facts are None."""
+    """The facts of IDENTITY, with Python reduced to its minor version, and `hosted`; absent facts are None.
+
+    hosted: True on a hosted CI runner, where each job may run on another machine of the same name.
+    """
     known = {key: facts.get(key) for key in IDENTITY}
+    known["hosted"] = facts.get("hosted") is True or None
     if isinstance(known["python"], str):
         known["python"] = ".".join(known["python"].split(".")[:2])
     return known
 
 
 def _plain_machine(info: _Node) -> dict[str, object]:
+    if isinstance(info["stack"].value, dict):  # saved beside our plugin, without a measured configuration
+        return identity({key: _scalar(info["stack"][key]) for key in info["stack"].object()})
     facts = {key: _scalar(info[key]) for key in ("torch", "cuda", "threads")}
     gpu = _scalar(info["gpu"])
     cpu = _scalar(info["cpu"]["brand_raw"]) if isinstance(info["cpu"].value, dict) else None
@@ -371,6 +379,7 @@ def _decision(node: _Node) -> Decision | None:
         _interval(node["ratio"]),
         node["margin"].optional_number(),
         node["against"].optional_text(),
+        node["raw_ratio"].optional_number(0, 1e30),
     )
 
 

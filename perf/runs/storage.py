@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,21 @@ def write_atomically(path: str | os.PathLike[str], content: str | Mapping[str, o
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def why_unwritable(path: str | os.PathLike[str], folder: bool = False) -> str | None:
+    """Why a file, or a folder, cannot be written later, or None. Creates nothing but a temporary file in a folder."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and target.is_dir() != folder:
+        return "is not a folder" if folder else "is a folder"
+    nearest = target if target.is_dir() else target.parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
 
 
 def _flush_folder(folder: Path) -> None:

@@ -2,23 +2,27 @@
 
 Each event is one JSON line, flushed and synced, so that a kill loses at most the round in progress; `--perf-resume`
 continues from it. Every line ends with a checksum of the journal up to that point, which detects changed and missing lines.
-Reading stops at the first damaged line and reports it.
+Reading stops at the first damaged line and reports it. The journal of an unfinished session is kept until it is resumed
+or dropped (`sd-perf unfinished --drop`). A lock on the file marks the journal of a session that runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-KEPT = 5  # journals, complete or not; older ones are deleted when a session starts
+KEPT = 5  # journals of complete sessions; older ones are deleted when a session starts
 EVENTS = ("plan", "load", "round", "failure", "end")
 LARGEST_BYTES = 1 << 28
+LATEST_SECONDS = 4e9  # a start after the year 2096 is damage
 CHECKSUM = ', "crc32": "{:08x}"}}\n'
 CHECKSUM_BYTES = len(CHECKSUM.format(0))
 
@@ -41,7 +45,27 @@ class Recorded:
     @property
     def ended(self) -> bool:
         """Whether the session was complete."""
-        return any(event["event"] == "end" for event in self.events)
+        return bool(self.events) and self.events[-1]["event"] == "end"
+
+    @property
+    def rounds(self) -> int:
+        """The number of timed rounds, repeated ones included."""
+        return sum(event["event"] == "round" and event.get("round") is not None for event in self.events)
+
+    @property
+    def name(self) -> str:
+        """The name that `--perf-resume` and `sd-perf unfinished --drop` take."""
+        return self.path.stem
+
+    def __str__(self) -> str:
+        """The name, the start, the progress and the configurations, on one line."""
+        started, slots = self.plan.get("started_unix_seconds"), self.plan.get("slots")
+        parts = [f"{self.rounds} rounds"]
+        if isinstance(started, float) and 0 < started < LATEST_SECONDS:
+            parts.insert(0, f"started {time.strftime('%Y-%m-%d %H:%M', time.gmtime(started))} UTC")
+        if isinstance(slots, list) and slots:
+            parts.append(ascii(str(slots[0]))[1:-1][:100] + (f" and {len(slots) - 1} more" if slots[1:] else ""))
+        return f"{self.name} ({', '.join(parts)})"
 
 
 class Journal:
@@ -54,9 +78,13 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "r+b" if after else "xb")  # noqa: SIM115 (open as long as the session)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if after:
                 self._file.truncate(after.good_bytes)
                 self._file.seek(0, os.SEEK_END)
+        except BlockingIOError:
+            self._file.close()
+            raise JournalError(f"{path}: its session is running; wait for its end") from None
         except OSError as error:
             raise JournalError(f"{path}: the journal cannot be written: {error.strerror}") from None
         if not after:
@@ -128,7 +156,34 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("*.jsonl"), default=None, key=lambda path: path.name)
 
 
+def unfinished(folder: Path) -> list[Recorded]:
+    """The sessions in a folder with measured rounds and without an end, oldest first; those that run are left out."""
+    sessions = []
+    for path in sorted(folder.glob("*.jsonl")):
+        if is_running(path):
+            continue
+        with contextlib.suppress(JournalError):
+            recorded = read(path)
+            if recorded.rounds and not recorded.ended:
+                sessions.append(recorded)
+    return sessions
+
+
+def is_running(path: Path) -> bool:
+    """Whether a session writes to this journal."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def prune(folder: Path) -> None:
-    """Delete all but the newest KEPT journals."""
-    for path in sorted(folder.glob("*.jsonl"))[: -KEPT or None]:
+    """Delete all but the newest KEPT journals; those of unfinished and of running sessions stay."""
+    stay = {recorded.path for recorded in unfinished(folder)}
+    rest = [path for path in sorted(folder.glob("*.jsonl")) if path not in stay and not is_running(path)]
+    for path in rest[: -KEPT or None]:
         path.unlink(missing_ok=True)

@@ -15,15 +15,25 @@ WARM_UP_ROUND = 999  # no timed round has this number
 
 @dataclass(frozen=True)
 class Slot:
-    """A configuration under one label: the working tree (None), another commit (`base`) or an A/A repetition (`aa`)."""
+    """A configuration under one label: the working tree (None), another commit (`base`), an A/A repetition (`aa`), or the
+    second side of --perf-b (`b`), which is another configuration than the one it is compared with.
+
+    compared_id: the id of that other configuration, None where it is the same one.
+    """
 
     configuration: Configuration
     variant: str | None = None
+    compared_id: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The id that the variants of one comparison share."""
+        return self.compared_id or self.configuration.id
 
     @property
     def name(self) -> str:
-        """The configuration's id, followed by @ and the variant."""
-        return self.configuration.id + (f"@{self.variant}" if self.variant else "")
+        """The id, followed by @ and the variant."""
+        return self.id + (f"@{self.variant}" if self.variant else "")
 
     def seed(self, round_number: int) -> int:
         """The seed of a round's first image."""
@@ -46,13 +56,13 @@ class Plan:
             if not self.side_by_side:
                 yield from ((launch, (slot,)) for slot in slots)
                 continue
-            for _, variants in itertools.groupby(slots, key=lambda slot: slot.configuration):
+            for _, variants in itertools.groupby(slots, key=lambda slot: slot.id):
                 yield launch, tuple(variants)
 
     def doubled(self, ids: Iterable[str]) -> Plan:
         """Return this plan with twice the launches, for the configurations with these ids only."""
         chosen = set(ids)
-        slots = tuple(slot for slot in self.slots if slot.configuration.id in chosen)
+        slots = tuple(slot for slot in self.slots if slot.id in chosen)
         return replace(self, slots=slots, launches=2 * self.launches)
 
     @property
@@ -63,6 +73,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as a journal stores it; a resumed session must have an equal one."""
         # An id omits fields that most configurations share, such as the prompt and the path of the weights.
-        configurations = [slot.configuration.as_dict() for slot in self.own_slots]
+        own = [*self.own_slots, *(slot for slot in self.slots if slot.compared_id)]
+        configurations = [slot.configuration.as_dict() for slot in own]
         slots = [slot.name for slot in self.slots]
         return {"slots": slots, "launches": self.launches, "rounds": self.rounds, "configurations": configurations}

@@ -208,14 +208,14 @@ def _fraction(session: Session, number: str, device: str, counted: int | None, s
 
 
 def _paired(session: Session, id: str) -> dict | None:
-    """The launches of the configuration's variant: another commit, or an A/A repetition."""
+    """The launches of the configuration's variant: another commit, the side of --perf-b, or an A/A repetition."""
     variant = session.settings.variant
     if variant is None:
         return None
     other = session.measurements.by_name[f"{id}@{variant}"]
     return {
         "variant": variant,
-        "name": session.settings.against_name or id,
+        "name": session.settings.other_name(id) or id,
         "launches": list(map(_launch, other.ordered_launches())),
     }
 

@@ -1,4 +1,4 @@
-"""Start the journal of a session, or resume the newest one."""
+"""Start the journal of a session, or resume the one whose plan matches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perf.session.journal import Journal, newest, prune, read
+from perf.session.journal import Journal, JournalError, Recorded, prune, read
 from perf.session.measurements import Measurements
 from perf.session.plan import Plan
 from perf.session.settings import SessionError
@@ -25,7 +25,7 @@ class OpenJournal:
 
 
 def start_journal(folder: Path, plan: Plan, protocol: dict[str, Any], started: float) -> OpenJournal:
-    """Create a journal, and delete all but the newest few in its folder. Raises JournalError.
+    """Create a journal, and delete all but the newest few of complete sessions in its folder. Raises JournalError.
 
     protocol: the plan and options that a resumed session must repeat. started: Unix seconds.
     """
@@ -37,12 +37,16 @@ def start_journal(folder: Path, plan: Plan, protocol: dict[str, Any], started: f
     return OpenJournal(journal, Measurements(plan), started)
 
 
-def resume_journal(folder: Path, plan: Plan, protocol: dict[str, Any], log: Callable[[str], None]) -> OpenJournal:
-    """Open the newest journal and read its rounds. Raises SessionError for other options, JournalError if unreadable."""
-    path = newest(folder)
-    if path is None:
-        raise SessionError(f"--perf-resume: there is no journal in {folder}; start without it")
-    recorded = read(path)
+def resume_journal(
+    folder: Path, plan: Plan, protocol: dict[str, Any], log: Callable[[str], None], name: str | None = None
+) -> OpenJournal:
+    """Open the journal of a session with this plan and read its rounds.
+
+    name: of the journal, or its unique beginning; without it the newest unfinished session with the same plan and
+    options is resumed, else the newest complete one. Raises SessionError if there is none, JournalError if unreadable.
+    """
+    recorded = read(named(folder, name)) if name else _matching(folder, protocol, log)
+    path = recorded.path
     if recorded.damage:
         log(f"{path}: {recorded.damage}")
     if recorded.ended:
@@ -59,17 +63,60 @@ def resume_journal(folder: Path, plan: Plan, protocol: dict[str, Any], log: Call
     return OpenJournal(Journal(path, after=recorded), measurements, started)
 
 
-def _require_same_options(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, value in json.loads(json.dumps(now)).items():
-        earlier = before.get(key)
-        if earlier == value:
-            continue
-        if key == "configurations" and earlier:  # as many and of the same ids, or `slots` would have differed
-            earlier, value = next(_differing(*pair) for pair in zip(earlier, value) if pair[0] != pair[1])
-        raise SessionError(
-            f"--perf-resume: {path} was started with other {key}: {earlier!r}, now {value!r}; "
-            f"give the same options, or start again without --perf-resume"
+def named(folder: Path, name: str) -> Path:
+    """The journal in a folder, at any depth, whose name begins with `name`. Raises SessionError unless there is one."""
+    paths = [path for path in sorted(folder.rglob("*.jsonl")) if path.stem.startswith(name.removesuffix(".jsonl"))]
+    if len(paths) == 1:
+        return paths[0]
+    known = ", ".join(path.stem for path in paths or sorted(folder.rglob("*.jsonl"))) or "none"
+    problem = "several sessions have" if paths else "no session has"
+    raise SessionError(f"{problem} the name {name} in {folder}; there are: {known}")
+
+
+def _matching(folder: Path, protocol: dict[str, Any], log: Callable[[str], None]) -> Recorded:
+    """The newest unfinished session with this protocol, else the newest complete one, else the newest of all.
+
+    The last has other options, which `_require_same_options` reports. An unreadable journal is skipped with a message,
+    unless there is no other.
+    """
+    readable, unreadable = [], []
+    for path in sorted(folder.glob("*.jsonl"), reverse=True):
+        try:
+            readable.append(read(path))
+        except JournalError as error:
+            unreadable.append(error)
+    if not readable:
+        raise (
+            unreadable[0]
+            if unreadable
+            else SessionError(f"--perf-resume: there is no journal in {folder}; start without it")
         )
+    for error in unreadable:
+        log(f"not resumed: {error}")
+    same = [recorded for recorded in readable if not _difference(recorded.plan, protocol)]
+    candidates = [recorded for recorded in same if not recorded.ended] or same or readable
+    for other in candidates[1:] if same else ():
+        if not other.ended:
+            log(f"perf: also unfinished with the same options: {other}")
+    return candidates[0]
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first key whose value differs, or None."""
+    return next((key for key, value in json.loads(json.dumps(now)).items() if before.get(key) != value), None)
+
+
+def _require_same_options(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    key = _difference(before, now)
+    if key is None:
+        return
+    earlier, value = before.get(key), json.loads(json.dumps(now))[key]
+    if key == "configurations" and earlier:  # as many and of the same ids, or `slots` would have differed
+        earlier, value = next(_differing(*pair) for pair in zip(earlier, value) if pair[0] != pair[1])
+    raise SessionError(
+        f"--perf-resume: {path} was started with other {key}: {earlier!r}, now {value!r}; "
+        f"give the same options, or start again without --perf-resume"
+    )
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

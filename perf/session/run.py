@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from perf.analysis.verdicts import Decision, Verdict, decide_paired
 from perf.configurations.configuration import Configuration
@@ -16,7 +16,7 @@ from perf.machine.telemetry import Watch, no_watch
 from perf.runs import fingerprints
 from perf.session.lock import DeviceLock
 from perf.session.measurements import Measurements, paired_medians
-from perf.session.plan import Plan, Slot
+from perf.session.plan import Plan
 from perf.session.progress import SessionProgress
 from perf.session.references import References
 from perf.session.resume import OpenJournal, resume_journal, start_journal
@@ -57,7 +57,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
     facts = stack(settings.device, gpu)
     with _device_lock(facts, log), compile_cache(settings.compile_cache) as cache:
         launches = Launches(settings, cache)
-        probed = launches.probe(configurations)
+        probed = launches.probe([slot.configuration for slot in plan.slots])
         facts.update({name: probed[name] for name in PEAK_RATES})
         watch = _watch(gpu, probed["uuid"], log)
         opened = _open_journal(settings, plan, facts, begin, log)
@@ -78,7 +78,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
             )
             try:
                 runner.run(measurements)
-                if settings.against:
+                if settings.against or settings.second:
                     _double_inconclusive(runner, measurements, _judge_pairs(settings, measurements), progress)
                 journal.write("end", {})
                 if settings.trace:
@@ -95,8 +95,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
 
 
 def _plan(settings: Settings, configurations: list[Configuration]) -> Plan:
-    variants = [None, settings.variant] if settings.variant else [None]
-    slots = tuple(Slot(configuration, variant) for configuration in configurations for variant in variants)
+    slots = tuple(slot for configuration in configurations for slot in settings.slots(configuration))
     return Plan(slots, settings.launches, settings.rounds, settings.side_by_side)
 
 
@@ -130,9 +129,9 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
         "source": fingerprints.source_sha256(ROOT / "sd"),
         "stack": {key: facts[key] for key in ("name", "uuid", "driver", "torch")},
     }
-    return (
-        resume_journal(folder, plan, protocol, log) if settings.resume else start_journal(folder, plan, protocol, begin)
-    )
+    if not settings.resume:
+        return start_journal(folder, plan, protocol, begin)
+    return resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
 
 
 def _references(settings: Settings, launches: Launches, facts: dict) -> References:
@@ -157,7 +156,10 @@ def _double_inconclusive(
 def _judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Decision]:
     if not settings.variant:
         return {}
-    return judge_pairs(measurements, settings.variant, settings.against_name or "itself", settings.margin)
+    decisions = judge_pairs(measurements, settings.variant, settings.against_name or "itself", settings.margin)
+    if settings.second:
+        return {id: replace(decision, against=settings.other_name(id)) for id, decision in decisions.items()}
+    return decisions
 
 
 def judge_pairs(measurements: Measurements, variant: str, against: str, margin: float) -> dict[str, Decision]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from perf.configurations.configuration import Configuration
 from perf.launch.process import Interpreter
+from perf.session.plan import Slot
 from perf.session.runner import Limits
 
 CLOCKS = ("wall", "cpu")  # perf.worker.clock.CLOCKS
@@ -24,11 +26,12 @@ class Settings:
     """The options of a session, independent of the configurations to measure.
 
     clock: `wall` or `cpu`. threads: torch's CPU threads, None for its default. isolated: each launch in a fresh process.
-    interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of another commit. aa: measure
-    every configuration against itself. slowdown: fraction by which the working tree is slowed, to test the verdicts.
-    margin: the smallest relevant change, as a fraction. folder: of the journal and the reference images. trace: folder
-    for profiler traces, None for none. compile_cache: a folder that persists between sessions; without one the first
-    launch of each configuration compiles from scratch.
+    resume: the name of the unfinished session to resume, True for the one whose plan matches. interpreters: other Pythons
+    by label. against: (short hash, interpreter with its `sd`) of another commit. aa: measure every configuration against
+    itself. second: the configuration of --perf-b to compare each one with, by id. slowdown: fraction by which the working
+    tree is slowed, to test the verdicts. margin: the smallest relevant change, as a fraction. folder: of the journal and
+    the reference images. trace: folder for profiler traces, None for none. compile_cache: a folder that persists between
+    sessions; without one the first launch of each configuration compiles from scratch.
     """
 
     device: str
@@ -38,10 +41,11 @@ class Settings:
     launches: int = 10
     rounds: int = 2
     isolated: bool = True
-    resume: bool = False
+    resume: bool | str = False
     interpreters: dict[str, Interpreter] = field(default_factory=dict)
     against: tuple[str, Interpreter] | None = None
     aa: bool = False
+    second: dict[str, Configuration] = field(default_factory=dict)
     slowdown: float = 0.0
     margin: float = 0.01
     limits: Limits = field(default_factory=Limits)
@@ -51,7 +55,18 @@ class Settings:
     @property
     def variant(self) -> str | None:
         """The second label of every configuration in this session, if any."""
-        return "base" if self.against else "aa" if self.aa else None
+        return "base" if self.against else "b" if self.second else "aa" if self.aa else None
+
+    def slots(self, configuration: Configuration) -> list[Slot]:
+        """A configuration's slots: its own, and that of its variant."""
+        own, variant = Slot(configuration), self.variant
+        if self.second:
+            return [own, Slot(self.second[configuration.id], variant, configuration.id)]
+        return [own, Slot(configuration, variant)] if variant else [own]
+
+    def other_name(self, id: str) -> str | None:
+        """The name of what a configuration is compared with in this session: a commit or the id of --perf-b."""
+        return self.second[id].id if self.second else self.against_name
 
     @property
     def against_name(self) -> str | None:

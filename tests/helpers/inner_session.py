@@ -229,7 +229,7 @@ def inner_fixture(pytester, machine, monkeypatch, tmp_path) -> Inner:
         "pytest_benchmark.plugin.get_cpu_info",  # the real one takes a second
         lambda: {"brand_raw": "Synthetic CPU", "hz_actual": next(frequencies), "hz_actual_friendly": "1 GHz"},
     )
-    for name in ("PYTEST_ADDOPTS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("PYTEST_ADDOPTS", "CUDA_VISIBLE_DEVICES", "RUNNER_ENVIRONMENT"):
         monkeypatch.delenv(name, raising=False)
     return Inner(pytester, machine)
 

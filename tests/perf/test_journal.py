@@ -306,3 +306,25 @@ def test_newest_and_prune(tmp_path):
     assert newest(tmp_path).name.startswith("20260108")
     prune(tmp_path)
     assert len(list(tmp_path.glob("*.jsonl"))) == journal.KEPT
+
+
+def test_prune_keeps_unfinished_and_running_sessions(tmp_path):
+    names = [f"2026010{number}-000000-000000000" for number in range(1, 10)]
+    for name in names:
+        with Journal(tmp_path / f"{name}.jsonl", PLAN) as book:
+            if name != names[1]:
+                book.write("round", {"slot": "a", "launch": 0, "round": 0})
+            if name not in names[1:3]:
+                book.write("end", {})
+    assert [recorded.name for recorded in journal.unfinished(tmp_path)] == [names[2]]
+    with Journal(tmp_path / f"{names[0]}.jsonl", after=read(tmp_path / f"{names[0]}.jsonl")):
+        prune(tmp_path)
+    left = [path.stem for path in sorted(tmp_path.glob("*.jsonl"))]
+    assert left == [names[0], names[2], *names[-journal.KEPT :]]
+
+
+@pytest.mark.parametrize("plan", [{}, {"slots": 3, "started_unix_seconds": "x"}, {"slots": ["\x1b[2J"] * 2}, PLAN])
+def test_description_of_any_plan_is_one_printable_line(tmp_path, plan):
+    with Journal(tmp_path / "1.jsonl", plan) as book:
+        book.write("end", {})
+    assert str(read(tmp_path / "1.jsonl")).isprintable()

@@ -305,10 +305,10 @@ def test_full_disk_takes_precedence_over_slower(inner, monkeypatch):
     inner.prints(f"{SDPA}: SLOWER", "the run was not saved: ")
 
 
-def test_benchmark_json_that_cannot_be_written_does_not_lose_the_save(inner):
-    (inner.path / "file").write_text("")
-    assert inner.run("--benchmark-save=a", "--benchmark-json=file/out.json").ret == ExitCode.FAILED
-    inner.prints("file/out.json was not written: ")
+def test_benchmark_json_that_cannot_be_written_does_not_lose_the_save(inner, monkeypatch):
+    fill_disk_for(monkeypatch, "out.json")
+    assert inner.run("--benchmark-save=a", "--benchmark-json=out.json").ret == ExitCode.FAILED
+    inner.prints("out.json was not written: ")
     inner.prints_no("Traceback", "INTERNALERROR")
     assert len(inner.saved()) == 1
 

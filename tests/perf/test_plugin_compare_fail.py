@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 
 from inner_session import ONE, SDPA, inner_fixture, machine_fixture  # noqa: F401
@@ -72,11 +73,89 @@ def test_compare_fail_ignores_the_overhead_of_the_harness(inner):
     inner.prints_no("Performance has regressed")
 
 
-def test_repeated_and_fractional_compare_fail_as_in_pytest_benchmark(inner):
+def test_repeated_compare_fail_applies_all(inner):
     inner.store(1)
     inner.machine.offset, inner.machine.slow[SDPA] = 1.0, 1.2
-    last_wins = ("--benchmark-compare-fail=median:5%", "--benchmark-compare-fail=median:50%")
-    assert inner.run("--benchmark-compare", *last_wins).ret == 0, inner.output
-    assert inner.run("--benchmark-compare", *last_wins[::-1]).ret == ExitCode.SLOWER
+    both = ("--benchmark-compare-fail=median:5%", "--benchmark-compare-fail=median:50%")
+    for repeated in (both, both[::-1]):
+        assert inner.run("--benchmark-compare", *repeated).ret == ExitCode.SLOWER, inner.output
+    loose = ("--benchmark-compare-fail=median:50%", "--benchmark-compare-fail", "min:60%", "max:60%")
+    assert inner.run("--benchmark-compare", *loose).ret == 0, inner.output
+
+
+def test_compare_fail_of_addopts_applies_too(inner, monkeypatch):
+    inner.store(1)
+    inner.machine.offset, inner.machine.slow[SDPA] = 1.0, 1.2
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--benchmark-compare-fail=median:5%")
+    assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:50%").ret == ExitCode.SLOWER, inner.output
+
+
+def test_fractional_compare_fail_as_in_pytest_benchmark(inner):
+    inner.store(1)
     assert inner.run("--benchmark-compare", "--benchmark-compare-fail=median:2.5%").ret == ExitCode.REFUSED
     inner.prints("Could not parse value: 'median:2.5%'")
+
+
+PLAIN = (
+    "from perf.plugin.benchmark_bridge import ReplayClock\nimport pytest\nclock = ReplayClock()\n"
+    "@pytest.mark.benchmark(timer=clock)\n"
+    "def test_plain(benchmark):\n"
+    "    clock.load([SECONDS] * 2)\n    benchmark.pedantic(clock.advance, rounds=2)\n"
+)
+GATE = ("--benchmark-compare", "--benchmark-compare-fail=median:5%")
+
+
+def plain(inner, seconds: float):
+    """Write the plain benchmark of this duration; a file of another size, which Python's cache notices."""
+    file = inner.path / "suite" / "test_plain.py"
+    file.write_text(f"SECONDS = {seconds}\n{PLAIN}# {'x' * int(1000 * seconds)}\n")
+    return "suite/test_plain.py"
+
+
+def test_plain_benchmarks_alone_are_compared_natively(inner):
+    """A file of plain benchmarks is a baseline of plain benchmarks, and of no configuration."""
+    test = plain(inner, 0.1)
+    assert inner.run(test, "--benchmark-save=plain").ret == 0
+    assert inner.run(test, *GATE).ret == 0, inner.output
+    inner.prints_no("there is no baseline", "foreign")
+    plain(inner, 0.2)
+    assert inner.run(test, *GATE).ret == ExitCode.SLOWER, inner.output
+    inner.prints("Performance has regressed:", "test_plain")
+    assert inner.run(test, "--benchmark-compare=plain", GATE[1]).ret == ExitCode.SLOWER, inner.output
+    assert inner.run(*GATE).ret == ExitCode.REFUSED, inner.output
+    inner.prints("there is no baseline in", "0001_plain.json: a plain pytest-benchmark file")
+    assert inner.run("--benchmark-compare").ret == 0
+    inner.prints("perf: there is no baseline in")
+
+
+def test_plain_benchmark_beside_a_configuration_is_compared_natively(inner):
+    """Each with its newest baseline: the session without the plain benchmark does not hide the older one."""
+    test = plain(inner, 0.1)
+    assert inner.run("--benchmark-save=both").ret == 0
+    plain(inner, 0.3)
+    assert inner.run(test, "--benchmark-save=plain").ret == 0
+    assert inner.run("suite/test_measured.py", "--benchmark-save=session").ret == 0
+    plain(inner, 0.31)
+    assert inner.run(*GATE).ret == 0, inner.output
+    inner.prints(f"{SDPA}: INCONCLUSIVE", "against 0003_session")
+    plain(inner, 0.4)
+    assert inner.run(*GATE).ret == ExitCode.SLOWER, inner.output
+    regressed = [line for line in inner.output.splitlines() if "has failed PercentageRegressionCheck" in line]
+    assert len(regressed) == 1 and "test_plain (0002_plai" in regressed[0], inner.output
+    assert inner.run("--benchmark-compare=0001", GATE[1]).ret == ExitCode.SLOWER, inner.output
+    inner.prints("test_plain (0001_both", f"{SDPA}: INCONCLUSIVE")
+
+
+def test_ratio_between_sessions_names_its_unit_beside_the_raw_one(inner):
+    inner.store(2)
+    inner.machine.offset = 1.1 * inner.machine.offset
+    assert inner.run("--benchmark-compare", "--benchmark-save=a", launches=6).ret == 0
+    verdict = inner.last()["benchmarks"][0]["extra_info"]["verdict"]
+    seconds = [run["benchmarks"][0]["stats"]["median"] for run in map(json.loads, map(_text, inner.saved()))]
+    assert abs(verdict["raw_ratio"] / (seconds[2] / seconds[1]) - 1) < 0.002
+    assert abs(verdict["ratio"]["estimate"] - 1) < 0.01 < abs(verdict["raw_ratio"] - 1)
+    inner.prints(f"in reference workloads, raw {100 * (verdict['raw_ratio'] - 1):+.1f} %, against 0002_nightly")
+
+
+def _text(path) -> str:
+    return path.read_text(encoding="utf-8")

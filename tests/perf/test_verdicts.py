@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -189,7 +190,12 @@ def test_decision_in_one_line_and_in_json():
         "ratio": {"estimate": 1.062, "low": 1.049, "high": 1.077},
         "margin": 0.01,
         "against": "0007_nightly",
+        "raw_ratio": None,
     }
+    between = dataclasses.replace(decision, raw_ratio=1.09)
+    assert str(between) == (
+        "SLOWER +6.2 % [4.9, 7.7] in reference workloads, raw +9.0 %, against 0007_nightly (beyond_margin)"
+    )
     assert str(Decision(INVALID, "anchor_drift 4.1 %")) == "INVALID (anchor_drift 4.1 %)"
     tiny = Interval(0.9999, 0.9996, 1.0004)  # rounds to nothing, and nothing has no sign
     assert str(Decision(SAME, "within_margin", tiny)) == "SAME +0.0 % [0.0, 0.0] (within_margin)"
