@@ -1,4 +1,4 @@
-"""Initial images: their sizes, and their conversion from PIL."""
+"""Initial images and masks: their sizes, and their conversion from PIL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sd.errors import ConfigError
@@ -32,6 +33,80 @@ def image_tensor(image: Image) -> Tensor:
     than 2**26 pixels, or more than 8 bits a channel.
     """
     import PIL.Image
+
+    image = _opaque(image, "white")
+    image = image.convert("RGB").resize(_multiples(image.size), PIL.Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
+
+
+def mask_tensor(mask: Image) -> Tensor:
+    """Convert a PIL image to a float32 mask [H, W] of 0 and 1 on the CPU: 1, where it is white, is repainted.
+
+    Applies the EXIF orientation, composites transparent pixels on black, reduces each side to a multiple of 64 by
+    nearest-neighbour resampling, and rounds at half brightness, as the original scripts do. Raises the errors of
+    `image_tensor`.
+    """
+    import PIL.Image
+
+    mask = _opaque(mask, "black")
+    mask = mask.convert("L").resize(_multiples(mask.size), PIL.Image.Resampling.NEAREST)
+    return (torch.from_numpy(np.array(mask)).float() / 255 >= 0.5).float()
+
+
+def require_image(image: Tensor) -> Tensor:
+    """Return the image; raise ConfigError unless it is float [3, H, W]."""
+    if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
+        raise ConfigError(f"image {tuple(image.shape)} {image.dtype}: must be float [3, H, W] in [-1, 1]")
+    return image
+
+
+def image_with_mask(image: Tensor | Image, mask: Tensor | Image) -> tuple[Tensor, Tensor]:
+    """Convert to a float image [3, H, W] in [-1, 1] and a float32 mask [H, W] of 0 and 1.
+
+    image: as a result of `image_tensor`, or PIL. mask: float in [0, 1] or bool, [H, W] or [1, H, W], or PIL.
+    Raises ConfigError unless both have the same size, before any resizing.
+    """
+    image = require_image(image) if isinstance(image, Tensor) else _opaque(image, "white")
+    mask = mask if isinstance(mask, Tensor) else _opaque(mask, "black")
+    sizes = [
+        f"{x.shape[-1]}x{x.shape[-2]}" if isinstance(x, Tensor) else "{}x{}".format(*x.size) for x in (image, mask)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"mask has {sizes[1]} pixels and the image {sizes[0]}: give a mask of the image's size")
+    if not isinstance(mask, Tensor):
+        return image if isinstance(image, Tensor) else image_tensor(image), mask_tensor(mask)
+    shape = tuple(mask.shape)
+    if (
+        mask.dim() not in (2, 3)
+        or mask[..., 0, 0].numel() != 1
+        or not (mask.is_floating_point() or mask.dtype == torch.bool)
+    ):
+        raise ConfigError(f"mask {shape} {mask.dtype}: must be float or bool, [H, W] or [1, H, W]")
+    mask = mask.reshape(shape[-2:]).float()
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise ConfigError("mask: must have values from 0 to 1, which is repainted")
+    return image if isinstance(image, Tensor) else image_tensor(image), (mask >= 0.5).float()
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """mask [H, W] -> [1, 1, height, width] of latent cells: cell (i, j) has the value of pixel (i H/height, j W/width).
+
+    Raises ConfigError for a mask all of whose pixels lie between those.
+    """
+    cells = F.interpolate(mask[None, None], size=(height, width))
+    if mask.any() and not cells.any():
+        raise ConfigError("mask: is thinner than a latent cell and would repaint nothing; make its strokes wider")
+    return cells
+
+
+def _multiples(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = (side // SIZE_MULTIPLE * SIZE_MULTIPLE for side in size)
+    return width, height
+
+
+def _opaque(image: Image, background: str) -> Image:
+    """The image as displayed: with its orientation, and its transparent pixels over a background. Raises ConfigError."""
+    import PIL.Image
     from PIL import ImageOps
 
     if min(image.size) < SIZE_MULTIPLE:
@@ -43,7 +118,5 @@ def image_tensor(image: Image) -> Tensor:
     image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    width, height = (size // SIZE_MULTIPLE * SIZE_MULTIPLE for size in image.size)
-    image = image.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, background), image)
+    return image

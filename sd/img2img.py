@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from sd.cli.arguments import add_options, nonnegative
+from sd.cli.input_images import read_image
 from sd.cli.run import Command, guarded
 from sd.config.presets import ModelConfig
-from sd.errors import ConfigError
-from sd.images import SIZE_MULTIPLE, image_tensor
+from sd.images import SIZE_MULTIPLE
 from sd.pipeline import Noise, Progress, Result
 
 _DDIM = "img2img starts in the middle of DDIM's steps and supports no other sampler: omit it"
@@ -61,21 +61,6 @@ def _fraction(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text}: must be in [0, 1]")
     return value
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Read an image file as float32 [3, H, W] in [-1, 1] (see sd.images.image_tensor). Raises ConfigError naming the file."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image_tensor(image)
-    except ConfigError as error:
-        raise ConfigError(f"--init-img {path}: {error}") from None
-    # Pillow's decoders raise all of these for damaged files.
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--init-img {path}: cannot be read as an image ({reason})") from None
 
 
 def default_strength_and_scale(config: ModelConfig) -> tuple[float, float]:

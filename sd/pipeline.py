@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoint.embedding import read_embedding, require_new_token
-from sd.checkpoint.layouts import UNET, native_to_original
-from sd.checkpoint.load import factories, load, materialise
+from sd.checkpoint.layouts import UNET, State, native_to_original, with_prefix
+from sd.checkpoint.load import factories, load, materialise, read
 from sd.checkpoint.lora import Merged, read_lora, targets
-from sd.choices import EMBEDDED_WEIGHTS
+from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import ModelConfig, preset
 from sd.errors import BadImage, CheckpointError, ConfigError
 from sd.features import has
-from sd.images import image_tensor, require_size
+from sd.images import image_tensor, image_with_mask, latent_mask, require_image, require_size
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import tokenize
@@ -30,6 +30,7 @@ from sd.models.unet import UNet
 from sd.optimise.apply import apply, float32_precision
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.sampling import original_loop
+from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.noise import OriginalNoise, PerImageNoise, noise_source
 from sd.sampling.samplers import Plan, ddim
@@ -50,7 +51,7 @@ class Result:
     images: uint8 [B, H, W, 3] on the CPU.
     latents: float32 [B, 4, H/8, W/8] on the model's device, after the last sampler step.
     seconds: by stage: `text`, `unet` (the whole sampling loop), `vae` (decoding and the copy to the CPU), and
-        `encode` in img2img.
+        `encode` in img2img and inpainting.
     unet_calls: number of UNet evaluations.
     seed: the seed, random where None was passed; image i uses seed + i. With a generator its `initial_seed()`, with a
         list of generators the list of theirs.
@@ -106,19 +107,35 @@ class StableDiffusion:
         Raises CheckpointError, ConfigError or Unavailable.
         """
         loaded_config, states = load(Path(path), resolve_config(config), progress=progress)
+        return cls._from_states(loaded_config, states, device, optimisations)
+
+    @classmethod
+    def _from_states(
+        cls, config: ModelConfig, states: dict[str, State], device: torch.device | str, optimisations: Optimisations
+    ) -> StableDiffusion:
         dtype = WEIGHT_DTYPES[optimisations.precision]
         networks: dict[str, Any] = {
             name: materialise(factory, states.pop(name), torch.device(device), dtype)
-            for name, factory in factories(loaded_config).items()
+            for name, factory in factories(config).items()
         }
-        return cls(loaded_config, device=device, optimisations=optimisations, **networks)
+        return cls(config, device=device, optimisations=optimisations, **networks)
 
     @classmethod
     def tiny(
-        cls, device: torch.device | str = "cpu", optimisations: Optimisations = Optimisations()
+        cls,
+        device: torch.device | str = "cpu",
+        optimisations: Optimisations = Optimisations(),
+        inpainting: bool = False,
     ) -> StableDiffusion:
-        """Load the embedded model: 64x64 images of coloured shapes on coloured backgrounds (see sd.tiny.train)."""
-        return cls.from_checkpoint(EMBEDDED_WEIGHTS, "tiny", device, optimisations, progress=False)
+        """Load the embedded model: 64x64 images of coloured shapes on coloured backgrounds (see sd.tiny.train).
+
+        inpainting: with the UNet of nine input channels that was tuned from it (see sd.tiny.train_inpaint).
+        """
+        if not inpainting:
+            return cls.from_checkpoint(EMBEDDED_WEIGHTS, "tiny", device, optimisations, progress=False)
+        states = load(EMBEDDED_WEIGHTS, preset("tiny"), progress=False)[1]
+        states["unet"] = with_prefix(read(EMBEDDED_INPAINTING, progress=False), UNET)
+        return cls._from_states(preset("tiny-inpaint"), states, device, optimisations)
 
     @classmethod
     def random(
@@ -324,18 +341,18 @@ class StableDiffusion:
 
         Raises ConfigError for invalid arguments and BadImage for NaN or all-black images.
         """
+        self._require_text_to_image("txt2img")
         plan = sampler_by_name(sampler)(self.schedule, steps, eta)
         timesteps = self.schedule.uniform_timesteps(steps) if self.optimisations.original_steps else []
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), height, width)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ConfigError(f"latents of shape {tuple(latents.shape)}: the shape must be {shape}")
+        start = None if latents is None else self._initial(latents, shape)
         clock = _StageClock(self.device)
         with clock.stage("text"):
             contexts = self._contexts(prompts, negatives, scale)
         with clock.stage("unet"), self._calls.context():
-            x = noise.initial(shape, self.device) if latents is None else latents.to(self.device, torch.float32)
+            x = noise.initial(shape, self.device) if start is None else start
             x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
         return self._finish(x, clock, len(plan.evaluations), reported_seed)
 
@@ -363,12 +380,12 @@ class StableDiffusion:
             original raises an IndexError, the last timestep is used.
         The other arguments and the errors are those of `txt2img`.
         """
+        self._require_text_to_image("img2img")
         if not 0.0 <= strength <= 1.0:
             raise ConfigError(f"strength {strength}: must be in [0, 1]")
         if not isinstance(image, Tensor):
             image = image_tensor(image)
-        if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
-            raise ConfigError(f"image {tuple(image.shape)} {image.dtype}: must be float [3, H, W] in [-1, 1]")
+        require_image(image)
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *image.shape[1:])
         timesteps = self.schedule.uniform_timesteps(steps)
@@ -387,6 +404,87 @@ class StableDiffusion:
             x = self._sample("ddim", plan, timesteps[:start], x, contexts, scale, noise, eta, progress)
         return self._finish(x, clock, len(plan.evaluations), reported_seed)
 
+    @torch.no_grad()
+    def inpaint(
+        self,
+        prompt: str | list[str],
+        image: Tensor | Image,
+        mask: Tensor | Image,
+        strength: float = 1.0,
+        steps: int = 50,
+        sampler: str = "ddim",
+        scale: float = 7.5,
+        seed: int | None = 1,
+        batch: int = 1,
+        latents: Tensor | None = None,
+        negative_prompt: str | list[str] | None = "",
+        eta: float = 0.0,
+        rng: str | Noise = "per-image",
+        progress: Progress | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Result:
+        """Repaint the white part of `mask` in `batch` images of each prompt.
+
+        An inpainting model gets the mask and the image, grey under the mask, as inputs of its UNet; with a text-to-image
+        model, the rest of the image is restored after each step (see sd.sampling.blend). Decoding changes that rest by
+        the error of the autoencoder, as in the original scripts.
+
+        image: as in `img2img`. mask: a PIL image of the same size, or float in [0, 1] or bool [H, W]; repainted from 0.5.
+        strength: fraction of the steps that run, above 0; below 1 they start from the noised image, with ddim or euler.
+        latents: initial noise, as in `txt2img`. rng: `original` draws it as the original scripts do, with NumPy.
+        The other arguments and the errors are those of `txt2img`.
+        """
+        if not 0.0 < strength <= 1.0:
+            raise ConfigError(f"strength {strength}: must be above 0 and at most 1")
+        pixels, pixel_mask = image_with_mask(image, mask)
+        prompts, negatives = _prompts(prompt, negative_prompt, batch)
+        shape = self.latent_shape(len(prompts), *pixels.shape[1:])
+        whole = sampler_by_name(sampler)(self.schedule, steps, eta)
+        count = int(strength * whole.steps)
+        if not count:
+            raise ConfigError(f"strength {strength} of {steps} steps is less than 1 step: increase one of them")
+        plan = whole.last_steps(count)
+        timesteps = self.schedule.uniform_timesteps(steps)[:count] if self.optimisations.original_steps else []
+        start = None if latents is None else self._initial(latents, shape)
+        noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
+        clock = _StageClock(self.device)
+        with clock.stage("encode"):
+            blend, condition = self._encode_inpainting(pixels, pixel_mask, shape, noise, start, plan is not whole)
+        with clock.stage("text"):
+            contexts = self._contexts(prompts, negatives, scale)
+        with clock.stage("unet"), self._calls.context():
+            x = blend.noise if plan is whole else blend.noised(*plan.noise_level(0))
+            run = (sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
+            x = self._sample(*run, condition, None if self.config.inpainting else blend)
+        return self._finish(x, clock, len(plan.evaluations), reported_seed)
+
+    def _encode_inpainting(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        shape: tuple[int, ...],
+        noise: Noise,
+        start: Tensor | None,
+        starts_from_image: bool,
+    ) -> tuple[Blend, Tensor | None]:
+        """Return x_T and the image's latents as a Blend, and the further input channels of an inpainting model, or None.
+
+        shape: of the latents. Draws are in the order of diffusers: image, if its latents are used; x_T, unless it is
+        passed as `start`; masked image.
+        """
+        layout = self.optimisations.memory_format()
+        cells = latent_mask(mask, *shape[2:]).to(self.device)
+        original = torch.zeros(shape, device=self.device)
+        if starts_from_image or not self.config.inpainting:
+            original = self.encode(image[None], noise.posterior(shape, self.device))
+        x = noise.inpainting_initial(shape, self.device) if start is None else start
+        blend = Blend(cells.bool(), *(latents.contiguous(memory_format=layout) for latents in (original, x)))
+        if not self.config.inpainting:
+            return blend, None
+        visible = self.encode((image * (1 - mask))[None], noise.posterior(shape, self.device))
+        condition = torch.cat([cells.expand(len(visible), -1, -1, -1), visible], dim=1)
+        return blend, condition.contiguous(memory_format=layout)
+
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """Return the shape of the latents of images of that size in pixels; None is the model's own size.
 
@@ -396,7 +494,19 @@ class StableDiffusion:
         require_size("height", height)
         require_size("width", width)
         factor = self.config.autoencoder.downsampling
-        return batch, self.config.unet.in_channels, height // factor, width // factor
+        return batch, self.config.unet.out_channels, height // factor, width // factor
+
+    def _require_text_to_image(self, method: str) -> None:
+        if self.config.inpainting:
+            raise ConfigError(
+                f"{method}: {self.config.name} is an inpainting model: call inpaint, or load another model"
+            )
+
+    def _initial(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the caller's x_T on the device."""
+        if tuple(latents.shape) != shape:
+            raise ConfigError(f"latents of shape {tuple(latents.shape)}: the shape must be {shape}")
+        return latents.to(self.device, torch.float32)
 
     def _noise(
         self, rng: str | Noise, seed: int | None, generator: torch.Generator | list[torch.Generator] | None, batch: int
@@ -434,23 +544,29 @@ class StableDiffusion:
         noise: Noise,
         eta: float,
         progress: Progress | None,
+        condition: Tensor | None = None,
+        blend: Blend | None = None,
     ) -> Tensor:
-        """Denoise x_T to x_0 with `plan`, or over `timesteps` with the original's loop under `original_steps`."""
+        """Denoise x_T to x_0 with `plan`, or over `timesteps` with the original's loop under `original_steps`.
+
+        condition: further input channels of the UNet. blend: as in sd.sampling.samplers.run.
+        """
         chosen, on_step = self.optimisations, progress or _no_progress
+        prediction = (*contexts, scale, self.config.parameterization, condition)
         if chosen.original_steps:
-            original = original_loop.OriginalDenoiser(self._calls.unet, *contexts, scale, self.config.parameterization)
+            original = original_loop.OriginalDenoiser(self._calls.unet, *prediction)
             out: Tensor = original_loop.run(
-                sampler, original, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=on_step
+                sampler, original, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=on_step, blend=blend
             )
             return out
-        denoise = Denoiser(self._calls.unet_of_run(), *contexts, scale, self.config.parameterization)
+        denoise = Denoiser(self._calls.unet_of_run(), *prediction)
         if chosen.cache_context_kv and isinstance(denoise.context, Tensor):
             denoise.context = self.unet.project_context(denoise.context)
         if chosen.cache_time_embeddings and plan.evaluations:
             denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
             denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device))
         x = x.contiguous(memory_format=chosen.memory_format())
-        return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step)
+        return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step, blend)
 
     def _finish(self, x: Tensor, clock: _StageClock, unet_calls: int, seed: int | list[int]) -> Result:
         with clock.stage("vae"):

@@ -237,7 +237,8 @@ def write_folder(folder: Path, networks: dict[str, layouts.State], config: Model
         write_safetensors(folder / name / f"{stem}.safetensors", converted[network], {"format": "pt"})
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
     write_tokenizer(folder / "tokenizer", config)
-    _write_json(folder / "model_index.json", MODEL_INDEX)
+    pipeline = "StableDiffusionInpaintPipeline" if config.inpainting else MODEL_INDEX["_class_name"]
+    _write_json(folder / "model_index.json", {**MODEL_INDEX, "_class_name": pipeline})
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sd.checkpoint import layouts
 from sd.checkpoint.diffusers_folder import parameterization, read_folder, require_settings
 from sd.checkpoint.file_formats import index, read_tensors
-from sd.config.presets import OTHER_INPUTS, PRESETS, ModelConfig, Parameterization, TextKind
+from sd.config.presets import INPAINTING_CHANNELS, OTHER_INPUTS, PRESETS, ModelConfig, Parameterization, TextKind
 from sd.errors import CheckpointError
 from sd.features import has
 from sd.models.autoencoder import Autoencoder
@@ -138,22 +138,26 @@ def _context_width(path: str | Path, state: Mapping[str, Tensor]) -> int:
 
 def _detect(path: str | Path, state: Mapping[str, Tensor]) -> ModelConfig:
     """The preset whose sizes the file has; eps for SD2, since the weights do not show eps or v."""
-    width, channels = _context_width(path, state), state[_FIRST_CONV].shape[0]
+    width, (channels, inputs) = _context_width(path, state), state[_FIRST_CONV].shape[:2]
     for name in ("sd1", "sd2", "tiny"):
         unet = PRESETS[name].unet
         if (unet.context_dim, unet.model_channels) == (width, channels):
-            return PRESETS[name]
+            return PRESETS[name].as_inpainting() if inputs == INPAINTING_CHANNELS else PRESETS[name]
     raise CheckpointError(
         f"{path}: no preset has a context of {width} and {channels} channels; give the config as a YAML file"
     )
 
 
 def _reject_contradiction(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig) -> None:
-    channels = state[_FIRST_CONV].shape[1]
-    if channels != config.unet.in_channels:
+    channels, inputs = state[_FIRST_CONV].shape[1], config.unet.in_channels
+    if channels != inputs:
+        supported = {config.unet.out_channels: "a text-to-image", INPAINTING_CHANNELS: "an inpainting"}
+        remedy = "only text-to-image and inpainting models can be loaded"
+        if channels in supported:
+            remedy = "pass the config of this model, or none"
         raise CheckpointError(
-            f"{path}: is of {OTHER_INPUTS.get(channels, 'another')} model, whose UNet takes {channels} channels, "
-            f"not {config.unet.in_channels}; only text-to-image models can be loaded"
+            f"{path}: is of {({**OTHER_INPUTS, **supported}).get(channels, 'another')} model, whose UNet takes {channels} "
+            f"channels, not {inputs} as in the config {config.name}: {remedy}"
         )
     width, expected = _context_width(path, state), config.unet.context_dim
     text = layouts.text_kind(state)
@@ -296,8 +300,9 @@ def load(
 
     Returns (config, {"unet": state, "autoencoder": state, "text_encoder": state}); the names and shapes of each state are
     exactly those of UNet, Autoencoder and TextEncoder, the tensors on the CPU in the file's floating dtype.
-    config None: sd1, sd2 or tiny by the sizes in the file; the weights do not show eps or v, so SD2 is then loaded as eps
-    unless it is a diffusers folder, whose scheduler has the setting. text.layers = 0: the number depends on the file.
+    config None: sd1, sd2 or tiny, or the inpainting model of one of them, by the sizes in the file; the weights do not
+    show eps or v, so SD2 is then loaded as eps unless it is a diffusers folder, whose scheduler has the setting.
+    text.layers = 0: the number depends on the file.
     Raises CheckpointError, naming the file and a remedy, unless the file is a whole model of that config.
     """
     used = (*layouts.PREFIXES.values(), layouts.OPENCLIP, layouts.CLIP)
@@ -309,6 +314,8 @@ def load(
         config = _detect(path, state)
         if config.name == "sd2" and predicted == "v":
             config = PRESETS["sd2-v"]
+        elif predicted is not None:
+            config = replace(config, parameterization=predicted)
     elif predicted not in (None, config.parameterization):
         raise CheckpointError(
             f"{path}: its scheduler is for a UNet that predicts {predicted}, but the config {config.name} is for "

@@ -1,4 +1,4 @@
-"""Options shared by txt2img and img2img, and the model, device, attention, precision and prompts that they select.
+"""Options shared by txt2img, img2img and inpaint, and the model, device, attention, precision and prompts that they select.
 
 Options are validated before the weights are read.
 """
@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[str, str]) -> None:
     """Add the options that both commands have, and those that the command refuses (flag -> reason)."""
+    parser.set_defaults(embedded="tiny")  # preset of the embedded model that runs without --ckpt
     _add_task(parser.add_argument, outdir)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_execution(parser.add_argument_group("execution").add_argument)
@@ -260,7 +261,8 @@ class Setup:
 
     def _load(self, optimisations: Optimisations) -> StableDiffusion:
         if self.checkpoint is None:
-            return StableDiffusion.tiny(self.device, optimisations)
+            inpainting = self.config is not None and self.config.inpainting
+            return StableDiffusion.tiny(self.device, optimisations, inpainting)
         model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, optimisations)
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
@@ -280,7 +282,7 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
                 f"--config {args.config} needs its checkpoint: pass --ckpt FILE, or neither for the tiny model"
             )
         print("no --ckpt: using the embedded tiny model of coloured shapes; pass --ckpt FILE for another")
-        config = config or PRESETS["tiny"]
+        config = config or PRESETS[args.embedded]
     device = _device(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
@@ -301,7 +303,7 @@ def _config(value: str) -> ModelConfig | None:
 
 
 def _is_tiny(config: ModelConfig) -> bool:
-    tiny = PRESETS["tiny"]
+    tiny = PRESETS["tiny-inpaint" if config.inpainting else "tiny"]
     return replace(config, name=tiny.name, text=replace(config.text, layers=tiny.text.layers), native_mha=False) == tiny
 
 
@@ -443,7 +445,7 @@ def prompt_batches(args: Namespace, default: str) -> list[list[str]]:
 def check_latents(args: Namespace, config: ModelConfig) -> None:
     """Raise ConfigError where --C or --f contradict the model."""
     for flag, value, expected in (
-        ("--C", args.C, config.unet.in_channels),
+        ("--C", args.C, config.unet.out_channels),
         ("--f", args.f, config.autoencoder.downsampling),
     ):
         if value not in (None, expected):

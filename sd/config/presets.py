@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sd.errors import ConfigError
 
 TextKind = Literal["openclip", "clip"]  # SD2, SD1: parameter names, activation and padding differ
 Parameterization = Literal["eps", "v"]  # prediction type of the UNet: noise, or v of arXiv 2202.00512
-OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaler", 8: "an instruct-pix2pix", 9: "an inpainting"}  # by channels
+OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaler", 8: "an instruct-pix2pix"}  # by channels, unsupported
+INPAINTING_CHANNELS = 9  # noisy latents 4, mask 1, latents of the masked image 4, in this order
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ class ModelConfig:
                 f"{self.name}: the UNet's context_dim {self.unet.context_dim} is not the text encoder's width {self.text.width}"
             )
 
+    @property
+    def inpainting(self) -> bool:
+        """Whether the UNet takes a mask and a masked image beside the latents."""
+        return self.unet.in_channels == INPAINTING_CHANNELS
+
+    def as_inpainting(self) -> ModelConfig:
+        """The inpainting model tuned from this one: its UNet has INPAINTING_CHANNELS input channels."""
+        return replace(self, name=f"{self.name}-inpaint", unet=replace(self.unet, in_channels=INPAINTING_CHANNELS))
+
 
 _SD1_UNET = UNetConfig(context_dim=768, num_heads=8)
 _SD2_UNET = UNetConfig(context_dim=1024, num_head_channels=64, use_linear_in_transformer=True)
@@ -140,6 +150,7 @@ PRESETS = {
         scale_factor=1.0,  # folded into the last and first convolutions of the autoencoder
     ),
 }
+PRESETS.update({f"{name}-inpaint": PRESETS[name].as_inpainting() for name in ("sd1", "sd2", "tiny")})
 
 
 def preset(name: str) -> ModelConfig:

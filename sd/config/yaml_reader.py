@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sd.config.presets import (
+    INPAINTING_CHANNELS,
     OTHER_INPUTS,
     AutoencoderConfig,
     ModelConfig,
@@ -27,6 +28,7 @@ MAX_BYTES = 1 << 20  # released files have under 5,000
 MAX_DEPTH = 50  # released files have 7 levels
 
 MODEL_TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
+INPAINTING_TARGET = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 AUTOENCODER_TARGET = "ldm.models.autoencoder.AutoencoderKL"
 OPENCLIP_TARGET = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
@@ -34,7 +36,6 @@ CLIP_TARGET = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
 TEXT_KINDS: dict[str, TextKind] = {OPENCLIP_TARGET: "openclip", CLIP_TARGET: "clip"}
 
 _OTHER_MODELS = {
-    "LatentInpaintDiffusion": "an inpainting model",
     "LatentFinetuneDiffusion": "a fine-tuning wrapper",
     "LatentDepth2ImageDiffusion": "a depth-to-image model",
     "LatentUpscaleDiffusion": "an upscaler",
@@ -152,14 +153,20 @@ def read_yaml(path: str | Path) -> ModelConfig:
     top = _Section(path, "", _parse(path))
     model = top.section("model")
     target = model.take("target")
-    if target != MODEL_TARGET:
+    if target not in (MODEL_TARGET, INPAINTING_TARGET):
         other = _OTHER_MODELS.get(str(target).rpartition(".")[2])
         reason = f"is {other}, and" if other else "is unknown:"
-        model.fail("target", f"{_describe(target)} {reason} only {MODEL_TARGET} is supported")
+        model.fail("target", f"{_describe(target)} {reason} only {MODEL_TARGET} and {INPAINTING_TARGET} are supported")
     params = model.section("params")
-    unet, native_mha = _unet(params)
+    inpainting = target == INPAINTING_TARGET
+    unet, native_mha = _unet(params, inpainting)
     autoencoder = _autoencoder(params)
     text = _text(params, unet)
+    if inpainting:
+        order = ["mask", "masked_image"]
+        params.choice("concat_keys", (order,), "released models have this order of channels", default=order)
+        params.choice("masked_image_key", ("masked_image",), "released models have this key", default="masked_image")
+        params.choice("finetune_keys", (None,), "it is for training: give null", default=None)
     config = _model(path, params, unet, autoencoder, text, native_mha)
     for section in (params, model, top):
         section.close()
@@ -207,7 +214,7 @@ def _reject_bombs(path: Path, text: str) -> None:
             raise ConfigError(f"{path}: is nested more than {MAX_DEPTH} deep")
 
 
-def _unet(params: _Section) -> tuple[UNetConfig, bool]:
+def _unet(params: _Section, inpainting: bool) -> tuple[UNetConfig, bool]:
     config = params.section("unet_config")
     config.choice("target", (UNET_TARGET,), "no other network is supported")
     section = config.section("params")
@@ -216,8 +223,14 @@ def _unet(params: _Section) -> tuple[UNetConfig, bool]:
         section.fail(
             "in_channels", f"{in_channels} are those of {OTHER_INPUTS[in_channels]} model, which is unsupported"
         )
-    if section.integer("out_channels") != in_channels:
+    if inpainting != (in_channels == INPAINTING_CHANNELS):
+        target = INPAINTING_TARGET if in_channels == INPAINTING_CHANNELS else MODEL_TARGET
+        section.fail("in_channels", f"{in_channels} contradicts model.target: use {target.rpartition('.')[2]}")
+    out_channels = section.integer("out_channels")
+    if not inpainting and out_channels != in_channels:
         section.fail("out_channels", f"must be in_channels, {in_channels}")
+    if inpainting and 2 * out_channels + 1 != in_channels:
+        section.fail("out_channels", f"must be 4: latents, mask and masked image have {in_channels} channels together")
     num_heads, num_head_channels = section.count("num_heads"), section.count("num_head_channels")
     if num_heads and num_head_channels:
         section.fail("num_head_channels", "contradicts num_heads: give only one of them")
@@ -232,7 +245,7 @@ def _unet(params: _Section) -> tuple[UNetConfig, bool]:
     unet = UNetConfig(
         context_dim=section.integer("context_dim"),
         in_channels=in_channels,
-        out_channels=in_channels,
+        out_channels=out_channels,
         model_channels=section.integer("model_channels"),
         channel_mult=section.integers("channel_mult"),
         num_res_blocks=section.integer("num_res_blocks"),
@@ -325,14 +338,16 @@ def _model(
     text: TextConfig,
     native_mha: bool,
 ) -> ModelConfig:
-    if {params.integer("channels", unet.in_channels), autoencoder.embed_dim} != {unet.in_channels}:
+    if {params.integer("channels", unet.out_channels), autoencoder.embed_dim} != {unet.out_channels}:
         params.fail(
             "channels",
-            f"must be the same number of latent channels as in unet_config (in_channels {unet.in_channels}) and in "
+            f"must be the same number of latent channels as in unet_config (out_channels {unet.out_channels}) and in "
             f"first_stage_config (embed_dim {autoencoder.embed_dim})",
         )
     params.choice("beta_schedule", ("linear",), "Stable Diffusion 1 and 2 use no other", default="linear")
-    params.choice("conditioning_key", ("crossattn",), "no other input is supported", default="crossattn")
+    inpainting = unet.in_channels == INPAINTING_CHANNELS
+    key, default = ("hybrid", _REQUIRED) if inpainting else ("crossattn", "crossattn")
+    params.choice("conditioning_key", (key,), "no other input is supported", default=default)
     params.choice("scale_by_std", (False,), "give the scale_factor of the trained model", default=False)
     schedule = ScheduleConfig(
         params.number("linear_start"), params.number("linear_end"), params.integer("timesteps", 1000, minimum=2)

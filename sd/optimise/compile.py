@@ -20,6 +20,7 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.cuda_graphs import cloned
+from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser, predict_noise
 from sd.sampling.samplers import HISTORY_LENGTH, Plan
 
@@ -160,6 +161,7 @@ class CompiledStep:
         noise: Tensor | None,
         guided: bool,
         predicts_v: bool,
+        condition: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(x, output) after one evaluation. row [16]: of the plan's table; history: HISTORY_LENGTH outputs, newest first."""
         size = len(COLUMNS) + 1 + HISTORY_LENGTH
@@ -167,7 +169,8 @@ class CompiledStep:
         if timesteps is None:
             timesteps = t.expand(len(x) * (2 if guided else 1))
         alpha_sigma = (alpha, sigma) if predicts_v else None
-        e = predict_noise(self.unet.denoise, c_in * x, timesteps, context, guidance if guided else None, alpha_sigma)
+        scale = guidance if guided else None
+        e = predict_noise(self.unet.denoise, c_in * x, timesteps, context, scale, alpha_sigma, condition)
         output = c_skip * x + c_out * e
         x = c_x * x
         for weight, past in zip(weights, (output, *history)):
@@ -181,6 +184,7 @@ class CompiledStep:
         x: Tensor,
         noises: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        blend: Blend | None = None,
     ) -> Tensor:
         """As sd.sampling.samplers.run."""
         if not plan.evaluations:  # img2img at a strength without steps has an empty table
@@ -198,11 +202,21 @@ class CompiledStep:
             noise = None if noises is None else noises[i]
             with allowed_kernels(self.attention):
                 x, output = self.call(
-                    x, timesteps, denoise.context, table[i], history, noise, guided, denoise.predicts_v
+                    x,
+                    timesteps,
+                    denoise.context,
+                    table[i],
+                    history,
+                    noise,
+                    guided,
+                    denoise.predicts_v,
+                    denoise.condition,
                 )
             history = (output, *history[:-1])
             if evaluation.ends_step:
                 step += 1
+                if blend is not None:
+                    x = blend(x, *plan.noise_level(i + 1))
                 if on_step is not None:
                     on_step(step, plan.steps)
         return x

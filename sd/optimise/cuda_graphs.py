@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sd.attention.modules import ProjectedContext
+from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.samplers import Plan, run
 
@@ -83,21 +84,35 @@ class GraphedLoop:
 
     def __init__(self, loop: Callable[..., Tensor] = run):
         self.loop = loop
-        self.graphs: dict[tuple[Plan, float | None], Graphed] = {}
+        self.graphs: dict[tuple[Plan, float | None, bool, bool], Graphed] = {}
 
     def __call__(
-        self, plan: Plan, denoise: Denoiser, x: Tensor, noises: Tensor | None, on_step: Callable[[int, int], None]
+        self,
+        plan: Plan,
+        denoise: Denoiser,
+        x: Tensor,
+        noises: Tensor | None,
+        on_step: Callable[[int, int], None],
+        blend: Blend | None = None,
     ) -> Tensor:
         """As sd.sampling.samplers.run, but on_step is called only once, after the replay."""
-        key = (plan, denoise.guidance)
+        # A condition and a blend are both tensors: the key of Graphed, the list of shapes, does not tell which is missing.
+        key = (plan, denoise.guidance, denoise.condition is None, blend is None)
         if key not in self.graphs:
 
             def recorded(
-                x: Tensor, noises: Tensor | None, context: Tensor | ProjectedContext, time_table: Tensor | None
+                x: Tensor,
+                noises: Tensor | None,
+                context: Tensor | ProjectedContext,
+                time_table: Tensor | None,
+                condition: Tensor | None,
+                blended: tuple[Tensor, Tensor, Tensor] | None,
             ) -> Tensor:
-                return self.loop(plan, denoise.with_tensors(context, time_table), x, noises)
+                copied = denoise.with_tensors(context, time_table, condition)
+                return self.loop(plan, copied, x, noises, None, None if blended is None else Blend(*blended))
 
             self.graphs[key] = Graphed(recorded)
-        x = self.graphs[key](x, noises, denoise.context, denoise.time_table)
+        blended = None if blend is None else (blend.mask, blend.latents, blend.noise)
+        x = self.graphs[key](x, noises, denoise.context, denoise.time_table, denoise.condition, blended)
         on_step(plan.steps, plan.steps)
         return x

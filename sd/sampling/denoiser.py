@@ -19,17 +19,20 @@ def predict_noise(
     context: Tensor | ProjectedContext,
     guidance: float | Tensor | None,
     alpha_sigma: tuple[float | Tensor, float | Tensor] | None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Noise prediction (eps) for x [B, 4, h, w] float32: float32 of the same shape.
 
     guidance: scale of classifier-free guidance (arXiv 2207.12598), for which `context` holds the unconditional half
     first, or None without guidance. alpha_sigma: (alpha, sigma) of x = alpha x_0 + sigma noise for a UNet that predicts v,
-    None for a UNet that predicts eps. Scalars may be 0-dim tensors on x's device.
+    None for a UNet that predicts eps. Scalars may be 0-dim tensors on x's device. condition: further input channels of the
+    UNet [B, C, h, w], the same for both halves.
     """
+    inputs = x if condition is None else torch.cat([x, condition], dim=1)
     if guidance is None:
-        out = unet(x, timesteps, context)
+        out = unet(inputs, timesteps, context)
     else:
-        unconditional, conditional = unet(torch.cat([x, x]), timesteps, context).chunk(2)
+        unconditional, conditional = unet(torch.cat([inputs, inputs]), timesteps, context).chunk(2)
         out = unconditional + guidance * (conditional - unconditional)
     out = out.float()
     if alpha_sigma is not None:  # v = alpha noise - sigma x_0 (arXiv 2202.00512)
@@ -44,6 +47,7 @@ class Denoiser:
     unet: callable (x [N, 4, h, w], timesteps [N], context [N, T, C]) -> [N, 4, h, w]. context, unconditional:
     [B, T, C], concatenated once; without `unconditional`, or at scale 1, the unconditional half is not computed.
     The attributes `context` and `time_table` may then be replaced by precomputed values: see sd.models.unet.UNet.forward.
+    condition: further input channels of the UNet [B, C, h, w], such as mask and masked image of an inpainting model.
     """
 
     def __init__(
@@ -53,8 +57,9 @@ class Denoiser:
         unconditional: Tensor | None = None,
         scale: float = 1.0,
         parameterization: str = "eps",
+        condition: Tensor | None = None,
     ):
-        self.unet = unet
+        self.unet, self.condition = unet, condition
         self.guidance: float | None = None
         self.context: Tensor | ProjectedContext = context
         if unconditional is not None and scale != 1.0:
@@ -63,10 +68,12 @@ class Denoiser:
         self.time_table: Tensor | None = None  # rows of UNet.time_table at the timesteps `times`
         self.times: Sequence[float] = []
 
-    def with_tensors(self, context: Tensor | ProjectedContext, time_table: Tensor | None) -> Denoiser:
-        """A copy with another context and time table of the same shapes."""
+    def with_tensors(
+        self, context: Tensor | ProjectedContext, time_table: Tensor | None, condition: Tensor | None
+    ) -> Denoiser:
+        """A copy with another context, time table and condition of the same shapes."""
         other = copy.copy(self)
-        other.context, other.time_table = context, time_table
+        other.context, other.time_table, other.condition = context, time_table, condition
         return other
 
     def timesteps(self, t: float, x: Tensor) -> Tensor:
@@ -79,4 +86,5 @@ class Denoiser:
     def __call__(self, x: Tensor, t: float, alpha: float) -> Tensor:
         """Noise prediction for x [B, 4, h, w] float32 = alpha x_0 + sqrt(1 - alpha^2) noise at timestep t: float32, like x."""
         alpha_sigma = (alpha, math.sqrt(1 - alpha**2)) if self.predicts_v else None
-        return predict_noise(self.unet, x, self.timesteps(t, x), self.context, self.guidance, alpha_sigma)
+        timesteps = self.timesteps(t, x)
+        return predict_noise(self.unet, x, timesteps, self.context, self.guidance, alpha_sigma, self.condition)

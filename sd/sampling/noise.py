@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +37,11 @@ class PerImageNoise:
         return torch.stack([self.initial(x.shape, "cpu") if draws else zeros for draws in used]).to(x.device)
 
     def posterior(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """Noise [B, ...] of the autoencoder's posterior, for img2img."""
+        """Noise [B, ...] of the autoencoder's posterior, for img2img and inpainting."""
+        return self.initial(shape, device)
+
+    def inpainting_initial(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """x_T of inpainting: as `initial`."""
         return self.initial(shape, device)
 
 
@@ -54,6 +59,7 @@ class OriginalNoise:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # On a CPU all draws share one generator.
         self.cpu = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(seed)
+        self.numpy: np.random.RandomState | None = None  # of inpainting alone
 
     def initial(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Unit Gaussian noise [B, ...] float32 on the generator's device, such as x_T; `device` is ignored."""
@@ -67,6 +73,17 @@ class OriginalNoise:
     def posterior(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Noise [B, ...] of the autoencoder's posterior, drawn on the CPU."""
         return torch.randn(shape, generator=self.cpu).to(self.device)
+
+    def inpainting_initial(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """x_T of inpainting, whose scripts draw it from NumPy's RandomState(seed). Raises ConfigError for seeds beyond 32 bits."""
+        if self.numpy is None:
+            seed = self.generator.initial_seed()
+            if seed >= 2**32:
+                raise ConfigError(
+                    f"seed {seed}: rng original draws the initial noise with NumPy, whose seeds are below 2**32"
+                )
+            self.numpy = np.random.RandomState(seed)
+        return torch.from_numpy(self.numpy.randn(*shape)).to(self.device, torch.float32)
 
 
 NoiseSource = PerImageNoise | OriginalNoise

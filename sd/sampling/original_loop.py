@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sd.errors import ConfigError
+from sd.sampling.blend import Blend
 from sd.sampling.denoiser import predict_noise
 from sd.sampling.noise import NoiseSource
 from sd.sampling.samplers import ADAMS_BASHFORTH, OnStep
@@ -32,8 +33,9 @@ class OriginalDenoiser:
         unconditional: Tensor | None,
         scale: float,
         parameterization: str,
+        condition: Tensor | None = None,
     ):
-        self.unet, self.context, self.scale = unet, context, scale
+        self.unet, self.context, self.scale, self.condition = unet, context, scale, condition
         self.unconditional = None if scale == 1.0 else unconditional
         self.predicts_v = parameterization == "v"
 
@@ -46,7 +48,7 @@ class OriginalDenoiser:
         alpha_sigma = None
         if self.predicts_v:
             alpha_sigma = (tables.alphas[index].sqrt(), tables.sqrt_one_minus_alphas[index])
-        return predict_noise(self.unet, x, t, context, guidance, alpha_sigma)
+        return predict_noise(self.unet, x, t, context, guidance, alpha_sigma, self.condition)
 
 
 class _Tables:
@@ -84,10 +86,12 @@ def run(
     noise: NoiseSource,
     eta: float,
     on_step: OnStep,
+    blend: Blend | None = None,
 ) -> Tensor:
     """x_T [B, 4, h, w] -> x_0 by sampler `name`, ddim or plms, over ascending `timesteps`.
 
-    noise: a source of sd.sampling.noise; on_step(i, count) is called after each step. Raises ConfigError for other samplers,
+    noise: a source of sd.sampling.noise; on_step(i, count) is called after each step; blend: as in
+    sd.sampling.samplers.run. Raises ConfigError for other samplers,
     which the original code does not have or has as a separate package (DPM-Solver).
     """
     if name not in SAMPLERS:
@@ -113,5 +117,7 @@ def run(
                 e = sum(terms[1:], terms[0])
             del history[3:]
         x = tables.step(x, e, index, noise)
+        if blend is not None:
+            x = blend(x, schedule.alpha(timesteps[index - 1]) if index else 1.0)
         on_step(i + 1, count)
     return x

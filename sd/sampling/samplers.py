@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sd.errors import ConfigError
+from sd.sampling.blend import Blend
 from sd.sampling.noise import NoiseSource
 from sd.sampling.schedule import Schedule
 
@@ -60,6 +61,19 @@ class Plan:
         """Number of sampler steps; for PLMS one fewer than denoiser calls."""
         return sum(evaluation.ends_step for evaluation in self.evaluations)
 
+    def noise_level(self, i: int) -> tuple[float, float]:
+        """(alpha, c_in) at evaluation i; (1, 1), which is no noise, after the last."""
+        return (self.evaluations[i].alpha, self.evaluations[i].c_in) if i < len(self.evaluations) else (1.0, 1.0)
+
+    def last_steps(self, count: int) -> Plan:
+        """The last `count` steps, which start at x of `noise_level(0)`. Raises ConfigError for multistep samplers."""
+        if count == self.steps:
+            return self
+        evaluations = self.evaluations[len(self.evaluations) - count :]
+        if any(len(evaluation.weights) > 1 for evaluation in self.evaluations):
+            raise ConfigError("a multistep sampler needs the steps before: use ddim or euler, or strength 1")
+        return replace(self, evaluations=evaluations, init_noise_sigma=1.0)
+
     def noises(self, source: NoiseSource, x: Tensor) -> Tensor | None:
         """Noise of all evaluations [E, B, 4, h, w] on x's device, or None if none is used.
 
@@ -69,8 +83,17 @@ class Plan:
         return source.steps(x, used) if self.draws_noise else None
 
 
-def run(plan: Plan, denoise: Denoise, x: Tensor, noises: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
+def run(
+    plan: Plan,
+    denoise: Denoise,
+    x: Tensor,
+    noises: Tensor | None = None,
+    on_step: OnStep | None = None,
+    blend: Blend | None = None,
+) -> Tensor:
     """x_T [B, 4, h, w] float32, unit Gaussian noise -> x_0. noises: from `Plan.noises`. on_step(i, count) after each step.
+
+    blend: restores a part of the image after each step.
 
     Never synchronises with the device: every coefficient is a Python float, passed as an argument of its kernel.
     """
@@ -93,6 +116,8 @@ def run(plan: Plan, denoise: Denoise, x: Tensor, noises: Tensor | None = None, o
             x = torch.add(x, noises[i], alpha=evaluation.sigma_up)
         if evaluation.ends_step:
             step += 1
+            if blend is not None:
+                x = blend(x, *plan.noise_level(i + 1))
             if on_step is not None:
                 on_step(step, plan.steps)
     return x

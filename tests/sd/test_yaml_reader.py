@@ -51,6 +51,8 @@ def write(folder, contents):
         ("v2-inference", "sd2", False),
         ("v2-inference_native_mha", "sd2", True),
         ("v2-inference-v", "sd2-v", False),
+        ("v1-inpainting-inference", "sd1-inpaint", False),
+        ("v2-inpainting-inference", "sd2-inpaint", False),
         ("tiny", "tiny", False),
     ],
 )
@@ -63,7 +65,7 @@ def test_packaged_files_equal_the_presets(name, preset, native_mha):
 
 
 def test_every_packaged_file_is_tested():
-    assert len(list(CONFIGS.glob("*.yaml"))) == 6
+    assert len(list(CONFIGS.glob("*.yaml"))) == 8
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_training_keys_are_ignored(tmp_path, released, dotted, value):
         (f"{UNET}.use_spatial_transformer", ..., "is missing"),
         (f"{UNET}.legacy", True, f"{UNET}.legacy: is True and can only be False"),
         (f"{UNET}.num_classes", "sequential", "class embeddings"),
-        (f"{UNET}.in_channels", 9, f"{UNET}.in_channels: 9 are those of an inpainting model"),
+        (f"{UNET}.in_channels", 9, f"{UNET}.in_channels: 9 contradicts model.target: use LatentInpaintDiffusion"),
         (f"{UNET}.in_channels", 5, "a depth-to-image model"),
         (f"{DDCONFIG}.attn_resolutions", [16], f"{DDCONFIG}.attn_resolutions: is [16] and can only be []"),
         (f"{DDCONFIG}.double_z", False, f"{DDCONFIG}.double_z: is False and can only be True"),
@@ -156,7 +158,7 @@ def test_training_keys_are_ignored(tmp_path, released, dotted, value):
         ("model.params.beta_schedule", "cosine", "can only be 'linear'"),
         ("model.params.conditioning_key", "hybrid", "can only be 'crossattn'"),
         # targets
-        ("model.target", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "is an inpainting model"),
+        ("model.target", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "in_channels: 4 contradicts model.target"),
         ("model.target", "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion", "is an upscaler"),
         ("model.target", "os.system", "model.target: 'os.system' is unknown"),
         ("model.params.unet_config.target", "os.system", "is 'os.system' and can only be"),

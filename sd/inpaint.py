@@ -1,0 +1,126 @@
+"""Inpainting: `python -m sd.inpaint --init-img photo.png --mask mask.png --prompt "a red circle"`.
+
+Repaints the white part of the mask. Accepts inpainting models and, by blending, text-to-image models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sd.cli.arguments import add_options, nonnegative, single
+from sd.cli.input_images import open_image
+from sd.cli.run import Command, guarded
+from sd.config.presets import ModelConfig
+from sd.images import SIZE_MULTIPLE, image_with_mask
+from sd.pipeline import Noise, Progress, Result
+from sd.sampling.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+REFUSED = {
+    "--fixed_code": "inpainting has noise of its own for every image: omit it, or repeat --seed",
+    "--torchscript": "not supported: use --compile",
+    "--ipex": "not supported: PyTorch's own CPU kernels are used; use --precision bf16",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="inpaint", description="Repaint a part of an image from a prompt.", allow_abbrev=False
+    )
+    add_options(result, "outputs/inpaint-samples", REFUSED)
+    result.set_defaults(embedded="tiny-inpaint")
+    add = result.add_argument
+    add("--init-img", required=True, metavar="FILE", help=f"image; its sides become multiples of {SIZE_MULTIPLE}")
+    add("--mask", required=True, metavar="FILE", help="image of the same size; its white part is repainted")
+    add(
+        "--strength",
+        type=_positive_fraction,
+        default=1.0,
+        help="fraction of the steps that run, above 0; 1 starts from noise, less from the noised image (default: 1)",
+    )
+    add(
+        "--scale",
+        type=nonnegative,
+        help="guidance scale, 1 for none (default: the original scripts', 7.5 for SD1, 10.0 for SD2; tiny: 4.0)",
+    )
+    add("--sampler", action="append", choices=SAMPLERS, help="default: ddim; the original scripts add --ddim_eta 1")
+    add("--plms", action="append_const", dest="sampler", const="plms", help="the same as --sampler plms")
+    add("--dpm", action="append_const", dest="sampler", const="dpm_solver", help="the same as --sampler dpm_solver")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, 2 for an error of the user, 130 when interrupted."""
+    return guarded(lambda: _run(parser().parse_args(argv)))
+
+
+def _positive_fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return value
+
+
+def read_image_with_mask(image_path: str, mask_path: str) -> tuple[Tensor, Tensor]:
+    """Read image [3, H, W] and mask [H, W] (see sd.images.image_with_mask). Raises ConfigError naming the file."""
+
+    def with_image(image: Image) -> tuple[Tensor, Tensor]:
+        return open_image(mask_path, "--mask", lambda mask: image_with_mask(image, mask))
+
+    image, mask = open_image(image_path, "--init-img", with_image)
+    return image, mask
+
+
+def default_scale(config: ModelConfig) -> float:
+    """Return the default guidance scale of the original script of the model."""
+    if config.name.startswith("tiny"):
+        return 4.0
+    return 7.5 if config.text.kind == "clip" else 10.0
+
+
+def _run(args: argparse.Namespace) -> None:
+    sampler = single("--sampler", args.sampler, "ddim")
+    image, mask = read_image_with_mask(args.init_img, args.mask)
+    command = Command(args, os.environ, sampler)
+    model = command.model
+    scale = default_scale(model.config) if args.scale is None else args.scale
+    settings = {
+        "init_img": Path(args.init_img).name,
+        "mask": Path(args.mask).name,
+        "strength": args.strength,
+        "steps": args.steps,
+        "sampler": sampler,
+        "eta": args.ddim_eta,
+        "scale": scale,
+        "size": f"{image.shape[2]}x{image.shape[1]}",
+        "rng": args.rng,
+    }
+
+    def generate(prompts: list[str], noise: Noise, latents: Tensor | None, progress: Progress) -> Result:
+        return model.inpaint(
+            prompts,
+            image,
+            mask,
+            strength=args.strength,
+            steps=args.steps,
+            sampler=sampler,
+            scale=scale,
+            negative_prompt=args.negative_prompt,
+            eta=args.ddim_eta,
+            rng=noise,
+            progress=progress,
+        )
+
+    command.run(generate, settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
