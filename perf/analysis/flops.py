@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 TOKEN_BYTES = 8  # int64
+GENERATIONS = ("txt2img", "inpaint")  # workloads of all stages; the others are one stage
 
 
 def total(network: Iterable[Layer]) -> int:
@@ -36,7 +37,10 @@ def of_round(configuration: Any, model: Any, unet_calls: int) -> int:
         "unet": guided * unet_calls * total(unet(model.unet, height, width, tokens)),
         "vae": total(decoder(model.autoencoder, height, width)),
     }
-    return int(configuration.batch) * _of_workload(configuration, parts)
+    flops = int(configuration.batch) * _of_workload(configuration, parts)
+    if configuration.workload == "inpaint":  # which encodes its image once, whatever the batch
+        flops += total(encoder(model.autoencoder, height, width))
+    return flops
 
 
 def minimum_bytes_of_round(configuration: Any, model: Any, unet_calls: int, item_bytes: int) -> int:
@@ -55,7 +59,11 @@ def minimum_bytes_of_round(configuration: Any, model: Any, unet_calls: int, item
         "unet": unet_calls * item_bytes * denoiser,
         "vae": item_bytes * vae,
     }
-    return _of_workload(configuration, parts)
+    minimum = _of_workload(configuration, parts)
+    if configuration.workload == "inpaint":
+        moments = model.autoencoder.embed_dim * cells  # twice as many numbers as the latents have
+        minimum += item_bytes * int(weights(encoder(model.autoencoder, height, width)) + image + moments)
+    return minimum
 
 
 def _latent_size(configuration: Any, model: Any) -> tuple[int, int]:
@@ -65,11 +73,11 @@ def _latent_size(configuration: Any, model: Any) -> tuple[int, int]:
 
 def _guided(configuration: Any) -> int:
     """UNet samples and prompts of an image."""
-    return 2 if configuration.workload != "txt2img" or configuration.scale != 1.0 else 1
+    return 2 if configuration.workload not in GENERATIONS or configuration.scale != 1.0 else 1
 
 
 def _of_workload(configuration: Any, parts: dict[str, int]) -> int:
-    return sum(parts.values()) if configuration.workload == "txt2img" else parts[configuration.workload]
+    return sum(parts.values()) if configuration.workload in GENERATIONS else parts[configuration.workload]
 
 
 class Layer(NamedTuple):
@@ -149,27 +157,47 @@ def unet(config: Any, height: int, width: int, tokens: int = 77) -> Iterator[Lay
     yield from (_norm(channels), _conv(channels, config.out_channels, cells))
 
 
-def decoder(config: Any, height: int, width: int) -> Iterator[Layer]:
-    """Decoding latents of height x width."""
-    cells = height * width
+def _vae_block(inner: int, outer: int, cells: int) -> Iterator[Layer]:
+    yield from (_norm(inner), _conv(inner, outer, cells), _norm(outer), _conv(outer, outer, cells))
+    if inner != outer:
+        yield _conv(inner, outer, cells, side=1)
 
-    def res_block(inner: int, outer: int) -> Iterator[Layer]:
-        yield from (_norm(inner), _conv(inner, outer, cells), _norm(outer), _conv(outer, outer, cells))
-        if inner != outer:
-            yield _conv(inner, outer, cells, side=1)
 
-    channels = config.channels * config.channel_mult[-1]
-    yield _conv(config.embed_dim, config.latent_channels, cells, side=1)
-    yield _conv(config.latent_channels, channels, cells)
-    yield from res_block(channels, channels)
+def _vae_middle(channels: int, cells: int) -> Iterator[Layer]:
+    yield from _vae_block(channels, channels, cells)
     yield _norm(channels)
     yield from 4 * (_conv(channels, channels, cells, side=1),)
     yield _attend(channels, cells, cells)
-    yield from res_block(channels, channels)
+    yield from _vae_block(channels, channels, cells)
+
+
+def encoder(config: Any, height: int, width: int) -> Iterator[Layer]:
+    """Encoding an image to latents of height x width."""
+    channels, cells = config.channels, height * width * config.downsampling**2
+    yield _conv(config.image_channels, channels, cells)
+    for level, multiplier in enumerate(config.channel_mult):
+        for _ in range(config.num_res_blocks):
+            yield from _vae_block(channels, multiplier * config.channels, cells)
+            channels = multiplier * config.channels
+        if level != len(config.channel_mult) - 1:
+            cells //= 4
+            yield _conv(channels, channels, cells)
+    yield from _vae_middle(channels, cells)
+    yield from (_norm(channels), _conv(channels, 2 * config.latent_channels, cells))
+    yield _conv(2 * config.latent_channels, 2 * config.embed_dim, cells, side=1)
+
+
+def decoder(config: Any, height: int, width: int) -> Iterator[Layer]:
+    """Decoding latents of height x width."""
+    cells = height * width
+    channels = config.channels * config.channel_mult[-1]
+    yield _conv(config.embed_dim, config.latent_channels, cells, side=1)
+    yield _conv(config.latent_channels, channels, cells)
+    yield from _vae_middle(channels, cells)
     for level in range(len(config.channel_mult) - 1, -1, -1):
         for _ in range(config.num_res_blocks + 1):
             outer = config.channel_mult[level] * config.channels
-            yield from res_block(channels, outer)
+            yield from _vae_block(channels, outer, cells)
             channels = outer
         if level:
             cells *= 4

@@ -14,7 +14,7 @@ PROMPT = "A photo"  # from the published experiment, like the default seed, samp
 CHOICES = {
     "model": choices.MODELS,
     "engine": ("sd", "diffusers"),
-    "workload": ("txt2img", "text", "unet", "vae"),
+    "workload": ("txt2img", "inpaint", "text", "unet", "vae"),
     "attention": choices.ATTENTION,
     "sdpa_kernels": choices.SDPA_KERNELS,
     "compile": choices.COMPILE_MODES,
@@ -184,7 +184,7 @@ def from_dict(values: dict[str, Any]) -> Configuration:
 
 def usual_precision(model: str) -> str:
     """The default precision: autocast, as in the published experiment; fp32 for the embedded model, which is for CPUs."""
-    return "full" if model == "tiny" else "autocast"
+    return "full" if model in ("tiny", "tiny-inpaint") else "autocast"
 
 
 def usual(model: str) -> Configuration:

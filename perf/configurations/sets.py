@@ -107,6 +107,21 @@ SETS: dict[str, list[Configuration]] = {
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention backend at three batch sizes, the question of the published experiment.
     "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
+    # A model of nine input channels, txt2img with the model that it was tuned from, and blending with that model.
+    "inpaint": [
+        configuration
+        for choice in ({"attention": "original"}, {"attention": "sdpa"}, {"optimise": "fast"})
+        for configuration in (
+            *_variants("sd1", [choice]),
+            *_variants("sd1", [{"workload": "inpaint", **choice}]),
+            *_variants("sd1-inpaint", [{"workload": "inpaint", **choice}]),
+        )
+    ],
+    "inpaint_smoke": [
+        replace(usual(model), workload=workload, steps=20, attention=attention)
+        for attention in ("original", "sdpa")
+        for model, workload in (("tiny", "txt2img"), ("tiny", "inpaint"), ("tiny-inpaint", "inpaint"))
+    ],
     "stages": [
         replace(usual("tiny"), workload=workload, attention=attention)
         for workload in ("text", "unet", "vae")
@@ -129,6 +144,8 @@ SUMMARIES = {
     "lora": "without and with a merged LoRA of rank 16, eager and with the preset fast",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
+    "inpaint": "inpainting models and blending compared with txt2img on SD1",
+    "inpaint_smoke": "the same on the embedded models, for a machine without a GPU",
     "stages": "text encoder, one UNet call and VAE decoder separately",
 }
 

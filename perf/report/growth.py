@@ -12,7 +12,15 @@ from perf.report.charts import Chart, Point, Series, by_technique, groups, unit,
 from perf.report.results import Result
 from perf.report.text import joined_name
 
-NATIVE_PIXELS = {"tiny": 64, "sd1": 512, "sd2": 512, "sd2-v": 768}
+NATIVE_PIXELS = {
+    "tiny": 64,
+    "sd1": 512,
+    "sd2": 512,
+    "sd2-v": 768,
+    "sd1-inpaint": 512,
+    "sd2-inpaint": 512,
+    "tiny-inpaint": 64,
+}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def command(result: Result) -> str:
     configuration = result.benchmark.configuration
     arguments, fields = ["pytest", "perf"], tuple(OPTIONS)
     if configuration.get("engine", "sd") != "sd" or result.workload != "txt2img":
-        arguments += ["-m", "peers" if result.workload == "txt2img" else "stages", "-k", result.id]
+        name = {"txt2img": "peers", "inpaint": "inpaint"}.get(result.workload, "stages")
+        arguments += ["-m", name, "-k", result.id]
         fields = OF_THE_WORK
     for field in fields:
         value = configuration.get(field)

@@ -21,7 +21,7 @@ from perf.report.estimate import Estimate
 from perf.runs.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 
 KNOWN_GPU = re.compile(r"\b(P100|T4|A10G?|V100|A100|A800|H100|H200|B200|GH200|L40S?|L4|A\d{4}|RTX \w+(?: Ti)?)\b")
-STAGES = ("text", "unet", "vae")
+STAGES = ("text", "encode", "unet", "vae")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from perf.configurations.configuration import Configuration
-from sd.choices import EMBEDDED_WEIGHTS
+from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 
 
 def identity(configuration: Configuration) -> dict[str, str | None]:
@@ -16,6 +16,9 @@ def identity(configuration: Configuration) -> dict[str, str | None]:
         return {"kind": "file", "sha256": sha256(Path(configuration.checkpoint))}
     if configuration.model == "tiny":
         return {"kind": "tiny", "sha256": sha256(EMBEDDED_WEIGHTS)}
+    if configuration.model == "tiny-inpaint":
+        both = sha256(EMBEDDED_WEIGHTS) + sha256(EMBEDDED_INPAINTING)
+        return {"kind": "tiny", "sha256": hashlib.sha256(both.encode()).hexdigest()}
     return {"kind": "random", "sha256": None}
 
 

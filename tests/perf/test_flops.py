@@ -44,6 +44,10 @@ def test_equal_to_pytorchs_counter(name):
         assert _counted(lambda: autoencoder.decode(latents)) == flops.total(
             flops.decoder(config.autoencoder, side, side)
         )
+        pixels = torch.zeros(1, 3, 8 * side, 8 * side, device="meta")
+        assert _counted(lambda: autoencoder.encode(pixels)) == flops.total(
+            flops.encoder(config.autoencoder, side, side)
+        )
         assert _counted(lambda: text(tokens)) == flops.total(flops.text_encoder(config.text))
 
 
@@ -58,6 +62,7 @@ def test_weights_are_those_of_the_modules(name):
     assert flops.weights(flops.unet(config.unet, 8, 8)) == held(unet)
     decoding = (autoencoder.decoder, autoencoder.post_quant_conv)
     assert flops.weights(flops.decoder(config.autoencoder, 8, 8)) == held(*decoding)
+    assert flops.weights(flops.encoder(config.autoencoder, 8, 8)) == held(autoencoder.encoder, autoencoder.quant_conv)
     table = (config.text.vocab_size - config.text.context_length) * config.text.width  # rows that no prompt needs
     assert flops.weights(flops.text_encoder(config.text)) == held(text) - table
 
@@ -110,6 +115,17 @@ def test_a_round_grows_with_its_batch_and_without_guidance_halves():
     for count in (flops.of_round, lambda *given: flops.minimum_bytes_of_round(*given, 4)):
         stages = [count(Configuration(workload=stage), config, 1) for stage in ("text", "unet", "vae")]
         assert stages[0] + 51 * stages[1] + stages[2] == count(Configuration(), config, 51)
+
+
+def test_inpainting_is_txt2img_with_one_encoding_and_a_wider_first_convolution():
+    config, wide = preset("sd1"), preset("sd1-inpaint")
+    txt2img, inpaint = (Configuration("sd1", workload=workload, batch=2) for workload in ("txt2img", "inpaint"))
+    encoding = flops.total(flops.encoder(config.autoencoder, 64, 64))
+    assert encoding == pytest.approx(2 * 558e9, rel=0.01)  # multiply-adds of the released encoder at 512 pixels
+    assert flops.of_round(inpaint, config, 50) == flops.of_round(txt2img, config, 50) + encoding
+    first = 2 * 9 * 5 * 320 * 64 * 64  # of the five further channels, for each sample of a call
+    assert flops.of_round(inpaint, wide, 50) == flops.of_round(inpaint, config, 50) + 2 * 2 * 50 * first
+    assert flops.minimum_bytes_of_round(inpaint, config, 50, 2) > flops.minimum_bytes_of_round(txt2img, config, 50, 2)
 
 
 def test_weights_are_read_once_whatever_the_batch():

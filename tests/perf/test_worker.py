@@ -20,6 +20,7 @@ from test_session import FAKE, SCRIPT, fake, measure, summary  # noqa: F401 (fak
 from perf.configurations.configuration import Configuration
 from perf.launch.in_process import InProcessLaunch
 from perf.launch.process import ROOT, Interpreter, ProcessLaunch
+from perf.session.image_check import image_failure
 from perf.session.settings import SessionError
 from perf.worker.server import Worker, error_kind
 from perf.worker.wire import KINDS, WorkerError
@@ -100,6 +101,21 @@ def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
     changed = ok(merged.handle({"op": "round", "seed": 1, "check": [reference]}))
     assert changed["image"]["finite"] and 0.001 < changed["image"]["latent_relative_error"] < 1
     assert changed["work"]["flops"] == plain["work"]["flops"]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
+def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
+    """The reference is that of its own configuration, and the image of another seed is not taken for it."""
+    configuration = Configuration(model, workload="inpaint", steps=2, sampler="ddim")
+    reference, loaded, path = Worker(), Worker(), str(tmp_path / "reference.npz")
+    ok(reference.handle(loading(configuration.reference())))
+    first = ok(reference.handle({"op": "round", "seed": 1}))
+    assert set(first["stages"]) == {"encode", "text", "unet", "vae"}
+    ok(reference.handle({"op": "write_reference", "path": path}))
+    ok(loaded.handle(loading(configuration)))
+    same, other = (ok(loaded.handle({"op": "round", "seed": seed, "check": [path]}))["image"] for seed in (1, 9))
+    assert image_failure(same, "full", "cpu") is None
+    assert image_failure(other, "full", "cpu").startswith("latents: relative error")
 
 
 def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():

@@ -54,6 +54,8 @@ def load_model(configuration: SimpleNamespace, device: str, chosen: Optimisation
         return StableDiffusion.from_checkpoint(configuration.checkpoint, config, device, chosen, progress=False)
     if configuration.model == "tiny":
         return StableDiffusion.tiny(device, chosen)
+    if configuration.model == "tiny-inpaint":
+        return StableDiffusion.tiny(device, chosen, inpainting=True)
     return StableDiffusion.random(configuration.model, device=device, optimisations=chosen)
 
 
@@ -83,6 +85,14 @@ def initial_latents(model: StableDiffusion, configuration: SimpleNamespace, seed
     return compat.load("PerImageNoise")(seed, configuration.batch).initial(shape, model.device)
 
 
+def gradient_with_hole(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The input of `inpaint`: float32 image [3, H, W] in [-1, 1], a gradient in each channel, and a mask [H, W] of its middle."""
+    y, x = torch.linspace(-1, 1, height)[:, None].expand(-1, width), torch.linspace(-1, 1, width).expand(height, -1)
+    mask = torch.zeros(height, width)
+    mask[height // 8 : -(height // 8), width // 8 : -(width // 8)] = 1
+    return torch.stack([x, y, -x]), mask
+
+
 class SDEngine:
     """Our own model."""
 
@@ -100,7 +110,13 @@ class SDEngine:
         self.config = self.model.config
         self.precision = self.model.optimisations.precision
         self.compiles = self.model.optimisations.compile != "none"
-        workloads = {"txt2img": self._txt2img, "text": self._text, "unet": self._unet, "vae": self._vae}
+        workloads = {
+            "txt2img": self._txt2img,
+            "inpaint": self._inpaint,
+            "text": self._text,
+            "unet": self._unet,
+            "vae": self._vae,
+        }
         self.round: Callable[[int], Output] = workloads[configuration.workload]
 
     def _txt2img(self, seed: int) -> Output:
@@ -117,11 +133,28 @@ class SDEngine:
         )
         return Output(result.latents, result.images, result.seconds, result.unet_calls)
 
+    def _inpaint(self, seed: int) -> Output:
+        configuration = self.configuration
+        height, width = configuration.height or self.config.image_size, configuration.width or self.config.image_size
+        result = self.model.inpaint(
+            configuration.prompt,
+            *gradient_with_hole(height, width),
+            steps=configuration.steps,
+            sampler=configuration.sampler,
+            scale=configuration.scale,
+            seed=seed,
+            batch=configuration.batch,
+            progress=self.after_step,
+        )
+        return Output(result.latents, result.images, result.seconds, result.unet_calls)
+
     def _text(self, seed: int) -> Output:
         return Output(_by_image(self._encode()), None, {}, 0)
 
     def _unet(self, seed: int) -> Output:
         x = initial_latents(self.model, self.configuration, seed)
+        further = self.config.unet.in_channels - x.shape[1]  # of an inpainting model
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, further))
         timesteps = torch.full((2 * len(x),), UNET_TIMESTEP, device=x.device)
         with torch.no_grad(), compat.model_context(self.model):
             out = self.model.unet(torch.cat([x, x]), timesteps, self._context)
