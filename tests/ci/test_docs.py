@@ -142,7 +142,7 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
         if program == "python" and arguments[0] == "-m":
             program, arguments = arguments[1], arguments[2:]
         program = PROGRAMS.get(program, program)
-        if program in ("sd.txt2img", "sd.img2img"):
+        if program in ("sd.txt2img", "sd.img2img", "sd.inpaint"):
             importlib.import_module(program).parser().parse_args(arguments)
         elif program == "perf" and arguments[0] in COMMANDS:
             module, _ = COMMANDS[arguments[0]]
@@ -172,7 +172,8 @@ def known_options(config) -> set[str]:
 def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
     mains = [
-        importlib.import_module(f"sd.{name}").main for name in ("txt2img", "img2img", "convert", "attention.__main__")
+        importlib.import_module(f"sd.{name}").main
+        for name in ("txt2img", "img2img", "inpaint", "convert", "attention.__main__")
     ]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):

@@ -184,7 +184,7 @@ def test_commands_of_the_suite(installed, elsewhere):
 
 
 def test_console_scripts_are_installed(installed):
-    scripts = {"txt2img", "img2img", "sd-convert", "sd-perf"}
+    scripts = {"txt2img", "img2img", "inpaint", "sd-convert", "sd-perf"}
     assert scripts <= {path.name for path in installed.iterdir()}
     try:
         own = importlib.metadata.distribution("sd-perf")

@@ -30,6 +30,7 @@ PROGRAMS = {
     "pytest": "pytest",
     "txt2img": "sd.txt2img",
     "img2img": "sd.img2img",
+    "inpaint": "sd.inpaint",
     "sd-convert": "sd.convert",
     "sd-perf": "perf",
 }
