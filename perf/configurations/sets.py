@@ -109,16 +109,12 @@ SETS: dict[str, list[Configuration]] = {
     "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
     # A model of nine input channels, txt2img with the model that it was tuned from, and blending with that model.
     "inpaint": [
-        configuration
-        for choice in ({"attention": "original"}, {"attention": "sdpa"}, {"optimise": "fast"})
-        for configuration in (
-            *_variants("sd1", [choice]),
-            *_variants("sd1", [{"workload": "inpaint", **choice}]),
-            *_variants("sd1-inpaint", [{"workload": "inpaint", **choice}]),
-        )
+        replace(usual(model), workload=workload, sampler="ddim", **choice)
+        for choice in ({"attention": "original"}, {"attention": "sdpa"}, {"optimise": "fast"}, {"engine": "diffusers"})
+        for model, workload in (("sd1", "txt2img"), ("sd1", "inpaint"), ("sd1-inpaint", "inpaint"))
     ],
     "inpaint_smoke": [
-        replace(usual(model), workload=workload, steps=20, attention=attention)
+        replace(usual(model), workload=workload, sampler="ddim", steps=20, attention=attention)
         for attention in ("original", "sdpa")
         for model, workload in (("tiny", "txt2img"), ("tiny", "inpaint"), ("tiny-inpaint", "inpaint"))
     ],

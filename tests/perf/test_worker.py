@@ -118,6 +118,25 @@ def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
     assert image_failure(other, "full", "cpu").startswith("latents: relative error")
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
+def test_diffusers_inpaints_the_same_image(model):
+    pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
+    from types import SimpleNamespace
+
+    from perf.worker.engines import open_engine
+
+    ours, theirs = (
+        open_engine(SimpleNamespace(**configuration.as_dict()), "cpu", None).round(3)
+        for configuration in (
+            Configuration(model, workload="inpaint", sampler="ddim", steps=4, batch=2, engine=engine)
+            for engine in ("sd", "diffusers")
+        )
+    )
+    assert (ours.latents - theirs.latents).norm() < 1e-3 * ours.latents.norm()
+    assert (ours.images.int() - theirs.images.int()).abs().max() <= 2
+
+
 def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():
     seconds = {}
     for slowdown in (0.0, 1.0):

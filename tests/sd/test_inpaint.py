@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sd import CheckpointError, ConfigError, Optimisations, StableDiffusion, inpaint
-from sd.checkpoint.diffusers_folder import scheduler_config, write_folder
+from sd.checkpoint import diffusers_folder
 from sd.checkpoint.load import expected_shapes, load
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import PRESETS, ModelConfig, TextConfig
@@ -94,13 +94,14 @@ def random_inpainting() -> StableDiffusion:
 )
 def test_optimisations_change_nothing(request, image, mask, kind, changes):
     model = request.getfixturevalue("random_inpainting" if kind == "inpainting" else "tiny")
-    for options in ({"sampler": "plms"}, {"sampler": "ddim", "eta": 0.5}):
+    options = {"steps": 2, "eta": 0.5}
+    expected = model.inpaint(CAPTION, image, mask, **options).latents
+    model.optimise(Optimisations(**changes))
+    try:
+        actual = model.inpaint(CAPTION, image, mask, **options).latents
+    finally:
         model.optimise(Optimisations())
-        expected = model.inpaint(CAPTION, image, mask, steps=4, **options).latents
-        model.optimise(Optimisations(**changes))
-        actual = model.inpaint(CAPTION, image, mask, steps=4, **options).latents
-        model.optimise(Optimisations())
-        assert (actual - expected).norm() < 1e-4 * expected.norm()
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["inpainting", "text-to-image"])
@@ -110,13 +111,14 @@ def test_a_recorded_loop_takes_condition_and_blend_as_arguments(monkeypatch, req
     model = request.getfixturevalue("random_inpainting" if kind == "inpainting" else "tiny")
     calls, loop = model._calls, cuda_graphs.GraphedLoop()
     for shown in (image, -image):
-        expected = model.inpaint(CAPTION, shown, mask, steps=3).latents
+        expected = model.inpaint(CAPTION, shown, mask, steps=2).latents
         monkeypatch.setattr(model, "_calls", replace(calls, sample=loop))
-        assert torch.equal(model.inpaint(CAPTION, shown, mask, steps=3).latents, expected)
+        assert torch.equal(model.inpaint(CAPTION, shown, mask, steps=2).latents, expected)
         monkeypatch.setattr(model, "_calls", calls)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["inpainting", "text-to-image"])
 @pytest.mark.parametrize("cuda_graph", ["unet", "loop"])
 def test_cuda_graphs(image, mask, kind, cuda_graph):
@@ -218,10 +220,8 @@ def test_diffusers_pipeline(kind, channels, options, image, mask):
 
     config = SMALL[kind].as_inpainting() if channels == 9 else SMALL[kind]
     model = StableDiffusion.random(config, seed=1)
-    scheduler = diffusers.DDIMScheduler.from_config({**scheduler_config(config), "clip_sample": False})
-    parts = pipeline(model, scheduler).components
-    del parts["image_encoder"]
-    peer = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    scheduler = diffusers.DDIMScheduler.from_config({**diffusers_folder.scheduler_config(config), "clip_sample": False})
+    peer = pipeline(model, scheduler, "inpaint")
     peer.set_progress_bar_config(disable=True)
     options = {"scale": 5.0, "eta": 0.0, "strength": 1.0, **options}
     scale = options.pop("scale")
@@ -342,11 +342,12 @@ def test_a_config_of_the_other_task_is_rejected(tmp_path, channels, expected):
         load(tmp_path / "a.safetensors", config(expected))
 
 
-def test_diffusers_folders_of_inpainting_models(tmp_path):
+def test_diffusers_folders_of_inpainting_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusers_folder, "write_tokenizer", lambda folder, config: None)  # slow, and not compared
     config = replace(PRESETS["tiny"].as_inpainting(), parameterization="v")
     save_file(original(config, released=False), str(tmp_path / "a.safetensors"))
     networks = load(tmp_path / "a.safetensors", config)[1]
-    write_folder(tmp_path / "folder", networks, config)
+    diffusers_folder.write_folder(tmp_path / "folder", networks, config)
     assert "StableDiffusionInpaintPipeline" in (tmp_path / "folder/model_index.json").read_text()
     detected, again = load(tmp_path / "folder")
     assert (detected.name, detected.parameterization) == ("tiny-inpaint", "v")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from perf.worker.engines import compat
 from perf.worker.engines.interface import Output
-from perf.worker.engines.sd import initial_latents, load_model
+from perf.worker.engines.sd import gradient_with_hole, initial_latents, load_model
 from sd import Optimisations
 from sd.errors import Unavailable
 
@@ -34,8 +35,8 @@ class DiffusersEngine:
             import diffusers
         except ImportError as error:
             raise Unavailable(f"diffusers cannot be imported ({error}): pip install -e '.[peers]'") from None
-        if configuration.workload != "txt2img" or configuration.sdpa_kernels:
-            raise Unavailable("diffusers is measured by whole txt2img runs, with the SDPA kernel that PyTorch chooses")
+        if configuration.workload not in ("txt2img", "inpaint") or configuration.sdpa_kernels:
+            raise Unavailable("diffusers is measured by whole images, with the SDPA kernel that PyTorch chooses")
         if configuration.lora_rank:
             raise Unavailable("the engine diffusers is measured without LoRA: leave out --lora-rank, or use engine sd")
         if configuration.attention == "mha":
@@ -51,7 +52,8 @@ class DiffusersEngine:
             )
         scheduler = getattr(diffusers, SCHEDULERS[configuration.sampler])
         config = compat.load("diffusers_folder").scheduler_config(self.config)
-        self.pipe = pipeline(self.model, scheduler.from_config(config)).to(self.device, DTYPES[self.precision])
+        self.pipe = pipeline(self.model, scheduler.from_config(config), configuration.workload)
+        self.pipe = self.pipe.to(self.device, DTYPES[self.precision])
         self.pipe.set_progress_bar_config(disable=True)
         self.model.unet = self.model.autoencoder = self.model.text_encoder = None  # their memory is not the peer's
         if configuration.attention == "xformers":
@@ -81,15 +83,15 @@ class DiffusersEngine:
     def round(self, seed: int) -> Output:
         """One call of the pipeline and its decoder."""
         configuration = self.configuration
-        latents = initial_latents(self.model, configuration, seed)
+        inputs = self._inpainting(seed) if configuration.workload == "inpaint" else self._initial(seed)
         with torch.autocast(self.device.type, enabled=self.precision == "autocast"):
             latents = self.pipe(
                 [configuration.prompt] * configuration.batch,
                 negative_prompt=[""] * configuration.batch,
                 num_inference_steps=configuration.steps,
                 guidance_scale=configuration.scale,
-                latents=latents.to(self.pipe.unet.dtype),
                 output_type="latent",
+                **inputs,
             ).images
             pixels = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
         pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -97,13 +99,29 @@ class DiffusersEngine:
         calls = configuration.steps + (configuration.sampler == "plms")
         return Output(latents.float(), images, {}, calls)
 
+    def _initial(self, seed: int) -> dict[str, Any]:
+        return {"latents": initial_latents(self.model, self.configuration, seed).to(self.pipe.unet.dtype)}
+
+    def _inpainting(self, seed: int) -> dict[str, Any]:
+        """Image and mask as tensors of the batch, and the generators of our engine, in whose order diffusers draws."""
+        batch, config = self.configuration.batch, self.config
+        height, width = self.configuration.height or config.image_size, self.configuration.width or config.image_size
+        image, mask = gradient_with_hole(height, width)
+        return {
+            "image": (image.expand(batch, -1, -1, -1) + 1) / 2,
+            "mask_image": mask.expand(batch, 1, -1, -1),
+            "height": height,
+            "width": width,
+            "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
+        }
+
     def kernels(self) -> dict[str, list[str]]:
         """Not observed: diffusers' modules are not wrapped."""
         return {}
 
 
-def pipeline(model, scheduler):
-    """A diffusers StableDiffusionPipeline over the weights of a StableDiffusion, in fp32."""
+def pipeline(model, scheduler, workload: str = "txt2img"):
+    """A pipeline of diffusers over the weights of a StableDiffusion, in fp32."""
     import diffusers
     import transformers
 
@@ -120,7 +138,9 @@ def pipeline(model, scheduler):
     with tempfile.TemporaryDirectory() as path:
         folder.write_tokenizer(Path(path), model.config)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(path)
-    return diffusers.StableDiffusionPipeline(
+    inpainting = workload == "inpaint"
+    kind = diffusers.StableDiffusionInpaintPipeline if inpainting else diffusers.StableDiffusionPipeline
+    return kind(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
