@@ -52,6 +52,7 @@ class DiffusersEngine:
             )
         scheduler = getattr(diffusers, SCHEDULERS[configuration.sampler])
         config = compat.load("diffusers_folder").scheduler_config(self.config)
+        config["clip_sample"] = False  # which DDIM, alone of the schedulers, does by default
         self.pipe = pipeline(self.model, scheduler.from_config(config), configuration.workload)
         self.pipe = self.pipe.to(self.device, DTYPES[self.precision])
         self.pipe.set_progress_bar_config(disable=True)
