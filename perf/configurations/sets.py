@@ -70,6 +70,12 @@ APPROXIMATIONS = [{"optimise": ",".join(("fast", *more))} for more in ((), *((na
 LORA: list[dict[str, Any]] = [
     {"optimise": optimise, "lora_rank": rank} for optimise in ("", "fast") for rank in (0, 16)
 ]
+INPAINTING: list[dict[str, Any]] = [
+    {"attention": "original"},
+    {"attention": "sdpa"},
+    {"optimise": "fast"},
+    {"engine": "diffusers"},
+]
 # From the original code's loop, each step adding one optimisation, to the preset.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
 LADDER: list[dict[str, Any]] = [
@@ -110,7 +116,7 @@ SETS: dict[str, list[Configuration]] = {
     # A model of nine input channels, txt2img with the model that it was tuned from, and blending with that model.
     "inpaint": [
         replace(usual(model), workload=workload, sampler="ddim", **choice)
-        for choice in ({"attention": "original"}, {"attention": "sdpa"}, {"optimise": "fast"}, {"engine": "diffusers"})
+        for choice in INPAINTING
         for model, workload in (("sd1", "txt2img"), ("sd1", "inpaint"), ("sd1-inpaint", "inpaint"))
     ],
     "inpaint_smoke": [
