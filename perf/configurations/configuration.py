@@ -108,7 +108,8 @@ class Configuration:
         if self.engine != "sd":
             parts.append(self.engine)
         if self.workload != "txt2img":
-            parts.append(self.workload)
+            # The models tuned for it are called `sd1-inpaint`, which must differ from this workload of `sd1`.
+            parts.append("inpainting" if self.workload == "inpaint" else self.workload)
         parts += technique({field.name: getattr(self, field.name) for field in fields(self)})
         if (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler}{self.steps}")
