@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
+from sd.checkpoint.contents import describe_prediction
+from sd.checkpoint.file_formats import require_path
 from sd.choices import ATTENTION as IMPLEMENTATIONS
 from sd.choices import (
     ATTENTION_PRECISIONS,
@@ -28,7 +30,7 @@ from sd.choices import (
 )
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
-from sd.errors import ConfigError, Unavailable
+from sd.errors import ConfigError, Unavailable, checkpoint_warnings_as_lines
 from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
@@ -80,6 +82,11 @@ def _add_model(add: Callable[..., object]) -> None:
         "--config",
         help=f"a preset ({', '.join(PRESETS)}) or a YAML file in the original layout (default: detected from the "
         "weights, SD2 as predicting eps: pass sd2-v for v models)",
+    )
+    add("--vae", metavar="FILE", help="autoencoder, in place of the checkpoint's, if it has one: a file or a folder")
+    add("--text-encoder", metavar="FILE", help="text encoder, in place of the checkpoint's: a file or a folder")
+    add(
+        "--ignore-unknown-keys", action="store_true", help="leave out weights of the checkpoint that belong to no layer"
     )
     add("--C", type=positive, help="latent channels; must be those of the model")
     add("--f", type=positive, help="pixels per latent cell; must be those of the model")
@@ -189,13 +196,17 @@ def single(flags: str, values: list[T] | None, default: T) -> T:
 class Setup:
     """Model, device and optimisations selected by the options and the environment.
 
-    checkpoint: None for the embedded model. config: None to detect it from the weights.
+    checkpoint: None for the embedded model. config: None to detect it from the weights. vae, text_encoder: files or
+    folders that replace these networks of the checkpoint.
     """
 
     checkpoint: Path | None
     config: ModelConfig | None
     device: torch.device
     optimisations: Optimisations
+    vae: str | None = None
+    text_encoder: str | None = None
+    ignore_unknown_keys: bool = False
 
     @property
     def default_prompt(self) -> str:
@@ -203,14 +214,22 @@ class Setup:
         return TINY_PROMPT if self.checkpoint is None else PROMPT
 
     def load(self) -> StableDiffusion:
-        """Load the model; prints the config where it is detected from the weights."""
+        """Load the model; prints the config where it is detected from the weights, and its prediction type."""
         if self.checkpoint is None:
             return StableDiffusion.tiny(self.device, self.optimisations)
-        model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, self.optimisations)
+        with checkpoint_warnings_as_lines():
+            model = StableDiffusion.from_checkpoint(
+                self.checkpoint,
+                self.config,
+                self.device,
+                self.optimisations,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                ignore_unknown_keys=self.ignore_unknown_keys,
+            )
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
-            if model.config.name == "sd2":
-                print("assumed to predict eps; if the images are noise it predicts v: pass --config sd2-v")
+            print(describe_prediction(self.checkpoint, model.config))
         return model
 
 
@@ -219,7 +238,12 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     if args.refused:
         raise ConfigError(args.refused[0])
     config = None if args.config is None else _config(args.config)
+    for option in ("ckpt", "vae", "text_encoder"):
+        if getattr(args, option) is not None:
+            require_path(getattr(args, option))  # rejects "" and addresses before the weights are read
     if args.ckpt is None:
+        if args.vae is not None or args.text_encoder is not None:
+            raise ConfigError("--vae and --text-encoder replace networks of a checkpoint: pass --ckpt FILE")
         if config is not None and not _is_tiny(config):
             raise ConfigError(
                 f"--config {args.config} needs its checkpoint: pass --ckpt FILE, or neither for the tiny model"
@@ -229,7 +253,15 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     device = _device(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
-    return Setup(Path(args.ckpt) if args.ckpt is not None else None, config, device, optimisations)
+    return Setup(
+        Path(args.ckpt) if args.ckpt is not None else None,
+        config,
+        device,
+        optimisations,
+        args.vae,
+        args.text_encoder,
+        args.ignore_unknown_keys,
+    )
 
 
 def _config(value: str) -> ModelConfig | None:
