@@ -21,6 +21,10 @@ class BadImage(SDError, RuntimeError):
     """An output image that is NaN or of one constant colour; it is never saved."""
 
 
+class SDWarning(UserWarning):
+    """Input that is used in part or changed, such as a truncated prompt; command lines print it in one line on stderr."""
+
+
 def printable(text: str) -> str:
     """Escape unprintable characters, so that names from an untrusted file cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

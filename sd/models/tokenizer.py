@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-END = 49407  # <|endoftext|>
+START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>
+CHUNK = 75  # tokens of a prompt between START and END
 
 
 @functools.cache
@@ -29,14 +32,44 @@ def _open_clip_tokenizer() -> ModuleType:
     return module
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of prompts. ids: int64 [B, chunks, 77]. lengths: tokens of each whole prompt. dropped: text after the last
+    chunk of each prompt, in the tokenizer's spelling; empty where the whole prompt is in `ids`.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    dropped: tuple[str, ...]
+
+
 def tokenize(prompts: list[str], encoder: str = "openclip") -> Tensor:
     """prompts -> [B, 77] int64: start, at most 75 tokens, end, padding.
 
     encoder: `openclip` (SD2) pads with 0, `clip` (SD1) with the end token. A longer prompt is truncated, and its last token
     becomes the end token, as in both originals.
     """
-    tokens: Tensor = _open_clip_tokenizer().tokenize(list(prompts))
-    if encoder == "clip":
-        after_end = (tokens == END).cumsum(dim=1) > 0
-        tokens = tokens.masked_fill(after_end, END)
-    return tokens
+    return tokenize_chunks(prompts, encoder).ids[:, 0]
+
+
+def tokenize_chunks(prompts: list[str], encoder: str = "openclip", chunks: int | None = 1) -> Tokens:
+    """Tokens of each prompt in `chunks` chunks of 75, each with its own start, end and padding as in `tokenize`.
+
+    chunks: None for as many as the longest prompt needs. Chunks after the end of a prompt are those of the empty prompt. This
+    is the splitting of compel, and of AUTOMATIC1111's web UI where it does not look for commas.
+    """
+    tokenizer = _open_clip_tokenizer()
+    encoded = [tokenizer._tokenizer.encode(prompt) for prompt in prompts]
+    lengths = tuple(map(len, encoded))
+    if chunks is None:
+        chunks = max(1, -(-max(lengths) // CHUNK))
+    ids = torch.full((len(prompts), chunks, CHUNK + 2), END if encoder == "clip" else 0)
+    ids[:, :, 0] = START
+    for row, tokens in zip(ids, encoded):
+        for i, chunk in enumerate(row):
+            part = [*tokens[i * CHUNK : (i + 1) * CHUNK], END]
+            chunk[1 : len(part) + 1] = torch.tensor(part)
+    rest = [tokens[chunks * CHUNK :] for tokens in encoded]
+    return Tokens(
+        ids, lengths, tuple(tokenizer.decode(torch.tensor(tokens)).strip() if tokens else "" for tokens in rest)
+    )
