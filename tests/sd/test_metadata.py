@@ -15,7 +15,9 @@ from sd.errors import ConfigError
 
 SAMPLE = "outputs/txt2img-samples/samples/00000.png"
 A1111 = "a fox, (red:1.3)\nsecond line\nNegative prompt: dull, \nblue\nSteps: 20, Sampler: Euler, Schedule type: Automatic, "
-A1111 += 'CFG scale: 7, Seed: 5, Size: 128x64, Model hash: 6ce0161689, Model: tiny, Clip skip: 2, Lora hashes: "a: 1, b: 2"'
+A1111 += (
+    'CFG scale: 7, Seed: 5, Size: 128x64, Model hash: 6ce0161689, Model: tiny, Clip skip: 2, Lora hashes: "a: 1, b: 2"'
+)
 
 
 def png(name: str, **text: str) -> str:
@@ -38,9 +40,9 @@ def repeat(path, *argv) -> int:
     "argv",
     [
         ["--prompt", "a green square, very\nlarge", "--seed", "7", "--plms", "--steps", "4", "--scale", "3.5"],
-        ["--sampler", "euler", "--negative-prompt", "-blue: \"red\"", "--prompt", "Steps: 3, Seed: 1", "--steps", "3"],
+        ["--sampler", "euler", "--negative-prompt", '-blue: "red"', "--prompt", "Steps: 3, Seed: 1", "--steps", "3"],
         ["--sampler", "dpm_solver", "--steps", "4", "--H", "128", "--seed", "-1"],
-        ["--ddim_eta", "0.5", "--prompt", "star " * 90, "--prompt-chunks", "auto"],
+        ["--ddim_eta", "0.5", "--prompt", "star " * 89 + "star", "--prompt-chunks", "auto"],
         ["--attention", "original", "--attention-precision", "input", "--optimise", "channels_last,cache_context_kv"],
     ],
     ids=["plms", "euler", "dpm_solver", "ddim", "optimisations"],
@@ -61,7 +63,11 @@ def test_an_image_is_repeated_bit_for_bit(argv, form):
 def test_options_of_the_command_replace_the_recorded(calls, capsys):
     assert run("--seed", "7", "--plms", "--steps", "4", "--skip_grid") == 0
     assert repeat(SAMPLE, "--seed", "42", "--sampler", "ddim", "--attention", "original") == 0
-    assert {key: calls[1][key] for key in ("steps", "sampler", "scale")} == {"steps": 4, "sampler": "ddim", "scale": 4.0}
+    assert {key: calls[1][key] for key in ("steps", "sampler", "scale")} == {
+        "steps": 4,
+        "sampler": "ddim",
+        "scale": 4.0,
+    }
     assert Image.open("again/samples/00000.png").text["seed"] == "42"
     assert calls[1]["model"].optimisations.attention == "original"
 
@@ -82,7 +88,15 @@ def test_a1111_text_is_read(calls, capsys):
 
 
 def test_written_parameters():
-    text = {"prompt": "a, b", "negative_prompt": "", "seed": 3, "steps": 2, "sampler": "dpm_solver", "eta": 0.0, "scale": 7.5}
+    text = {
+        "prompt": "a, b",
+        "negative_prompt": "",
+        "seed": 3,
+        "steps": 2,
+        "sampler": "dpm_solver",
+        "eta": 0.0,
+        "scale": 7.5,
+    }
     text |= {"size": "64x128", "rng": "original", "checkpoint": "v1,5: final.ckpt", "prompt_chunks": 2, "strength": 0.5}
     first, second = a1111_parameters(text).splitlines()
     assert first == "a, b"
@@ -167,7 +181,9 @@ def test_other_files_are_refused(calls):
             read(name)
 
 
-@pytest.mark.parametrize("argv, message", [(["--from-file", "x"], "--from-png and --from-file"), (["--fixed_code"], "--fixed_code")])
+@pytest.mark.parametrize(
+    "argv, message", [(["--from-file", "x"], "--from-png and --from-file"), (["--fixed_code"], "--fixed_code")]
+)
 def test_contradicting_options_are_refused(capsys, argv, message):
     assert repeat("x.png", *argv) == 2
     assert message in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_negative_prompt_without_guidance_is_reported():
 
 @pytest.mark.parametrize("chunks", [0, -1, "many", 1.5])
 def test_invalid_number_of_chunks_is_refused(chunks):
-    with pytest.raises(ConfigError, match="prompt_chunks .*: must be at least 1, or auto"):
+    with pytest.raises(ConfigError, match=r"prompt_chunks .*: must be at least 1, or auto"):
         smallest().txt2img("a", steps=1, sampler="ddim", prompt_chunks=chunks)
 
 
@@ -166,7 +166,9 @@ def test_compiled_step(caches):
     check_chunks({**step, "cache_context_kv": caches, "cache_time_embeddings": caches})
 
 
-@pytest.mark.parametrize("optimisations", [{"precision": "bf16"}, {"token_merging": 0.5}, {"feature_caching": 2}], ids=str)
+@pytest.mark.parametrize(
+    "optimisations", [{"precision": "bf16"}, {"token_merging": 0.5}, {"feature_caching": 2}], ids=str
+)
 def test_approximations_run_with_chunks(optimisations):
     model = smallest(Optimisations(**optimisations))
     latents = model.txt2img(LONG, steps=4, sampler="ddim", seed=3, prompt_chunks=3).latents
