@@ -28,7 +28,11 @@ class BadImage(SDError, RuntimeError):
     """An output image that is NaN or of one constant colour; it is never saved."""
 
 
-class CheckpointWarning(UserWarning):
+class SDWarning(UserWarning):
+    """Input that is used in part or changed, such as a truncated prompt; command lines print it in one line on stderr."""
+
+
+class CheckpointWarning(SDWarning):
     """Contents of a checkpoint that are not used; the model is loaded without them."""
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd import img2img
 from sd.config.presets import PRESETS
-from sd.errors import ConfigError
+from sd.errors import ConfigError, SDWarning
 from sd.pipeline import Result, StableDiffusion
 from sd.sampling.noise import OriginalNoise
 
@@ -122,6 +122,7 @@ def test_image_is_read_like_the_original_script():
     assert torch.allclose(image, pixels / 127.5 - 1, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::sd.SDWarning")
 @pytest.mark.parametrize("mode, colour", [("L", 255), ("RGBA", (255, 255, 255, 0)), ("P", 0)])
 def test_other_modes_are_converted_to_rgb(mode, colour):
     Image.new(mode, (64, 64), colour).save("other.png")
@@ -130,13 +131,37 @@ def test_other_modes_are_converted_to_rgb(mode, colour):
     assert image.abs().max() <= 1
 
 
+def test_out_of_memory_advice_names_own_options(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(StableDiffusion, "img2img", fail)
+    assert run() == 2
+    advice = capsys.readouterr().err.partition("error: out of memory")[2]
+    assert advice.endswith("use a smaller --n_samples, a smaller --init-img, or --precision bf16\n")
+
+
+def test_opaque_images_are_not_reported(recwarn):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 255)).save("opaque.png")
+    img2img.read_image("opaque.png")
+    assert not [warning for warning in recwarn if warning.category is SDWarning]
+
+
+def test_changed_images_are_reported_in_one_line(calls, capsys):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save("clear.png")
+    assert run("--init-img", "clear.png") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["warning: initial image: its transparent pixels are composited on white"]
+
+
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees clockwise for display
     source = Image.new("RGB", (128, 64), "black")
     source.paste("white", (0, 0, 64, 64))  # the left half, which is displayed at the top
     source.save("turned.png", exif=exif)
-    image = img2img.read_image("turned.png")
+    with pytest.warns(SDWarning, match="its EXIF orientation, 6, is applied"):
+        image = img2img.read_image("turned.png")
     assert image.shape == (3, 128, 64)
     assert image[:, :60].min() == 1 and image[:, 68:].max() == -1
 
@@ -145,13 +170,15 @@ def test_transparent_pixels_are_composited_on_white():
     source = Image.new("RGBA", (128, 64), (255, 0, 0, 255))
     source.paste((0, 0, 0, 0), (0, 0, 64, 64))
     source.save("transparent.png")
-    image = img2img.read_image("transparent.png")
+    with pytest.warns(SDWarning, match="transparent pixels are composited on white"):
+        image = img2img.read_image("transparent.png")
     assert image[:, :, :60].min() == 1
     assert image[:, 0, -1].tolist() == [1, -1, -1]
     palette = Image.new("P", (64, 64), 0)
     palette.putpalette([0, 0, 0] * 256)
     palette.save("palette.png", transparency=0)
-    assert img2img.read_image("palette.png").min() == 1
+    with pytest.warns(SDWarning, match="transparent pixels"):
+        assert img2img.read_image("palette.png").min() == 1
 
 
 @pytest.mark.parametrize(
