@@ -205,7 +205,7 @@ class StableDiffusion:
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
-        """Attention kernels that ran, by network; empty tuples before the first image."""
+        """Attention kernels that ran, by network; empty tuples before the first image, or the second where compiled."""
         return self._calls.kernels
 
     def context(self) -> AbstractContextManager[None]:
@@ -374,7 +374,12 @@ class StableDiffusion:
         return noise_source(rng, seed, batch, self.device), seed
 
     def _contexts(self, prompts: list[str], negatives: list[str], scale: float) -> tuple[Tensor, Tensor | None]:
-        return self.encode_prompts(prompts), self.encode_prompts(negatives) if scale != 1.0 else None
+        if scale == 1.0:
+            return self.encode_prompts(prompts), None
+        if self.optimisations.original_steps:  # the original encodes them apart
+            return self.encode_prompts(prompts), self.encode_prompts(negatives)
+        conditional, unconditional = self.encode_prompts(prompts + negatives).chunk(2)
+        return conditional, unconditional
 
     def _sample(
         self,

@@ -59,11 +59,6 @@ INDUCTOR = [
 SCOPES = [
     {"optimise": "fast" + more} for more in ("", ",compile_blocks", ",cuda_graph_loop", ",compile_step,cuda_graph_loop")
 ]
-# The Triton kernels added to the preset: they become part of it if they are faster than Inductor's.
-KERNELS = [
-    {"optimise": "fast" + more}
-    for more in ("", ",triton_group_norm", ",triton_geglu", ",triton_group_norm,triton_geglu")
-]
 # Techniques that change the image, each added to the preset.
 APPROXIMATIONS = [{"optimise": ",".join(("fast", *more))} for more in ((), *((name,) for name in APPROXIMATE))]
 # From the original code's loop, each step adding one optimisation, to the preset.
@@ -96,7 +91,6 @@ SETS: dict[str, list[Configuration]] = {
     "ladder": _variants("sd2", LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
     "scopes": _variants("sd2", SCOPES),
-    "kernels": _variants("sd2", KERNELS, batches=(1, 8)),
     "inductor": _variants("sd2", INDUCTOR),
     "approximate": _variants("sd2", APPROXIMATIONS),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
@@ -118,7 +112,6 @@ SUMMARIES = {
     "ladder": "one optimisation at a time on SD2",
     "compile_modes": "every mode of torch.compile",
     "scopes": "compile the blocks, the UNet, the step or the whole loop",
-    "kernels": "the Triton kernels added to the preset, at batch 1 and 8",
     "inductor": "Inductor's options, one at a time",
     "approximate": "techniques that change the image, one at a time added to the preset",
     "smoke": "the embedded model, for a machine without a GPU",

@@ -62,12 +62,11 @@ class Compiler:
         arguments: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": self.backend}
         if has("recompile_limit"):
             arguments["recompile_limit"] = MAX_GRAPHS
-        if self.backend == "inductor" and self.inductor:  # torch.compile takes a mode or options, not both
-            mode_options = torch._inductor.list_mode_options(self.mode) if self.mode != "default" else {}
-            arguments["options"] = {**mode_options, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
-        elif self.backend == "inductor":
-            arguments["mode"] = self.mode
+        if self.backend == "inductor":
+            arguments["options"] = self.options()
         compiled: Callable[..., Any] = torch.compile(function, **arguments)
+        if not has("recompile_limit"):
+            compiled = _with_graph_limit(compiled)
         if not self.kernels:
             return compiled
 
@@ -77,12 +76,38 @@ class Compiler:
 
         return with_cache_tag
 
+    def options(self) -> dict[str, Any]:
+        """Settings of inductor: those of the mode, then those named.
+
+        The modes of max-autotune include coordinate descent, which tunes about 160 kernels of a UNet in turn, for minutes. It
+        is an option by itself here.
+        """
+        of_mode: dict[str, Any] = {}
+        if self.mode != "default":
+            of_mode = dict(torch._inductor.list_mode_options(self.mode))
+            of_mode.pop("coordinate_descent_tuning", None)
+        return {**of_mode, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
+
     def with_cloned_outputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `function`; results stay valid although CUDA graphs overwrite their output memory at the next call."""
         compiled = self(function)
         if self.mode not in CUDA_GRAPH_MODES or self.backend != "inductor":
             return compiled
         return lambda *arguments: cloned(compiled(*arguments))
+
+
+def _with_graph_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` with the limit MAX_GRAPHS where torch.compile has no argument for it."""
+    from torch._dynamo import config
+
+    names = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+    limits = {name: MAX_GRAPHS for name in names if hasattr(config, name)}
+
+    def limited(*arguments: Any) -> Any:
+        with config.patch(limits):
+            return compiled(*arguments)
+
+    return limited
 
 
 def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
