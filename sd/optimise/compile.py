@@ -28,6 +28,12 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA
 INDUCTOR_OPTIONS = {
     **{name: (name, True) for name in choices.INDUCTOR_OPTIONS},
     "no_epilogue_fusion": ("epilogue_fusion", False),
+    "no_split_reductions": (
+        "split_reductions",
+        False,
+    ),  # one kernel for the statistics of a norm instead of up to three
+    "persistent_tma_matmul": ("triton.enable_persistent_tma_matmul", True),  # Hopper: templates with epilogues
+    "programmatic_launch": ("triton.enable_pdl", True),  # Hopper: a kernel starts before the end of the one before it
 }
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
@@ -54,7 +60,7 @@ class Compiler:
         if self.inductor:
             from torch._inductor import config  # imports the compiler, which takes seconds
         for name in self.inductor:
-            if not hasattr(config, INDUCTOR_OPTIONS[name][0]):
+            if not has_setting(config, INDUCTOR_OPTIONS[name][0]):
                 raise Unavailable(f"inductor option {name}: torch {torch.__version__} does not have it")
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +100,15 @@ class Compiler:
         if self.mode not in CUDA_GRAPH_MODES or self.backend != "inductor":
             return compiled
         return lambda *arguments: cloned(compiled(*arguments))
+
+
+def has_setting(config: Any, setting: str) -> bool:
+    """Whether inductor has the setting, such as `triton.enable_pdl`."""
+    for name in setting.split("."):
+        if not hasattr(config, name):
+            return False
+        config = getattr(config, name)
+    return True
 
 
 def _with_graph_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
