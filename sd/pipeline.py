@@ -275,7 +275,7 @@ class StableDiffusion:
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
-        """Attention kernels that ran, by network; empty tuples before the first image."""
+        """Attention kernels that ran, by network; empty tuples before the first image, or the second where compiled."""
         return self._calls.kernels
 
     def context(self) -> AbstractContextManager[None]:
@@ -466,7 +466,12 @@ class StableDiffusion:
             [*prompts, *negatives], self.config.text.kind, _chunks(prompt_chunks), self._added_tokens
         )
         _warn_of_dropped(prompts, negatives, tokens)
-        return (self._encode(tokens.ids[:count]), self._encode(tokens.ids[count:]) if guided else None), tokens
+        if not guided:
+            return (self._encode(tokens.ids), None), tokens
+        if self.optimisations.original_steps:  # the original encodes them apart
+            return (self._encode(tokens.ids[:count]), self._encode(tokens.ids[count:])), tokens
+        conditional, unconditional = self._encode(tokens.ids).chunk(2)
+        return (conditional, unconditional), tokens
 
     def _sample(
         self,

@@ -183,7 +183,8 @@ def _error_rate(session: Session, decisions: dict[str, Decision]) -> str:
 
 def _compiling(id: str, info: dict) -> str:
     first, graphs, amortised = info["first_call_seconds"], info["compile"], info["images_to_amortise"]
-    text = f"{id}: first call {first['cold']:.1f} s cold"
+    cold = "not cold, with --perf-compile-cache" if first["cold"] is None else f"{first['cold']:.1f} s cold"
+    text = f"{id}: first call {cold}"
     if first["warm"] is not None:
         text += f", {first['warm']:.1f} s with a warm compile cache"
         text += f" (first image of a process after {info['first_picture_seconds']['warm']:.1f} s)"

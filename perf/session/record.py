@@ -46,8 +46,8 @@ def extra_info(session: Session, id: str) -> dict:
         "anchor": [[round_[REFERENCE_SECONDS] for round_ in launch.rounds] for launch in launches],
         "stages": stages,
         "load_seconds": _median(launch.load["load_seconds"] for launch in launches),
-        "first_call_seconds": _cold_and_warm([launch.first_call_seconds for launch in launches]),
-        "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches))),
+        "first_call_seconds": _cold_and_warm([launch.first_call_seconds for launch in launches], session),
+        "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches)), session),
         "compile": _compile(measured),
         "images_to_amortise": amortisation(session, id),
         "seconds_per_image": seconds / configuration.batch,
@@ -119,9 +119,13 @@ def _first_image_seconds(launch: Launch) -> float | None:
     return launch.load["import_seconds"] + launch.load["load_seconds"] + launch.first_call_seconds
 
 
-def _cold_and_warm(seconds: Sequence[float | None]) -> dict[str, float | None]:
-    """Cold: the session's first launch. Warm: the others, which have its compile cache."""
-    return {"cold": seconds[0], "warm": _median(seconds[1:])}
+def _cold_and_warm(seconds: Sequence[float | None], session: Session) -> dict[str, float | None]:
+    """Cold: the session's first launch, null with --perf-compile-cache, which may be warm. Warm: the others."""
+    return {"cold": _first_if_cold(seconds, session), "warm": _median(seconds[1:])}
+
+
+def _first_if_cold(seconds: Sequence[float | None], session: Session) -> float | None:
+    return None if session.settings.compile_cache is not None else seconds[0]
 
 
 def _compile(measured: SlotMeasurements) -> dict | None:
@@ -136,7 +140,7 @@ def amortisation(session: Session, id: str) -> dict | None:
     compiled = session.measurements.by_name[id]
     configuration = compiled.slot.configuration
     eager = _other(session, compiled, replace(configuration, compile="none"))
-    cold = compiled.launches[min(compiled.launches)].first_call_seconds
+    cold = _first_if_cold([compiled.launches[min(compiled.launches)].first_call_seconds], session)
     if configuration.compile == "none" or eager is None or cold is None:
         return None
     per_image = [[seconds / configuration.batch for seconds in medians] for medians in paired_medians(eager, compiled)]

@@ -150,6 +150,14 @@ def test_break_even_against_the_uncompiled_configuration(info):
     assert (picture["cold"], picture["warm"]) == (first["cold"] + before, first["warm"] + before)
 
 
+def test_nothing_is_called_cold_with_a_shared_compile_cache(inner, tmp_path):
+    """An earlier session, or another configuration of this one, may have filled it."""
+    inner.run("--benchmark-save=a", f"--perf-compile-cache={tmp_path / 'cache'}", launches=2, rounds=1)
+    info = inner.last()["benchmarks"][0]["extra_info"]
+    for key in ("first_call_seconds", "first_picture_seconds"):
+        assert info[key]["cold"] is None and info[key]["warm"] > 0
+
+
 def test_break_even_is_never_without_saving(document):
     (info,) = (one["extra_info"] for one in document["benchmarks"] if "tiny-original-compile-" in one["name"])
     assert info["images_to_amortise"]["high"] is None
