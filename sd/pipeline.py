@@ -97,15 +97,29 @@ class StableDiffusion:
         device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
         progress: bool | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        ignore_unknown_keys: bool = False,
     ) -> StableDiffusion:
         """Load a published checkpoint: .ckpt, .safetensors or a diffusers folder.
 
         config: a preset name, a YAML file in the original layout, or None to detect SD1 or SD2 from the weights. The
-        weights do not record whether the UNet predicts eps or v: pass `sd2-v` for SD2 v models.
+        weights do not record whether the UNet predicts eps or v: pass `sd2-v` for SD2 v models, unless the file has an
+        entry or metadata for it, or is a diffusers folder.
         progress: whether to show a progress bar; None shows it on a terminal.
-        Raises CheckpointError, ConfigError or Unavailable.
+        vae, text_encoder: files or folders of these networks, in place of those in the checkpoint, if it has any.
+        ignore_unknown_keys: leave out weights that belong to no layer.
+        Warns with sd.errors.CheckpointWarning of contents that are not used. Raises CheckpointError, ConfigError or
+        Unavailable.
         """
-        loaded_config, states = load(Path(path), resolve_config(config), progress=progress)
+        loaded_config, states = load(
+            path,
+            resolve_config(config),
+            progress,
+            vae=vae,
+            text_encoder=text_encoder,
+            ignore_unknown_keys=ignore_unknown_keys,
+        )
         dtype = WEIGHT_DTYPES[optimisations.precision]
         networks: dict[str, Any] = {
             name: materialise(factory, states.pop(name), torch.device(device), dtype)

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
+from sd.checkpoint.contents import describe_prediction
+from sd.checkpoint.file_formats import require_path
 from sd.choices import ATTENTION as IMPLEMENTATIONS
 from sd.choices import (
     ATTENTION_PRECISIONS,
@@ -28,7 +30,7 @@ from sd.choices import (
 )
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
-from sd.errors import ConfigError, Unavailable
+from sd.errors import ConfigError, Unavailable, checkpoint_warnings_as_lines
 from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
@@ -96,6 +98,11 @@ def _add_model(add: Callable[..., object]) -> None:
         action="append",
         default=[],
         help="textual-inversion embedding, with its word in prompts (default: the file's own); may be repeated",
+    )
+    add("--vae", metavar="FILE", help="autoencoder, in place of the checkpoint's, if it has one: a file or a folder")
+    add("--text-encoder", metavar="FILE", help="text encoder, in place of the checkpoint's: a file or a folder")
+    add(
+        "--ignore-unknown-keys", action="store_true", help="leave out weights of the checkpoint that belong to no layer"
     )
     add("--C", type=positive, help="latent channels; must be those of the model")
     add("--f", type=positive, help="pixels per latent cell; must be those of the model")
@@ -231,6 +238,7 @@ class Setup:
 
     checkpoint: None for the embedded model. config: None to detect it from the weights. loras: files and scales.
     embeddings: files and tokens, None for the file's own.
+    vae, text_encoder: files or folders that replace these networks of the checkpoint.
     """
 
     checkpoint: Path | None
@@ -239,6 +247,9 @@ class Setup:
     optimisations: Optimisations
     loras: tuple[tuple[Path, float], ...] = ()
     embeddings: tuple[tuple[Path, str | None], ...] = ()
+    vae: str | None = None
+    text_encoder: str | None = None
+    ignore_unknown_keys: bool = False
 
     @property
     def default_prompt(self) -> str:
@@ -246,7 +257,7 @@ class Setup:
         return TINY_PROMPT if self.checkpoint is None else PROMPT
 
     def load(self) -> StableDiffusion:
-        """Load the model with its LoRA and embeddings; prints the config where it is detected from the weights."""
+        """Load the model with its LoRA and embeddings; prints a detected config and prediction type."""
         # Some optimisations make the weights constants, so that LoRA comes first.
         merges = Optimisations(precision=self.optimisations.precision) if self.loras else self.optimisations
         model = self._load(merges)
@@ -261,11 +272,19 @@ class Setup:
     def _load(self, optimisations: Optimisations) -> StableDiffusion:
         if self.checkpoint is None:
             return StableDiffusion.tiny(self.device, optimisations)
-        model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, optimisations)
+        with checkpoint_warnings_as_lines():
+            model = StableDiffusion.from_checkpoint(
+                self.checkpoint,
+                self.config,
+                self.device,
+                optimisations,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                ignore_unknown_keys=self.ignore_unknown_keys,
+            )
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
-            if model.config.name == "sd2":
-                print("assumed to predict eps; if the images are noise it predicts v: pass --config sd2-v")
+            print(describe_prediction(self.checkpoint, model.config))
         return model
 
 
@@ -274,7 +293,12 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     if args.refused:
         raise ConfigError(args.refused[0])
     config = None if args.config is None else _config(args.config)
+    for option in ("ckpt", "vae", "text_encoder"):
+        if getattr(args, option) is not None:
+            require_path(getattr(args, option))  # rejects "" and addresses before the weights are read
     if args.ckpt is None:
+        if args.vae is not None or args.text_encoder is not None:
+            raise ConfigError("--vae and --text-encoder replace networks of a checkpoint: pass --ckpt FILE")
         if config is not None and not _is_tiny(config):
             raise ConfigError(
                 f"--config {args.config} needs its checkpoint: pass --ckpt FILE, or neither for the tiny model"
@@ -289,7 +313,17 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
         if missing:
             raise ConfigError(f"{flag} {missing[0]}: no such file")
     checkpoint = Path(args.ckpt) if args.ckpt is not None else None
-    return Setup(checkpoint, config, device, optimisations, tuple(args.lora), tuple(args.embedding))
+    return Setup(
+        checkpoint,
+        config,
+        device,
+        optimisations,
+        tuple(args.lora),
+        tuple(args.embedding),
+        args.vae,
+        args.text_encoder,
+        args.ignore_unknown_keys,
+    )
 
 
 def _config(value: str) -> ModelConfig | None:
