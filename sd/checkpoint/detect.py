@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd.checkpoint import layouts
 from sd.checkpoint.file_formats import FileIndex
-from sd.checkpoint.spellings import V_PREDICTION_MARKERS, prefixes
+from sd.checkpoint.spellings import V_PREDICTION_MARKERS, original_names, prefixes
 from sd.config.presets import OTHER_INPUTS, PRESETS, ModelConfig, Parameterization, TextKind
 from sd.errors import CheckpointError
 
@@ -64,8 +64,9 @@ class Prediction:
 
 def recorded_prediction(file_index: FileIndex) -> Prediction | None:
     """Prediction type that a single file records in a marker or its metadata; the weights do not show it."""
+    names = {*original_names(file_index.tensors, strict=False).values(), *file_index.others}
     for name in V_PREDICTION_MARKERS:
-        if name in file_index.tensors or name in file_index.others:
+        if name in names:
             return Prediction("v", f"entry {name}")
     key = "modelspec.prediction_type"  # Stability's ModelSpec
     predicted = _MODELSPEC.get(file_index.metadata.get(key, ""))

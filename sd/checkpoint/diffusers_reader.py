@@ -35,7 +35,8 @@ def _weight_files(folder: Path, network: str) -> list[Path]:
         if (folder / f"{name}.{suffix}.index.json").is_file():
             return _shards(folder, f"{name}.{suffix}.index.json")
     for name, suffix in ((stem, "safetensors"), (old, "bin")):
-        variants = sorted(folder.glob(f"{name}.*.{suffix}"), key=lambda path: (".fp16." not in path.name, path.name))
+        files = [path for path in folder.glob(f"{name}.*.{suffix}") if "-of-" not in path.name]
+        variants = sorted(files, key=lambda path: (".fp16." not in path.name, path.name))
         if variants:
             return variants[:1]
         if indices := sorted(folder.glob(f"{name}.{suffix}.index.*.json")):

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,7 @@ def factories(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
+@lru_cache(maxsize=8)
 def expected_shapes(config: ModelConfig) -> dict[str, dict[str, torch.Size]]:
     """Shape of every weight of {unet, autoencoder, text_encoder}."""
     with meta_device():
