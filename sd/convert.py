@@ -30,7 +30,7 @@ def convert(
     config: str | Path | None = None,
     force: bool = False,
     progress: bool | None = None,
-    sampler: str = "plms",
+    sampler: str | None = None,
 ) -> list[str]:
     """Write the model `source` in another layout to `target`, completely or not at all.
 
@@ -45,6 +45,8 @@ def convert(
         raise ConfigError(f"layout {to!r}: choose one of {', '.join(LAYOUTS)}")
     if config is not None and to != "diffusers":
         raise ConfigError(f"--config {config}: is only for --to diffusers; the other layouts need no config")
+    if sampler is not None and to != "diffusers":
+        raise ConfigError(f"--sampler {sampler}: is only for --to diffusers; files have no scheduler")
     _check_target(target, to, force)
     if str(source) == "tiny":
         source, config = EMBEDDED_WEIGHTS, config or "tiny"
@@ -111,7 +113,7 @@ def _to_file(source: str | Path, output: Path, to: str, progress: bool | None) -
 
 
 def _to_folder(
-    source: str | Path, output: Path, config: str | Path | None, progress: bool | None, sampler: str
+    source: str | Path, output: Path, config: str | Path | None, progress: bool | None, sampler: str | None
 ) -> list[str]:
     from sd.pipeline import resolve_config  # imports the samplers, which the other layouts do not need
 
@@ -142,8 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        default="plms",
-        help="whose steps the scheduler of a folder takes, for --to diffusers (default: %(default)s)",
+        help="whose steps the scheduler of a folder takes, for --to diffusers (default: plms, and ddim for models of v)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     options = parser.parse_args(argv)

@@ -9,7 +9,7 @@ from typing import Any
 from sd.checkpoint import layouts
 from sd.checkpoint.file_formats import write_safetensors
 from sd.config.presets import ModelConfig
-from sd.errors import CheckpointError
+from sd.errors import CheckpointError, ConfigError
 
 # Subfolder and file name stem of each network's weights.
 WEIGHT_FILES = {
@@ -19,8 +19,8 @@ WEIGHT_FILES = {
 }
 # By sampler of `sd`: the scheduler of diffusers that takes the same steps, and its settings.
 SCHEDULERS: dict[str, dict[str, Any]] = {
-    "ddim": {"_class_name": "DDIMScheduler", "timestep_spacing": "leading"},
-    "plms": {"_class_name": "PNDMScheduler", "timestep_spacing": "leading", "skip_prk_steps": True},
+    "ddim": {"_class_name": "DDIMScheduler"},
+    "plms": {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "dpm_solver": {
         "_class_name": "DPMSolverMultistepScheduler",
         "algorithm_type": "dpmsolver++",
@@ -28,10 +28,11 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "lower_order_final": True,
         "solver_order": 2,
         "solver_type": "midpoint",
-        "timestep_spacing": "linspace",
     },
-    "euler": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace"},
+    "euler": {"_class_name": "EulerDiscreteScheduler"},
 }
+# Not written: it is the default of each class, which a scheduler made from another one then has as well.
+TIMESTEP_SPACING = {"ddim": "leading", "plms": "leading", "dpm_solver": "linspace", "euler": "linspace"}
 # Settings of schedulers that `sd` has not; other values are reported.
 IGNORED_SETTINGS = {
     "thresholding": False,
@@ -149,12 +150,19 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_folder(folder: Path, networks: dict[str, layouts.State], config: ModelConfig, sampler: str = "plms") -> None:
+def write_folder(
+    folder: Path, networks: dict[str, layouts.State], config: ModelConfig, sampler: str | None = None
+) -> None:
     """Write a diffusers folder that StableDiffusionPipeline.from_pretrained can load.
 
     folder: new or empty. networks: {unet, autoencoder, text_encoder} from sd.checkpoint.load.load. sampler: a key of
-    SCHEDULERS, whose scheduler the folder gets.
+    SCHEDULERS, whose scheduler the folder gets; None for plms, and for ddim if the UNet predicts v. Raises ConfigError for
+    plms with v: PNDMScheduler combines the predictions of v before it converts them to noise, and gives other images.
     """
+    predicts_v = config.parameterization == "v"
+    if sampler == "plms" and predicts_v:
+        raise ConfigError("--sampler plms: PNDMScheduler of diffusers samples models of v differently; choose another")
+    sampler = sampler or ("ddim" if predicts_v else "plms")
     converted = {
         "unet": layouts.unet_to_diffusers(networks["unet"]),
         "autoencoder": layouts.autoencoder_to_diffusers(networks["autoencoder"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sd.checkpoint import layouts
-from sd.checkpoint.diffusers_folder import IGNORED_SETTINGS, SCHEDULERS, WEIGHT_FILES
+from sd.checkpoint.diffusers_folder import IGNORED_SETTINGS, SCHEDULERS, TIMESTEP_SPACING, WEIGHT_FILES
 from sd.checkpoint.file_formats import FileIndex, index, read_tensors
 from sd.config.presets import ModelConfig, Parameterization, TextKind
 from sd.errors import CheckpointError
@@ -180,7 +180,9 @@ def scheduler_difference(folder: Path) -> str | None:
     sampler = next((sampler for sampler, entry in SCHEDULERS.items() if entry["_class_name"] == name), None)
     if sampler is None:
         return f"its scheduler {str(name)[:80]} is not used, and no sampler here is the same"
-    required = {"timestep_spacing": SCHEDULERS[sampler]["timestep_spacing"], **IGNORED_SETTINGS}
+    if sampler == "plms" and settings.get("prediction_type") == "v_prediction":
+        return f"its scheduler {name} is not used: it combines predictions of v unlike --sampler plms"
+    required = {"timestep_spacing": TIMESTEP_SPACING[sampler], **IGNORED_SETTINGS}
     for key, value in required.items():
         if settings.get(key, value) != value:
             setting = f"its setting {key} {str(settings[key])[:40]}"

@@ -172,7 +172,8 @@ def known_options(config) -> set[str]:
 def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
     mains = [
-        importlib.import_module(f"sd.{name}").main for name in ("txt2img", "img2img", "convert", "attention.__main__")
+        importlib.import_module(f"sd.{name}").main
+        for name in ("txt2img", "img2img", "convert", "inspect", "attention.__main__")
     ]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):
