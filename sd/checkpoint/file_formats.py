@@ -303,9 +303,12 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
         _check(nbytes >= value.storage.numel * itemsize(value.storage.dtype))
         tensors[name] = TensorEntry(value.storage.dtype, value.size, value.stride, value.offset, start, nbytes)
     step = loaded.get("global_step")
-    read = {*tensors, "state_dict", "string_to_param", "global_step"}
-    others = tuple(str(name) for name in loaded if name not in read)
     step = step if type(step) is int else None
+    embedding = "string_to_param" in loaded and not tensors
+    _check(not embedding, "is a textual inversion embedding in a form that cannot be read: save it as .safetensors")
+    others = tuple(
+        str(name) for name in loaded if name not in {*tensors, "state_dict", "string_to_param", "global_step"}
+    )
     return _check_total(FileIndex(path, tensors, step, others, file_format="torch"), size)
 
 

@@ -280,7 +280,7 @@ class Setup:
         return TINY_PROMPT if self.checkpoint is None else PROMPT
 
     def load(self) -> StableDiffusion:
-        """Load the model with its LoRA and embeddings; prints the config where it is detected from the weights."""
+        """Load the model with its LoRA and embeddings; prints a detected config and prediction type."""
         # Some optimisations make the weights constants, so that LoRA comes first.
         merges = Optimisations(precision=self.optimisations.precision) if self.loras else self.optimisations
         model = self._load(merges)
