@@ -187,7 +187,7 @@ def test_certain_drift_bars_the_session_from_being_a_baseline():
 
 
 def test_a_different_speed_of_another_interpreter_is_no_drift():
-    """Interpreters may be unevenly distributed over the session, as in the second half of a doubled plan."""
+    """Interpreters may be unevenly distributed over the session, as in the further launches of undecided pairs."""
     old = Configuration(attention="original", steps=2, interpreter="torch112")
     for slots in ((A, old), (A, B, old), (old, A, B)):
         for rounds in (1, 2, 3, 5):
