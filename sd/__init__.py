@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sd.errors import BadImage, CheckpointError, ConfigError, SDError, Unavailable
+from sd.errors import BadImage, CheckpointError, ConfigError, SDError, SDWarning, Unavailable
 
 if TYPE_CHECKING:
     from sd.optimise.optimisations import Optimisations
@@ -17,6 +17,7 @@ __all__ = [
     "Optimisations",
     "Result",
     "SDError",
+    "SDWarning",
     "StableDiffusion",
     "Unavailable",
 ]

@@ -8,12 +8,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from sd.checkpoint import layouts
+from sd.checkpoint.contents import summary
+from sd.checkpoint.detect import reject_other_models, text_kind
 from sd.checkpoint.diffusers_folder import write_folder
 from sd.checkpoint.file_formats import index, write_ckpt, write_safetensors
-from sd.checkpoint.load import load, read_checkpoint, reject_other_models
-from sd.choices import EMBEDDED_WEIGHTS
-from sd.errors import ConfigError, SDError, printable
+from sd.checkpoint.load import load, read_checkpoint
+from sd.checkpoint.spellings import V_PREDICTION_MARKERS, original_names
+from sd.choices import EMBEDDED_WEIGHTS, SAMPLERS
+from sd.errors import ConfigError, SDError, checkpoint_warnings_as_lines, printable
 
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
 
@@ -25,27 +30,30 @@ def convert(
     config: str | Path | None = None,
     force: bool = False,
     progress: bool | None = None,
+    sampler: str | None = None,
 ) -> list[str]:
     """Write the model `source` in another layout to `target`, completely or not at all.
 
     source: a .ckpt or .safetensors file in any layout, a diffusers folder, or `tiny`. target: a new .ckpt or .safetensors
     file, or with to="diffusers" a new folder. to: one of LAYOUTS; `safetensors` is the original layout in a .safetensors
     file. config: preset or YAML file, only for to="diffusers", and required only for models that are no preset or
-    predict v. force: replace an existing target. Returns the names of the entries that the target cannot hold.
-    Raises CheckpointError or ConfigError.
+    predict v. force: replace an existing target. sampler: that of a folder's scheduler. Returns the names of the entries
+    that the target cannot hold. Raises CheckpointError or ConfigError.
     """
     target = Path(target)
     if to not in LAYOUTS:
         raise ConfigError(f"layout {to!r}: choose one of {', '.join(LAYOUTS)}")
     if config is not None and to != "diffusers":
         raise ConfigError(f"--config {config}: is only for --to diffusers; the other layouts need no config")
+    if sampler is not None and to != "diffusers":
+        raise ConfigError(f"--sampler {sampler}: is only for --to diffusers; files have no scheduler")
     _check_target(target, to, force)
     if str(source) == "tiny":
         source, config = EMBEDDED_WEIGHTS, config or "tiny"
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.absolute().parent) as scratch:
         output = Path(scratch) / target.name
         if to == "diffusers":
-            dropped = _to_folder(source, output, config, progress)
+            dropped = _to_folder(source, output, config, progress, sampler)
         else:
             dropped = _to_file(source, output, to, progress)
         _replace(target, output, Path(scratch))
@@ -86,12 +94,16 @@ def _replace(target: Path, output: Path, scratch: Path) -> None:
 def _to_file(source: str | Path, output: Path, to: str, progress: bool | None) -> list[str]:
     checkpoint = read_checkpoint(source, progress)
     state = checkpoint.state
-    reject_other_models(source, state)
+    reject_other_models(source, state, checkpoint.names)
+    if layouts.text_kind(state) == "clip" and text_kind(source, state) == "openclip":
+        state = layouts.clip_names_to_openclip(state)
     native = layouts.is_native_mha(state)
     if native and to != "native-mha":
         state = layouts.native_to_original(state)
     elif to == "native-mha" and not native:
         state = layouts.original_to_native(state)
+    if checkpoint.prediction is not None and checkpoint.prediction.parameterization == "v":
+        state.setdefault(V_PREDICTION_MARKERS[0], torch.empty(0))  # the settings of a folder are not in the file
     step = checkpoint.global_step
     if output.suffix == ".ckpt":
         write_ckpt(output, state, step)
@@ -100,25 +112,24 @@ def _to_file(source: str | Path, output: Path, to: str, progress: bool | None) -
     return list(checkpoint.others)
 
 
-def _to_folder(source: str | Path, output: Path, config: str | Path | None, progress: bool | None) -> list[str]:
+def _to_folder(
+    source: str | Path, output: Path, config: str | Path | None, progress: bool | None, sampler: str | None
+) -> list[str]:
     from sd.pipeline import resolve_config  # imports the samplers, which the other layouts do not need
 
-    names = []
+    names: dict[str, str] = {}  # of the file: in the original layout
     if not Path(source).is_dir():
         file_index = index(source)
-        names = [
-            *file_index.tensors,
-            *file_index.others,
-            *(["global_step"] if file_index.global_step is not None else []),
-        ]
+        step = ["global_step"] if file_index.global_step is not None else []
+        names = {name: name for name in (*file_index.others, *step)}
+        names.update(original_names(file_index.tensors))
     model, networks = load(source, resolve_config(config), progress)
     written = layouts.join_networks(networks, model.text.kind)
-    write_folder(output, networks, model)
-    if layouts.is_native_mha(names):
-        written = {**written, **layouts.original_to_native(written)}
-    # Some files have the names of the text encoder without text_model.
-    known = {*written, *(name.replace("transformer.text_model.", "transformer.") for name in written)}
-    return [name for name in names if name not in known and not name.endswith(".mha.in_proj_bias")]
+    write_folder(output, networks, model, sampler)
+    known = {*written, *layouts.original_to_native(written), *layouts.join_networks(networks, "clip")}
+    # Some files have the names of the text encoder without text_model; the prediction type is in the scheduler's settings.
+    known |= {name.replace("transformer.text_model.", "transformer.") for name in known} | set(V_PREDICTION_MARKERS)
+    return [name for name, new in names.items() if new not in known and not new.endswith(".mha.in_proj_bias")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,10 +141,19 @@ def main(argv: list[str] | None = None) -> int:
         "--to", required=True, choices=LAYOUTS, help="safetensors: the original layout in a .safetensors file"
     )
     parser.add_argument("--config", help="preset or YAML file for --to diffusers, if the weights do not determine it")
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="whose steps the scheduler of a folder takes, for --to diffusers (default: plms, and ddim for models of v)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     options = parser.parse_args(argv)
     try:
-        dropped = convert(options.input, options.output, options.to, options.config, options.force)
+        with checkpoint_warnings_as_lines():
+            dropped = convert(
+                options.input, options.output, options.to, options.config, options.force, None, options.sampler
+            )
+            written = summary(options.output)
     except SDError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2
@@ -143,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     if dropped:
         shown = ", ".join(dropped[:10]) + (f" and {len(dropped) - 10} more" if len(dropped) > 10 else "")
         print(f"left out, which this layout cannot hold: {printable(shown)}", file=sys.stderr)
-    print(options.output)
+    print("\n  ".join([options.output, *map(printable, written)]))
     return 0
 
 

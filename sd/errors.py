@@ -1,4 +1,11 @@
-"""Exceptions that a user of `sd` can cause; each message ends with a remedy."""
+"""Exceptions and warnings that a user of `sd` can cause; each message ends with a remedy."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SDError(Exception):
@@ -21,6 +28,31 @@ class BadImage(SDError, RuntimeError):
     """An output image that is NaN or of one constant colour; it is never saved."""
 
 
+class SDWarning(UserWarning):
+    """Input that is used in part or changed, such as a truncated prompt; command lines print it in one line on stderr."""
+
+
+class CheckpointWarning(SDWarning):
+    """Contents of a checkpoint that are not used; the model is loaded without them."""
+
+
 def printable(text: str) -> str:
     """Escape unprintable characters, so that names from an untrusted file cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@contextmanager
+def checkpoint_warnings_as_lines() -> Iterator[None]:
+    """Print every CheckpointWarning as one line on stderr, without the line of code that Python adds."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: object) -> None:
+            if issubclass(category, CheckpointWarning):
+                print(f"warning: {printable(str(message))}", file=sys.stderr)
+            else:
+                others(message, category, *place)  # type: ignore[arg-type]
+
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import library
 
 from sd.errors import Unavailable
 
@@ -74,8 +73,12 @@ FEATURES = {
     "fp32_precision": Feature(
         "torch.backends.fp32_precision", hasattr(torch.backends, "fp32_precision"), "torch >= 2.9"
     ),
-    "triton_op": Feature("custom operators from Triton kernels", hasattr(library, "triton_op"), "torch >= 2.6"),
     "aot": Feature("AOTInductor packages", _defines("torch._inductor", "aoti_compile_and_package"), "torch >= 2.6"),
+    "capture_error_mode": Feature(
+        "torch.cuda.graph(capture_error_mode=...)",
+        _has_parameter(torch.cuda.graph, "capture_error_mode"),
+        "torch >= 2.1",
+    ),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
     "weights_only": Feature(
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"

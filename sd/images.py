@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.errors import ConfigError
+from sd.errors import ConfigError, SDWarning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIZE_MULTIPLE = 64  # pixels; heights and widths are multiples of it, as in the original scripts
 MAX_PIXELS = 64 * 2**20  # of an input image: a small file can decode to more than fits in memory
+
+MAX_ABSOLUTE = 2.0  # of pixels in [-1, 1]: a decoded image may exceed 1 a little
+EXIF_ORIENTATION = 0x0112
+INITIAL_IMAGE = "initial image"  # in warnings
 
 
 def require_size(name: str, pixels: int) -> None:
@@ -25,16 +30,26 @@ def require_size(name: str, pixels: int) -> None:
         raise ConfigError(f"{name} {pixels}: must be a positive multiple of {SIZE_MULTIPLE}, such as {nearest}")
 
 
+def require_pixels(image: Tensor) -> None:
+    """Raise ConfigError unless the image is float [3, H, W] with values in [-1, 1], of which a decoder's excess is allowed."""
+    if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
+        raise ConfigError(f"image {tuple(image.shape)} {image.dtype}: must be float [3, H, W] in [-1, 1]")
+    largest = image.abs().max().item()
+    if not largest <= MAX_ABSOLUTE:  # true for NaN too
+        remedy = "convert 0..255 by image / 127.5 - 1" if largest <= 256 else "its values are not pixels"
+        raise ConfigError(f"image has values up to {largest:g}: must be in [-1, 1]; {remedy}")
+
+
 def image_tensor(image: Image) -> Tensor:
     """Convert a PIL image to float32 [3, H, W] in [-1, 1] on the CPU.
 
     Applies the EXIF orientation, composites transparent pixels on white, and reduces each side to a multiple of 64 by
-    Lanczos resampling, as the original scripts do. Raises ConfigError for images of fewer than 64 pixels a side, more
-    than 2**26 pixels, or more than 8 bits a channel.
+    Lanczos resampling, as the original scripts do. Warns (SDWarning) of the first two. Raises ConfigError for images of
+    fewer than 64 pixels a side, more than 2**26 pixels, or more than 8 bits a channel.
     """
     import PIL.Image
 
-    image = _opaque(image, "white")
+    image = _opaque(image, "white", INITIAL_IMAGE)
     image = image.convert("RGB").resize(_multiples(image.size), PIL.Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
 
@@ -48,16 +63,9 @@ def mask_tensor(mask: Image) -> Tensor:
     """
     import PIL.Image
 
-    mask = _opaque(mask, "black")
+    mask = _opaque(mask, "black", "mask")
     mask = mask.convert("L").resize(_multiples(mask.size), PIL.Image.Resampling.NEAREST)
     return (torch.from_numpy(np.array(mask)).float() / 255 >= 0.5).float()
-
-
-def require_image(image: Tensor) -> Tensor:
-    """Return the image; raise ConfigError unless it is float [3, H, W]."""
-    if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
-        raise ConfigError(f"image {tuple(image.shape)} {image.dtype}: must be float [3, H, W] in [-1, 1]")
-    return image
 
 
 def image_with_mask(image: Tensor | Image, mask: Tensor | Image) -> tuple[Tensor, Tensor]:
@@ -66,8 +74,11 @@ def image_with_mask(image: Tensor | Image, mask: Tensor | Image) -> tuple[Tensor
     image: as a result of `image_tensor`, or PIL. mask: float in [0, 1] or bool, [H, W] or [1, H, W], or PIL.
     Raises ConfigError unless both have the same size, before any resizing.
     """
-    image = require_image(image) if isinstance(image, Tensor) else _opaque(image, "white")
-    mask = mask if isinstance(mask, Tensor) else _opaque(mask, "black")
+    if isinstance(image, Tensor):
+        require_pixels(image)
+    else:
+        image = _opaque(image, "white", INITIAL_IMAGE)
+    mask = mask if isinstance(mask, Tensor) else _opaque(mask, "black", "mask")
     sizes = [
         f"{x.shape[-1]}x{x.shape[-2]}" if isinstance(x, Tensor) else "{}x{}".format(*x.size) for x in (image, mask)
     ]
@@ -104,8 +115,11 @@ def _multiples(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _opaque(image: Image, background: str) -> Image:
-    """The image as displayed: with its orientation, and its transparent pixels over a background. Raises ConfigError."""
+def _opaque(image: Image, background: str, name: str) -> Image:
+    """The image as displayed: with its orientation, and its transparent pixels over a background, with a warning of each.
+
+    name: in the warnings, whose place is the caller's caller. Raises ConfigError.
+    """
     import PIL.Image
     from PIL import ImageOps
 
@@ -115,8 +129,13 @@ def _opaque(image: Image, background: str) -> Image:
         raise ConfigError(f"image has more than {MAX_PIXELS} pixels; make it smaller first")
     if image.mode[0] in "IF":  # convert() clips their values at 255
         raise ConfigError(f"image has more than 8 bits a channel ({image.mode}); save it with 8")
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation in range(2, 9):
+        warnings.warn(f"{name}: its EXIF orientation, {orientation}, is applied", SDWarning, stacklevel=3)
     image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] != 255:
+            warnings.warn(f"{name}: its transparent pixels are composited on {background}", SDWarning, stacklevel=3)
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, background), image)
     return image

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from sd.cli.startup import exit_on_interrupt
 
-from sd.cli.arguments import add_options, nonnegative
-from sd.cli.input_images import read_image
-from sd.cli.run import Command, guarded
-from sd.config.presets import ModelConfig
-from sd.images import SIZE_MULTIPLE
-from sd.pipeline import Noise, Progress, Result
+if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may interrupt
+    from torch import Tensor
+
+    from sd.config.presets import ModelConfig
+    from sd.pipeline import Noise, Progress, Result
 
 _DDIM = "img2img starts in the middle of DDIM's steps and supports no other sampler: omit it"
 REFUSED = {
@@ -31,6 +31,9 @@ REFUSED = {
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
+    from sd.cli.arguments import add_options, nonnegative
+    from sd.images import SIZE_MULTIPLE
+
     result = argparse.ArgumentParser(
         prog="img2img", description="Generate images from an image and a prompt.", allow_abbrev=False
     )
@@ -53,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for an error of the user, 130 when interrupted."""
-    return guarded(lambda: _run(parser().parse_args(argv)))
+    with exit_on_interrupt():
+        from sd.cli.run import guarded
+    return guarded(lambda: _run(parser().parse_args(argv)), "a smaller --n_samples, a smaller --init-img")
 
 
 def _fraction(text: str) -> float:
@@ -71,6 +76,9 @@ def default_strength_and_scale(config: ModelConfig) -> tuple[float, float]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from sd.cli.input_images import read_image
+    from sd.cli.run import Command
+
     image = read_image(args.init_img)
     command = Command(args, os.environ, "ddim")
     model = command.model
@@ -99,6 +107,7 @@ def _run(args: argparse.Namespace) -> None:
             eta=args.ddim_eta,
             rng=noise,
             progress=progress,
+            prompt_chunks=args.prompt_chunks,
         )
 
     command.run(generate, settings)

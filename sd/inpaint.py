@@ -10,18 +10,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from sd.choices import SAMPLERS
+from sd.cli.startup import exit_on_interrupt
 
-from sd.cli.arguments import add_options, nonnegative, single
-from sd.cli.input_images import open_image
-from sd.cli.run import Command, guarded
-from sd.config.presets import ModelConfig
-from sd.images import SIZE_MULTIPLE, image_with_mask
-from sd.pipeline import Noise, Progress, Result
-from sd.sampling.samplers import SAMPLERS
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may interrupt
     from PIL.Image import Image
+    from torch import Tensor
+
+    from sd.config.presets import ModelConfig
+    from sd.pipeline import Noise, Progress, Result
 
 REFUSED = {
     "--fixed_code": "inpainting has noise of its own for every image: omit it, or repeat --seed",
@@ -32,6 +29,9 @@ REFUSED = {
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
+    from sd.cli.arguments import add_options, nonnegative
+    from sd.images import SIZE_MULTIPLE
+
     result = argparse.ArgumentParser(
         prog="inpaint", description="Repaint a part of an image from a prompt.", allow_abbrev=False
     )
@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for an error of the user, 130 when interrupted."""
-    return guarded(lambda: _run(parser().parse_args(argv)))
+    with exit_on_interrupt():
+        from sd.cli.run import guarded
+    return guarded(lambda: _run(parser().parse_args(argv)), "a smaller --n_samples, a smaller --init-img and --mask")
 
 
 def _positive_fraction(text: str) -> float:
@@ -71,6 +73,8 @@ def _positive_fraction(text: str) -> float:
 
 def read_image_with_mask(image_path: str, mask_path: str) -> tuple[Tensor, Tensor]:
     """Read image [3, H, W] and mask [H, W] (see sd.images.image_with_mask). Raises ConfigError naming the file."""
+    from sd.cli.input_images import open_image
+    from sd.images import image_with_mask
 
     def with_image(image: Image) -> tuple[Tensor, Tensor]:
         return open_image(mask_path, "--mask", lambda mask: image_with_mask(image, mask))
@@ -87,6 +91,9 @@ def default_scale(config: ModelConfig) -> float:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from sd.cli.arguments import single
+    from sd.cli.run import Command
+
     sampler = single("--sampler", args.sampler, "ddim")
     image, mask = read_image_with_mask(args.init_img, args.mask)
     command = Command(args, os.environ, sampler)
@@ -117,6 +124,7 @@ def _run(args: argparse.Namespace) -> None:
             eta=args.ddim_eta,
             rng=noise,
             progress=progress,
+            prompt_chunks=args.prompt_chunks,
         )
 
     command.run(generate, settings)

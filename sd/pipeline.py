@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,12 @@ from sd.checkpoint.load import factories, load, materialise, read
 from sd.checkpoint.lora import Merged, read_lora, targets
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import ModelConfig, preset
-from sd.errors import BadImage, CheckpointError, ConfigError
+from sd.errors import BadImage, CheckpointError, ConfigError, SDWarning, printable
 from sd.features import has
-from sd.images import image_tensor, image_with_mask, latent_mask, require_image, require_size
+from sd.images import image_tensor, image_with_mask, latent_mask, require_pixels, require_size
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
-from sd.models.tokenizer import tokenize
+from sd.models.tokenizer import CHUNK, Tokens, tokenize, tokenize_chunks
 from sd.models.unet import UNet
 from sd.optimise.apply import apply, float32_precision
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 Noise = PerImageNoise | OriginalNoise
 Progress = Callable[[int, int], None]
+PromptChunks = int | Literal["auto"]
+MAX_QUOTED = 300  # characters of dropped text in a warning
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Result:
     unet_calls: number of UNet evaluations.
     seed: the seed, random where None was passed; image i uses seed + i. With a generator its `initial_seed()`, with a
         list of generators the list of theirs.
+    prompt_chunks: chunks of 75 tokens in which the prompts were encoded.
+    dropped, dropped_negative: for each image, the text of the prompt and of the negative prompt after the last chunk, which
+        was not used; empty where the whole prompt was. dropped_negative is empty without guidance.
     """
 
     images: Tensor
@@ -62,6 +68,9 @@ class Result:
     seconds: dict[str, float]
     unet_calls: int
     seed: int | list[int]
+    prompt_chunks: int = 1
+    dropped: tuple[str, ...] = ()
+    dropped_negative: tuple[str, ...] = ()
 
 
 class StableDiffusion:
@@ -98,15 +107,29 @@ class StableDiffusion:
         device: torch.device | str = "cpu",
         optimisations: Optimisations = Optimisations(),
         progress: bool | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        ignore_unknown_keys: bool = False,
     ) -> StableDiffusion:
         """Load a published checkpoint: .ckpt, .safetensors or a diffusers folder.
 
         config: a preset name, a YAML file in the original layout, or None to detect SD1 or SD2 from the weights. The
-        weights do not record whether the UNet predicts eps or v: pass `sd2-v` for SD2 v models.
+        weights do not record whether the UNet predicts eps or v: pass `sd2-v` for SD2 v models, unless the file has an
+        entry or metadata for it, or is a diffusers folder.
         progress: whether to show a progress bar; None shows it on a terminal.
-        Raises CheckpointError, ConfigError or Unavailable.
+        vae, text_encoder: files or folders of these networks, in place of those in the checkpoint, if it has any.
+        ignore_unknown_keys: leave out weights that belong to no layer.
+        Warns with sd.errors.CheckpointWarning of contents that are not used. Raises CheckpointError, ConfigError or
+        Unavailable.
         """
-        loaded_config, states = load(Path(path), resolve_config(config), progress=progress)
+        loaded_config, states = load(
+            path,
+            resolve_config(config),
+            progress,
+            vae=vae,
+            text_encoder=text_encoder,
+            ignore_unknown_keys=ignore_unknown_keys,
+        )
         return cls._from_states(loaded_config, states, device, optimisations)
 
     @classmethod
@@ -269,7 +292,7 @@ class StableDiffusion:
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
-        """Attention kernels that ran, by network; empty tuples before the first image."""
+        """Attention kernels that ran, by network; empty tuples before the first image, or the second where compiled."""
         return self._calls.kernels
 
     def context(self) -> AbstractContextManager[None]:
@@ -282,12 +305,20 @@ class StableDiffusion:
             torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Encode prompts to the UNet's context [B, 77, C], in the dtype of the computation."""
-        tokens = tokenize(prompts, self.config.text.kind, self._added_tokens).to(self.device)
+    def encode_prompts(self, prompts: list[str], prompt_chunks: PromptChunks = 1) -> Tensor:
+        """Encode prompts to the UNet's context [B, 77 prompt_chunks, C], in the dtype of the computation.
+
+        prompt_chunks: as in `txt2img`. Warns of prompts that are too long.
+        """
+        tokens = tokenize_chunks(prompts, self.config.text.kind, _chunks(prompt_chunks), self._added_tokens)
+        _warn_of_dropped(prompts, [], tokens)
+        return self._encode(tokens.ids)
+
+    def _encode(self, ids: Tensor) -> Tensor:
+        """Encode tokens [B, chunks, 77] to the context [B, 77 chunks, C], each chunk by itself."""
         with self._calls.context():
-            context: Tensor = self.text_encoder(tokens)
-        return context
+            context: Tensor = self.text_encoder(ids.flatten(0, 1).to(self.device))
+        return context.reshape(len(ids), -1, context.shape[-1])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -324,6 +355,7 @@ class StableDiffusion:
         rng: str | Noise = "per-image",
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_chunks: PromptChunks = 1,
     ) -> Result:
         """Generate `batch` images of each prompt.
 
@@ -338,6 +370,8 @@ class StableDiffusion:
         latents: initial noise x_T [B, 4, H/8, W/8], unit Gaussian, in place of drawn noise.
         negative_prompt: text of the unconditional half, one or a list like the prompts; None for the empty prompt.
         progress: called as progress(step, steps) after every step.
+        prompt_chunks: chunks of 75 tokens in which prompts are encoded; their contexts are concatenated. `auto` takes as
+            many as the longest prompt of the call needs. A warning names the text after the last chunk (Result.dropped).
 
         Raises ConfigError for invalid arguments and BadImage for NaN or all-black images.
         """
@@ -350,11 +384,11 @@ class StableDiffusion:
         start = None if latents is None else self._initial(latents, shape)
         clock = _StageClock(self.device)
         with clock.stage("text"):
-            contexts = self._contexts(prompts, negatives, scale)
+            contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
         with clock.stage("unet"), self._calls.context():
             x = noise.initial(shape, self.device) if start is None else start
             x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
-        return self._finish(x, clock, len(plan.evaluations), reported_seed)
+        return self._finish(x, clock, len(plan.evaluations), reported_seed, tokens)
 
     @torch.no_grad()
     def img2img(
@@ -371,6 +405,7 @@ class StableDiffusion:
         rng: str | Noise = "per-image",
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_chunks: PromptChunks = 1,
     ) -> Result:
         """Generate `batch` images of each prompt from an initial image, by DDIM (SDEdit, arXiv 2108.01073).
 
@@ -385,7 +420,7 @@ class StableDiffusion:
             raise ConfigError(f"strength {strength}: must be in [0, 1]")
         if not isinstance(image, Tensor):
             image = image_tensor(image)
-        require_image(image)
+        require_pixels(image)
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *image.shape[1:])
         timesteps = self.schedule.uniform_timesteps(steps)
@@ -396,13 +431,13 @@ class StableDiffusion:
         with clock.stage("encode"):
             x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
         with clock.stage("text"):
-            contexts = self._contexts(prompts, negatives, scale)
+            contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
         with clock.stage("unet"), self._calls.context():
             if start:
                 alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
                 x = alpha * x + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
             x = self._sample("ddim", plan, timesteps[:start], x, contexts, scale, noise, eta, progress)
-        return self._finish(x, clock, len(plan.evaluations), reported_seed)
+        return self._finish(x, clock, len(plan.evaluations), reported_seed, tokens)
 
     @torch.no_grad()
     def inpaint(
@@ -422,6 +457,7 @@ class StableDiffusion:
         rng: str | Noise = "per-image",
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_chunks: PromptChunks = 1,
     ) -> Result:
         """Repaint the white part of `mask` in `batch` images of each prompt.
 
@@ -451,12 +487,12 @@ class StableDiffusion:
         with clock.stage("encode"):
             blend, condition = self._encode_inpainting(pixels, pixel_mask, shape, noise, start, plan is not whole)
         with clock.stage("text"):
-            contexts = self._contexts(prompts, negatives, scale)
+            contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
         with clock.stage("unet"), self._calls.context():
             x = blend.noise if plan is whole else blend.noised(*plan.noise_level(0))
             run = (sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
             x = self._sample(*run, condition, None if self.config.inpainting else blend)
-        return self._finish(x, clock, len(plan.evaluations), reported_seed)
+        return self._finish(x, clock, len(plan.evaluations), reported_seed, tokens)
 
     def _encode_inpainting(
         self,
@@ -530,8 +566,24 @@ class StableDiffusion:
         seed = secrets.randbits(32) if seed is None else seed
         return noise_source(rng, seed, batch, self.device), seed
 
-    def _contexts(self, prompts: list[str], negatives: list[str], scale: float) -> tuple[Tensor, Tensor | None]:
-        return self.encode_prompts(prompts), self.encode_prompts(negatives) if scale != 1.0 else None
+    def _contexts(
+        self, prompts: list[str], negatives: list[str], scale: float, prompt_chunks: PromptChunks
+    ) -> tuple[tuple[Tensor, Tensor | None], Tokens]:
+        """Return the contexts of the prompts and, with guidance, of the negative prompts, and the tokens of both."""
+        guided = scale != 1.0
+        if not guided and any(negatives):
+            _warn(f"negative prompt {next(filter(None, negatives))!r}: not used, since guidance is off at scale 1")
+        negatives, count = negatives if guided else [], len(prompts)
+        tokens = tokenize_chunks(
+            [*prompts, *negatives], self.config.text.kind, _chunks(prompt_chunks), self._added_tokens
+        )
+        _warn_of_dropped(prompts, negatives, tokens)
+        if not guided:
+            return (self._encode(tokens.ids), None), tokens
+        if self.optimisations.original_steps:  # the original encodes them apart
+            return (self._encode(tokens.ids[:count]), self._encode(tokens.ids[count:])), tokens
+        conditional, unconditional = self._encode(tokens.ids).chunk(2)
+        return (conditional, unconditional), tokens
 
     def _sample(
         self,
@@ -568,7 +620,7 @@ class StableDiffusion:
         x = x.contiguous(memory_format=chosen.memory_format())
         return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step, blend)
 
-    def _finish(self, x: Tensor, clock: _StageClock, unet_calls: int, seed: int | list[int]) -> Result:
+    def _finish(self, x: Tensor, clock: _StageClock, unet_calls: int, seed: int | list[int], tokens: Tokens) -> Result:
         with clock.stage("vae"):
             pixels = self.decode(x)
             finite = torch.isfinite(pixels).flatten(1).all(dim=1)
@@ -586,7 +638,8 @@ class StableDiffusion:
                 f"image {i + 1} of {len(images)} is {fault} (precision {self.optimisations.precision}, attention "
                 f"{self.optimisations.attention}): {advice}"
             )
-        return Result(images, x.contiguous(), clock.seconds(), unet_calls, seed)
+        dropped = tokens.dropped[: len(x)], tokens.dropped[len(x) :]
+        return Result(images, x.contiguous(), clock.seconds(), unet_calls, seed, tokens.ids.shape[1], *dropped)
 
 
 def resolve_config(config: ModelConfig | str | Path | None) -> ModelConfig | None:
@@ -608,6 +661,30 @@ def _prompts(prompt: str | list[str], negative: str | list[str] | None, batch: i
     if len(negatives) != len(prompts):
         raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one, or one for each")
     return [p for p in prompts for _ in range(batch)], [n for n in negatives for _ in range(batch)]
+
+
+def _chunks(prompt_chunks: PromptChunks) -> int | None:
+    if prompt_chunks == "auto":
+        return None
+    if not isinstance(prompt_chunks, int) or prompt_chunks < 1:
+        raise ConfigError(f"prompt_chunks {prompt_chunks}: must be at least 1, or auto")
+    return prompt_chunks
+
+
+def _warn_of_dropped(prompts: list[str], negatives: list[str], tokens: Tokens) -> None:
+    labels = ["prompt"] * len(prompts) + ["negative prompt"] * len(negatives)
+    limit = CHUNK * tokens.ids.shape[1]
+    for label, length, dropped in dict.fromkeys(zip(labels, tokens.lengths, tokens.dropped)):
+        if dropped:
+            shown = dropped if len(dropped) <= MAX_QUOTED else dropped[:MAX_QUOTED] + " ..."
+            _warn(
+                f"{label} of {length} tokens: the last {length - limit} are not used: {printable(shown)!r}; "
+                "prompt_chunks auto uses all (--prompt-chunks auto)"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SDWarning, stacklevel=3)
 
 
 def _no_progress(step: int, steps: int) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from sd.choices import SAMPLERS
+from sd.cli.startup import exit_on_interrupt
 
-from sd.cli.arguments import add_options, nonnegative, single, size
-from sd.cli.run import Command, guarded
-from sd.config.presets import ModelConfig
-from sd.images import SIZE_MULTIPLE
-from sd.pipeline import Noise, Progress, Result
-from sd.sampling.samplers import SAMPLERS
+if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may interrupt
+    from torch import Tensor
+
+    from sd.config.presets import ModelConfig
+    from sd.pipeline import Noise, Progress, Result
 
 REFUSED = {
     "--torchscript": "not supported: use --compile",
@@ -27,6 +29,9 @@ REFUSED = {
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
+    from sd.cli.arguments import add_options, nonnegative, size
+    from sd.images import SIZE_MULTIPLE
+
     result = argparse.ArgumentParser(prog="txt2img", description="Generate images from a prompt.", allow_abbrev=False)
     add_options(result, "outputs/txt2img-samples", REFUSED)
     add = result.add_argument
@@ -45,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         const="dpm_solver",
         help="the same as --sampler dpm_solver",
     )
+    add(
+        "--from-png",
+        metavar="FILE",
+        help="repeat an image of txt2img, or of AUTOMATIC1111's web UI, from its metadata; other options replace those of it",
+    )
     add("--fixed_code", action="store_true", help="start every batch from the same noise")
     for flag, side in (("--H", "height"), ("--W", "width")):
         add(flag, type=size, help=f"{side} in pixels, a multiple of {SIZE_MULTIPLE} (default: the model's)")
@@ -53,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for an error of the user, 130 when interrupted."""
-    return guarded(lambda: _run(parser().parse_args(argv)))
+    with exit_on_interrupt():
+        from sd.cli.run import guarded
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _run(arguments), "a smaller --n_samples, a smaller image (--H, --W)")
 
 
 def default_scale(config: ModelConfig) -> float:
@@ -63,10 +76,20 @@ def default_scale(config: ModelConfig) -> float:
     return 7.5 if config.text.kind == "clip" else 9.0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(argv: list[str]) -> None:
+    from sd.cli.arguments import single
+    from sd.cli.metadata import repeat, warn_of_other_machine
+    from sd.cli.run import Command
+
+    options, recorded = parser(), None
+    args = options.parse_args(argv)
+    if args.from_png is not None:
+        args, recorded = repeat(options, args, argv)
     sampler = single("--sampler", args.sampler, "ddim")
     command = Command(args, os.environ, sampler)
     model = command.model
+    if recorded is not None:
+        warn_of_other_machine(recorded, model.device)
     scale = default_scale(model.config) if args.scale is None else args.scale
     shape = model.latent_shape(args.n_samples, args.H, args.W)
     height, width = (cells * model.config.autoencoder.downsampling for cells in shape[2:])
@@ -92,6 +115,7 @@ def _run(args: argparse.Namespace) -> None:
             eta=args.ddim_eta,
             rng=noise,
             progress=progress,
+            prompt_chunks=args.prompt_chunks,
         )
 
     command.run(generate, settings, shape if args.fixed_code else None)

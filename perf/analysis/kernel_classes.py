@@ -12,6 +12,10 @@ import re
 COPIES = "to_copy|clone|cat|copy|view|transpose|permute|unsqueeze|expand|slice|constant_pad_nd"
 # The first matching pattern decides. The matrix products of non-fused attention are `gemm`.
 CLASSES = (
+    # Inductor's templates: their names list the operators fused into the product, as well as copies before it.
+    ("conv", r"triton_tem_fused\w*convolution"),
+    ("gemm", r"triton_tem_fused\w*(?:addmm|_b?mm)"),
+    ("attention", r"triton_tem_fused\w*attention"),
     # Inductor: pointwise (poi, foreach), then reductions (red, per), which are norms and softmax in these networks.
     ("copy", rf"(?:triton_poi|cpp)_fused_(?:_*(?:{COPIES})_*)+\d*$"),
     ("elementwise", r"triton_(?:poi|for)_fused"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 RESAMPLES = 9_999
+DRIFT_RESAMPLES = 1_999
 CONFIDENCE = 0.95
 MIN_VALUES = 6  # the range of 5 values encloses the median with 1 - 2 / 2^5 = 93.75 % confidence only
 MIN_SESSIONS = 6
@@ -85,29 +86,8 @@ def _percentile_interval(estimate: float, resampled: list[float]) -> Interval:
     return Interval(estimate, resampled[bound], resampled[-bound - 1])
 
 
-def _bootstrap_median(values: Sequence[float], seed: int | str) -> Interval:
-    draw = random.Random(seed)
-    medians = [statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES)]
-    return _percentile_interval(statistics.median(values), medians)
-
-
 def _exponential(logs: Interval) -> Interval:
     return Interval(math.exp(logs.estimate), math.exp(logs.low), math.exp(logs.high))
-
-
-def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int | str = 0) -> Interval:
-    """The ratio of two paired series: percentile bootstrap of the median log ratio (Efron 1979).
-
-    seed: makes the result reproducible; name it after the pair. For 10 values the true confidence is about 94 %
-    (simulated, with outliers); `sign_interval` of the ratios is exact and slightly wider. Raises ValueError for series of
-    different length or fewer than 6 values, and for values that are not positive.
-    """
-    if len(numerators) != len(denominators) or len(numerators) < MIN_VALUES:
-        raise ValueError(
-            f"needs two series of one length, at least {MIN_VALUES}: got {len(numerators)} and {len(denominators)}"
-        )
-    _require_durations(numerators, denominators)
-    return _exponential(_bootstrap_median([math.log(a / b) for a, b in zip(numerators, denominators)], seed))
 
 
 def unpaired_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int | str = 0) -> Interval:
@@ -163,7 +143,7 @@ def _student_probability(angle: float, degrees: int) -> float:
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def student_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t distribution with `degrees` integer degrees of freedom (Student 1908).
 
@@ -217,6 +197,51 @@ def drift(seconds: Sequence[float], parts: int = 3) -> float:
     return max(abs(statistics.median(seconds[a:b]) / overall - 1) for a, b in itertools.pairwise(cuts))
 
 
+def least_drift(launches: Sequence[Sequence[float]], parts: int = 3) -> float | None:
+    """The lower bound of the drift with 95 % confidence, at least 0: percentile bootstrap over launches.
+
+    launches: seconds of the reference workload by launch, in measuring order. Whole launches are drawn again within each
+    part of the session, since rounds of one launch share the state of the machine. The median of the drawn drifts is
+    larger than the drift that was observed, because the deviation of a part is an absolute value; the bound is corrected
+    by that difference (basic bootstrap, Davison and Hinkley 1997). None for fewer than 2 launches a part.
+    """
+    if len(launches) < 2 * parts:
+        return None
+    medians = [statistics.median(launch) for launch in launches]
+    _require_durations(medians)
+    cuts = [len(medians) * part // parts for part in range(parts + 1)]
+    sections = [medians[a:b] for a, b in itertools.pairwise(cuts)]
+
+    def deviation(sections: Sequence[Sequence[float]]) -> float:
+        overall = statistics.median(itertools.chain.from_iterable(sections))
+        return max(abs(statistics.median(section) / overall - 1) for section in sections)
+
+    draw = random.Random("drift")
+    drawn = [deviation([draw.choices(section, k=len(section)) for section in sections]) for _ in range(DRIFT_RESAMPLES)]
+    drawn.sort()
+    highest = drawn[-round((1 - CONFIDENCE) / 2 * DRIFT_RESAMPLES) - 1]
+    return max(0.0, 2 * deviation(sections) - highest)
+
+
+def launch_interval(seconds: Sequence[float]) -> Interval:
+    """The median of the launches' seconds with its 95 % interval. Raises ValueError for fewer than 2 launches.
+
+    From 6 launches on the exact interval of the median; below, where none exists, Student's t of the logarithms (of the
+    values where one is not positive, as the rest of a GPU round), widened to include the median.
+    """
+    if len(seconds) >= MIN_VALUES:
+        return sign_interval(seconds)
+    if len(seconds) < 2:
+        raise ValueError(f"needs at least 2 launches: got {len(seconds)}")
+    median, positive = statistics.median(seconds), all(value > 0 for value in seconds)
+    values = [math.log(value) if positive else value for value in seconds]
+    half = student_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    low, high = statistics.fmean(values) - half, statistics.fmean(values) + half
+    if positive:
+        low, high = math.exp(low), math.exp(min(high, 700.0))
+    return Interval(median, min(median, low), max(median, high))
+
+
 def self_comparison(ratios: Sequence[float]) -> SelfComparison:
     """Summarise A/A ratios; the percentile is by nearest rank. Raises ValueError without ratios."""
     if not ratios:
@@ -229,25 +254,3 @@ def self_comparison(ratios: Sequence[float]) -> SelfComparison:
 def margin(aa_ratios: Sequence[float] = ()) -> float:
     """The smallest change that this machine can resolve, as a fraction: 1 %, or the p95 of its A/A ratios if larger."""
     return max(MARGIN_FLOOR, self_comparison(aa_ratios).p95) if aa_ratios else MARGIN_FLOOR
-
-
-def break_even(
-    compile_seconds: float, eager: Sequence[float], compiled: Sequence[float], seed: int | str = 0
-) -> BreakEven:
-    """The number of images after which compiling pays off, from seconds per image measured in pairs.
-
-    The saving per image is the median difference with its bootstrap interval. If the interval includes 0, the estimate is
-    None (never) and `low` is the count at the interval's upper bound. Raises ValueError as `paired_ratio` does, and for
-    negative `compile_seconds`.
-    """
-    if len(eager) != len(compiled) or len(eager) < MIN_VALUES:
-        raise ValueError(f"needs two series of one length, at least {MIN_VALUES}: got {len(eager)} and {len(compiled)}")
-    _require_durations(eager, compiled)
-    if not 0 <= compile_seconds < math.inf:
-        raise ValueError(f"compiling cannot take {compile_seconds} seconds")
-    saving = _bootstrap_median([a - b for a, b in zip(eager, compiled)], seed)
-
-    def images(seconds: float) -> int | None:
-        return math.ceil(compile_seconds / seconds) if seconds > 0 else None
-
-    return BreakEven(images(saving.estimate) if saving.low > 0 else None, images(saving.high), images(saving.low))

@@ -6,16 +6,11 @@ import enum
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from perf.analysis.statistics import (
-    MIN_SESSIONS,
-    MIN_VALUES,
-    Interval,
-    paired_ratio,
-    prediction_ratio,
-    unpaired_ratio,
-)
+from perf.analysis import paired
+from perf.analysis.paired import LEVEL, LOOK_LEVEL, MIN_LAUNCHES
+from perf.analysis.statistics import MIN_SESSIONS, MIN_VALUES, Interval, prediction_ratio, unpaired_ratio
 
 # Reason codes of verdicts. A detail may follow a code, such as `anchor_drift 4.1 %`; the codes are stored in saved runs.
 REASONS = {
@@ -23,14 +18,15 @@ REASONS = {
     "within_margin": "the whole interval lies within twice the margin around no change",
     "straddles_margin": "the interval includes changes both within and beyond the margin",
     "interval_too_wide": "the interval is wider than four margins: measure more launches, or on a quieter machine",
-    "too_few_rounds": "fewer than 6 pairs of launches: no 95 % interval of a median exists",
+    "too_few_rounds": "fewer than 2 launches with rounds of both sides: no interval exists",
     "too_few_sessions": "fewer than 6 stored sessions: the variation between unchanged sessions is unknown",
     "no_baseline": "no stored run to compare with",
     "no_anchor": "one side has no reference workload, or a different one, so that sessions cannot be compared",
     "other_configuration": "the stored configuration with this id did different work",
     "foreign_machine": "measured on another device or software stack: a difference is no evidence about the code",
     "wrong_image": "the image of a timed round failed the image check, which invalidates the timing",
-    "anchor_drift": "the time of the reference workload drifted within the session",
+    "anchor_drift": "the time of the reference workload drifted within the session, so that its times are no evidence",
+    "control_arm": "the reference configuration, measured a second time in the session, differs from itself",
     "invalid_rounds": "too many rounds were throttled or shared the device with another process",
     "invalid_session": "the session is marked as invalid",
     "invalid_baseline": "the baseline is marked as invalid",
@@ -63,7 +59,7 @@ class Decision:
 
     reason: begins with a code of REASONS, else ValueError. ratio: new / old seconds; between sessions each divided by the
     reference workload's seconds. margin: a fraction. against: the name of the baseline. raw_ratio: between sessions, of
-    the seconds themselves.
+    the seconds themselves. launches: of both sides, for a comparison within a session.
     """
 
     verdict: Verdict
@@ -72,6 +68,7 @@ class Decision:
     margin: float | None = None
     against: str | None = None
     raw_ratio: float | None = None
+    launches: int | None = None
 
     def __post_init__(self) -> None:
         if self.code not in REASONS:
@@ -91,6 +88,7 @@ class Decision:
             "margin": self.margin,
             "against": self.against,
             "raw_ratio": self.raw_ratio,
+            "launches": self.launches,
         }
 
     def __str__(self) -> str:
@@ -143,17 +141,61 @@ def decide_interval(ratio: Interval, margin: float, against: str | None = None) 
 
 
 def decide_paired(
-    head: Sequence[float], base: Sequence[float], margin: float, seed: int | str = 0, against: str | None = None
+    effects: Sequence[float],
+    margin: float,
+    level: float = LEVEL,
+    against: str | None = None,
+    launch_seconds: float | None = None,
 ) -> Decision:
-    """Judge two interleaved series in seconds, with one value per launch; values i of both were measured in turns.
+    """Judge two series of one session by the log ratios of their launches (perf.analysis.paired.launch_effects).
 
-    seed: of the bootstrap; made of the two names it makes the verdict reproducible. Fewer than 6 pairs are INCONCLUSIVE.
-    Raises ValueError for series of different lengths, values that are not positive, or an impossible margin.
+    An INCONCLUSIVE decision has the difference that would have been detected, and the launches that detect twice the
+    margin. launch_seconds: of one launch of both sides, for their time. Fewer than 2 launches are INCONCLUSIVE. Raises
+    ValueError for an impossible margin.
     """
     _require_margin(margin)
-    if len(head) == len(base) < MIN_VALUES:
-        return Decision(Verdict.INCONCLUSIVE, "too_few_rounds", None, margin, against)
-    return decide_interval(paired_ratio(head, base, seed), margin, against)
+    if len(effects) < MIN_LAUNCHES:
+        return Decision(Verdict.INCONCLUSIVE, "too_few_rounds", None, margin, against, launches=len(effects))
+    decision = decide_interval(paired.ratio_of_effects(effects, level), margin, against)
+    detail = _detectable(effects, margin, level, launch_seconds) if decision.verdict is Verdict.INCONCLUSIVE else ""
+    return replace(decision, reason=decision.reason + detail, launches=len(effects))
+
+
+def _detectable(effects: Sequence[float], margin: float, level: float, launch_seconds: float | None) -> str:
+    visible = 100 * paired.detectable(effects, margin, level)
+    launches = paired.launches_for(effects, 2 * margin, margin)
+    smallest = f"{200 * margin:.1f} %"
+    if launches is None:
+        return f" {visible:.1f} % was detectable; {smallest} needs more than {paired.MOST_LAUNCHES} launches"
+    minutes = f" in about {max(1, round(launches * launch_seconds / 60))} min" if launch_seconds else ""
+    return f" {visible:.1f} % was detectable; --perf-launches {launches} detects {smallest}{minutes}"
+
+
+def decide_looks(
+    effects: Sequence[float],
+    margin: float,
+    looks: Sequence[int],
+    against: str | None = None,
+    launch_seconds: float | None = None,
+) -> tuple[Decision, bool]:
+    """Judge a group-sequential comparison: (decision of the last look taken, whether another look is needed).
+
+    effects: log ratios of launches in order, as many as were measured. looks: numbers of launches after which the
+    comparison is judged, at LOOK_LEVEL where there are several. It ends at the first verdict, at the last look, or where
+    no further look could give one (perf.analysis.paired.is_futile). Raises ValueError for an impossible margin.
+    """
+    level = LOOK_LEVEL if len(looks) > 1 else LEVEL
+    for look in looks:
+        decision = decide_paired(effects[:look], margin, level, against, launch_seconds)
+        if len(effects) < look:  # interrupted, or with failed rounds
+            return decision, True
+        if decision.verdict is not Verdict.INCONCLUSIVE or look == looks[-1]:
+            return decision, False
+        if paired.is_futile(effects[:look], margin, looks):
+            return decision, False
+        if len(effects) == look:
+            return decision, True
+    raise ValueError("needs at least one look")
 
 
 def decide_against_history(

@@ -42,7 +42,6 @@ STEPS = (
     Step("fast", ("perf", "--model", "sd2", "--optimise", "fast", "--batch", "1"), "how fast it gets"),
     Step("peers-1", (*PEERS, "--batch", "1"), "the same work by diffusers"),
     Step("ladder", ("perf", "-m", "ladder"), "what each optimisation gives"),
-    Step("kernels", ("perf", "-m", "kernels", "--batch", "1"), "whether our kernels beat the generated ones"),
     Step("scopes", ("perf", "-m", "scopes"), "whether the loop as one is faster than step by step"),
     Step(
         "fast-batches",

@@ -1,57 +1,78 @@
 """`python -m perf battery`: measure the false alarms and misses of the regression gate on this machine.
 
-Each session measures one configuration under three labels in turns: unchanged, unchanged again (A/A), and with a busy loop
-in its sampler that slows it by a known fraction. A difference between the first two is a false alarm; the third must be
-SLOWER. Sessions are appended to a file as they end, so an interrupted battery can be resumed.
+Each session measures one configuration under four labels: unchanged, unchanged again (A/A), with a busy loop in its sampler
+that slows it by a known fraction, and the control arm. It runs the code of `--perf-against`: the same loading, order, looks
+and rules. A difference between the first two is a false alarm; the third must be SLOWER. Sessions are appended to a file as
+they end, so an interrupted battery can be resumed. `--simulate` judges recorded launches drawn again instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
-from perf.analysis.statistics import MARGIN_FLOOR, MIN_VALUES, self_comparison
-from perf.analysis.verdicts import Decision, ExitCode, Verdict, decide_paired
+from perf.analysis.paired import LOOKS, MIN_LAUNCHES, launch_effects
+from perf.analysis.statistics import MARGIN_FLOOR
+from perf.analysis.verdicts import Decision, ExitCode, Verdict, decide_looks
+from perf.commands import simulate
+from perf.commands.interference import KINDS, interference
 from perf.configurations.configuration import Configuration, UnknownChoice, usual
 from perf.machine.nvml import NoTelemetry, open_visible_device
 from perf.machine.stack import stack
 from perf.machine.telemetry import Watch, no_watch
 from perf.runs.storage import why_unwritable, write_atomically
+from perf.session import loading, pairs
 from perf.session.lock import DeviceBusy, DeviceLock
-from perf.session.measurements import Measurements
-from perf.session.plan import Plan, Slot
+from perf.session.measurements import Measurements, paired_rounds
+from perf.session.pairs import Judge, Pair
+from perf.session.plan import CONTROL, Plan, Slot
+from perf.session.run import free_bytes, ignore_pid
 from perf.session.runner import Runner
 from perf.session.settings import Settings
 from perf.session.workers import Launches, compile_cache
 from perf.worker.wire import WorkerError
 
-LABELS = (None, "aa", "slow")
+LABELS = (None, "aa", "slow", CONTROL)
+SIMULATED_CHANGES = (0.0, 0.02, 0.03, 0.05)
+MOST_ALARMS, MOST_INVALID, LEAST_DETECTED = 1 / 40, 1 / 40, 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
-    add("--sessions", type=int, default=30, help="number of A/A and of slowdown comparisons (default: 30)")
-    add("--launches", type=int, default=10, help="fresh processes per label (default: 10)")
+    add("--sessions", type=int, default=40, help="number of A/A and of slowdown comparisons (default: 40)")
+    looks = ", ".join(map(str, LOOKS))
+    add("--launches", type=int, help=f"fresh processes per label (default: looks after {looks}, as the gate)")
     add("--rounds", type=int, default=8, help="timed rounds per launch (default: 8)")
     add("--slowdown", type=float, default=0.05, help="the injected fraction (default: 0.05)")
+    add("--interference", choices=KINDS, default="none", help="load on every core beside the sessions (default: none)")
     add("--model", default="tiny", help="model preset (default: tiny)")
     add("--attention", default="sdpa", help="attention implementation (default: sdpa)")
     add("--steps", type=int, default=10, help="sampler steps (default: 10)")
-    add("--output", type=Path, required=True, help="JSON file of sessions; resumed if it exists")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--output", type=Path, help="JSON file of sessions; resumed if it exists")
+    help = "measure nothing: rates from the launches of this file, drawn again"
+    group.add_argument("--simulate", type=Path, metavar="SAVED.json", help=help)
+    add("--draws", type=int, default=10_000, help="simulated comparisons of each change (default: 10000)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the missing sessions and print the rates.
 
-    Exit status: 0; 1 if more than 1 in 30 A/A comparisons are false alarms or fewer than 90 % of the slowdowns are
-    detected; 4 for a usage error.
+    Exit status: 0; 1 if more than 1 in 40 A/A comparisons are false alarms, more than 1 in 40 sessions are INVALID, or
+    fewer than 95 % of the slowdowns are detected; 4 for a usage error.
     """
     try:
         configuration = _configuration(arguments)
+        if arguments.simulate:
+            print(_simulated(arguments))
+            return ExitCode.OK
     except (UnknownChoice, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.REFUSED
@@ -60,52 +81,89 @@ def run(arguments: argparse.Namespace) -> int:
         return ExitCode.REFUSED
     gpu = open_visible_device()
     device, clock, threads = ("cpu", "cpu", 1) if isinstance(gpu, NoTelemetry) else ("cuda", "wall", None)
-    facts = stack(device, gpu)
-    protocol = {name: getattr(arguments, name) for name in ("launches", "rounds", "slowdown")}
-    header = {"schema": 1, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
-    settings = Settings(device, arguments.output.parent, clock=clock, threads=threads, **protocol)
+    facts, looks = stack(device, gpu), _looks(arguments)
+    protocol = {"looks": list(looks), "rounds": arguments.rounds, "slowdown": arguments.slowdown}
+    header = {"schema": 2, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
+    header["interference"] = arguments.interference
+    settings = Settings(
+        device,
+        arguments.output.parent,
+        clock=clock,
+        threads=threads,
+        launches=looks[0],
+        looks=looks,
+        rounds=arguments.rounds,
+        slowdown=arguments.slowdown,
+    )
     try:
         sessions = _earlier(arguments.output, header)
         with DeviceLock(facts["uuid"] or device), compile_cache() as cache:
             watch = no_watch if isinstance(gpu, NoTelemetry) else Watch(gpu)
             while len(sessions) < arguments.sessions:
-                sessions.append(measure_session(settings, configuration, Launches(settings, cache), watch))
+                with interference(arguments.interference, len(sessions)):
+                    sessions.append(measure_session(settings, configuration, Launches(settings, cache), watch, gpu))
                 write_atomically(arguments.output, {**header, "sessions": sessions})
-                print(f"{len(sessions)}/{arguments.sessions}: {_summary(sessions[-1], settings.slowdown)}", flush=True)
+                summary = _summary(sessions[-1], looks, settings.slowdown)
+                print(f"{len(sessions)}/{arguments.sessions}: {summary}", flush=True)
     except (DeviceBusy, ValueError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.FAILED
-    return report(sessions, arguments.slowdown)
+    return report(sessions, looks, arguments.slowdown)
+
+
+def _looks(arguments: argparse.Namespace) -> tuple[int, ...]:
+    return pairs.looks_of(arguments.launches, paired=True) or (arguments.launches,)
 
 
 def _configuration(arguments: argparse.Namespace) -> Configuration:
     """The configuration to measure. Raises UnknownChoice or ValueError for arguments that cannot work."""
-    if arguments.launches < MIN_VALUES or arguments.sessions < 1:
-        raise ValueError(f"at least {MIN_VALUES} launches, without which there is no interval, and 1 session")
+    few = arguments.launches is not None and arguments.launches < MIN_LAUNCHES
+    if few or arguments.sessions < 1 or arguments.draws < 1:
+        raise ValueError(f"at least {MIN_LAUNCHES} launches, without which there is no interval, 1 session and 1 draw")
     if arguments.rounds < 1 or not 0 < arguments.slowdown < 1:
         raise ValueError("at least 1 round, and a slowdown between 0 and 1")
     return replace(usual(arguments.model), attention=arguments.attention, steps=arguments.steps)
+
+
+def _simulated(arguments: argparse.Namespace) -> str:
+    """The rates of recorded sessions drawn again. Raises ValueError for a file that is no battery."""
+    sessions = _document(arguments.simulate)["sessions"]
+    try:
+        return simulate.table(sessions, SIMULATED_CHANGES, _looks(arguments), MARGIN_FLOOR, arguments.draws)
+    except (KeyError, TypeError):
+        raise ValueError(f"{arguments.simulate}: has sessions without rounds; name another file") from None
 
 
 def _earlier(path: Path, header: dict) -> list[dict]:
     """The sessions of an interrupted battery. Raises ValueError for another file or other options."""
     if not path.exists():
         return []
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in header if document.get(key) != header[key] and key != "stack"]
-        sessions = document["sessions"]
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{path}: is no battery; name another file") from None
+    document = _document(path)
+    different = [key for key in header if document.get(key) != header[key] and key != "stack"]
     if different:
         raise ValueError(f"{path}: is a battery with other {', '.join(different)}; name another file")
-    return sessions
+    return document["sessions"]
 
 
-def measure_session(settings: Settings, configuration: Configuration, launches: Launches, watch) -> dict:
-    """Measure the three labels in turns. Raises WorkerError if one of them cannot be measured."""
+def _document(path: Path) -> dict:
+    """The content of a battery's file. Raises ValueError for any other file."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        list(document["sessions"])
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: is no battery; name another file") from None
+    return document
+
+
+def measure_session(settings: Settings, configuration: Configuration, launches: Launches, watch, gpu) -> dict:
+    """Measure the labels as the gate does. Raises WorkerError if one of them cannot be measured."""
+    begin = time.monotonic()
     slots = tuple(Slot(configuration, label) for label in LABELS)
-    plan = Plan(slots, settings.launches, settings.rounds, settings.side_by_side)
+    choice, _ = loading.choose(slots, free_bytes(settings, gpu), "memory")
+    looks = settings.looks if len(settings.looks) > 1 else ()
+    plan = Plan(slots, settings.launches, settings.rounds, choice, random.randrange(2**32), looks)
     measurements = Measurements(plan)
     runner = Runner(
         plan,
@@ -114,46 +172,66 @@ def measure_session(settings: Settings, configuration: Configuration, launches: 
         references=lambda slot, seed: None,
         watch=watch,
         write=lambda event, content: None,
-        progress=lambda launch, slot: None,
+        progress=lambda launch, slot, round_number: None,
+        loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
     )
-    runner.run(measurements)
-    medians, rounds = {}, {}
+    id = configuration.id
+    judge = Judge(plan, [Pair(label, f"{id}@{label}", id, label) for label in ("aa", "slow")], settings.margin)
+    pairs.measure(runner, measurements, judge, lambda line: None)
     for slot in plan.slots:
-        measured, label = measurements.by_name[slot.name], slot.variant or "plain"
-        if measured.failure:
-            raise WorkerError(*measured.failure)
-        medians[label] = [measured.median(launch) for launch in range(plan.launches)]
-        rounds[label] = [
-            [round["seconds"] for round in measured.launches[launch].valid()] for launch in range(plan.launches)
-        ]
-    return {"medians": medians, "rounds": rounds, "drift": measurements.drift()}
+        failure = measurements.by_name[slot.name].failure
+        if failure:
+            raise WorkerError(*failure)
+    return {
+        "rounds": _rounds(measurements, id),
+        "drift": measurements.drift(),
+        "invalid": judge.invalid(measurements),
+        "order_seed": plan.seed,
+        "seconds": time.monotonic() - begin,
+    }
 
 
-def judge(session: dict, slowdown: float, margin: float) -> tuple[Decision, Decision]:
+def _rounds(measurements: Measurements, id: str) -> dict[str, list[list[float]]]:
+    """Seconds by label, launch and cycle, of the rounds that are valid under the label and unchanged."""
+    rounds = {}
+    for label in LABELS:
+        name = f"{id}@{label}" if label else id
+        rounds[label or "plain"], _ = paired_rounds(measurements.by_name[name], measurements.by_name[id])
+    return rounds
+
+
+def judge_session(session: dict, looks: tuple[int, ...], slowdown: float, margin: float) -> tuple[Decision, Decision]:
     """(verdict of the A/A comparison, verdict of the injected slowdown)."""
-    plain, again, slow = (session["medians"][label] for label in ("plain", "aa", "slow"))
-    return decide_paired(plain, again, margin, "aa"), decide_paired(slow, plain, margin, f"slowed by {slowdown}")
+    if session.get("invalid"):
+        invalid = Decision(Verdict.INVALID, session["invalid"])
+        return invalid, invalid
+    plain, again, slow = (session["rounds"][label] for label in ("plain", "aa", "slow"))
+    same, _ = decide_looks(launch_effects(again, plain), margin, looks, "itself")
+    slowed, _ = decide_looks(launch_effects(slow, plain), margin, looks, f"slowed by {100 * slowdown:g} %")
+    return same, slowed
 
 
-def _summary(session: dict, slowdown: float) -> str:
-    same, slow = judge(session, slowdown, MARGIN_FLOOR)
+def _summary(session: dict, looks: tuple[int, ...], slowdown: float) -> str:
+    same, slow = judge_session(session, looks, slowdown, MARGIN_FLOOR)
     return f"A/A {same}; slowed {slow}; reference workload drift {100 * (session['drift'] or 0):.1f} %"
 
 
-def report(sessions: list[dict], slowdown: float) -> int:
-    """Print the rates at the smallest margin and at the margin of this machine's A/A noise; returns the exit status."""
-    ratios = [judge(session, slowdown, MARGIN_FLOOR)[0].ratio.estimate for session in sessions]
-    noise = self_comparison(ratios).p95
-    status = ExitCode.OK
-    for margin in dict.fromkeys((MARGIN_FLOOR, max(MARGIN_FLOOR, noise))):
-        decisions = [judge(session, slowdown, margin) for session in sessions]
-        alarms = sum(same.verdict in (Verdict.SLOWER, Verdict.FASTER) for same, _ in decisions)
-        detected = sum(slow.verdict is Verdict.SLOWER for _, slow in decisions)
-        print(
-            f"margin {100 * margin:.2f} %: {alarms} false alarms in {len(sessions)} A/A comparisons, "
-            f"{100 * slowdown:g} % slowdown detected in {detected} of {len(sessions)}"
-        )
-        if alarms > max(1, len(sessions) / 30) or detected < 0.9 * len(sessions):
-            status = ExitCode.FAILED
-    print(f"A/A ratios differ from 1 by at most {100 * noise:.2f} % in 95 % of comparisons")
-    return status
+def report(sessions: list[dict], looks: tuple[int, ...], slowdown: float) -> int:
+    """Print the rates at the smallest margin; returns the exit status."""
+    decisions = [judge_session(session, looks, slowdown, MARGIN_FLOOR) for session in sessions]
+    count = len(sessions)
+    alarms = sum(same.verdict in (Verdict.SLOWER, Verdict.FASTER) for same, _ in decisions)
+    invalid = sum(same.verdict is Verdict.INVALID for same, _ in decisions)
+    detected = sum(slow.verdict is Verdict.SLOWER for _, slow in decisions)
+    print(
+        f"margin {100 * MARGIN_FLOOR:.2f} %: {alarms} false alarms in {count} A/A comparisons, "
+        f"{100 * slowdown:g} % slowdown detected in {detected} of {count}, {invalid} INVALID"
+    )
+    launches = [decision.launches for pair in decisions for decision in pair if decision.launches]
+    if launches:
+        print(f"{statistics.median(launches):g} launches a comparison in the median, {max(launches)} at most")
+    times = [session["seconds"] for session in sessions if session.get("seconds")]
+    if times:
+        print(f"{statistics.median(times):.0f} s a session in the median, {max(times):.0f} s at most")
+    failed = alarms > max(1, MOST_ALARMS * count) or invalid > max(1, MOST_INVALID * count)
+    return ExitCode.FAILED if failed or detected < LEAST_DETECTED * count else ExitCode.OK

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from perf.analysis.statistics import MIN_VALUES, margin, sign_interval
+from perf.analysis.statistics import launch_interval, margin
 from perf.analysis.verdicts import ExitCode
 from perf.report.text import seconds, size
 from perf.runs.saved_run import BaselineError, SavedBenchmark, SavedRun, read
@@ -59,12 +59,12 @@ def _show(session: SavedRun) -> None:
     for flag in flags(session):
         print(flag)
     print_table(COLUMNS, [_row(benchmark) for benchmark in session.benchmarks])
-    print("Medians over launches, with the exact interval of the sign test.")
+    print("Medians over launches, with the exact interval of the sign test, or Student's t below 6 launches.")
 
 
 def _row(benchmark: SavedBenchmark) -> list[str]:
     medians, joules = benchmark.launch_medians, benchmark.joules_per_image
-    interval = sign_interval(medians) if len(medians) >= MIN_VALUES else None
+    interval = launch_interval(medians) if len(medians) >= 2 else None
     verdict = f"wrong image: {benchmark.image_failure}" if benchmark.image_failure else str(benchmark.decision or "-")
     return [
         benchmark.id if benchmark.variant is None else f"{benchmark.id} ({benchmark.variant})",
@@ -81,7 +81,8 @@ def _row(benchmark: SavedBenchmark) -> list[str]:
 
 def flags(session: SavedRun) -> list[str]:
     """The reasons that bar a run from being a baseline, such as `partial: deselected 3 of 9`."""
-    values = {"partial": session.partial, "invalid": session.invalid, "regressed": ", ".join(session.regressed)}
+    values = {"partial": session.partial, "invalid": session.invalid, "drifted": session.drifted}
+    values["regressed"] = ", ".join(session.regressed)
     return [f"{name}: {value}" for name, value in values.items() if value]
 
 

@@ -145,6 +145,12 @@ def preset_of(optimise: str) -> str | None:
     return first if first in OPTIMISE_PRESETS else None
 
 
+def is_reference(fields: Mapping[str, object]) -> bool:
+    """Whether speed-ups refer to a configuration with these fields: the original code's attention, eager."""
+    reference = {"engine": "sd", "attention": "original", "compile": "none", "optimise": ""}
+    return all(fields.get(field) == value for field, value in reference.items())
+
+
 def is_approximate(optimise: str) -> bool:
     """Whether an `--optimise` value contains a technique that changes the image."""
     return not set(optimise.split(",")).isdisjoint(APPROXIMATE)

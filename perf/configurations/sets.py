@@ -59,11 +59,6 @@ INDUCTOR = [
 SCOPES = [
     {"optimise": "fast" + more} for more in ("", ",compile_blocks", ",cuda_graph_loop", ",compile_step,cuda_graph_loop")
 ]
-# The Triton kernels added to the preset: they become part of it if they are faster than Inductor's.
-KERNELS = [
-    {"optimise": "fast" + more}
-    for more in ("", ",triton_group_norm", ",triton_geglu", ",triton_group_norm,triton_geglu")
-]
 # Techniques that change the image, each added to the preset.
 APPROXIMATIONS = [{"optimise": ",".join(("fast", *more))} for more in ((), *((name,) for name in APPROXIMATE))]
 # A merged LoRA must cost nothing, eager or compiled.
@@ -106,7 +101,6 @@ SETS: dict[str, list[Configuration]] = {
     "ladder": _variants("sd2", LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
     "scopes": _variants("sd2", SCOPES),
-    "kernels": _variants("sd2", KERNELS, batches=(1, 8)),
     "inductor": _variants("sd2", INDUCTOR),
     "approximate": _variants("sd2", APPROXIMATIONS),
     "lora": _variants("sd2", LORA),
@@ -140,7 +134,6 @@ SUMMARIES = {
     "ladder": "one optimisation at a time on SD2",
     "compile_modes": "every mode of torch.compile",
     "scopes": "compile the blocks, the UNet, the step or the whole loop",
-    "kernels": "the Triton kernels added to the preset, at batch 1 and 8",
     "inductor": "Inductor's options, one at a time",
     "approximate": "techniques that change the image, one at a time added to the preset",
     "lora": "without and with a merged LoRA of rank 16, eager and with the preset fast",

@@ -180,9 +180,20 @@ class _Round:
     def _check_foreign_processes(self) -> None:
         listed = self._device.compute_pids()
         if listed is not None:
-            alive = sum(map(psutil.pid_exists, self._allowed_pids))
-            foreign = foreign_pids(listed, self._allowed_pids, alive, in_initial_pid_namespace())
+            allowed = self._allowed_pids
+            # A worker's own children may compute too, such as those in which inductor measures candidates.
+            if in_initial_pid_namespace() or allowed & set(listed):  # the ids are those of this namespace
+                allowed |= {pid for pid in set(listed) - allowed if _descends_from(pid, allowed)}
+            alive = sum(map(psutil.pid_exists, allowed))
+            foreign = foreign_pids(listed, allowed, alive, in_initial_pid_namespace())
             self._foreign = (self._foreign or set()) | foreign
+
+
+def _descends_from(pid: int, ancestors: Collection[int]) -> bool:
+    try:
+        return any(parent.pid in ancestors for parent in psutil.Process(pid).parents())
+    except psutil.Error:  # ended, or of another process namespace
+        return False
 
 
 def foreign_pids(listed: Collection[int], allowed: Collection[int], alive: int, same_pid_namespace: bool) -> set[int]:

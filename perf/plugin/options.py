@@ -16,6 +16,7 @@ import pytest
 from perf.configurations.configuration import CHOICES
 from perf.launch.process import Interpreter
 from perf.machine.nvml import NoTelemetry
+from perf.session.pairs import looks_of
 from perf.session.settings import CLOCKS, Settings
 
 
@@ -101,8 +102,9 @@ def add_options(parser) -> None:
         settings = {"dest": f"perf_{field}", "metavar": field.upper(), "help": help + choices}
         matrix.addoption(option, action="append", type=read, **settings)
     add = parser.getgroup("perf", "how to measure").addoption
-    add("--perf-launches", type=_count, metavar="L", help="fresh processes per configuration (GPU, pairs: 10, CPU: 6)")
-    help = "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 3, pairs on a CPU: 8)"
+    help = "fresh processes per configuration (CPU: 4, GPU: 10, pairs: 8, and up to 24 while they are undecided)"
+    add("--perf-launches", type=_count, metavar="L", help=help)
+    help = "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 4, pairs on a CPU: 8)"
     add("--perf-rounds", type=_count, metavar="R", help=help)
     add("--perf-inprocess", action="store_true", help="everything in this process: quick, without launch variance")
     add("--perf-clock", choices=("auto", *CLOCKS), default="auto", help="wall or CPU time (auto: CPU time on a CPU)")
@@ -184,9 +186,10 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     if threads is None and clock == "cpu":
         threads = 1  # CPU time of several threads includes the time that they wait for each other
     paired = any(map(option, PAIRED))
-    launches = 10 if device == "cuda" or paired else 6
+    looks = looks_of(option("perf_launches"), paired and isolated)
+    launches = looks[0] if looks else 10 if device == "cuda" else 4
     # 8 rounds for pairs on a CPU, where rounds vary most: `python -m perf battery` validated this number.
-    rounds = 2 if device == "cuda" else 8 if paired else 3
+    rounds = 2 if device == "cuda" else 8 if paired else 4
     if not isolated:
         launches, rounds = 1, 5
     launches, rounds = option("perf_launches") or launches, option("perf_rounds") or rounds
@@ -199,6 +202,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         clock=clock,
         threads=threads,
         launches=launches,
+        looks=looks,
         rounds=rounds,
         isolated=isolated,
         resume=option("perf_resume"),

@@ -16,6 +16,7 @@ MATRIX = "matrix"  # the marker of the configurations that options alone describ
 def markers() -> list[str]:
     """Lines for pytest's list of markers."""
     lines = [f"{name}: {SUMMARIES[name]}" for name in SETS]
+    lines.append("overhead: measures the harness itself; runs only if its file is named")
     return [*lines, f"{MATRIX}: the configurations that --model, --attention and the other matrix options describe"]
 
 
@@ -57,8 +58,8 @@ def with_interpreters(values: dict[str, list], labels: list[str]) -> dict[str, l
 def select(config, items: list, values: dict[str, list], device: str) -> list:
     """The items to run: those of the options, else of the machine's default set; all if a marker expression is given.
 
-    A test id with a configuration in it adds that configuration. Other benchmarks marked `slow` run only if their file is
-    named, or with --benchmark-disable.
+    A test id with a configuration in it adds that configuration. Other benchmarks marked `slow` or `overhead` run only if
+    their file is named, or with --benchmark-disable.
     """
     if config.option.markexpr:
         return items
@@ -67,8 +68,9 @@ def select(config, items: list, values: dict[str, list], device: str) -> list:
 
     def selected(item) -> bool:
         if configuration_of(item) is None:
-            slow = item.get_closest_marker("slow") and "benchmark" in getattr(item, "fixturenames", ())
-            return not slow or disabled(config) or item.path.name in files
+            marks = ("slow", "overhead")
+            aside = any(map(item.get_closest_marker, marks)) and "benchmark" in getattr(item, "fixturenames", ())
+            return not aside or disabled(config) or item.path.name in files
         return item.get_closest_marker(marker) is not None or item.nodeid.partition("::")[2] in named
 
     return [item for item in items if selected(item)]

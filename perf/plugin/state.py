@@ -19,7 +19,6 @@ from perf.runs import baselines
 from perf.runs.storage import storage_name
 from perf.session import record
 from perf.session.journal import Recorded, unfinished
-from perf.session.measurements import INVALID_SHARE_LIMIT
 from perf.session.run import Session
 from perf.session.settings import Settings
 
@@ -179,8 +178,7 @@ def exit_status(state: RunState, status: int, unsaved: bool, regressed: bool, st
         return ExitCode.FAILED if state.failed or unsaved else ExitCode.SLOWER
     if status != pytest.ExitCode.OK or not results:
         return status
-    invalid, total = results.session.measurements.counts()
-    if invalid > INVALID_SHARE_LIMIT * total:
+    if results.session.invalid:
         return ExitCode.FAILED
     if strict:
         # A configuration that is missing although no option excluded it may have stopped working.

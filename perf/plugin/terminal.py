@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perf.analysis.ranking import fastest_line, sort_by_seconds
+from perf.analysis import ranking
 from perf.analysis.statistics import Interval
-from perf.analysis.verdicts import Decision, Verdict
-from perf.configurations.configuration import is_approximate
+from perf.analysis.verdicts import Decision, Verdict, percent
+from perf.configurations.configuration import is_approximate, is_reference
 from perf.plugin.state import Results
 from perf.report.text import interval_seconds, size
 from perf.session import record
@@ -39,9 +39,36 @@ def write(reporter, results: Results, partial: str | None) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def ranked(infos: dict[str, dict]) -> list[str]:
-    """Ids from the fastest image to the slowest."""
-    return sort_by_seconds(infos, lambda id: infos[id]["seconds_per_image"])
+def ranked(results: Results) -> list[str]:
+    """Ids by work, each from the fastest image to the slowest."""
+    return [entry.id for entry in ranking.ranked(entries(results))]
+
+
+def entries(results: Results) -> list[ranking.Entry]:
+    """The measured configurations as entries of a ranking."""
+    return [_entry(results, id) for id in results.infos]
+
+
+def _entry(results: Results, id: str) -> ranking.Entry:
+    info, decision = results.infos[id], results.decisions.get(id)
+    configuration, speedup = info["configuration"], info["speedup"]
+    invalid = results.session.invalid or (decision and decision.verdict is Verdict.INVALID)
+    approximate = is_approximate(configuration["optimise"])
+    rounds = [
+        [seconds for i, seconds in enumerate(launch["round_seconds"]) if str(i) not in launch["invalid"]]
+        for launch in info["launches"]
+    ]
+    return ranking.Entry(
+        id=id,
+        seconds=info["seconds_per_image"],
+        rounds=[[seconds / configuration["batch"] for seconds in launch] for launch in rounds],
+        work=ranking.work_of(configuration),
+        text=interval_seconds(info["seconds_per_image"]),
+        why_not="INVALID" if invalid else "approximate" if approximate else None,
+        is_reference=is_reference(configuration),
+        speedup=Interval(*(speedup[key] for key in ("estimate", "low", "high"))) if speedup else None,
+        against=speedup["against"] if speedup else "original",
+    )
 
 
 def failures(session: Session) -> dict[str, str]:
@@ -56,7 +83,7 @@ def failures(session: Session) -> dict[str, str]:
 
 def print_table(console: Console, results: Results) -> None:
     """Print every configuration, the fastest first and the failed ones last."""
-    rows = [(id, cells(results, id), results.decisions.get(id)) for id in ranked(results.infos)]
+    rows = [(id, cells(results, id), results.decisions.get(id)) for id in ranked(results)]
     clock = "CPU time/image [95 %]" if results.session.settings.clock == "cpu" else "time/image [95 %]"
     if console.width >= WIDE:
         console.print(_wide(clock, rows))
@@ -83,19 +110,13 @@ def cells(results: Results, id: str) -> dict[str, str]:
     }
     if speedup:
         values["speed-up"] = f"{speedup['estimate']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}]"
-    elif _is_reference(info):
+    elif is_reference(info["configuration"]):
         values["speed-up"] = "reference"
     if image["psnr_db"] is not None:
         values["image"] = f"{image['psnr_db']:.0f} dB{', approximate' if image['verdict'] == 'approximate' else ''}"
     if decision:
         values["verdict"], _, values["reason"] = str(decision).partition(" ")
     return {column: value for column, value in values.items() if value}
-
-
-def _is_reference(info: dict) -> bool:
-    """Whether speed-ups refer to this configuration."""
-    reference = {"engine": "sd", "attention": "original", "compile": "none", "optimise": ""}
-    return all(info["configuration"][field] == value for field, value in reference.items())
 
 
 def _style(decision: Decision | None) -> str:
@@ -144,46 +165,55 @@ def lines(results: Results, partial: str | None) -> list[str]:
     invalid, total = session.measurements.counts()
     if invalid:
         text.append(f"{invalid} of {total} rounds were invalid and measured again")
-    if session.measurements.invalid():
-        text.append(f"INVALID session: {session.measurements.invalid()}: no baseline, no verdict")
+    if session.invalid:
+        text.append(f"INVALID session: {session.invalid}: no baseline, no verdict")
+    if drifted := session.measurements.drifted():
+        text.append(f"drifted: {drifted}: absolute times are approximate, and the session is no baseline")
     if partial:
         text.append(f"partial run ({partial}): never chosen as a baseline")
     text += [f"{id}: {decision}" for id, decision in decisions.items()]
     if decisions:
-        text.append(_error_rate(session, decisions))
+        text.append(_error_rate(decisions))
     if judgement and judgement.missing:
         text.append(f"in the baseline, but not measured: {', '.join(judgement.missing)}")
     if judgement and judgement.new:
         text.append(f"new, without a baseline: {', '.join(judgement.new)}")
-    return text + _fastest(results.infos)
+    return text + ranking.fastest_lines(entries(results))
 
 
 def _protocol(session: Session) -> str:
     settings = session.settings
     clock = "CPU time" if settings.clock == "cpu" else "wall time"
     threads = f" of {settings.threads} thread(s)" if settings.threads else ""
-    processes = "fresh processes in turns"
+    processes = {"all": "all alternating", "variants": "both sides alternating", "single": "in turns"}[
+        session.plan.loading
+    ]
     if not settings.isolated:
         processes = "one process: launch variance is not in the interval"
     drift = session.measurements.drift()
     reference = "" if drift is None else f", reference workload drift {100 * drift:.1f} %"
+    counts = [len(measured.launches) for measured in session.measurements.by_name.values()]
+    fewest, most = min(counts, default=0), max(counts, default=0)
+    launches = f"{most}" if fewest == most else f"{fewest} to {most}"
+    control = ""
+    if session.control is not None and session.control.ratio is not None:
+        control = f", control arm {percent(session.control.ratio.estimate):+.1f} %"
     return (
-        f"{clock}{threads}, {settings.launches} launches of {settings.rounds} rounds, {processes}{reference}; "
+        f"{clock}{threads}, {launches} launches of {settings.rounds} rounds, {processes}{reference}{control}; "
         f"{session.seconds:.0f} s in all"
     )
 
 
-def _error_rate(session: Session, decisions: dict[str, Decision]) -> str:
+def _error_rate(decisions: dict[str, Decision]) -> str:
     margins = [decision.margin for decision in decisions.values() if decision.margin]
     margin = f", margin {100 * max(margins):.1f} %" if margins else ""
-    launches = max(len(measured.launches) for measured in session.measurements.by_name.values())
-    share = 25 if launches > session.plan.launches else 40  # doubling the undecided pairs tests them twice
-    return f"{len(decisions)} comparison(s){margin}; without a change at most 1 in {share} is wrong in each direction"
+    return f"{len(decisions)} comparison(s){margin}; without a change at most 1 in 40 is wrong in each direction"
 
 
 def _compiling(id: str, info: dict) -> str:
     first, graphs, amortised = info["first_call_seconds"], info["compile"], info["images_to_amortise"]
-    text = f"{id}: first call {first['cold']:.1f} s cold"
+    cold = "not cold, with --perf-compile-cache" if first["cold"] is None else f"{first['cold']:.1f} s cold"
+    text = f"{id}: first call {cold}"
     if first["warm"] is not None:
         text += f", {first['warm']:.1f} s with a warm compile cache"
         text += f" (first image of a process after {info['first_picture_seconds']['warm']:.1f} s)"
@@ -193,16 +223,3 @@ def _compiling(id: str, info: dict) -> str:
     if amortised["estimate"] is None:
         return text + "; never pays here"
     return text + f"; pays after {amortised['estimate']} images [{amortised['low']}, {amortised['high'] or 'never'}]"
-
-
-def _fastest(infos: dict[str, dict]) -> list[str]:
-    exact = {id: info for id, info in infos.items() if not is_approximate(info["configuration"]["optimise"])}
-    if not exact:
-        return []
-    id = ranked(exact)[0]
-    time, speedup = interval_seconds(infos[id]["seconds_per_image"]), infos[id]["speedup"]
-    if not speedup:
-        return [fastest_line(id, time)]
-    return [
-        fastest_line(id, time, Interval(*(speedup[key] for key in ("estimate", "low", "high"))), speedup["against"])
-    ]

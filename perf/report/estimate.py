@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perf.analysis.statistics import MIN_VALUES, sign_interval
+from perf.analysis.statistics import launch_interval
 from perf.report.text import interval_seconds
 
 
@@ -25,16 +25,15 @@ class Estimate:
 
     @classmethod
     def over_launches(cls, launches: Sequence[Sequence[float]]) -> Estimate:
-        """Median launch with its exact 95 % interval, or below 6 launches with the range of the rounds.
+        """Median launch with its 95 % interval, or of a single launch with the range of the rounds.
 
         launches: values of the rounds of each launch, at least one of them not empty.
         """
         medians = [statistics.median(rounds) for rounds in launches if rounds]
-        if len(medians) < MIN_VALUES:
+        if len(medians) < 2:
             rounds = list(itertools.chain.from_iterable(launches))
-            name = f"range of the rounds of {len(medians)} launch{'es' if len(medians) > 1 else ''}"
-            return cls(statistics.median(medians), min(rounds), max(rounds), name)
-        interval = sign_interval(medians)
+            return cls(statistics.median(medians), min(rounds), max(rounds), "range of the rounds of 1 launch")
+        interval = launch_interval(medians)
         return cls(interval.estimate, interval.low, interval.high, "95 % interval")
 
     def per(self, count: float) -> Estimate:

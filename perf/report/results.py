@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.analysis.ranking import sort_by_seconds
+from perf.analysis import ranking
 from perf.analysis.statistics import Interval
-from perf.configurations.configuration import is_approximate, technique, usual_precision
+from perf.configurations.configuration import is_approximate, is_reference, technique, usual_precision
 from perf.report.estimate import Estimate
+from perf.report.text import interval_seconds
 from perf.runs.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 
 KNOWN_GPU = re.compile(r"\b(P100|T4|A10G?|V100|A100|A800|H100|H200|B200|GH200|L40S?|L4|A\d{4}|RTX \w+(?: Ti)?)\b")
@@ -132,7 +133,7 @@ class Result:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Seconds per image: exact 95 % interval of the median launch; below 6 launches the range of the rounds."""
+        """Seconds per image: 95 % interval of the median launch; for a single launch the range of the rounds."""
         return self.time.low, self.time.high
 
     @property
@@ -369,7 +370,35 @@ def newest(results: Iterable[Result]) -> list[Result]:
 
 
 def ranked(results: Iterable[Result]) -> list[Result]:
-    """From the fastest image to the slowest; failed image checks last."""
-    return sort_by_seconds(
-        results, lambda result: result.seconds_per_image, lambda result: result.benchmark.image_failure is not None
+    """By work (image size, steps, ...), each from the fastest image to the slowest; failed image checks last.
+
+    Results of one session are in the order of their paired ratios, others in that of their seconds.
+    """
+    results = list(results)
+    if len({id(result.session) for result in results}) == 1:
+        by_id = {result.id: result for result in results}
+        return [by_id[entry.id] for entry in ranking.ranked(map(entry_of, results))]
+    works = list(dict.fromkeys(ranking.work_of(result.benchmark.configuration) for result in results))
+
+    def key(result: Result):
+        work = works.index(ranking.work_of(result.benchmark.configuration))
+        return work, result.benchmark.image_failure is not None, result.seconds_per_image
+
+    return sorted(results, key=key)
+
+
+def entry_of(result: Result) -> ranking.Entry:
+    """A result as an entry of a ranking within its session."""
+    invalid = result.benchmark.image_failure is not None or result.session.saved.invalid is not None
+    why_not = "INVALID" if invalid or result.verdict == "INVALID" else "approximate" if result.approximate else None
+    return ranking.Entry(
+        id=result.id,
+        seconds=result.seconds_per_image,
+        rounds=[[seconds / result.batch for seconds in rounds] for rounds in result.benchmark.launches],
+        work=ranking.work_of(result.benchmark.configuration),
+        text=interval_seconds(result.seconds_per_image, *result.interval),
+        why_not=why_not,
+        is_reference=is_reference(result.benchmark.configuration or {}),
+        speedup=result.speedup,
+        against=result.speedup_against or "original",
     )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perf.analysis.ranking import fastest_line
+from perf.analysis import ranking
 from perf.analysis.verdicts import Verdict
 from perf.report import tables
-from perf.report.results import Result, SavedSession, ranked
+from perf.report.results import Result, SavedSession, entry_of
 from perf.report.text import interval_seconds, markdown, markdown_table
 
 WORST_FIRST = (Verdict.INVALID, Verdict.SLOWER, Verdict.INCONCLUSIVE, Verdict.FASTER, Verdict.SAME)
@@ -49,13 +49,8 @@ def _verdict_table(results: Sequence[Result]) -> str:
 
 
 def fastest(results: Sequence[Result]) -> str | None:
-    """The fastest configuration with a valid, exact image."""
-    exact = [result for result in ranked(results) if result.benchmark.image_failure is None and not result.approximate]
-    if not exact:
-        return None
-    best = exact[0]
-    time = interval_seconds(best.seconds_per_image, *best.interval)
-    return fastest_line(best.id, time, best.speedup, best.speedup_against or "original")
+    """The fastest configuration with a valid, exact image for each work, or that none is shown to be."""
+    return "; ".join(ranking.fastest_lines(map(entry_of, results))) or None
 
 
 def markdown_summary(sessions: Sequence[SavedSession], results: Sequence[Result], refused: Sequence[str] = ()) -> str:

@@ -195,6 +195,9 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin
         ratio = ratio_of_sessions(benchmark.anchored_launch_medians, launches, seed)
         raw = benchmark.session_median / last.by_id[benchmark.id].session_median
         return Decision(Verdict.INCONCLUSIVE, "too_few_sessions", ratio, margin, last.name, raw)
+    if current.drifted:
+        ratio = ratio_of_sessions(benchmark.anchored_launch_medians, launches, seed)
+        return Decision(Verdict.INCONCLUSIVE, _coded("anchor_drift", current.drifted), ratio, margin, last.name)
     median = statistics.median(benchmark.anchored_launch_medians)
     base = statistics.median(launches) if last is choice.named else None
     decision = decide_against_history(median, history, margin, last.name, base)

@@ -80,6 +80,7 @@ class SavedRun:
     regressed: tuple[str, ...] = ()
     anchor_name: str | None = None
     anchor_drift: float | None = None
+    drifted: str | None = None
     aa_ratios: tuple[float, ...] = ()
     commit: str | None = None
 
@@ -100,6 +101,8 @@ class SavedRun:
             return "a plain pytest-benchmark file"
         if self.partial or self.invalid:
             return f"partial: {self.partial}" if self.partial else f"invalid: {self.invalid}"
+        if self.drifted:
+            return f"drifted: {self.drifted}"
         return f"regressed: {', '.join(self.regressed)}" if self.regressed else None
 
 
@@ -240,6 +243,7 @@ def parse(document: object, path: Path) -> SavedRun:
         started_unix_seconds=perf["started_unix_seconds"].number(0, 1e11),
         partial=perf["partial"].optional_text(),
         invalid=perf["invalid"].optional_text(),
+        drifted=perf["drifted"].optional_text(),
         regressed=tuple(node.text() for node in perf["regressed"].items()),
         anchor_name=perf["anchor"]["name"].text() if anchored else None,
         anchor_drift=perf["anchor"]["drift"].optional_number(0, 1e9) if anchored else None,
@@ -380,6 +384,7 @@ def _decision(node: _Node) -> Decision | None:
         node["margin"].optional_number(),
         node["against"].optional_text(),
         node["raw_ratio"].optional_number(0, 1e30),
+        None if node["launches"].value is None else int(node["launches"].number(0, 1e9)),
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2  # 1: before rounds of all configurations alternated
 KEPT = 5  # journals of complete sessions; older ones are deleted when a session starts
 EVENTS = ("plan", "load", "round", "failure", "end")
 LARGEST_BYTES = 1 << 28
@@ -138,6 +138,11 @@ def read(path: Path) -> Recorded:
             break
         events.append(event)
         good, checksum = good + len(line), after
+    if events and events[0]["event"] == "plan" and events[0].get("schema") == 1:
+        raise JournalError(
+            f"{path}: is a journal of an earlier version, whose configurations did not alternate round by round; "
+            "resume it with that version, or start again without --perf-resume"
+        )
     if not events or events[0]["event"] != "plan" or events[0].get("schema") != SCHEMA:
         raise JournalError(f"{path}: no plan of this version; delete it and start again without --perf-resume")
     return Recorded(path, events[0], tuple(events[1:]), good, checksum, damage)

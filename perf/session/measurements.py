@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from perf.analysis.statistics import drift
+from perf.analysis.statistics import drift, least_drift
 from perf.session.plan import Plan, Slot
 
 MAX_RETRIES = 3  # of an invalid round
@@ -92,11 +92,23 @@ class SlotMeasurements:
         return [round_ for launch in self.ordered_launches() for round_ in launch.valid()]
 
 
-def paired_medians(first: SlotMeasurements, second: SlotMeasurements) -> tuple[list[float], list[float]]:
-    """Median seconds of the launches, by number, in which both slots have a valid round."""
-    medians = [(first.median(n), second.median(n)) for n in sorted(first.launches) if n in second.launches]
-    both = [(a, b) for a, b in medians if a is not None and b is not None]
-    return [a for a, _ in both], [b for _, b in both]
+def paired_rounds(first: SlotMeasurements, second: SlotMeasurements) -> tuple[list[list[float]], list[list[float]]]:
+    """Seconds of the rounds that are valid on both sides, by launch and cycle, for perf.analysis.paired.
+
+    Both lists have an entry for each launch number of either side, empty where the other side has no such round.
+    """
+    ours, theirs = [], []
+    for number in sorted({*first.launches, *second.launches}):
+        one, other = _seconds_by_round(first, number), _seconds_by_round(second, number)
+        common = sorted(one.keys() & other.keys())
+        ours.append([one[cycle] for cycle in common])
+        theirs.append([other[cycle] for cycle in common])
+    return ours, theirs
+
+
+def _seconds_by_round(measured: SlotMeasurements, launch: int) -> dict[int, float]:
+    rounds = measured.launches[launch].valid() if launch in measured.launches else []
+    return {round_["round"]: round_["seconds"] for round_ in rounds}
 
 
 class Measurements:
@@ -115,28 +127,50 @@ class Measurements:
 
     def _check(self, event: dict[str, Any]) -> None:
         known = event.get("slot") in self.by_name and isinstance(event.get("launch"), int)
-        if not known or not 0 <= event["launch"] < 2 * self.plan.launches:  # an inconclusive plan is doubled
+        if not known or not 0 <= event["launch"] < self.plan.most_launches:
             raise ValueError(f"an event of no slot of this plan: {event.get('slot')!r}")
         if event["event"] == "round" and event["launch"] not in self.by_name[event["slot"]].launches:
             raise ValueError(f"a round of a launch that was never loaded: {event['slot']}")
 
+    def most_launches(self) -> int:
+        """The launches of the slot that has most."""
+        return max((len(measured.launches) for measured in self.by_name.values()), default=0)
+
     def drift(self) -> float | None:
         """The drift of the reference workload: thirds of the session against its median, as a fraction; None if too short."""
-        times = [seconds for _, seconds in sorted(self._reference_times())]
+        times = [seconds for _, seconds in sorted(time[1:] for time in self._reference_times())]
         return drift(times) if len(times) >= MIN_DRIFT_ROUNDS else None
 
-    def _reference_times(self) -> Iterator[tuple[float, float]]:
-        """Yield (start, reference workload's time) of every valid round, relative to the median of its device and interpreter.
+    def least_drift(self) -> float | None:
+        """The lower bound of the drift, as a fraction; None if the session is too short for one."""
+        launches: dict[int, list[tuple[float, float]]] = {}
+        for launch, start, seconds in self._reference_times():
+            launches.setdefault(launch, []).append((start, seconds))
+        ordered = sorted(launches.values(), key=min)
+        return least_drift([[seconds for _, seconds in launch] for launch in ordered])
 
-        The reference workload's speed depends on the torch version, which is not drift.
+    def drifted(self) -> str | None:
+        """Why the session's absolute times are no baseline, as a reason code with its detail, or None."""
+        low = self.least_drift()
+        if low is None or low <= DRIFT_LIMIT:
+            return None
+        return f"anchor_drift {100 * (self.drift() or low):.1f} %, at least {100 * low:.1f} %; {100 * DRIFT_LIMIT:g} % allowed"
+
+    def _reference_times(self) -> Iterator[tuple[int, float, float]]:
+        """Yield (launch, start, reference workload's time) of every valid round.
+
+        The time is relative to the median of its device and interpreter: the reference workload's speed depends on the
+        torch version, which is not drift.
         """
-        groups: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str | None, str | None], list[tuple[int, dict[str, Any]]]] = {}
         for measured in self.by_name.values():
             configuration = measured.slot.configuration
-            groups.setdefault((configuration.device, configuration.interpreter), []).extend(measured.rounds())
+            rounds = [(number, round_) for number, launch in measured.launches.items() for round_ in launch.valid()]
+            groups.setdefault((configuration.device, configuration.interpreter), []).extend(rounds)
         for rounds in filter(None, groups.values()):
-            median = statistics.median(round_[REFERENCE_SECONDS] for round_ in rounds)
-            yield from ((round_["started_unix_seconds"], round_[REFERENCE_SECONDS] / median) for round_ in rounds)
+            median = statistics.median(round_[REFERENCE_SECONDS] for _, round_ in rounds)
+            for number, round_ in rounds:
+                yield number, round_["started_unix_seconds"], round_[REFERENCE_SECONDS] / median
 
     def counts(self) -> tuple[int, int]:
         """(rounds discarded as invalid, all rounds)."""
@@ -145,9 +179,6 @@ class Measurements:
 
     def invalid(self) -> str | None:
         """Why the whole session is invalid, as a reason code with its detail, or None."""
-        drift = self.drift()
-        if drift is not None and drift > DRIFT_LIMIT:
-            return f"anchor_drift {100 * drift:.1f} %, {100 * DRIFT_LIMIT:g} % allowed"
         discarded, total = self.counts()
         if total and discarded > INVALID_SHARE_LIMIT * total:
             return f"invalid_rounds {100 * discarded / total:.0f} %, {100 * INVALID_SHARE_LIMIT:g} % allowed"

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from perf.configurations.configuration import Configuration
 
 SEED_STRIDE = 1000  # between rounds; larger than any batch, since image i of a round has the round's seed + i
 WARM_UP_ROUND = 999  # no timed round has this number
+CONTROL = "control"  # the variant of the control arm
+Loading = Literal["all", "variants", "single"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A configuration under one label: the working tree (None), another commit (`base`), an A/A repetition (`aa`), or the
-    second side of --perf-b (`b`), which is another configuration than the one it is compared with.
+    """A configuration under one label: the working tree (None), another commit (`base`), an A/A repetition (`aa`), the
+    control arm (`control`), or the second side of --perf-b (`b`), which is another configuration than the one it is
+    compared with.
 
     compared_id: the id of that other configuration, None where it is the same one.
     """
@@ -42,33 +47,58 @@ class Slot:
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches of each slot and rounds of each launch. side_by_side: variants of a configuration run in one turn."""
+    """Launches of each slot and rounds of each launch.
+
+    loading: which slots are loaded together and alternate round by round (perf.session.loading). seed: of the order of
+    the slots, which is drawn anew for every launch and cycle. looks: numbers of launches after which pairs are judged.
+    """
 
     slots: tuple[Slot, ...]
     launches: int
     rounds: int
-    side_by_side: bool = False
+    loading: Loading = "single"
+    seed: int = 0
+    looks: tuple[int, ...] = ()
 
-    def turns(self, first: int = 0) -> Iterator[tuple[int, tuple[Slot, ...]]]:
-        """Yield (launch, slots of one turn) in order; odd launches run in reverse order."""
-        for launch in range(first, self.launches):
-            slots = self.slots if launch % 2 == 0 else self.slots[::-1]
-            if not self.side_by_side:
-                yield from ((launch, (slot,)) for slot in slots)
-                continue
-            for _, variants in itertools.groupby(slots, key=lambda slot: slot.id):
-                yield launch, tuple(variants)
+    @property
+    def most_launches(self) -> int:
+        """The launches of a slot if every look is taken."""
+        return max((self.launches, *self.looks))
 
-    def doubled(self, ids: Iterable[str]) -> Plan:
-        """Return this plan with twice the launches, for the configurations with these ids only."""
-        chosen = set(ids)
-        slots = tuple(slot for slot in self.slots if slot.id in chosen)
-        return replace(self, slots=slots, launches=2 * self.launches)
+    def turns(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, tuple[Slot, ...]]]:
+        """Yield (launch, slots that are loaded together), each launch in its own order.
+
+        The first launch has the order of the plan, in which the working tree precedes other labels of a configuration:
+        they share a compile cache, and its first call is the cold one that is reported.
+        """
+        for launch in range(first, self.launches if last is None else last):
+            for group in self.shuffled(self.groups(), launch, "groups") if launch else self.groups():
+                yield launch, self.shuffled(group, launch, "loading") if launch else group
+
+    def groups(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots that are loaded together."""
+        if self.loading == "all":
+            return (self.slots,)
+        if self.loading == "variants":
+            grouped = itertools.groupby(self.slots, key=lambda slot: slot.id)
+            return tuple(tuple(variants) for _, variants in grouped)
+        return tuple((slot,) for slot in self.slots)
+
+    def shuffled(self, items: Sequence[T], launch: int, cycle: int | str) -> tuple[T, ...]:
+        """The items in the order of a cycle of a launch; equal for equal arguments, so that a resumed session repeats it."""
+        order = list(items)
+        random.Random(f"{self.seed} {launch} {cycle}").shuffle(order)
+        return tuple(order)
 
     @property
     def own_slots(self) -> list[Slot]:
         """The slots of the working tree itself."""
         return [slot for slot in self.slots if slot.variant is None]
+
+    @property
+    def control(self) -> Slot | None:
+        """The control arm: the reference configuration a second time."""
+        return next((slot for slot in self.slots if slot.variant == CONTROL), None)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as a journal stores it; a resumed session must have an equal one."""
@@ -76,4 +106,5 @@ class Plan:
         own = [*self.own_slots, *(slot for slot in self.slots if slot.compared_id)]
         configurations = [slot.configuration.as_dict() for slot in own]
         slots = [slot.name for slot in self.slots]
-        return {"slots": slots, "launches": self.launches, "rounds": self.rounds, "configurations": configurations}
+        launches = {"launches": self.launches, "looks": list(self.looks), "rounds": self.rounds}
+        return {"slots": slots, **launches, "configurations": configurations}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -11,20 +13,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from perf.session.plan import Slot
 
+COLD_COMPILE_SECONDS = 40.0  # assumed for a first torch.compile until one was measured: the embedded model on two cores
+
 
 class SessionProgress:
-    """Counts launches. Estimates the remaining time from the mean duration of each configuration's launches so far.
+    """Counts loads and rounds, and estimates the remaining time from the mean duration of each slot's steps so far.
 
-    The first launch of a compiled configuration takes longer than the others, so that early estimates are too high.
+    The first load of a slot is a step of its own kind, because it compiles with a cold cache.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.console = console or Console(file=sys.stderr)
-        self.durations: dict[str, list[float]] = {}
-        self.total = 0
-        self.pending: list[tuple[int, str]] = []
-        self.current, self.since = None, clock()
+        self.compiled: dict[str, bool] = {}  # by slot name
+        self.first_launch: dict[str, int] = {}
+        self.pending: dict[tuple[int, str, int | None], None] = {}  # (launch, slot name, round or None for loading)
+        self.durations: dict[tuple[str, str], list[float]] = {}  # by slot name and kind of step
+        self.total, self.launch = 0, -1
+        self.current: tuple[str, str] | None = None
+        self.since = clock()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,40 +51,60 @@ class SessionProgress:
         if self.console.is_terminal:  # elsewhere it would print an empty line
             self.bar.stop()
 
-    def plan(self, turns: Iterable[tuple[int, tuple[Slot, ...]]]) -> None:
+    def plan(self, turns: Iterable[tuple[int, tuple[Slot, ...]]], rounds: int) -> None:
         """Add planned launches; those that are already measured, or whose slot fails, may be left out later."""
-        launches = [(launch, slot.name) for launch, slots in turns for slot in slots]
-        self.pending += launches
-        self.total += len(launches)
+        for launch, slots in turns:
+            for slot in slots:
+                # Other labels of a configuration share its compile cache, apart from the first of them.
+                self.compiled[slot.name] = slot.configuration.compile != "none" and slot.variant is None
+                self.first_launch.setdefault(slot.name, launch)
+                self.pending.update(dict.fromkeys((launch, slot.name, step) for step in (None, *range(rounds))))
+        self.total = max(self.total, len(self.pending))
 
     def log(self, line: str) -> None:
         """Print a line that stays."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __call__(self, launch: int, slot: Slot) -> None:
-        """Record that a launch of a slot starts."""
+    def __call__(self, launch: int, slot: Slot, round_number: int | None) -> None:
+        """Record that a step of a slot starts; the one before it has ended."""
         now = self.clock()
         if self.current is not None:
             self.durations.setdefault(self.current, []).append(now - self.since)
-        self.current, self.since = slot.name, now
-        if (launch, slot.name) in self.pending:
-            del self.pending[: self.pending.index((launch, slot.name)) + 1]
+        self.current, self.since = (slot.name, self._kind(launch, slot.name, round_number)), now
+        self.pending.pop((launch, slot.name, round_number), None)
+        if launch != self.launch:  # what is left of earlier launches was measured before an interruption, or failed
+            self.pending = {step: None for step in self.pending if step[0] >= launch}
         seconds = self.seconds_left()
-        left = "" if seconds is None else f"{_minutes(seconds)} left"
+        left = "" if seconds is None else f"about {_minutes(seconds)} left"
         if self.console.is_terminal:
             completed = self.total - len(self.pending) - 1
             self.bar.update(self.task, description=slot.name, total=self.total, completed=completed, left=left)
-        else:
-            self.log(f"perf: launch {launch + 1}, {slot.name}" + (f", {left}" if left else ""))
+        elif launch != self.launch:
+            self.log(f"perf: launch {launch + 1}" + (f", {left}" if left else ""))
+        self.launch = launch
+
+    def _kind(self, launch: int, name: str, round_number: int | None) -> str:
+        if round_number is not None:
+            return "round"
+        return "first load" if launch == self.first_launch.get(name) and self.compiled.get(name) else "load"
 
     def seconds_left(self) -> float | None:
-        """The estimated remaining seconds, including the current launch; None before the first launch has ended."""
+        """The estimated remaining seconds, including the current step; None before the first step has ended."""
         if not self.durations:
             return None
-        all_durations = [seconds for durations in self.durations.values() for seconds in durations]
-        default = sum(all_durations) / len(all_durations)
-        mean = {name: sum(durations) / len(durations) for name, durations in self.durations.items()}
-        return mean.get(self.current, default) + sum(mean.get(name, default) for _, name in self.pending)
+        steps = [(name, self._kind(launch, name, number)) for launch, name, number in self.pending]
+        return sum(map(self._seconds, [*([self.current] if self.current else []), *steps]))
+
+    def _seconds(self, step: tuple[str, str]) -> float:
+        """The mean of a step, else that of its kind in other slots, else what is known of loads."""
+        if step in self.durations:
+            return statistics.fmean(self.durations[step])
+        same_kind = [seconds for (_, kind), values in self.durations.items() if kind == step[1] for seconds in values]
+        if same_kind:
+            return statistics.fmean(same_kind)
+        if step[1] == "first load":
+            return COLD_COMPILE_SECONDS
+        return 0.0 if step[1] == "round" else statistics.fmean(itertools.chain.from_iterable(self.durations.values()))
 
 
 def _minutes(seconds: float) -> str:

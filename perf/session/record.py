@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from perf.analysis.statistics import MIN_VALUES, break_even, paired_ratio, self_comparison, sign_interval
+from perf.analysis.paired import MIN_LAUNCHES, break_even, launch_effects, ratio_of_effects
+from perf.analysis.statistics import launch_interval, self_comparison
 from perf.configurations.configuration import Configuration, usual_precision
 from perf.runs import fingerprints
 from perf.runs.saved_run import SCHEMA, SavedRun, parse
 from perf.session.image_check import computing_type
-from perf.session.measurements import REFERENCE_SECONDS, Launch, SlotMeasurements, paired_medians
+from perf.session.measurements import REFERENCE_SECONDS, Launch, SlotMeasurements, paired_rounds
 from perf.session.run import Session
 
 # The dtype whose matrix products are the ceiling of a precision, by what computes (see perf.worker.images).
@@ -46,8 +47,8 @@ def extra_info(session: Session, id: str) -> dict:
         "anchor": [[round_[REFERENCE_SECONDS] for round_ in launch.rounds] for launch in launches],
         "stages": stages,
         "load_seconds": _median(launch.load["load_seconds"] for launch in launches),
-        "first_call_seconds": _cold_and_warm([launch.first_call_seconds for launch in launches]),
-        "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches))),
+        "first_call_seconds": _cold_and_warm([launch.first_call_seconds for launch in launches], session),
+        "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches)), session),
         "compile": _compile(measured),
         "images_to_amortise": amortisation(session, id),
         "seconds_per_image": seconds / configuration.batch,
@@ -119,9 +120,13 @@ def _first_image_seconds(launch: Launch) -> float | None:
     return launch.load["import_seconds"] + launch.load["load_seconds"] + launch.first_call_seconds
 
 
-def _cold_and_warm(seconds: Sequence[float | None]) -> dict[str, float | None]:
-    """Cold: the session's first launch. Warm: the others, which have its compile cache."""
-    return {"cold": seconds[0], "warm": _median(seconds[1:])}
+def _cold_and_warm(seconds: Sequence[float | None], session: Session) -> dict[str, float | None]:
+    """Cold: the session's first launch, null with --perf-compile-cache, which may be warm. Warm: the others."""
+    return {"cold": _first_if_cold(seconds, session), "warm": _median(seconds[1:])}
+
+
+def _first_if_cold(seconds: Sequence[float | None], session: Session) -> float | None:
+    return None if session.settings.compile_cache is not None else seconds[0]
 
 
 def _compile(measured: SlotMeasurements) -> dict | None:
@@ -136,18 +141,21 @@ def amortisation(session: Session, id: str) -> dict | None:
     compiled = session.measurements.by_name[id]
     configuration = compiled.slot.configuration
     eager = _other(session, compiled, replace(configuration, compile="none"))
-    cold = compiled.launches[min(compiled.launches)].first_call_seconds
+    cold = _first_if_cold([compiled.launches[min(compiled.launches)].first_call_seconds], session)
     if configuration.compile == "none" or eager is None or cold is None:
         return None
-    per_image = [[seconds / configuration.batch for seconds in medians] for medians in paired_medians(eager, compiled)]
-    if len(per_image[0]) < MIN_VALUES:
+    per_image = [
+        [[seconds / configuration.batch for seconds in rounds] for rounds in launches]
+        for launches in paired_rounds(eager, compiled)
+    ]
+    if sum(map(bool, per_image[0])) < MIN_LAUNCHES:
         return None
     spent = max(0.0, cold - statistics.median(round_["wall_seconds"] for round_ in compiled.rounds()))
-    return break_even(spent, *per_image, seed=id).as_dict()
+    return break_even(spent, *per_image).as_dict()
 
 
 def speedup(session: Session, id: str) -> dict | None:
-    """The speed-up over the `original` attention for the same work in this session, by paired launches."""
+    """The speed-up over the `original` attention for the same work in this session, by paired rounds."""
     measured = session.measurements.by_name[id]
     original = replace(
         measured.slot.configuration,
@@ -163,11 +171,11 @@ def speedup(session: Session, id: str) -> dict | None:
     other = _other(session, measured, original)
     if other is None:
         return None
-    own_medians, original_medians = paired_medians(measured, other)
-    if len(own_medians) < MIN_VALUES:
+    own, others = paired_rounds(measured, other)
+    effects = launch_effects(others, own)
+    if len(effects) < MIN_LAUNCHES:
         return None
-    ratio = paired_ratio(original_medians, own_medians, seed=f"{id} {original.id}")
-    return {"against": original.id, **ratio.as_dict()}
+    return {"against": original.id, **ratio_of_effects(effects).as_dict()}
 
 
 def _other(session: Session, measured: SlotMeasurements, configuration: Configuration) -> SlotMeasurements | None:
@@ -177,11 +185,11 @@ def _other(session: Session, measured: SlotMeasurements, configuration: Configur
 
 
 def interval(measured: SlotMeasurements) -> tuple[float, float] | None:
-    """The exact 95 % interval of the median launch, in seconds; None for fewer than 6 launches."""
+    """The 95 % interval of the median launch, in seconds; None for a single launch."""
     medians = launch_medians(measured)
-    if len(medians) < MIN_VALUES:
+    if len(medians) < MIN_LAUNCHES:
         return None
-    bounds = sign_interval(medians)
+    bounds = launch_interval(medians)
     return bounds.low, bounds.high
 
 
@@ -235,17 +243,39 @@ def perf_block(session: Session, partial: str | None, regressed: list[str]) -> d
         "launches": settings.launches,
         "rounds": settings.rounds,
         "order": [slot.name for slot in session.plan.slots],
+        "order_seed": session.plan.seed,
+        "loading": session.plan.loading,
+        "looks": list(session.plan.looks),
         "started_unix_seconds": session.started_unix_seconds,
         "seconds": session.seconds,
         "partial": partial,
-        "invalid": measurements.invalid(),
+        "invalid": session.invalid,
+        "drifted": measurements.drifted(),
         "regressed": regressed,
-        "anchor": {"name": name, "median_seconds": _median(reference_seconds), "drift": measurements.drift()},
+        "anchor": {
+            "name": name,
+            "median_seconds": _median(reference_seconds),
+            "drift": measurements.drift(),
+            "drift_low": measurements.least_drift(),
+        },
+        "control": _control(session),
         "aa": _self_comparison(session),
         "against": settings.against_name,
         "injected_slowdown": settings.slowdown or None,
         "invalid_rounds": discarded,
         "total_rounds": total,
+    }
+
+
+def _control(session: Session) -> dict | None:
+    """The control arm: its configuration, its launches, and its ratio to its twin."""
+    slot, decision = session.plan.control, session.control
+    if slot is None:
+        return None
+    return {
+        "configuration": slot.configuration.id,
+        "ratio": decision.ratio.as_dict() if decision and decision.ratio else None,
+        "launches": list(map(_launch, session.measurements.by_name[slot.name].ordered_launches())),
     }
 
 

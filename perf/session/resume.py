@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perf.session.journal import Journal, JournalError, Recorded, prune, read
+from perf.session.loading import DESCRIPTIONS
 from perf.session.measurements import Measurements
 from perf.session.plan import Plan
 from perf.session.settings import SessionError
@@ -32,7 +33,9 @@ def start_journal(folder: Path, plan: Plan, protocol: dict[str, Any], started: f
     ns = time.time_ns()
     # In UTC, so that the newest journal is the last by name even when daylight saving time ends.
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(ns // 10**9))}-{ns % 10**9:09d}.jsonl"
-    journal = Journal(path, {**protocol, "started_unix_seconds": started})
+    # Drawn for this session, and so no option that a resumed one must repeat.
+    drawn = {"order_seed": plan.seed, "loading": plan.loading}
+    journal = Journal(path, {**protocol, **drawn, "started_unix_seconds": started})
     prune(folder)
     return OpenJournal(journal, Measurements(plan), started)
 
@@ -52,6 +55,7 @@ def resume_journal(
     if recorded.ended:
         log(f"{path}: the session was complete; nothing is left to measure")
     _require_same_options(path, recorded.plan, protocol)
+    plan = _drawn_before(path, recorded.plan, plan)
     try:
         measurements = Measurements(plan, recorded.events)
     except (KeyError, TypeError, ValueError) as error:
@@ -61,6 +65,14 @@ def resume_journal(
     if not isinstance(started, float) or not 0 < started <= now:
         started = now
     return OpenJournal(Journal(path, after=recorded), measurements, started)
+
+
+def _drawn_before(path: Path, recorded: dict[str, Any], plan: Plan) -> Plan:
+    """The plan with the order and the loading of the interrupted session."""
+    seed, loading = recorded.get("order_seed"), recorded.get("loading")
+    if not isinstance(seed, int) or loading not in DESCRIPTIONS:
+        raise SessionError(f"{path}: has no order of rounds; start again without --perf-resume")
+    return replace(plan, seed=seed, loading=loading)
 
 
 def named(folder: Path, name: str) -> Path:

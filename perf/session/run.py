@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from perf.analysis.verdicts import Decision, Verdict, decide_paired
+from perf.analysis.verdicts import Decision
 from perf.configurations.configuration import Configuration
 from perf.launch.process import ROOT
+from perf.machine.facts import cpu_facts
 from perf.machine.nvml import Device, NoTelemetry, open_device, open_visible_device
 from perf.machine.stack import PEAK_RATES, stack
 from perf.machine.telemetry import Watch, no_watch
 from perf.runs import fingerprints
+from perf.session import loading, noise, pairs
 from perf.session.lock import DeviceLock
-from perf.session.measurements import Measurements, paired_medians
+from perf.session.measurements import Measurements
+from perf.session.pairs import Judge
 from perf.session.plan import Plan
 from perf.session.progress import SessionProgress
 from perf.session.references import References
@@ -39,6 +43,8 @@ class Session:
     unchecked: dict[str, str]  # configurations without a reference image, with the reason
     decisions: dict[str, Decision]  # of pairs within the session, by configuration id
     interrupted: bool
+    control: Decision | None = None  # the control arm against its twin
+    invalid: str | None = None  # why no comparison is valid
     traces: dict[str, dict] = field(default_factory=dict)  # by configuration id
 
     def why_no_rounds(self, id: str) -> str:
@@ -52,18 +58,20 @@ class Session:
 def run(settings: Settings, configurations: list[Configuration], log: Callable[[str], None]) -> Session:
     """Measure the configurations. log(line) prints a line. Raises SessionError, DeviceBusy or JournalError."""
     begin = time.time()
-    plan = _plan(settings, configurations)
     gpu = open_visible_device() if settings.device == "cuda" else None
     facts = stack(settings.device, gpu)
+    log(noise.expectation(cpu_facts(), settings.launches))
+    plan = _plan(settings, configurations, gpu, log)
     with _device_lock(facts, log), compile_cache(settings.compile_cache) as cache:
         launches = Launches(settings, cache)
         probed = launches.probe([slot.configuration for slot in plan.slots])
         facts.update({name: probed[name] for name in PEAK_RATES})
         watch = _watch(gpu, probed["uuid"], log)
         opened = _open_journal(settings, plan, facts, begin, log)
-        measurements, interrupted, traces = opened.measurements, False, {}
+        plan, measurements, interrupted, traces = opened.measurements.plan, opened.measurements, False, {}
+        judge = _judge(settings, plan)
         with opened.journal as journal, SessionProgress() as progress:
-            progress.plan(plan.turns())
+            progress.plan(plan.turns(), plan.rounds)
             references = _references(settings, launches, facts)
             references.prepare(plan.slots, progress.log)
             runner = Runner(
@@ -75,11 +83,14 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
                 write=journal.write,
                 progress=progress,
                 limits=settings.limits,
+                loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
             )
+
+            def planned(further: Plan, first: int, last: int) -> None:
+                progress.plan(further.turns(first, last), further.rounds)
+
             try:
-                runner.run(measurements)
-                if settings.against or settings.second:
-                    _double_inconclusive(runner, measurements, _judge_pairs(settings, measurements), progress)
+                pairs.measure(runner, measurements, judge, progress.log, planned)
                 journal.write("end", {})
                 if settings.trace:
                     slots = [slot for slot in plan.own_slots if measurements.by_name[slot.name].failure is None]
@@ -87,16 +98,59 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
             except KeyboardInterrupt:  # the measured rounds are in the journal, for --perf-resume
                 interrupted = True
     references.add_unchecked_launches(measurements)
-    decisions = _judge_pairs(settings, measurements)
-    seconds, started = time.time() - begin, opened.started_unix_seconds
+    seconds = time.time() - begin
+    judge.launch_seconds = seconds / max(1, measurements.most_launches())
     return Session(
-        settings, plan, measurements, facts, started, seconds, references.unchecked, decisions, interrupted, traces
+        settings,
+        plan,
+        measurements,
+        facts,
+        opened.started_unix_seconds,
+        seconds,
+        references.unchecked,
+        judge.decisions(measurements),
+        interrupted,
+        judge.control(measurements),
+        judge.invalid(measurements),
+        traces,
     )
 
 
-def _plan(settings: Settings, configurations: list[Configuration]) -> Plan:
-    slots = tuple(slot for configuration in configurations for slot in settings.slots(configuration))
-    return Plan(slots, settings.launches, settings.rounds, settings.side_by_side)
+def _plan(
+    settings: Settings,
+    configurations: list[Configuration],
+    gpu: Device | NoTelemetry | None,
+    log: Callable[[str], None],
+) -> Plan:
+    """The slots with their control arm, loaded together where memory allows."""
+    slots = [slot for configuration in configurations for slot in settings.slots(configuration)]
+    # The second labels of --perf-aa are control arms themselves; a single launch has no interval.
+    if settings.isolated and settings.launches >= pairs.CONTROL_LAUNCHES and len(slots) > 1 and not settings.aa:
+        control = pairs.control_slot(slots)
+        last = max(i for i, slot in enumerate(slots) if slot.id == control.id)
+        slots.insert(last + 1, control)
+    what = "GPU memory" if settings.device == "cuda" else "memory"
+    choice, reason = loading.choose(slots, free_bytes(settings, gpu), what)
+    if reason:
+        log(f"perf: {reason}")
+    looks = settings.looks if len(settings.looks) > 1 else ()
+    return Plan(tuple(slots), settings.launches, settings.rounds, choice, random.randrange(2**32), looks)
+
+
+def free_bytes(settings: Settings, gpu: Device | NoTelemetry | None) -> int | None:
+    """The memory that workers may share: of the GPU, or of this machine; None if unknown."""
+    if settings.device != "cuda":
+        return cpu_facts().memory_available_bytes
+    if gpu is None or isinstance(gpu, NoTelemetry):
+        return None
+    facts = gpu.facts()
+    if facts.memory_bytes is None or facts.memory_used_bytes is None:
+        return None
+    return facts.memory_bytes - facts.memory_used_bytes
+
+
+def ignore_pid(pid: int) -> None:
+    """Without telemetry nothing watches for foreign processes."""
 
 
 @contextlib.contextmanager
@@ -139,43 +193,7 @@ def _references(settings: Settings, launches: Launches, facts: dict) -> Referenc
     return References(folder, launches, settings.device, facts, settings.interpreters, settings.limits)
 
 
-def _double_inconclusive(
-    runner: Runner, measurements: Measurements, decisions: dict[str, Decision], progress: SessionProgress
-) -> None:
-    """Measure the inconclusive pairs of commits for as many launches again."""
-    ids = [id for id, decision in decisions.items() if decision.verdict is Verdict.INCONCLUSIVE]
-    if not ids:
-        return
-    launches = runner.plan.launches
-    progress.log(f"perf: inconclusive after {launches} launches, doubling them: {', '.join(ids)}")
-    runner.plan = runner.plan.doubled(ids)
-    progress.plan(runner.plan.turns(launches))
-    runner.run(measurements, first=launches)
-
-
-def _judge_pairs(settings: Settings, measurements: Measurements) -> dict[str, Decision]:
-    if not settings.variant:
-        return {}
-    decisions = judge_pairs(measurements, settings.variant, settings.against_name or "itself", settings.margin)
-    if settings.second:
-        return {id: replace(decision, against=settings.other_name(id)) for id, decision in decisions.items()}
-    return decisions
-
-
-def judge_pairs(measurements: Measurements, variant: str, against: str, margin: float) -> dict[str, Decision]:
-    """Compare each configuration with its variant by paired launch medians; return the decisions by configuration id.
-
-    Pairs with a failure are omitted. against: the name of the variant in the decisions. margin: as a fraction.
-    """
-    invalid, decisions = measurements.invalid(), {}
-    for slot in measurements.plan.own_slots:
-        id = slot.configuration.id
-        head, base = measurements.by_name[id], measurements.by_name[f"{id}@{variant}"]
-        if head.failure or base.failure:
-            continue
-        if invalid:
-            decisions[id] = Decision(Verdict.INVALID, invalid, against=against)
-        else:
-            medians = paired_medians(head, base)
-            decisions[id] = decide_paired(*medians, margin, seed=f"{id} {against}", against=against)
-    return decisions
+def _judge(settings: Settings, plan: Plan) -> Judge:
+    """The comparisons of a session: each configuration with its second label."""
+    compared = pairs.pairs_of(plan, settings.variant, lambda id: settings.other_name(id) or "itself")
+    return Judge(plan, compared, settings.margin)

@@ -1,18 +1,17 @@
-"""The measuring protocol: launches of all configurations in alternating order, with timed, checked rounds.
+"""The measuring protocol: launches with timed, checked rounds that alternate between the configurations.
 
-    launch 0: A B C, launch 1: C B A, launch 2: A B C, ...
+    launch 0: load A B C; rounds C A B, A C B, ...; launch 1: load B C A; rounds ...
 
-A launch is a fresh process that loads the model and runs one warm-up round before the timed ones. Alternation exposes all
-configurations to the same state of the machine; reversing every other launch balances carry-over effects. In a
-side-by-side plan the variants of one configuration are loaded together and their rounds alternate, A B, B A, A B, ...:
-on a shared CPU the momentary noise is several times the variance between processes. Only one worker computes at a time.
+A launch is a fresh process that loads the model and runs one warm-up round before the timed ones. Slots that are loaded
+together alternate round by round in an order that is drawn anew for each cycle, which exposes all of them to the same
+state of the machine and spreads the effect of one on the next. Only one worker computes at a time.
 The module is pure: processes, telemetry and the journal are passed in.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,8 @@ class Runner:
     open_launch(slot): context of a worker with `pid` and ask(operation, timeout_seconds, **arguments).
     load(slot): arguments of the worker's `load`. references(slot, seed): files of the reference images, or None.
     watch(pid): context with `telemetry` and `invalid` (a reason or None) once it has exited.
-    write(event, content): stores a journal event. progress(launch, slot): called when a launch starts.
+    write(event, content): stores a journal event. progress(launch, slot, round): called when a launch starts to load
+    (round None) and before each timed round. loaded(pid): called with the process of each launch, before any is timed.
     """
 
     plan: Plan
@@ -48,21 +48,31 @@ class Runner:
     references: Callable[[Slot, int], list[str] | None]
     watch: Callable[[int], AbstractContextManager[Any]]
     write: Callable[[str, dict[str, Any]], None]
-    progress: Callable[[int, Slot], None]
+    progress: Callable[[int, Slot, int | None], None]
     limits: Limits = Limits()
+    loaded: Callable[[int], None] = lambda pid: None
 
-    def run(self, measurements: Measurements, first: int = 0) -> None:
-        """Measure the missing rounds from launch `first` on."""
-        for launch, slots in self.plan.turns(first):
+    def run(self, measurements: Measurements, first: int = 0, last: int | None = None) -> None:
+        """Measure the missing rounds of the launches from `first` up to, but without, `last` (default: all)."""
+        for launch, slots in self.plan.turns(first, last):
             incomplete = [measurements.by_name[slot.name] for slot in slots]
             incomplete = [measured for measured in incomplete if not self._complete(launch, measured)]
             with contextlib.ExitStack() as stack:
-                running = [
-                    (measured, stack.enter_context(contextlib.closing(self._launch(launch, measured))))
-                    for measured in incomplete
-                ]
-                while running:
-                    running = [pair for pair in running if self._advance(launch, *pair)][::-1]
+                self._run_together(launch, incomplete, stack)
+
+    def _run_together(self, launch: int, incomplete: Sequence[SlotMeasurements], stack: contextlib.ExitStack) -> None:
+        """Load all slots, then run their rounds cycle by cycle; a failed slot leaves the others."""
+        opened = [
+            (measured, stack.enter_context(contextlib.closing(self._launch(launch, measured))))
+            for measured in incomplete
+        ]
+        running = [pair for pair in opened if self._advance(launch, *pair)]
+        for cycle in range(self.plan.rounds):
+            for measured, rounds in self.plan.shuffled(running, launch, cycle):
+                # A retry of an invalid round stays within its cycle, and so does what a resumed launch lacks.
+                while measured.failure is None and measured.next_round(launch)[0] <= cycle:
+                    if not self._advance(launch, measured, rounds):
+                        break
 
     def _complete(self, launch: int, measured: SlotMeasurements) -> bool:
         return measured.failure is not None or measured.next_round(launch)[0] >= self.plan.rounds
@@ -86,8 +96,9 @@ class Runner:
     def _launch(self, launch: int, measured: SlotMeasurements) -> Generator[None, None, None]:
         """Load and warm up on the first step, then run one timed round a step."""
         slot = measured.slot
-        self.progress(launch, slot)
+        self.progress(launch, slot, None)
         with self.open_launch(slot) as worker:
+            self.loaded(worker.pid)
             loaded = worker.ask("load", self.limits.load, **self.load(slot))
             self._record("load", measured, launch, {"answer": loaded})
             answer = worker.ask("round", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
@@ -96,6 +107,7 @@ class Runner:
             while not self._complete(launch, measured):
                 yield
                 number, attempt = measured.next_round(launch)
+                self.progress(launch, slot, number)
                 seed = slot.seed(number)
                 check = self.references(slot, seed) if number == 0 else None
                 with self.watch(worker.pid) as watched:

@@ -25,13 +25,15 @@ class SessionRefused(SessionError):
 class Settings:
     """The options of a session, independent of the configurations to measure.
 
-    clock: `wall` or `cpu`. threads: torch's CPU threads, None for its default. isolated: each launch in a fresh process.
-    resume: the name of the unfinished session to resume, True for the one whose plan matches. interpreters: other Pythons
-    by label. against: (short hash, interpreter with its `sd`) of another commit. aa: measure every configuration against
-    itself. second: the configuration of --perf-b to compare each one with, by id. slowdown: fraction by which the working
-    tree is slowed, to test the verdicts. margin: the smallest relevant change, as a fraction. folder: of the journal and
-    the reference images. trace: folder for profiler traces, None for none. compile_cache: a folder that persists between
-    sessions; without one the first launch of each configuration compiles from scratch.
+    launches: of each configuration. looks: for pairs, numbers of launches after which they are judged; more than the first
+    are measured only where a pair is undecided. clock: `wall` or `cpu`. threads: torch's CPU threads, None for its
+    default. isolated: each launch in a fresh process. resume: the name of the unfinished session to resume, True for the
+    one whose plan matches. interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of
+    another commit. aa: measure every configuration against itself. second: the configuration of --perf-b to compare each
+    one with, by id. slowdown: fraction by which the working tree is slowed, to test the verdicts. margin: the smallest
+    relevant change, as a fraction. folder: of the journal and the reference images. trace: folder for profiler traces,
+    None for none. compile_cache: a folder that persists between sessions; without one the first launch of each
+    configuration compiles from scratch.
     """
 
     device: str
@@ -39,6 +41,7 @@ class Settings:
     clock: str = "wall"
     threads: int | None = None
     launches: int = 10
+    looks: tuple[int, ...] = ()
     rounds: int = 2
     isolated: bool = True
     resume: bool | str = False
@@ -72,8 +75,3 @@ class Settings:
     def against_name(self) -> str | None:
         """The short hash of the other commit, if any."""
         return self.against[0] if self.against else None
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether variants are loaded together: not on a GPU, which is less noisy and whose memory may hold only one."""
-        return self.device == "cpu"

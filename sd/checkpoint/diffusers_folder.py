@@ -1,16 +1,15 @@
-"""Checkpoints in the folder layout of diffusers: one subfolder for each network, with its config.json."""
+"""Folders in the layout of diffusers, written for StableDiffusionPipeline.from_pretrained: weights and settings."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from sd.checkpoint import layouts
-from sd.checkpoint.file_formats import FileIndex, index, read_tensors, write_safetensors
-from sd.config.presets import ModelConfig, Parameterization, TextKind
-from sd.errors import CheckpointError
+from sd.checkpoint.file_formats import write_safetensors
+from sd.config.presets import ModelConfig
+from sd.errors import CheckpointError, ConfigError
 
 # Subfolder and file name stem of each network's weights.
 WEIGHT_FILES = {
@@ -18,102 +17,29 @@ WEIGHT_FILES = {
     "autoencoder": ("vae", "diffusion_pytorch_model"),
     "text_encoder": ("text_encoder", "model"),
 }
-PREDICTION_TYPES: dict[str, Parameterization] = {"epsilon": "eps", "v_prediction": "v"}
-
-
-def _index_network(folder: Path, network: str) -> FileIndex:
-    name, stem = WEIGHT_FILES[network]
-    old = "pytorch_model" if stem == "model" else stem  # transformers names its .bin files differently
-    candidates = [f"{stem}.safetensors", f"{old}.bin", f"{stem}.fp16.safetensors", f"{old}.fp16.bin"]
-    for candidate in candidates:
-        if (folder / name / candidate).is_file():
-            return index(folder / name / candidate)
-    if any((folder / name).glob("*.index*.json")):
-        raise CheckpointError(f"{folder / name}: the weights are split into shards; save the model unsharded")
-    raise CheckpointError(
-        f"{folder}: is no diffusers folder of a whole model, {name}/{candidates[0]} is missing; "
-        f"give a folder with unet, vae and text_encoder in it, or a single file"
-    )
-
-
-def read_folder(folder: Path, progress: bool | None = None) -> layouts.State:
-    """Read the weights of a diffusers folder in the original layout. Raises CheckpointError naming a missing file."""
-    if (folder / "text_encoder_2").is_dir():
-        raise CheckpointError(f"{folder}: is a Stable Diffusion XL model; only Stable Diffusion 1 and 2 can be loaded")
-    indices = {network: _index_network(folder, network) for network in WEIGHT_FILES}  # all, before tensors are read
-    states = {network: read_tensors(file_index, None, progress) for network, file_index in indices.items()}
-    states["text_encoder"].pop("text_model.embeddings.position_ids", None)
-    states["text_encoder"].pop("embeddings.position_ids", None)
-    try:
-        unet = layouts.unet_from_diffusers(states.pop("unet"))
-        networks = {
-            "unet": unet,
-            "autoencoder": layouts.autoencoder_from_diffusers(states.pop("autoencoder")),
-            "text_encoder": layouts.hf_text_to_openclip(states.pop("text_encoder")),
-        }
-        # SD1 projects with 1x1 convolutions, SD2 with matrices.
-        linear = any(name.endswith(".proj_in.weight") and weight.dim() == 2 for name, weight in unet.items())
-        return layouts.join_networks(networks, _text_kind(folder) or ("openclip" if linear else "clip"))
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-
-
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{path}: is no readable JSON; download the folder again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: contains no settings; download the folder again")
-    return config
-
-
-def _text_kind(folder: Path) -> TextKind | None:
-    activations: dict[str, TextKind] = {"quick_gelu": "clip", "gelu": "openclip"}
-    return activations.get(str(_config(folder, "text_encoder/config.json").get("hidden_act")))
-
-
-def parameterization(folder: Path) -> Parameterization | None:
-    """Prediction type in the folder's scheduler settings: eps, v, or None if absent."""
-    file = "scheduler/scheduler_config.json"
-    value = _config(folder, file).get("prediction_type")
-    if value is not None and str(value) not in PREDICTION_TYPES:
-        raise _unsupported(folder, file, "prediction_type", value, " and ".join(PREDICTION_TYPES))
-    return PREDICTION_TYPES.get(str(value))
-
-
-def require_settings(folder: Path, config: ModelConfig) -> None:
-    """Raise CheckpointError if a setting in the folder differs from `config`; absent settings are accepted.
-
-    The weights do not show these settings, and other values would give wrong images without an error.
-    """
-    schedule, scheduler = config.schedule, "scheduler/scheduler_config.json"
-    expected: dict[tuple[str, str], Any] = {
-        (scheduler, "num_train_timesteps"): schedule.timesteps,
-        (scheduler, "beta_start"): schedule.linear_start,
-        (scheduler, "beta_end"): schedule.linear_end,
-        (scheduler, "beta_schedule"): "scaled_linear",
-        (scheduler, "rescale_betas_zero_snr"): False,
-        ("vae/config.json", "scaling_factor"): config.scale_factor,
-    }
-    for (file, key), required in expected.items():
-        value: Any = _config(folder, file).get(key)
-        numeric = type(value) in (int, float) and type(required) in (int, float)
-        equal = math.isclose(value, required, rel_tol=1e-6) if numeric else value == required
-        if value is not None and not equal:
-            raise _unsupported(folder, file, key, value, required)
-
-
-def _unsupported(folder: Path, file: str, key: str, value: Any, supported: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{folder / file}: {key} {str(value)[:80]!r} is not supported, only {supported}: use other weights"
-    )
-
-
-# --- writing
+# By sampler of `sd`: the scheduler of diffusers that takes the same steps, and its settings.
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "ddim": {"_class_name": "DDIMScheduler"},
+    "plms": {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    "dpm_solver": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "sigma_min",
+        "lower_order_final": True,
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    },
+    "euler": {"_class_name": "EulerDiscreteScheduler"},
+}
+# Not written: it is the default of each class, which a scheduler made from another one then has as well.
+TIMESTEP_SPACING = {"ddim": "leading", "plms": "leading", "dpm_solver": "linspace", "euler": "linspace"}
+# Settings of schedulers that `sd` has not; other values are reported.
+IGNORED_SETTINGS = {
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "trained_betas": None,
+}
 
 
 def unet_config(config: ModelConfig) -> dict[str, Any]:
@@ -187,13 +113,17 @@ def text_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def scheduler_config(config: ModelConfig) -> dict[str, Any]:
-    """scheduler_config.json of PNDMScheduler."""
+def scheduler_config(config: ModelConfig, sampler: str = "plms") -> dict[str, Any]:
+    """scheduler_config.json of the scheduler that takes the steps of `sampler`.
+
+    The settings of DDIMScheduler are always written: a scheduler that is made from this one would otherwise clip x_0.
+    """
     return {
-        "_class_name": "PNDMScheduler",
+        **SCHEDULERS[sampler],
         "beta_schedule": "scaled_linear",
         "beta_start": config.schedule.linear_start,
         "beta_end": config.schedule.linear_end,
+        "clip_sample": False,
         "num_train_timesteps": config.schedule.timesteps,
         "prediction_type": "v_prediction" if config.parameterization == "v" else "epsilon",
         "set_alpha_to_one": False,
@@ -208,7 +138,6 @@ MODEL_INDEX = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", "PNDMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -221,11 +150,19 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_folder(folder: Path, networks: dict[str, layouts.State], config: ModelConfig) -> None:
+def write_folder(
+    folder: Path, networks: dict[str, layouts.State], config: ModelConfig, sampler: str | None = None
+) -> None:
     """Write a diffusers folder that StableDiffusionPipeline.from_pretrained can load.
 
-    folder: new or empty. networks: {unet, autoencoder, text_encoder} from sd.checkpoint.load.load.
+    folder: new or empty. networks: {unet, autoencoder, text_encoder} from sd.checkpoint.load.load. sampler: a key of
+    SCHEDULERS, whose scheduler the folder gets; None for plms, and for ddim if the UNet predicts v. Raises ConfigError for
+    plms with v: PNDMScheduler combines the predictions of v before it converts them to noise, and gives other images.
     """
+    predicts_v = config.parameterization == "v"
+    if sampler == "plms" and predicts_v:
+        raise ConfigError("--sampler plms: PNDMScheduler of diffusers samples models of v differently; choose another")
+    sampler = sampler or ("ddim" if predicts_v else "plms")
     converted = {
         "unet": layouts.unet_to_diffusers(networks["unet"]),
         "autoencoder": layouts.autoencoder_to_diffusers(networks["autoencoder"]),
@@ -235,10 +172,11 @@ def write_folder(folder: Path, networks: dict[str, layouts.State], config: Model
     for network, (name, stem) in WEIGHT_FILES.items():
         _write_json(folder / name / "config.json", configs[network](config))
         write_safetensors(folder / name / f"{stem}.safetensors", converted[network], {"format": "pt"})
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config, sampler))
     write_tokenizer(folder / "tokenizer", config)
     pipeline = "StableDiffusionInpaintPipeline" if config.inpainting else MODEL_INDEX["_class_name"]
-    _write_json(folder / "model_index.json", {**MODEL_INDEX, "_class_name": pipeline})
+    scheduler = ["diffusers", SCHEDULERS[sampler]["_class_name"]]
+    _write_json(folder / "model_index.json", {**MODEL_INDEX, "_class_name": pipeline, "scheduler": scheduler})
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import struct
 import sys
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sd.checkpoint.pickle_reader import MAX_PICKLE_BYTES, PickledTensor, Storage, unpickle
-from sd.errors import CheckpointError
+from sd.errors import CheckpointError, printable
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
 READ_BYTES = 16 << 20  # per call, between updates of the progress bar
@@ -48,11 +49,18 @@ UNSUPPORTED_FORMATS = {  # first bytes of the file
     b"\x89HDF": "is an HDF5 file: use the .safetensors of the model",
     b"\x1f\x8b": "is compressed with gzip: unpack it first",
     b"7z\xbc\xaf": "is a 7z archive: unpack it first",
+    b"{": "is JSON, perhaps an error message instead of the download: download it again",
     b"<": "is a web page, perhaps a login or error page instead of the download: download it again",
+    b"Rar!": "is a RAR archive: unpack it first",
     b"\x80": "is a pickle but no torch file: use the .safetensors of the model",
 }
 TORCHSCRIPT = "is a TorchScript archive, which is a program: use the .safetensors or .ckpt of the model"
 DAMAGED = "is damaged or its download is incomplete: download it again"
+
+
+MAX_ERROR_BYTES = 1 << 16  # of a text that a server sends instead of a file
+_TEXT = bytes(range(32, 127)) + b"\t\r\n"
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # of at least two letters: C:/ is a path
 
 
 def itemsize(dtype: torch.dtype) -> int:
@@ -79,16 +87,25 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileIndex:
-    """Tensors of one file by name, the step count of its training, and the names of its other entries.
-
-    metadata: of a .safetensors file.
-    """
+    """Tensors of one file by name, the step count of its training, its other entries, and the metadata of .safetensors."""
 
     path: Path
     tensors: dict[str, TensorEntry]
     global_step: int | None = None
     others: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    file_format: str = "safetensors"
+
+
+def require_path(path: str | Path) -> Path:
+    """Return a path of a checkpoint. Raises CheckpointError for empty text and for an address of the web."""
+    if not str(path) or (isinstance(path, str) and not path.strip()):
+        raise CheckpointError(f"{path!r}: is an empty path; give a .safetensors or .ckpt file, or a diffusers folder")
+    if match := _ADDRESS.match(str(path)):
+        raise CheckpointError(
+            f"{path}: is an address ({match[1]}), and nothing is downloaded: download it, and give its path"
+        )
+    return Path(path)
 
 
 def index(path: str | Path) -> FileIndex:
@@ -96,7 +113,7 @@ def index(path: str | Path) -> FileIndex:
 
     Raises CheckpointError, naming the file and a remedy, if it is missing, empty, damaged, or not a checkpoint.
     """
-    path = Path(path)
+    path = require_path(path)
     try:
         size = os.stat(path).st_size
         with open(path, "rb") as file:
@@ -118,11 +135,25 @@ def index(path: str | Path) -> FileIndex:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from None
+    content = _without_byte_order_mark(head).lstrip()
     for start, reason in UNSUPPORTED_FORMATS.items():
-        _check(not head.lstrip().startswith(start), f"{path}: {reason}")
+        _check(not content.startswith(start), f"{path}: {reason}")
+    if size < MAX_ERROR_BYTES and b" " in content and content.isascii() and not content.translate(None, _TEXT):
+        excerpt = printable(content.decode("ascii").strip())
+        raise CheckpointError(
+            f"{path}: is text, perhaps an error instead of the download ({excerpt}): download it again"
+        )
     raise CheckpointError(
         f"{path}: is neither a .safetensors nor a torch file; give one of these, or a diffusers folder"
     )
+
+
+def _without_byte_order_mark(head: bytes) -> bytes:
+    """The first bytes of a text in UTF-8, without the mark that some servers and editors write before it."""
+    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        if head.startswith(mark):
+            return head[len(mark) :].decode(encoding, errors="ignore").encode()
+    return head
 
 
 def _check(condition: bool, message: str = DAMAGED) -> None:
@@ -261,8 +292,10 @@ def _state_dict(loaded: Any) -> dict[Any, Any]:
 
 
 def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex:
-    tensors = {}
-    for name, value in _state_dict(loaded).items():
+    tensors, state = {}, _state_dict(loaded)
+    embedding = "string_to_param" in state
+    _check(not embedding, "is a textual inversion embedding, which extends a prompt: give a whole model")
+    for name, value in state.items():
         if type(value) is not PickledTensor:
             continue  # numbers and names that were saved beside the weights
         _check(type(name) is str, "contains tensors without names: use the .safetensors of the model")
@@ -270,9 +303,13 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
         _check(nbytes >= value.storage.numel * itemsize(value.storage.dtype))
         tensors[name] = TensorEntry(value.storage.dtype, value.size, value.stride, value.offset, start, nbytes)
     step = loaded.get("global_step")
-    read = {*tensors, "state_dict", "string_to_param", "global_step"}
-    others = tuple(str(name) for name in loaded if name not in read)
-    return _check_total(FileIndex(path, tensors, step if type(step) is int else None, others), size)
+    step = step if type(step) is int else None
+    embedding = "string_to_param" in loaded and not tensors
+    _check(not embedding, "is a textual inversion embedding in a form that cannot be read: save it as .safetensors")
+    others = tuple(
+        str(name) for name in loaded if name not in {*tensors, "state_dict", "string_to_param", "global_step"}
+    )
+    return _check_total(FileIndex(path, tensors, step, others, file_format="torch"), size)
 
 
 def _check_total(file_index: FileIndex, size: int) -> FileIndex:
@@ -323,6 +360,14 @@ def read_tensors(
             if not users[entry.extent]:
                 del storages[entry.extent]
     return {name: tensors[name] for name in names}
+
+
+def shapes_of(
+    file_index: FileIndex, names: Iterable[str] | None = None, progress: bool | None = None
+) -> dict[str, Tensor]:
+    """Tensors of the same names, shapes and dtypes on the meta device, without reading the file; like `read_tensors`."""
+    entries = {name: file_index.tensors[name] for name in (file_index.tensors if names is None else names)}
+    return {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
 
 
 def _read_storage(file: io.FileIO, entry: TensorEntry, path: Path, update: Callable[[int], object]) -> Tensor:

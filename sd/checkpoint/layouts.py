@@ -54,9 +54,11 @@ def _get(state: State, name: str) -> Tensor:
 
 
 def _join(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if not q.shape == k.shape == v.shape or not q.dim() or len({q.dtype, k.dtype, v.dtype}) != 1:
-        raise CheckpointError(f"{name} differs from its k and v in shape or dtype; download the file again")
-    return torch.cat([q, k, v])
+    if not q.shape == k.shape == v.shape or not q.dim():
+        raise CheckpointError(f"{name} differs from its k and v in shape; download the file again")
+    # Some tools store a part of the matrices in half precision; the widest dtype holds all of them exactly.
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return torch.cat([q.to(dtype), k.to(dtype), v.to(dtype)])
 
 
 def _inverse(table: dict[str, str]) -> dict[str, str]:
@@ -121,14 +123,14 @@ def native_to_original(state: State) -> State:
             result[f"{prefix}to_out.0.{part[9:]}"] = tensor
         elif part != "in_proj_bias":
             raise CheckpointError(f"{name} is no part of nn.MultiheadAttention: use the original file")
-        elif bool(tensor.any()):
+        elif not tensor.is_meta and bool(tensor.any()):
             raise CheckpointError(f"{name} is not zero, and Stable Diffusion has no such bias: use the original file")
     return result
 
 
 # --- text: OpenCLIP's names, which are those of sd.models.text_encoder, and transformers' CLIPTextModel
 
-_TEXT_TOP = {  # CLIPTextModel: OpenCLIP
+TEXT_TOP = {  # CLIPTextModel: OpenCLIP
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm.weight": "ln_final.weight",
@@ -141,7 +143,7 @@ _TEXT_BLOCK = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_TEXT_TOP_INVERSE, _TEXT_BLOCK_INVERSE = _inverse(_TEXT_TOP), _inverse(_TEXT_BLOCK)
+_TEXT_TOP_INVERSE, _TEXT_BLOCK_INVERSE = _inverse(TEXT_TOP), _inverse(_TEXT_BLOCK)
 _HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.*)\.(weight|bias)$")
 _OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.*?)[._](weight|bias)$")
 
@@ -155,8 +157,8 @@ def hf_text_to_openclip(state: State) -> State:
     for full, tensor in state.items():
         name = full[len("text_model.") :] if full.startswith("text_model.") else full
         match = _HF_LAYER.match(name)
-        if name in _TEXT_TOP:
-            result[_TEXT_TOP[name]] = tensor
+        if name in TEXT_TOP:
+            result[TEXT_TOP[name]] = tensor
         elif match and match[2] in _TEXT_BLOCK:
             result[f"transformer.resblocks.{match[1]}.{_TEXT_BLOCK[match[2]]}.{match[3]}"] = tensor
         elif match and match[2] == "self_attn.q_proj":
@@ -165,6 +167,13 @@ def hf_text_to_openclip(state: State) -> State:
         elif not (match and match[2] in ("self_attn.k_proj", "self_attn.v_proj")):
             result[full] = tensor
     return result
+
+
+def clip_names_to_openclip(state: State) -> State:
+    """Give the text encoder of an original layout with transformers' names the names of OpenCLIP, which SD2 has."""
+    text = add_prefix(hf_text_to_openclip(with_prefix(state, CLIP)), OPENCLIP)
+    text.pop(f"{OPENCLIP}text_model.embeddings.position_ids", None)
+    return {**{name: tensor for name, tensor in state.items() if not name.startswith(CLIP)}, **text}
 
 
 def openclip_text_to_hf(state: State) -> State:
@@ -239,11 +248,13 @@ def _unknown(name: str) -> CheckpointError:
     return CheckpointError(f"{name} is no part of a Stable Diffusion 1 or 2 network; download the file again")
 
 
-def _rename(name: str, table: dict[str, str]) -> str:
+def _rename(name: str, table: dict[str, str], strict: bool = True) -> str:
     module, _, leaf = name.rpartition(".")
-    if module not in table:
+    if module in table:
+        return f"{table[module]}.{leaf}"
+    if strict:
         raise _unknown(name)
-    return f"{table[module]}.{leaf}"
+    return name
 
 
 def unet_to_diffusers(state: State) -> State:
@@ -273,9 +284,14 @@ def unet_to_diffusers(state: State) -> State:
     return {rename(name): tensor for name, tensor in state.items()}
 
 
-def unet_from_diffusers(state: State) -> State:
-    """Invert `unet_to_diffusers`."""
-    blocks = {name: _BLOCK.match(name) for name in state}
+def unet_from_diffusers(state: State, strict: bool = True) -> State:
+    """Invert `unet_to_diffusers`. strict False: unknown names are left unchanged."""
+    return {new: state[name] for name, new in unet_names_from_diffusers(state, strict).items()}
+
+
+def unet_names_from_diffusers(names: Iterable[str], strict: bool = True) -> dict[str, str]:
+    """Names of UNet2DConditionModel -> names of sd.models.unet."""
+    blocks = {name: _BLOCK.match(name) for name in names}
     parts = [(m[1], int(m[2] or 0), m[3], int(m[4])) for m in blocks.values() if m]
     count = 1 + max(
         (inner for side, _, modules, inner in parts if (side, modules) == ("down_blocks", "resnets")), default=0
@@ -285,10 +301,10 @@ def unet_from_diffusers(state: State) -> State:
     def rename(name: str) -> str:
         match = blocks[name]
         if not match:
-            return _rename(name, _UNET_TOP_INVERSE)
+            return _rename(name, _UNET_TOP_INVERSE, strict)
         side, level, modules, inner, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
         if modules == "resnets":
-            rest = _rename(rest, _RESNET_INVERSE)
+            rest = _rename(rest, _RESNET_INVERSE, strict)
         if side == "mid_block":
             return f"middle_block.{2 * inner if modules == 'resnets' else 1}.{rest}"
         first = level * (count + 1)
@@ -299,7 +315,7 @@ def unet_from_diffusers(state: State) -> State:
         prefix = f"input_blocks.{first + inner + 1}" if side == "down_blocks" else f"output_blocks.{first + inner}"
         return f"{prefix}.{0 if modules == 'resnets' else 1}.{rest}"
 
-    return {rename(name): tensor for name, tensor in state.items()}
+    return {name: rename(name) for name in blocks}
 
 
 # --- the autoencoder of diffusers, whose attention has matrices instead of 1x1 convolutions
@@ -343,29 +359,42 @@ _VAE_TO_DIFFUSERS = [(_pattern(ours), theirs) for ours, theirs in _VAE]
 _VAE_FROM_DIFFUSERS = [(_pattern(theirs), ours) for ours, theirs in _VAE + _VAE_BEFORE_0_15]
 
 
-def _rename_autoencoder(state: State, rules: list[tuple[re.Pattern[str], str]]) -> State:
+def _rename_autoencoder(
+    names: Iterable[str], rules: list[tuple[re.Pattern[str], str]], strict: bool = True
+) -> dict[str, str]:
     matches: dict[str, tuple[dict[str, Any], str]] = {}
-    for name in state:
+    for name in names:
         rule = next(((m.groupdict(), template) for pattern, template in rules if (m := pattern.match(name))), None)
-        if rule is None:
+        if rule is None and strict:
             raise _unknown(name)
-        matches[name] = rule
+        matches[name] = rule or ({"unknown": name}, "{unknown}")
     levels = 1 + max((int(fields["level"]) for fields, _ in matches.values() if "level" in fields), default=0)
-    result = {}
-    for name, (fields, template) in matches.items():
+    for name, (fields, _) in matches.items():
         if "level" in fields and name.startswith("decoder."):
             fields["level"] = levels - 1 - int(fields["level"])
-        result[template.format(**fields)] = state[name]
-    return result
+    return {name: template.format(**fields) for name, (fields, template) in matches.items()}
 
 
 def autoencoder_to_diffusers(state: State) -> State:
     """Rename sd.models.autoencoder to diffusers' AutoencoderKL; the 1x1 convolutions of its attention become matrices."""
-    renamed = _rename_autoencoder(state, _VAE_TO_DIFFUSERS)
+    renamed = {new: state[name] for name, new in _rename_autoencoder(state, _VAE_TO_DIFFUSERS).items()}
     return {name: w.flatten(1) if ".attentions." in name and w.dim() == 4 else w for name, w in renamed.items()}
 
 
-def autoencoder_from_diffusers(state: State) -> State:
-    """Invert `autoencoder_to_diffusers`; the older names (query, key, value, proj_attn) are accepted too."""
-    renamed = _rename_autoencoder(state, _VAE_FROM_DIFFUSERS)
-    return {name: w[:, :, None, None] if ".attn_1." in name and w.dim() == 2 else w for name, w in renamed.items()}
+def autoencoder_from_diffusers(state: State, strict: bool = True) -> State:
+    """Invert `autoencoder_to_diffusers`; the older names (query, key, value, proj_attn) are accepted too.
+
+    strict False: unknown names are left unchanged.
+    """
+    renamed = {new: state[name] for name, new in autoencoder_names_from_diffusers(state, strict).items()}
+    return attention_as_convolutions(renamed)
+
+
+def autoencoder_names_from_diffusers(names: Iterable[str], strict: bool = True) -> dict[str, str]:
+    """Names of AutoencoderKL, of any version of diffusers -> names of sd.models.autoencoder."""
+    return _rename_autoencoder(names, _VAE_FROM_DIFFUSERS, strict)
+
+
+def attention_as_convolutions(state: State) -> State:
+    """Give the autoencoder's attention, with or without a prefix, its shape in the original layout: 1x1 convolutions."""
+    return {name: w[:, :, None, None] if ".mid.attn_1." in name and w.dim() == 2 else w for name, w in state.items()}

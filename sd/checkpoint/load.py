@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,35 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoint import layouts
-from sd.checkpoint.diffusers_folder import parameterization, read_folder, require_settings
-from sd.checkpoint.file_formats import index, read_tensors
-from sd.config.presets import INPAINTING_CHANNELS, OTHER_INPUTS, PRESETS, ModelConfig, Parameterization, TextKind
-from sd.errors import CheckpointError
+from sd.checkpoint.detect import (
+    Prediction,
+    detect,
+    recorded_prediction,
+    reject_contradiction,
+    reject_other_models,
+    require_parts,
+)
+from sd.checkpoint.diffusers_folder import WEIGHT_FILES
+from sd.checkpoint.diffusers_reader import (
+    SCHEDULER,
+    Reader,
+    image_size,
+    parameterization,
+    read_folder,
+    read_network,
+    require_settings,
+    scheduler_difference,
+)
+from sd.checkpoint.file_formats import index, read_tensors, require_path, shapes_of
+from sd.checkpoint.spellings import V_PREDICTION_MARKERS, ZERO_SNR_MARKERS, original_names, prefixes
+from sd.config.presets import ModelConfig
+from sd.errors import CheckpointError, CheckpointWarning
 from sd.features import has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 
+_OPENCLIP_H_LAYERS = 24  # of which 23 run; files with transformers' names show neither projection nor scale
 LISTED = 10  # names in a message, before "and N more"
 
 _SCHEDULE_BUFFERS = (
@@ -54,50 +76,100 @@ _IGNORABLE = re.compile(
 )
 # Weights that only a released OpenCLIP tower has; its last block is trained but not used.
 _RELEASED_OPENCLIP = (f"{layouts.OPENCLIP}text_projection", f"{layouts.OPENCLIP}logit_scale")
-_FIRST_CONV = f"{layouts.UNET}input_blocks.0.0.weight"
-# The second name is of joined matrices, for a context as wide as the block.
-_CROSS_KEYS = [
-    re.compile(rf"{re.escape(layouts.UNET)}.*\.attn2\.{name}$")
-    for name in (r"(to_k\.weight|mha\.k_proj_weight)", r"mha\.in_proj_weight")
-]
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.")
-
-_OTHER_MODELS = (  # a name that only this model type has, and its description
-    (r"conditioner\.embedders\.", "is a Stable Diffusion XL checkpoint"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "is a Flux checkpoint"),
-    (r"model\.diffusion_model\.label_emb\.", "has class embeddings, like unCLIP and Stable Diffusion XL"),
-    (r".*(\.lora_(up|down|A|B)\.|\.hada_w)", "is a LoRA, which modifies a model"),
-    (r"(control_model\.|controlnet_cond_embedding\.)", "is a ControlNet, which extends a model"),
-    (r"(string_to_param|emb_params$)", "is a textual inversion embedding"),
-    (r"(down_blocks|time_embedding)\.", "is the UNet of a diffusers folder: give the folder itself"),
-    (r"(encoder|decoder)\.(down|up|mid|conv_in)", "is an autoencoder alone"),
-    (r"text_model\.", "is a text encoder alone"),
-)
-_FAMILIES = {768: "an SD1", 1024: "an SD2"}  # by the width of the context
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict in the original layout, and the metadata of its file."""
+    """A state dict in the original layout, and the metadata of its file.
+
+    prediction: the prediction type that the checkpoint records, if any. others: names of entries that are not tensors.
+    names: the names in the file. ignored: description of contents that are not used.
+    """
 
     state: dict[str, Tensor]
     global_step: int | None = None
-    parameterization: Parameterization | None = None  # only a diffusers folder has it
-    others: tuple[str, ...] = ()  # names of entries that are not tensors
+    prediction: Prediction | None = None
+    others: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    ignored: str | None = None
 
 
 def read_checkpoint(
-    path: str | Path, progress: bool | None = None, select: Callable[[str], bool] | None = None
+    path: str | Path,
+    progress: bool | None = None,
+    select: Callable[[str], bool] | None = None,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    strict: bool = True,
+    shapes_only: bool = False,
 ) -> Checkpoint:
-    """Read a checkpoint like `read`, with its metadata. select: predicate of the names to read; folders are read whole."""
-    path = Path(path)
+    """Read a checkpoint into the original layout, with its metadata.
+
+    path: as in `read`; names in the spellings of other tools are mapped. select: predicate of the original names to read;
+    folders are read whole. vae, text_encoder: files or folders of these networks, in place of those in the checkpoint.
+    strict False: unknown names inside the networks of diffusers are left unchanged. shapes_only: tensors on the meta device,
+    without reading the weights.
+    """
+    path, read = require_path(path), shapes_of if shapes_only else read_tensors
+    parts = {"autoencoder": vae, "text_encoder": text_encoder}
+    replaced = {network: file for network, file in parts.items() if file is not None}
     if path.is_dir():
         predicted = parameterization(path)  # an invalid value is rejected before gigabytes are read
-        return Checkpoint(read_folder(path, progress), parameterization=predicted)
+        networks = [network for network in WEIGHT_FILES if network not in replaced]
+        checkpoint = Checkpoint(
+            read_folder(path, progress, networks, strict, read),
+            prediction=None if predicted is None else Prediction(predicted, f"scheduler ({SCHEDULER})"),
+            ignored=scheduler_difference(path),
+        )
+    else:
+        unused = tuple(prefix for network in replaced for prefix in prefixes(network))
+        checkpoint = _read_file(
+            path,
+            progress,
+            lambda name: not name.startswith(unused) and (select is None or select(name)),
+            strict,
+            read,
+        )
+    for network, file in replaced.items():
+        checkpoint.state.update(_read_network(file, network, progress, strict, read))
+    return checkpoint
+
+
+def _read_file(
+    path: Path, progress: bool | None, select: Callable[[str], bool], strict: bool, read: Reader
+) -> Checkpoint:
     file_index = index(path)
-    names = [name for name in file_index.tensors if select is None or select(name)]
-    return Checkpoint(read_tensors(file_index, names, progress), file_index.global_step, others=file_index.others)
+    try:
+        names = original_names(file_index.tensors, strict=strict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    tensors = read(file_index, [name for name, new in names.items() if select(new)], progress)
+    state = layouts.attention_as_convolutions({names[name]: tensor for name, tensor in tensors.items()})
+    predicted = recorded_prediction(file_index)
+    return Checkpoint(state, file_index.global_step, predicted, file_index.others, tuple(file_index.tensors))
+
+
+def _read_network(path: str | Path, network: str, progress: bool | None, strict: bool, read: Reader) -> layouts.State:
+    """Read `autoencoder` or `text_encoder` from a file or folder of it alone, or of a whole model, in the original layout."""
+    path = require_path(path)
+    if path.is_dir():
+        return read_network(path, network, progress, strict, read)
+    file_index, own = index(path), prefixes(network)
+    try:
+        names = original_names(file_index.tensors, network, strict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    needed = [name for name, new in names.items() if new.startswith(own) and not _IGNORABLE.match(new)]
+    expected = {"autoencoder": "decoder.conv_in", "text_encoder": "token_embedding"}[network]
+    if not any(expected in names[name] for name in needed):
+        noun = network.replace("_", " ")
+        raise CheckpointError(
+            f"{path}: contains no {noun} of Stable Diffusion ({expected} is missing); give another file"
+        )
+    state = read(file_index, needed, progress)
+    return layouts.attention_as_convolutions({names[name]: tensor for name, tensor in state.items()})
 
 
 def read(path: str | Path, progress: bool | None = None) -> dict[str, Tensor]:
@@ -107,68 +179,15 @@ def read(path: str | Path, progress: bool | None = None) -> dict[str, Tensor]:
     a diffusers folder, which is returned in the original layout. progress: True shows a bar on stderr, None only on a
     terminal. Nothing in the file is executed. Raises CheckpointError naming the file and a remedy.
     """
-    return read_checkpoint(path, progress).state
+    path = require_path(path)
+    return read_folder(path, progress) if path.is_dir() else read_tensors(index(path), None, progress)
 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-# --- detecting the model
-
-
-def reject_other_models(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError, naming the model type, unless `state` (original names) is a whole SD1 or SD2 model."""
-    for pattern, description in _OTHER_MODELS:
-        if any(re.match(pattern, name) for name in state):
-            raise CheckpointError(f"{path}: {description}; only whole Stable Diffusion 1 and 2 models can be loaded")
-    if _FIRST_CONV not in state:
-        raise CheckpointError(f"{path}: has no Stable Diffusion UNet ({_FIRST_CONV} is missing); give a whole model")
-    if state[_FIRST_CONV].dim() != 4:
-        raise CheckpointError(f"{path}: {_FIRST_CONV} is not a convolution; download the file again")
-
-
-def _context_width(path: str | Path, state: Mapping[str, Tensor]) -> int:
-    for pattern in _CROSS_KEYS:
-        for name, tensor in state.items():
-            if pattern.match(name) and tensor.dim() == 2:
-                return int(tensor.shape[1])
-    raise CheckpointError(f"{path}: its UNet has no cross-attention to a prompt; give a text-to-image model")
-
-
-def _detect(path: str | Path, state: Mapping[str, Tensor]) -> ModelConfig:
-    """The preset whose sizes the file has; eps for SD2, since the weights do not show eps or v."""
-    width, (channels, inputs) = _context_width(path, state), state[_FIRST_CONV].shape[:2]
-    for name in ("sd1", "sd2", "tiny"):
-        unet = PRESETS[name].unet
-        if (unet.context_dim, unet.model_channels) == (width, channels):
-            return PRESETS[name].as_inpainting() if inputs == INPAINTING_CHANNELS else PRESETS[name]
-    raise CheckpointError(
-        f"{path}: no preset has a context of {width} and {channels} channels; give the config as a YAML file"
-    )
-
-
-def _reject_contradiction(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig) -> None:
-    channels, inputs = state[_FIRST_CONV].shape[1], config.unet.in_channels
-    if channels != inputs:
-        supported = {config.unet.out_channels: "a text-to-image", INPAINTING_CHANNELS: "an inpainting"}
-        remedy = "only text-to-image and inpainting models can be loaded"
-        if channels in supported:
-            remedy = "pass the config of this model, or none"
-        raise CheckpointError(
-            f"{path}: is of {({**OTHER_INPUTS, **supported}).get(channels, 'another')} model, whose UNet takes {channels} "
-            f"channels, not {inputs} as in the config {config.name}: {remedy}"
-        )
-    width, expected = _context_width(path, state), config.unet.context_dim
-    text = layouts.text_kind(state)
-    if width != expected or text not in (None, config.text.kind):
-        remedies = {768: "pass config='sd1'", 1024: "pass config='sd2' or 'sd2-v'"}
-        raise CheckpointError(
-            f"{path}: is {_FAMILIES.get(width, 'a custom')} checkpoint (context of {width}, {text or 'no'} text encoder), "
-            f"but the config {config.name} describes {_FAMILIES.get(expected, 'a custom')} model (context of {expected}, "
-            f"{config.text.kind} text encoder): "
-            f"{remedies.get(width, 'pass the YAML file of the model')}, or no config"
-        )
+# --- networks
 
 
 def _text_layers(path: str | Path, text: Iterable[str], config: ModelConfig, released: bool) -> int:
@@ -179,7 +198,7 @@ def _text_layers(path: str | Path, text: Iterable[str], config: ModelConfig, rel
     if config.text.layers:
         return config.text.layers
     layers = len({match[1] for match in map(_BLOCK.match, text) if match})
-    if released and config.text.kind == "openclip":
+    if config.text.kind == "openclip" and (released or layers == _OPENCLIP_H_LAYERS):
         layers -= 1
     if layers < 1:
         raise CheckpointError(f"{path}: its text encoder has no blocks to run; download the file again")
@@ -242,6 +261,7 @@ def factories(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
+@lru_cache(maxsize=8)
 def expected_shapes(config: ModelConfig) -> dict[str, dict[str, torch.Size]]:
     """Shape of every weight of {unet, autoencoder, text_encoder}."""
     with meta_device():
@@ -254,86 +274,140 @@ def expected_shapes(config: ModelConfig) -> dict[str, dict[str, torch.Size]]:
 # --- validating
 
 
-def _name_in_file(network: str, name: str, kind: TextKind) -> str:
-    """Name of a network's weight in the original layout."""
+def _name_in_file(network: str, name: str, hf: bool) -> str:
+    """Name of a network's weight in the original layout; hf: the text encoder has the names of transformers."""
     if network != "text_encoder":
         return layouts.PREFIXES[network] + name
-    if kind == "openclip":
+    if not hf:
         return layouts.OPENCLIP + name
     return layouts.CLIP + next(iter(layouts.openclip_text_to_hf({name: torch.zeros(3)})))
 
 
-def _validate(path: str | Path, networks: dict[str, layouts.State], rest: Iterable[str], config: ModelConfig) -> None:
+def _validate(
+    path: str | Path, networks: dict[str, layouts.State], config: ModelConfig, hf: bool, ignore_unknown_keys: bool
+) -> None:
     """Remove ignorable entries from `networks`; reject missing and unknown ones, and wrong shapes and dtypes."""
-    missing, shapes, dtypes, unknown = [], [], [], [name for name in rest if not _IGNORABLE.match(name)]
-    kind = config.text.kind
+    missing, shapes, dtypes, unknown = [], [], [], []
     for network, expected in expected_shapes(config).items():
         state = networks[network]
         for name, shape in expected.items():
-            full = _name_in_file(network, name, kind)
+            full = _name_in_file(network, name, hf)
             if name not in state:
                 missing.append(full)
-            elif state[name].shape != shape:
+                continue
+            state[name] = _matrix_or_convolution(state[name], shape)
+            if state[name].shape != shape:
                 shapes.append(f"{full} {tuple(state[name].shape)} instead of {tuple(shape)}")
             elif state[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                 dtypes.append(f"{full} ({str(state[name].dtype)[6:]})")
         for name in [name for name in state if name not in expected]:
-            block = _BLOCK.match(name) if network == "text_encoder" and kind == "openclip" else None
-            full = _name_in_file(network, name, kind)
+            block = _BLOCK.match(name) if network == "text_encoder" and config.text.kind == "openclip" else None
+            full = _name_in_file(network, name, hf)
             # The last block of a released tower follows those that run.
             if not _IGNORABLE.match(full) and not (block and int(block[1]) == config.text.layers):
                 unknown.append(full)
             del state[name]
+    if unknown and ignore_unknown_keys:
+        _warn(f"{path}: --ignore-unknown-keys leaves out {len(unknown)} of its weights: {_list(unknown)}")
+        unknown = []
     faults = {"missing": missing, "of a wrong shape": shapes, "not floating point": dtypes, "unknown": unknown}
     if any(faults.values()):
         summary = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
+        only_unknown = (
+            ", or leave them out with --ignore-unknown-keys" if list(filter(None, faults.values())) == [unknown] else ""
+        )
         raise CheckpointError(
             f"{path}: its weights do not fit the config {config.name} ({summary}); "
-            f"give the config of this model, or download the file again"
+            f"give the config of this model, or download the file again{only_unknown}"
         )
 
 
+def _matrix_or_convolution(weight: Tensor, shape: torch.Size) -> Tensor:
+    """A 1x1 convolution [O, I, 1, 1] as the matrix [O, I] or the reverse, where `shape` has the other of the two."""
+    ranks = {weight.dim(), len(shape)}
+    longer, shorter = sorted((tuple(weight.shape), tuple(shape)), key=len, reverse=True)
+    return weight.reshape(shape) if ranks == {2, 4} and longer == (*shorter, 1, 1) else weight
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, CheckpointWarning, stacklevel=4)  # the caller of `load` or `from_checkpoint`
+
+
 def load(
-    path: str | Path, config: ModelConfig | None = None, progress: bool | None = None
+    path: str | Path,
+    config: ModelConfig | None = None,
+    progress: bool | None = None,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    ignore_unknown_keys: bool = False,
+    shapes_only: bool = False,
 ) -> tuple[ModelConfig, dict[str, layouts.State]]:
     """Read a checkpoint and validate it against a config.
 
     Returns (config, {"unet": state, "autoencoder": state, "text_encoder": state}); the names and shapes of each state are
     exactly those of UNet, Autoencoder and TextEncoder, the tensors on the CPU in the file's floating dtype.
-    config None: sd1, sd2 or tiny, or the inpainting model of one of them, by the sizes in the file; the weights do not
-    show eps or v, so SD2 is then loaded as eps unless it is a diffusers folder, whose scheduler has the setting.
+    config None: sd1, sd2 or tiny, or the inpainting model of one of them, by the sizes in the file, with the prediction
+    type that the checkpoint records: in the scheduler of a diffusers folder, in an entry `v_pred` or in the metadata;
+    without a record SD1 and SD2 are loaded as eps.
     text.layers = 0: the number depends on the file.
-    Raises CheckpointError, naming the file and a remedy, unless the file is a whole model of that config.
+    vae, text_encoder: files or folders of these networks, in place of those in the checkpoint, if it has any.
+    ignore_unknown_keys: leave out unknown weights inside the networks, and load a model of zero terminal SNR, whose noise
+    schedule is not supported. shapes_only: tensors on the meta device, without reading the
+    weights.
+    Warns with CheckpointWarning of entries outside the networks. Raises CheckpointError, naming the file and a remedy,
+    unless the file is a whole model of that config.
     """
     used = (*layouts.PREFIXES.values(), layouts.OPENCLIP, layouts.CLIP)
-    # A second set of weights (model_ema) and other unused entries are not read.
-    checkpoint = read_checkpoint(path, progress, lambda name: name.startswith(used) or not _IGNORABLE.match(name))
-    state, predicted = checkpoint.state, checkpoint.parameterization
-    reject_other_models(path, state)
+    checkpoint = read_checkpoint(
+        path,
+        progress,
+        # A second set of weights (model_ema) and other unused entries are not read.
+        lambda name: name.startswith(used) or not _IGNORABLE.match(name),
+        vae=vae,
+        text_encoder=text_encoder,
+        strict=not ignore_unknown_keys,
+        shapes_only=shapes_only,
+    )
+    state, predicted = checkpoint.state, checkpoint.prediction
+    reject_other_models(path, state, checkpoint.names)
+    require_parts(path, state)
     if config is None:
-        config = _detect(path, state)
-        if config.name == "sd2" and predicted == "v":
-            config = PRESETS["sd2-v"]
-        elif predicted is not None:
-            config = replace(config, parameterization=predicted)
-    elif predicted not in (None, config.parameterization):
-        raise CheckpointError(
-            f"{path}: its scheduler is for a UNet that predicts {predicted}, but the config {config.name} is for "
-            f"{config.parameterization}: pass a config with that parameterization, or none"
-        )
-    _reject_contradiction(path, state, config)
+        config = detect(path, state, predicted)
+        size = image_size(Path(path)) if Path(path).is_dir() else None
+        config = replace(config, image_size=size or config.image_size)
+    reject_contradiction(path, state, config, predicted)
     if Path(path).is_dir():
         require_settings(Path(path), config)
-    released = any(name in state for name in _RELEASED_OPENCLIP)
+    _report_unused(path, checkpoint, used, ignore_unknown_keys)
+    released, hf = any(name in state for name in _RELEASED_OPENCLIP), layouts.text_kind(state) == "clip"
     try:
-        networks, rest = layouts.split_networks(state)
+        networks, _ = layouts.split_networks(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     state.clear()
     layers = _text_layers(path, networks["text_encoder"], config, released)
     config = replace(config, text=replace(config.text, layers=layers))
-    _validate(path, networks, rest, config)
+    _validate(path, networks, config, hf, ignore_unknown_keys)
     return config, networks
+
+
+def _report_unused(path: str | Path, checkpoint: Checkpoint, used: tuple[str, ...], ignore_unknown_keys: bool) -> None:
+    """Remove the markers from the state and warn of other entries outside the networks; reject zero terminal SNR."""
+    state = checkpoint.state
+    zero_snr = [name for name in ZERO_SNR_MARKERS if name in state or name in checkpoint.others]
+    if zero_snr and not ignore_unknown_keys:
+        raise CheckpointError(
+            f"{path}: its entry {zero_snr[0]} is of a model with zero terminal SNR, whose noise schedule is not supported: "
+            f"use other weights, or pass --ignore-unknown-keys for images by the ordinary schedule"
+        )
+    for name in (*V_PREDICTION_MARKERS, *ZERO_SNR_MARKERS):
+        state.pop(name, None)
+    extra = [name for name in state if not name.startswith(used) and not _IGNORABLE.match(name)]
+    if extra:
+        _warn(f"{path}: {len(extra)} entries are of none of its networks and are not used: {_list(extra)}")
+    if checkpoint.ignored:
+        _warn(f"{path}: {checkpoint.ignored}, so images differ from those of diffusers")
 
 
 def materialise(

@@ -36,6 +36,10 @@ STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
 }
 DTYPE_NAMES = tuple(str(dtype).partition(".")[2] for dtype in STORAGE_DTYPES.values())
+# dtypes of newer torch versions, whose tensors are pickled without a storage class of their own.
+NEW_DTYPE_NAMES = (
+    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 uint16 uint32 uint64"
+).split()
 
 # Packages whose objects training frameworks leave in checkpoints. They are neither imported nor executed.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy", "torchmetrics")
@@ -54,7 +58,9 @@ INERT_NAMES = {
     ("datetime", "timedelta"),
     ("typing", "Any"),
     ("torch", "device"),
-    *(("torch", name) for name in DTYPE_NAMES),
+    *(("torch", name) for name in (*DTYPE_NAMES, *NEW_DTYPE_NAMES)),
+    # Containers of the embeddings that textual inversion trains.
+    *(("torch.nn.modules.container", name) for name in ("ParameterDict", "ParameterList")),
     # Python 3.13 writes the second name.
     *((m, name) for m in ("pathlib", "pathlib._local") for name in "Path PosixPath PurePosixPath WindowsPath".split()),
     *((module, name) for module in ("builtins", "__builtin__") for name in _INERT_BUILTINS.split()),
@@ -138,6 +144,12 @@ def _tensor(args: tuple[Any, ...]) -> PickledTensor:
     return PickledTensor(storage, offset, size, stride)
 
 
+def _tensor_of_new_dtype(args: tuple[Any, ...]) -> PickledTensor:
+    dtype = args[6] if len(args) > 6 else None
+    _check(type(dtype) is Global, "a tensor without a dtype")
+    raise CheckpointError(f"stores a tensor as {dtype}: use the model in fp32, fp16 or bf16")
+
+
 def _parameter(args: tuple[Any, ...]) -> PickledTensor:
     _check(bool(args) and type(args[0]) is PickledTensor, "a parameter that is not a tensor")
     tensor: PickledTensor = args[0]
@@ -159,6 +171,7 @@ def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
 CALLS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_new_dtype,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch", "Size"): _size,
@@ -166,6 +179,7 @@ CALLS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
 # Names that may be mentioned but not called: storage classes in persistent ids, torch.Tensor in _rebuild_from_type_v2.
 UNCALLED_NAMES = {
     *((module, name) for name in STORAGE_DTYPES for module in ("torch", "torch.cuda")),
+    ("torch.storage", "UntypedStorage"),
     ("torch", "Tensor"),
     ("torch.nn.parameter", "Parameter"),
 }
@@ -180,6 +194,11 @@ def _global(module: Any, name: Any) -> Global:
     _check(type(module) is str and type(name) is str, "a name that is not text")
     if (module, name) in CALLS or (module, name) in UNCALLED_NAMES or _is_inert(module, name):
         return Global(module, name)
+    if module.startswith("torch.nn.modules."):
+        raise CheckpointError(
+            f"contains {f'{module}.{name}'[:200]!r}, a pickled module instead of weights, and it was not loaded: "
+            f"save module.state_dict(), or get the weights as .safetensors from their author"
+        )
     raise CheckpointError(
         f"its pickle imports {f'{module}.{name}'[:200]!r}, which no checkpoint needs, and it was not loaded: "
         f"do not trust it; get the weights as .safetensors from their author"
@@ -209,9 +228,10 @@ def _persistent(pid: Any) -> Storage:
     well_formed = type(pid) is tuple and len(pid) in (5, 6) and pid[0] == "storage" and pid[5:] in ((), (None,))
     _check(well_formed, "a reference that is not a storage")
     storage_class, key, numel = pid[1], pid[2], pid[4]
-    known = type(storage_class) is Global and storage_class.name in STORAGE_DTYPES
+    dtypes = {**STORAGE_DTYPES, "UntypedStorage": torch.uint8}
+    known = type(storage_class) is Global and storage_class.name in dtypes
     _check(known and type(key) is str and _is_count(numel), "a storage without type, key and length")
-    return Storage(STORAGE_DTYPES[storage_class.name], key, numel)
+    return Storage(dtypes[storage_class.name], key, numel)
 
 
 class _Machine:

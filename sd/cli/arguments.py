@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from sd import __version__
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
+from sd.checkpoint.contents import describe_prediction
+from sd.checkpoint.file_formats import require_path
 from sd.choices import ATTENTION as IMPLEMENTATIONS
 from sd.choices import (
     ATTENTION_PRECISIONS,
@@ -28,15 +32,16 @@ from sd.choices import (
 )
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
-from sd.errors import ConfigError, Unavailable
+from sd.errors import ConfigError, SDWarning, Unavailable, checkpoint_warnings_as_lines
 from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
 from sd.optimise.presets import TECHNIQUES, parse
-from sd.pipeline import StableDiffusion, resolve_config
+from sd.pipeline import PromptChunks, StableDiffusion, resolve_config
 
 PROMPT = "a professional photograph of an astronaut riding a triceratops"  # of the original scripts
 TINY_PROMPT = "a red circle on a blue background"
+RANDOM_SEED = -1  # of --seed, as in AUTOMATIC1111's web UI
 PUBLISHED_KERNELS = ("math", "mem_efficient", "flash")  # of torch 2.0, to which the published --disable flags refer
 
 T = TypeVar("T")
@@ -45,6 +50,8 @@ T = TypeVar("T")
 def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[str, str]) -> None:
     """Add the options that both commands have, and those that the command refuses (flag -> reason)."""
     parser.set_defaults(embedded="tiny")  # preset of the embedded model that runs without --ckpt
+    version = f"%(prog)s of sd-perf {__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the versions and exit")
     _add_task(parser.add_argument, outdir)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_execution(parser.add_argument_group("execution").add_argument)
@@ -55,6 +62,14 @@ def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[s
 def _add_task(add: Callable[..., object], outdir: str) -> None:
     add("--prompt", help=f"text of the image (default: {PROMPT!r}; tiny: {TINY_PROMPT!r})")
     add("--negative-prompt", default="", help="text of what to avoid")
+    add(
+        "--prompt-chunks",
+        type=chunks,
+        default=1,
+        metavar="N",
+        help="chunks of 75 tokens in which prompts are encoded; auto: as many as the longest prompt of a batch needs "
+        "(default: 1, after which prompts are truncated)",
+    )
     add("--from-file", metavar="FILE", help="prompts, one per line, in batches of --n_samples, instead of --prompt")
     add("--repeat", type=positive, default=1, help="repetitions of each prompt of --from-file (default: 1)")
     add("--outdir", default=outdir, help="folder of samples/NNNNN.png and grid-NNNN.png (default: %(default)s)")
@@ -65,7 +80,7 @@ def _add_task(add: Callable[..., object], outdir: str) -> None:
     add("--n_samples", type=positive, default=1, help="batch size (default: 1; the original scripts: 3)")
     add("--steps", "--ddim_steps", type=positive, default=50, help="sampling steps (default: 50)")
     add("--ddim_eta", type=nonnegative, default=0.0, help="0: deterministic, 1: ancestral; DDIM only (default: 0)")
-    add("--seed", type=natural, default=42, help="image k of the run has seed + k (default: 42)")
+    add("--seed", type=seed, default=42, help="image k of the run has seed + k; -1: random (default: 42)")
     add(
         "--rng",
         choices=RNGS,
@@ -97,6 +112,11 @@ def _add_model(add: Callable[..., object]) -> None:
         action="append",
         default=[],
         help="textual-inversion embedding, with its word in prompts (default: the file's own); may be repeated",
+    )
+    add("--vae", metavar="FILE", help="autoencoder, in place of the checkpoint's, if it has one: a file or a folder")
+    add("--text-encoder", metavar="FILE", help="text encoder, in place of the checkpoint's: a file or a folder")
+    add(
+        "--ignore-unknown-keys", action="store_true", help="leave out weights of the checkpoint that belong to no layer"
     )
     add("--C", type=positive, help="latent channels; must be those of the model")
     add("--f", type=positive, help="pixels per latent cell; must be those of the model")
@@ -168,6 +188,16 @@ def natural(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """Parse a seed: an integer in [0, 2**63), or -1 for a random one."""
+    return RANDOM_SEED if text == str(RANDOM_SEED) else natural(text)
+
+
+def chunks(text: str) -> PromptChunks:
+    """Parse the number of chunks of a prompt: at least 1, or `auto`."""
+    return "auto" if text == "auto" else positive(text)
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
     value = natural(text)
@@ -231,7 +261,8 @@ class Setup:
     """Model, device and optimisations selected by the options and the environment.
 
     checkpoint: None for the embedded model. config: None to detect it from the weights. loras: files and scales.
-    embeddings: files and tokens, None for the file's own.
+    embeddings: files and tokens, None for the file's own. vae, text_encoder: files or folders that replace these
+    networks of the checkpoint.
     """
 
     checkpoint: Path | None
@@ -240,6 +271,9 @@ class Setup:
     optimisations: Optimisations
     loras: tuple[tuple[Path, float], ...] = ()
     embeddings: tuple[tuple[Path, str | None], ...] = ()
+    vae: str | None = None
+    text_encoder: str | None = None
+    ignore_unknown_keys: bool = False
 
     @property
     def default_prompt(self) -> str:
@@ -247,7 +281,7 @@ class Setup:
         return TINY_PROMPT if self.checkpoint is None else PROMPT
 
     def load(self) -> StableDiffusion:
-        """Load the model with its LoRA and embeddings; prints the config where it is detected from the weights."""
+        """Load the model with its LoRA and embeddings; prints a detected config and prediction type."""
         # Some optimisations make the weights constants, so that LoRA comes first.
         merges = Optimisations(precision=self.optimisations.precision) if self.loras else self.optimisations
         model = self._load(merges)
@@ -263,11 +297,19 @@ class Setup:
         if self.checkpoint is None:
             inpainting = self.config is not None and self.config.inpainting
             return StableDiffusion.tiny(self.device, optimisations, inpainting)
-        model = StableDiffusion.from_checkpoint(self.checkpoint, self.config, self.device, optimisations)
+        with checkpoint_warnings_as_lines():
+            model = StableDiffusion.from_checkpoint(
+                self.checkpoint,
+                self.config,
+                self.device,
+                optimisations,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                ignore_unknown_keys=self.ignore_unknown_keys,
+            )
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
-            if model.config.name == "sd2":
-                print("assumed to predict eps; if the images are noise it predicts v: pass --config sd2-v")
+            print(describe_prediction(self.checkpoint, model.config))
         return model
 
 
@@ -276,7 +318,12 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     if args.refused:
         raise ConfigError(args.refused[0])
     config = None if args.config is None else _config(args.config)
+    for option in ("ckpt", "vae", "text_encoder"):
+        if getattr(args, option) is not None:
+            require_path(getattr(args, option))  # rejects "" and addresses before the weights are read
     if args.ckpt is None:
+        if args.vae is not None or args.text_encoder is not None:
+            raise ConfigError("--vae and --text-encoder replace networks of a checkpoint: pass --ckpt FILE")
         if config is not None and not _is_tiny(config):
             raise ConfigError(
                 f"--config {args.config} needs its checkpoint: pass --ckpt FILE, or neither for the tiny model"
@@ -290,8 +337,17 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
         missing = [path for path, _ in files if not path.is_file()]
         if missing:
             raise ConfigError(f"{flag} {missing[0]}: no such file")
-    checkpoint = Path(args.ckpt) if args.ckpt is not None else None
-    return Setup(checkpoint, config, device, optimisations, tuple(args.lora), tuple(args.embedding))
+    return Setup(
+        Path(args.ckpt) if args.ckpt is not None else None,
+        config,
+        device,
+        optimisations,
+        tuple(args.lora),
+        tuple(args.embedding),
+        args.vae,
+        args.text_encoder,
+        args.ignore_unknown_keys,
+    )
 
 
 def _config(value: str) -> ModelConfig | None:
@@ -418,7 +474,7 @@ def prompt_batches(args: Namespace, default: str) -> list[list[str]]:
     """Return the prompts of one iteration in batches of n_samples.
 
     They are n_samples copies of --prompt, or the lines of --from-file, of which the last batch may be shorter (the
-    original scripts fail there). Raises ConfigError naming the option.
+    original scripts fail there). Blank lines are skipped with a warning. Raises ConfigError naming the option.
     """
     for flag, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
         try:
@@ -435,10 +491,15 @@ def prompt_batches(args: Namespace, default: str) -> list[list[str]]:
         raise ConfigError(f"--from-file {args.from_file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--from-file {args.from_file}: is not UTF-8 text") from None
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() also splits at U+2028
-    if not lines:
+    lines = text.removesuffix("\n").split("\n")  # splitlines() also splits at U+2028
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
         raise ConfigError(f"--from-file {args.from_file}: is empty; write one prompt per line")
-    prompts = [line for line in lines for _ in range(args.repeat)]
+    blank = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]
+    if blank:
+        shown = ", ".join(blank[:10]) + (f" and {len(blank) - 10} more" if len(blank) > 10 else "")
+        warnings.warn(f"--from-file {args.from_file}: blank lines are skipped: {shown}", SDWarning, stacklevel=2)
+    prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
     return [prompts[i : i + args.n_samples] for i in range(0, len(prompts), args.n_samples)]
 
 

@@ -1,24 +1,28 @@
-"""The run of txt2img and img2img: iterations of batches, saving, the report, and the exit status."""
+"""The run of txt2img, img2img and inpaint: iterations of batches, saving, the report, and the exit status."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import secrets
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sd.cli.arguments import check_latents, prompt_batches, setup
-from sd.cli.output import OutputFolder
+from sd.cli.arguments import RANDOM_SEED, check_latents, prompt_batches, setup
+from sd.cli.metadata import a1111_parameters
+from sd.cli.output import GridFile, OutputFolder
 from sd.config.presets import ScheduleConfig
-from sd.errors import ConfigError, SDError, printable
+from sd.errors import ConfigError, SDError, SDWarning, printable
 from sd.optimise.compile_cache import open_compile_cache, save_compile_cache
 from sd.pipeline import Noise, Progress, Result, StableDiffusion
 from sd.sampling.noise import OriginalNoise, PerImageNoise
@@ -41,6 +45,9 @@ class Command:
         sampler_by_name(sampler)(schedule, args.steps, args.ddim_eta)  # rejects impossible step counts and eta
         if chosen.config is not None:
             check_latents(args, chosen.config)
+        if args.seed == RANDOM_SEED:
+            args.seed = secrets.randbits(32)
+            print(f"--seed {RANDOM_SEED}: the random seed {args.seed}")
         self.args, self.checkpoint = args, chosen.checkpoint
         self.batches = prompt_batches(args, chosen.default_prompt)
         _append_line(args.time_file, "")
@@ -78,19 +85,20 @@ class Command:
             self.seconds["warm-up"] = time.perf_counter() - start
 
         start, sources, count = time.perf_counter(), noises(), 0
-        for n in range(args.n_iter):
-            for prompts, result in self._iteration(n, f"iteration {n + 1}/{args.n_iter}", generate, sources):
-                for stage, seconds in result.seconds.items():
-                    self.seconds[stage] += seconds
-                self._save(prompts, result, args.seed + count, settings)
-                count += len(prompts)
-        saving = time.perf_counter()
-        text = {"seed": args.seed, **settings, "kernels": _kernels(model)}
-        grid = self.output.add_grid(args.n_rows or args.n_samples, text)
+        images = args.n_iter * sum(map(len, self.batches))
+        with self.output.grid(images, args.n_rows or args.n_samples) as grid:
+            for n in range(args.n_iter):
+                for prompts, result in self._iteration(n, f"iteration {n + 1}/{args.n_iter}", generate, sources):
+                    for stage, seconds in result.seconds.items():
+                        self.seconds[stage] += seconds
+                    self._save(prompts, result, args.seed + count, settings, grid)
+                    count += len(prompts)
+            saving = time.perf_counter()
+            path = grid.save() if grid else None
         self.seconds["saving"] += time.perf_counter() - saving
         total = time.perf_counter() - start
-        if grid:
-            print(grid)
+        if path:
+            print(path)
         _append_line(args.time_file, f"{total}\n")
         if args.compile_cache is not None:
             save_compile_cache(Path(args.compile_cache))
@@ -110,12 +118,26 @@ class Command:
             yield prompts, result
             first += len(prompts)
 
-    def _save(self, prompts: list[str], result: Result, first_seed: int, settings: Mapping[str, object]) -> None:
+    def _save(
+        self,
+        prompts: list[str],
+        result: Result,
+        first_seed: int,
+        settings: Mapping[str, object],
+        grid: GridFile | None,
+    ) -> None:
         start = time.perf_counter()
-        shared = {"negative_prompt": self.args.negative_prompt, **settings, "kernels": _kernels(self.model)}
-        texts = [{"prompt": prompt, "seed": first_seed + i, **shared} for i, prompt in enumerate(prompts)]
-        for path in self.output.add(result.images, texts):
+        shared = {**settings, "kernels": _kernels(self.model)}
+        prompt_settings = {
+            "negative_prompt": self.args.negative_prompt,
+            "prompt_chunks": result.prompt_chunks,
+            **shared,
+        }
+        texts = [{"prompt": prompt, "seed": first_seed + i, **prompt_settings} for i, prompt in enumerate(prompts)]
+        for path in self.output.add(result.images, [{"parameters": a1111_parameters(text), **text} for text in texts]):
             print(path)
+        if grid is not None:
+            grid.add(result.images, {"seed": self.args.seed, **shared})
         self.seconds["saving"] += time.perf_counter() - start
 
     def _model_settings(self) -> dict[str, object]:
@@ -204,12 +226,35 @@ def _peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of process memory"
 
 
-def guarded(run: Callable[[], object]) -> int:
-    """Return the exit status of `run()`: 0; 2 after a one-line message about an error of the user; 130 when interrupted."""
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print each SDWarning once, in one line on stderr; other warnings as before."""
+    from tqdm import tqdm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", SDWarning)
+        show_other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
+            if issubclass(category, SDWarning):
+                tqdm.write(printable(f"warning: {message}"), file=sys.stderr)  # above the progress bar
+            else:
+                show_other(message, category, *location, **options)
+
+        warnings.showwarning = show
+        yield
+
+
+def guarded(run: Callable[[], object], smaller: str | None = None) -> int:
+    """Return the exit status of `run()`: 0; 2 after a one-line message about an error of the user; 130 when interrupted.
+
+    smaller: the options of the command that reduce memory, for the advice after an out-of-memory error.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may not be encodable on the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        run()
+        with _warnings_in_one_line():
+            run()
         return 0
     except BrokenPipeError:  # stdout was closed by the reader; the interpreter flushes it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -223,8 +268,9 @@ def guarded(run: Callable[[], object]) -> int:
         if not _is_out_of_memory(error):
             raise
         device = torch.device("cuda" if "CUDA" in str(error) and torch.cuda.is_available() else "cpu")
-        advice = "use a smaller --n_samples, a smaller image (--H, --W), or --precision fp16"
-        message = f"out of memory (peak {_peak_memory(device)}): {advice}"
+        precision = "fp16" if device.type == "cuda" else "bf16"
+        advice = f"{smaller}, or --precision {precision}" if smaller else "a smaller batch or image"
+        message = f"out of memory (peak {_peak_memory(device)}): use {advice}"
     print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
 

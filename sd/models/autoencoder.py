@@ -33,7 +33,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H, W]
-        h: Tensor = self.conv2(self.norm2.after_convolution(self.conv1, self.norm1(x)))
+        h: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
@@ -57,7 +57,9 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         # [B, H*W, 1, C]; a list, since torch 2.0 cannot compile a generator that is unpacked
         q, k, v = [layer(h).flatten(2).transpose(1, 2).unsqueeze(2) for layer in (self.q, self.k, self.v)]
-        h = self.attend(q, k, v).squeeze(2).transpose(1, 2).unflatten(2, (height, width))
+        # A view in NHWC. For one image a transposed view would keep attention's stride of the batch, from which PyTorch
+        # concludes NCHW, and the convolution would copy.
+        h = self.attend(q, k, v).reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
         x = x + self.proj_out(h)
         return x
 

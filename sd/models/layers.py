@@ -6,7 +6,7 @@ Block maths: CompVis/latent-diffusion (arXiv 2112.10752) and Stability-AI/stable
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,29 +38,13 @@ class GroupNorm(nn.GroupNorm):
     The output has the dtype of the input. Kernels for half weights accumulate their statistics in fp32 in any case.
     """
 
-    kernel: Callable[..., Tensor] | None = None  # or sd.optimise.triton_kernels.group_norm, set by sd.optimise.apply
-
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, silu: bool = False):
         super().__init__(groups, channels, eps)
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, ...]
-        if self.kernel is not None:
-            return self.kernel(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
         x = super().forward(x.to(self.weight.dtype)).to(x.dtype)
         return F.silu(x) if self.silu else x
-
-    def after_convolution(self, convolution: nn.Conv2d, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """The norm of convolution(x) + add, with add [B or 1, C, 1, 1].
-
-        A kernel adds per-channel values at no cost, so it also adds the bias of the convolution, for which cuDNN would
-        need another pass.
-        """
-        if self.kernel is None:
-            x = convolution(x)
-            return self.forward(x if add is None else x + add)
-        x = F.conv2d(x, convolution.weight, None, padding=convolution.padding)
-        return self.kernel(x, self.weight, self.bias, self.num_groups, self.eps, convolution.bias, add, self.silu)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -77,16 +61,12 @@ class LayerNorm(nn.LayerNorm):
 class GEGLU(nn.Module):
     """Gated linear unit with exact (erf) GELU (arXiv 2002.05202)."""
 
-    kernel: Callable[[Tensor], Tensor] | None = None  # or sd.optimise.triton_kernels.geglu, set by sd.optimise.apply
-
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, C] -> [B, S, inner]
         x = self.proj(x)
-        if self.kernel is not None:
-            return self.kernel(x)
         x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -220,10 +200,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H, W]; time [B or 1, C', 1, 1]: the result of `project_time`."""
-        norm, convolution = self.out_layers[0], self.in_layers[2]
-        assert isinstance(norm, GroupNorm) and isinstance(convolution, nn.Conv2d)
-        h = norm.after_convolution(convolution, self.in_layers[0](x), time)
-        x = self.skip_connection(x) + self.out_layers[3](h)
+        h = self.out_layers(self.in_layers(x) + time)
+        x = self.skip_connection(x) + h
         return x
 
     def project_time(self, emb: Tensor) -> Tensor:

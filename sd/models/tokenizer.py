@@ -6,14 +6,15 @@ import functools
 import importlib.util
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-END = 49407  # <|endoftext|>
-CONTEXT_LENGTH = 77
+START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>
+CHUNK = 75  # tokens of a prompt between START and END
 
 
 @functools.cache
@@ -33,6 +34,17 @@ def _open_clip_tokenizer() -> ModuleType:
     return module
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of prompts. ids: int64 [B, chunks, 77]. lengths: tokens of each whole prompt. dropped: text after the last
+    chunk of each prompt, in the tokenizer's spelling; empty where the whole prompt is in `ids`.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    dropped: tuple[str, ...]
+
+
 def tokenize(prompts: list[str], encoder: str = "openclip", added: Mapping[str, range] = {}) -> Tensor:
     """prompts -> [B, 77] int64: start, at most 75 tokens, end, padding.
 
@@ -40,26 +52,45 @@ def tokenize(prompts: list[str], encoder: str = "openclip", added: Mapping[str, 
     becomes the end token, as in both originals.
     added: words of textual-inversion embeddings (case-sensitive, not inside longer words) and their token ids.
     """
-    tokens: Tensor = _open_clip_tokenizer().tokenize(list(prompts))
+    return tokenize_chunks(prompts, encoder, added=added).ids[:, 0]
+
+
+def tokenize_chunks(
+    prompts: list[str], encoder: str = "openclip", chunks: int | None = 1, added: Mapping[str, range] = {}
+) -> Tokens:
+    """Tokens of each prompt in `chunks` chunks of 75, each with its own start, end and padding as in `tokenize`.
+
+    chunks: None for as many as the longest prompt needs. Chunks after the end of a prompt are those of the empty prompt. This
+    is the splitting of compel, and of AUTOMATIC1111's web UI where it does not look for commas. added: as in `tokenize`.
+    """
+    tokenizer = _open_clip_tokenizer()
+    encoded = [_encode(prompt, added) for prompt in prompts]
+    lengths = tuple(map(len, encoded))
+    if chunks is None:
+        chunks = max(1, -(-max(lengths) // CHUNK))
+    ids = torch.full((len(prompts), chunks, CHUNK + 2), END if encoder == "clip" else 0)
+    ids[:, :, 0] = START
+    for row, tokens in zip(ids, encoded):
+        for i, chunk in enumerate(row):
+            part = [*tokens[i * CHUNK : (i + 1) * CHUNK], END]
+            chunk[1 : len(part) + 1] = torch.tensor(part)
+    # Tokens of embeddings have no spelling of their own.
+    rest = [[token for token in tokens[chunks * CHUNK :] if token < START] for tokens in encoded]
+    return Tokens(
+        ids, lengths, tuple(tokenizer.decode(torch.tensor(tokens)).strip() if tokens else "" for tokens in rest)
+    )
+
+
+def _encode(prompt: str, added: Mapping[str, range]) -> list[int]:
+    """Tokens of a prompt without start and end."""
+    encode = _open_clip_tokenizer()._tokenizer.encode
+    if not added:
+        tokens: list[int] = encode(prompt)
+        return tokens
     # At a word character the word must end too: `cat` is no part of `catalogue`.
     patterns = [
         (r"(?<!\w)" if re.match(r"\w", word) else "") + re.escape(word) + (r"(?!\w)" if re.search(r"\w$", word) else "")
         for word in sorted(added, key=len, reverse=True)
     ]
-    if patterns:
-        split = re.compile(f"({'|'.join(patterns)})")
-        tokens = torch.stack([_with_added(split.split(prompt), added, row) for prompt, row in zip(prompts, tokens)])
-    if encoder == "clip":
-        after_end = (tokens == END).cumsum(dim=1) > 0
-        tokens = tokens.masked_fill(after_end, END)
-    return tokens
-
-
-def _with_added(parts: list[str], added: Mapping[str, range], row: Tensor) -> Tensor:
-    """Tokens [77] of a prompt split at words of `added`; row: its tokens without them, returned if it has none."""
-    if len(parts) == 1:
-        return row
-    encode = _open_clip_tokenizer()._tokenizer.encode
-    ids = [token for i, part in enumerate(parts) for token in (added[part] if i % 2 else encode(part))]
-    ids = [int(row[0]), *ids[: CONTEXT_LENGTH - 2], END]
-    return torch.tensor(ids + [0] * (CONTEXT_LENGTH - len(ids)))
+    parts = re.split(f"({'|'.join(patterns)})", prompt)
+    return [token for i, part in enumerate(parts) for token in (added[part] if i % 2 else encode(part))]

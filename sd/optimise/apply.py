@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd.attention.availability import check, for_head_dim
 from sd.attention.observation import ObservedCall
 from sd.errors import ConfigError, Unavailable
 from sd.features import has, require
 from sd.models.autoencoder import Autoencoder
-from sd.models.layers import GEGLU, GroupNorm
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.aot import AheadOfTime, check_package_path
@@ -28,8 +26,7 @@ from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.sampling.samplers import run
 
-TRITON_CAPABILITY = (8, 0)  # the oldest GPU that the tests compile the Triton kernels for
-# TF32 and the SDPA kernel choice are settings of the process, so that only one model may run at a time.
+# TF32, cuDNN's benchmark mode and the SDPA kernel choice are settings of the process: one model runs at a time.
 _PROCESS_SETTINGS = threading.RLock()
 
 
@@ -54,6 +51,18 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Let cuDNN measure its algorithms at the first convolution of each shape, or choose by rules; restored on exit."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = enabled
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 def require_available(optimisations: Optimisations, device: torch.device) -> None:
     """Raise Unavailable for features that this torch or device lacks, as far as that can be decided without a model."""
     dtype = WEIGHT_DTYPES[optimisations.precision]
@@ -63,51 +72,19 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
         raise Unavailable("precision bf16: this GPU has no bf16; use fp16 or autocast")
     for compiler in optimisations.compilers().values():
         compiler.require(device)
-    if optimisations.compile != "none" and optimisations.compile_scope == "blocks":
-        require("recompile_limit", "compile_scope blocks")
     if device.type != "cuda":
-        for name, chosen in (("tf32", optimisations.tf32), ("cuda_graph", optimisations.cuda_graph != "none")):
-            if chosen:
+        for name, choice in (
+            ("tf32", optimisations.tf32),
+            ("cudnn_benchmark", optimisations.cudnn_benchmark),
+            ("cuda_graph", optimisations.cuda_graph != "none"),
+        ):
+            if choice:
                 raise Unavailable(f"{name}: needs an NVIDIA GPU, and the device is {device}: leave it out")
-    for name in ("triton_group_norm", "triton_geglu"):
-        if getattr(optimisations, name):
-            require_triton(name, device)
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_package_path(optimisations.aot)
         if device.type == "cpu":
             require_cpp_compiler("aot")
-
-
-def require_triton(option: str, device: torch.device) -> None:
-    """Raise Unavailable, naming the option, if the Triton kernels cannot run.
-
-    They need an NVIDIA GPU of TRITON_CAPABILITY. For tests, TRITON_INTERPRET=1, set before triton is imported, runs them
-    on a CPU by Triton's interpreter, about a thousand times slower.
-    """
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise Unavailable(f"{option}: needs an NVIDIA GPU, and the device is {device}: leave it out")
-    require("triton_op", option)
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(f"{option}: needs triton, which comes with torch for NVIDIA GPUs ({error})") from None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
-        raise Unavailable(
-            f"{option}: needs compute capability {'.'.join(map(str, TRITON_CAPABILITY))}, and {device} has less"
-        )
-
-
-def use_triton_kernels(networks: tuple[nn.Module, ...], group_norm: bool, geglu: bool) -> None:
-    """Switch every GroupNorm and GEGLU of the networks to its Triton kernel, or back to the plain code."""
-    if group_norm or geglu:
-        from sd.optimise import triton_kernels  # imports triton: half a second, and torch before 2.6 has no triton_op
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, GroupNorm):
-                module.kernel = triton_kernels.group_norm if group_norm else None
-            elif isinstance(module, GEGLU):
-                module.kernel = triton_kernels.geglu if geglu else None
 
 
 @dataclass(frozen=True)
@@ -126,11 +103,19 @@ class Calls:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Autocast and TF32 as chosen; no other model of the process runs meanwhile, and settings are restored on exit.
+        """Autocast, TF32 and cuDNN's benchmark mode as chosen; no other model of the process runs meanwhile.
+
+        The settings are restored on exit.
 
         Re-entrant within a thread. Other threads wait, so a progress callback must not wait for another thread's model.
         """
-        with _PROCESS_SETTINGS, float32_precision(self.optimisations.tf32), self.optimisations.autocast(self.device):
+        chosen = self.optimisations
+        with (
+            _PROCESS_SETTINGS,
+            float32_precision(chosen.tf32),
+            cudnn_benchmark(chosen.cudnn_benchmark),
+            chosen.autocast(self.device),
+        ):
             yield
 
     def unet_of_run(self) -> Callable[..., Tensor]:
@@ -140,7 +125,7 @@ class Calls:
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
-        """The attention kernels that ran, by network; empty tuples before the first image."""
+        """The attention kernels that ran, by network; empty tuples before the first image, or the second where compiled."""
         return {"unet": self.observed_unet.kernels, "autoencoder": self.decode.kernels}
 
 
@@ -185,7 +170,6 @@ def apply(
     quantise(unet, optimisations.quantisation)
     unet.frequencies_device = torch.device("cpu") if optimisations.original_steps else None
     merge_tokens(unet, optimisations.token_merging)
-    use_triton_kernels((unet, autoencoder), optimisations.triton_group_norm, optimisations.triton_geglu)
     for network in (unet, autoencoder, text_encoder):
         # Autocast caches the casts of weights that require a gradient, and no others; every run is under no_grad.
         for weight in (*network.parameters(), *network.buffers()):
@@ -227,5 +211,6 @@ def _calls(
         call = Graphed(observed)
     elif optimisations.cuda_graph == "loop":
         loop = GraphedLoop(loop)
-    decode = ObservedCall(autoencoder.decode, observe_call=1)
+    # A compiled decoder's first call is tracing and autotuning, which the profiler would record.
+    decode = ObservedCall(autoencoder.decode, observe_call=2 if "autoencoder" in compilers else 1)
     return Calls(call, decode, loop, observed, optimisations, device)

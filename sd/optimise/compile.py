@@ -29,6 +29,12 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA
 INDUCTOR_OPTIONS = {
     **{name: (name, True) for name in choices.INDUCTOR_OPTIONS},
     "no_epilogue_fusion": ("epilogue_fusion", False),
+    "no_split_reductions": (
+        "split_reductions",
+        False,
+    ),  # one kernel for the statistics of a norm instead of up to three
+    "persistent_tma_matmul": ("triton.enable_persistent_tma_matmul", True),  # Hopper: templates with epilogues
+    "programmatic_launch": ("triton.enable_pdl", True),  # Hopper: a kernel starts before the end of the one before it
 }
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
@@ -55,7 +61,7 @@ class Compiler:
         if self.inductor:
             from torch._inductor import config  # imports the compiler, which takes seconds
         for name in self.inductor:
-            if not hasattr(config, INDUCTOR_OPTIONS[name][0]):
+            if not has_setting(config, INDUCTOR_OPTIONS[name][0]):
                 raise Unavailable(f"inductor option {name}: torch {torch.__version__} does not have it")
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,12 +69,11 @@ class Compiler:
         arguments: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": self.backend}
         if has("recompile_limit"):
             arguments["recompile_limit"] = MAX_GRAPHS
-        if self.backend == "inductor" and self.inductor:  # torch.compile takes a mode or options, not both
-            mode_options = torch._inductor.list_mode_options(self.mode) if self.mode != "default" else {}
-            arguments["options"] = {**mode_options, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
-        elif self.backend == "inductor":
-            arguments["mode"] = self.mode
+        if self.backend == "inductor":
+            arguments["options"] = self.options()
         compiled: Callable[..., Any] = torch.compile(function, **arguments)
+        if not has("recompile_limit"):
+            compiled = _with_graph_limit(compiled)
         if not self.kernels:
             return compiled
 
@@ -78,12 +83,47 @@ class Compiler:
 
         return with_cache_tag
 
+    def options(self) -> dict[str, Any]:
+        """Settings of inductor: those of the mode, then those named.
+
+        The modes of max-autotune include coordinate descent, which tunes about 160 kernels of a UNet in turn, for minutes. It
+        is an option by itself here.
+        """
+        of_mode: dict[str, Any] = {}
+        if self.mode != "default":
+            of_mode = dict(torch._inductor.list_mode_options(self.mode))
+            of_mode.pop("coordinate_descent_tuning", None)
+        return {**of_mode, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
+
     def with_cloned_outputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `function`; results stay valid although CUDA graphs overwrite their output memory at the next call."""
         compiled = self(function)
         if self.mode not in CUDA_GRAPH_MODES or self.backend != "inductor":
             return compiled
         return lambda *arguments: cloned(compiled(*arguments))
+
+
+def has_setting(config: Any, setting: str) -> bool:
+    """Whether inductor has the setting, such as `triton.enable_pdl`."""
+    for name in setting.split("."):
+        if not hasattr(config, name):
+            return False
+        config = getattr(config, name)
+    return True
+
+
+def _with_graph_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` with the limit MAX_GRAPHS where torch.compile has no argument for it."""
+    from torch._dynamo import config
+
+    names = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+    limits = {name: MAX_GRAPHS for name in names if hasattr(config, name)}
+
+    def limited(*arguments: Any) -> Any:
+        with config.patch(limits):
+            return compiled(*arguments)
+
+    return limited
 
 
 def cache_key_tag(tag: str) -> AbstractContextManager[Any]:

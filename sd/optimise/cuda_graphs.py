@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sd.attention.modules import ProjectedContext
+from sd.features import has
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.samplers import Plan, run
@@ -48,7 +49,9 @@ class _Recording:
                 function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Another thread that calls CUDA meanwhile, such as a data loader's, must not end the recording.
+        mode: dict[str, Any] = {"capture_error_mode": "thread_local"} if has("capture_error_mode") else {}
+        with torch.cuda.graph(self.graph, **mode):
             self.output = function(*inputs)
         self.copied: list[tuple[Tensor | None, int]] = [(None, 0)] * len(self.inputs)
 

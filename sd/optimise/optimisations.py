@@ -52,7 +52,7 @@ class Optimisations:
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
     cache_time_embeddings: compute time embeddings and their projections for all timesteps once per run.
-    triton_group_norm, triton_geglu: the kernels of sd.optimise.triton_kernels in UNet and autoencoder.
+    cudnn_benchmark: cuDNN measures its convolution algorithms at the first call of each shape.
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
     `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder), compile_text_encoder: their
@@ -84,9 +84,8 @@ class Optimisations:
     fused_kv: bool = False
     cache_context_kv: bool = False
     cache_time_embeddings: bool = False
-    triton_group_norm: bool = False
-    triton_geglu: bool = False
     tf32: bool = False
+    cudnn_benchmark: bool = False
     original_steps: bool = False
     token_merging: float = 0.0
     feature_caching: int = 1
@@ -133,12 +132,8 @@ class Optimisations:
                 yield f"{name}: original_steps recomputes it at every step; choose one of the two"
             if self._compiles_step or self.cuda_graph != "none":
                 yield "original_steps: a graph cannot contain its host synchronisations; compile the UNet alone"
-        if self.triton_group_norm and not self.channels_last:
-            yield "triton_group_norm: takes images in NHWC; add channels_last"
         if self.aot is not None and self.compile != "none":
             yield "aot: the UNet is compiled already; leave out compile"
-        if self.aot is not None and (self.triton_group_norm or self.triton_geglu):
-            yield "aot: with triton_group_norm or triton_geglu is not offered; leave those out"
         if self.aot is not None and (self.precision == "autocast" or self.feature_caching > 1 or quantised):
             yield "aot: with autocast, feature_caching or quantisation is not offered"
         if quantised and (self.fused_qkv or self.fused_kv or self.attention == "mha"):
@@ -178,13 +173,15 @@ class Optimisations:
             compiles = has("compile") and cpp_compiler() is not None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             return cls(compile="default" if compiles else "none", channels_last=compiles, **caches)
-        mode = "max-autotune-no-cudagraphs" if has("compile") else "none"
+        # The UNet runs at every step; for the other two networks autotuning would cost more than it saves.
+        once = "default" if has("compile") else "none"
         return cls(
-            precision="bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16",
+            precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate
             tf32=True,
-            compile=mode,
-            compile_autoencoder=mode,
-            compile_text_encoder=mode,
+            cudnn_benchmark=True,
+            compile="max-autotune-no-cudagraphs" if has("compile") else "none",
+            compile_autoencoder=once,
+            compile_text_encoder=once,
             cuda_graph="unet",
             channels_last=True,
             **caches,

@@ -15,9 +15,8 @@ from sd.optimise.optimisations import Optimisations
 # Fields of Optimisations by the name of the technique that sets them.
 TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
-    **{name: {name: True} for name in ("tf32", "channels_last", "fused_qkv", "fused_kv")},
+    **{name: {name: True} for name in ("tf32", "cudnn_benchmark", "channels_last", "fused_qkv", "fused_kv")},
     **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
-    **{name: {name: True} for name in ("triton_group_norm", "triton_geglu")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
     "compile_blocks": {"compile_scope": "blocks"},

@@ -177,6 +177,7 @@ def plms(schedule: Schedule, steps: int, eta: float = 0.0) -> Plan:
 def dpm_solver(schedule: Schedule, steps: int, eta: float = 0.0) -> Plan:
     """DPM-Solver++ 2M (arXiv 2211.01095) with the original's settings: linspace timesteps, midpoint, S UNet calls."""
     _require_zero_eta("dpm_solver", eta)
+    _require_few_steps("dpm_solver", schedule, steps)
     if steps < 2:
         raise ConfigError("dpm_solver: a second-order multistep solver needs at least 2 steps")
     timesteps = schedule.linspace_timesteps(steps + 1)
@@ -201,6 +202,7 @@ def dpm_solver(schedule: Schedule, steps: int, eta: float = 0.0) -> Plan:
 def euler(schedule: Schedule, steps: int, eta: float = 0.0) -> Plan:
     """Euler's method in k-diffusion's variables (arXiv 2206.00364, algorithm 2 without churn), linspace timesteps, S UNet calls."""
     _require_zero_eta("euler", eta)
+    _require_few_steps("euler", schedule, steps)
     if steps < 1:
         raise ConfigError("euler: at least 1 step")
     timesteps = schedule.linspace_timesteps(steps)
@@ -215,6 +217,13 @@ def euler(schedule: Schedule, steps: int, eta: float = 0.0) -> Plan:
 def _require_zero_eta(name: str, eta: float) -> None:
     if eta:
         raise ConfigError(f"{name}: eta must be 0; use the ddim sampler for another")
+
+
+def _require_few_steps(name: str, schedule: Schedule, steps: int) -> None:
+    if steps > len(schedule):
+        raise ConfigError(
+            f"{name}: {steps} steps are more than the {len(schedule)} timesteps of the noise schedule: use fewer"
+        )
 
 
 SAMPLERS: dict[str, Callable[..., Plan]] = {"ddim": ddim, "plms": plms, "dpm_solver": dpm_solver, "euler": euler}

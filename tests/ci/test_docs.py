@@ -154,7 +154,9 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
             assert arguments == ["--version"], block.where
         elif program == "pytest":
             parsed = pytestconfig._parser.parse_known_args(arguments)
-            assert set((parsed.markexpr or "").replace("not ", "").split()) <= {*SETS, "slow"}, block.where
+            assert set((parsed.markexpr or "").replace("not ", "").split()) <= {*SETS, "slow", "gpu_codegen"}, (
+                block.where
+            )
             options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
             unknown = set(options) - known_options(pytestconfig)
             assert not unknown, f"{block.where}: {unknown}"
@@ -173,7 +175,7 @@ def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
     mains = [
         importlib.import_module(f"sd.{name}").main
-        for name in ("txt2img", "img2img", "inpaint", "convert", "attention.__main__")
+        for name in ("txt2img", "img2img", "inpaint", "convert", "inspect", "attention.__main__")
     ]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):

@@ -46,7 +46,7 @@ class Bench:
         self.tries[key] = self.tries.get(key, 0) + 1
         return self.tries[key]
 
-    def run(self, plan: Plan | None = None, first: int = 0) -> Measurements:
+    def run(self, plan: Plan | None = None, first: int = 0, last: int | None = None) -> Measurements:
         measurements = Measurements(self.plan, copy.deepcopy(self.events))
         runner = Runner(
             plan or self.plan,
@@ -60,11 +60,15 @@ class Bench:
             references=lambda slot, seed: [],
             watch=self.watch,
             write=self.write,
-            progress=lambda launch, slot: self.turns.append((launch, slot.name)),
+            progress=self.progress,
             limits=Limits(1, 2, 3),
         )
-        runner.run(measurements, first)
+        runner.run(measurements, first, last)
         return measurements
+
+    def progress(self, launch: int, slot: Slot, round_number: int | None) -> None:
+        if round_number is None:
+            self.turns.append((launch, slot.name))
 
     def write(self, event: str, content: dict) -> None:
         if self.kill_after is not None and len(self.events) >= self.kill_after:

@@ -226,15 +226,3 @@ def test_approximate_techniques_are_those_that_change_the_image():
     assert tuple(name for name, fields in TECHNIQUES.items() if approximate & set(fields)) == APPROXIMATE
     assert [one.approximate for one in SETS["approximate"]] == [False] + [True] * len(APPROXIMATE)
     assert not Configuration(optimise="fast,channels_last").approximate
-
-
-def test_triton_kernels_are_measured_alone_and_together(monkeypatch):
-    import torch
-
-    from perf.worker.engines.sd import optimisations
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    fast, *others = [optimisations(one, "cuda") for one in SETS["kernels"][:4]]
-    added = [{name for name, value in one.changed().items() if fast.changed().get(name) != value} for one in others]
-    assert added == [{"triton_group_norm"}, {"triton_geglu"}, {"triton_group_norm", "triton_geglu"}]
-    assert [one.batch for one in SETS["kernels"]] == [1] * 4 + [8] * 4

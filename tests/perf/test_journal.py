@@ -181,9 +181,19 @@ def test_other_files_are_rejected(tmp_path, content, printed):
         read(path)
 
 
+def test_a_journal_of_the_first_version_is_rejected_by_name(tmp_path, monkeypatch):
+    """Its configurations took turns launch by launch, so its rounds cannot be continued in alternation."""
+    path = tmp_path / "1.jsonl"
+    monkeypatch.setattr(journal, "SCHEMA", 1)
+    written(path)
+    monkeypatch.undo()
+    with pytest.raises(JournalError, match=r"1\.jsonl: is a journal of an earlier version.* start again without"):
+        read(path)
+
+
 def test_another_schema_is_rejected(tmp_path, monkeypatch):
     path = tmp_path / "1.jsonl"
-    monkeypatch.setattr(journal, "SCHEMA", 2)
+    monkeypatch.setattr(journal, "SCHEMA", 3)
     written(path)
     monkeypatch.undo()
     with pytest.raises(JournalError, match="no plan of this version"):

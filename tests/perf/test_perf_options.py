@@ -9,6 +9,7 @@ import sys
 import pytest
 from inner_session import inner_fixture, machine_fixture  # noqa: F401
 
+from perf.analysis.paired import LOOKS
 from perf.analysis.verdicts import ExitCode
 from perf.configurations.configuration import CHOICES
 from perf.launch.process import Interpreter
@@ -173,7 +174,7 @@ def settings(inner):
 @pytest.mark.parametrize(
     "device, arguments, expected",
     [
-        ("cpu", [], {"clock": "cpu", "threads": 1, "launches": 6, "rounds": 3, "isolated": True}),
+        ("cpu", [], {"clock": "cpu", "threads": 1, "launches": 4, "rounds": 4, "isolated": True}),
         ("cuda", [], {"clock": "wall", "threads": None, "launches": 10, "rounds": 2, "isolated": True}),
         ("cpu", ["--perf-clock=wall"], {"clock": "wall", "threads": None}),
         ("cpu", ["--perf-threads=2"], {"clock": "cpu", "threads": 2}),
@@ -181,13 +182,15 @@ def settings(inner):
         ("cuda", ["--perf-inprocess"], {"launches": 1, "rounds": 5, "isolated": False}),
         ("cpu", ["--perf-inprocess", "--perf-launches=3", "--perf-rounds=4"], {"launches": 3, "rounds": 4}),
         ("cuda", ["--benchmark-disable"], {"launches": 1, "rounds": 1, "isolated": False}),
-        ("cpu", ["--benchmark-disable", "--benchmark-enable"], {"launches": 6, "isolated": True}),
+        ("cpu", ["--benchmark-disable", "--benchmark-enable"], {"launches": 4, "isolated": True}),
         (
             "cpu",
             ["--perf-aa"],
-            {"aa": True, "variant": "aa", "launches": 10, "rounds": 8, "side_by_side": True},
+            {"aa": True, "variant": "aa", "launches": 8, "rounds": 8, "looks": LOOKS},
         ),
-        ("cuda", ["--perf-aa"], {"launches": 10, "rounds": 2, "side_by_side": False}),
+        ("cuda", ["--perf-aa"], {"launches": 8, "rounds": 2, "looks": LOOKS}),
+        ("cpu", ["--perf-aa", "--perf-launches=5"], {"launches": 5, "looks": ()}),
+        ("cpu", ["--perf-aa", "--perf-inprocess"], {"launches": 1, "looks": ()}),
         ("cpu", ["--perf-resume"], {"resume": True}),
         ("cpu", ["--perf-inject-slowdown=0.05"], {"slowdown": 0.05}),
     ],

@@ -30,7 +30,8 @@ def verdict(document: dict, id: str = SDPA) -> dict:
 @pytest.mark.parametrize("arguments", [(), ("-W", "error"), ("-q",)], ids=lambda options: "".join(options) or "plain")
 def test_missing_baseline_is_a_notice(inner, arguments):
     assert inner.run("--benchmark-compare", *arguments).ret == 0, inner.output
-    inner.prints("perf: there is no baseline in", "save one with --benchmark-autosave", "fastest here: " + SDPA)
+    inner.prints("perf: there is no baseline in", "save one with --benchmark-autosave")
+    inner.prints_no("fastest here")  # of a single configuration
 
 
 @pytest.mark.parametrize("arguments", [("--benchmark-compare-fail=median:5%",), ("--perf-strict",)])
@@ -239,14 +240,15 @@ def test_strict_exits_0_with_a_verdict(inner):
     assert inner.run("--benchmark-compare", "--perf-strict", launches=6).ret == 0, inner.output
 
 
-def test_anchor_drift_makes_the_session_invalid(inner):
+def test_drift_bars_the_session_from_the_baselines_and_from_a_verdict_against_them(inner):
     inner.store(STORED)
-    inner.machine.drift, inner.machine.rounds = 0.05, 0
-    result = inner.run("--benchmark-compare", "--benchmark-save=now", launches=6)
-    assert result.ret == ExitCode.FAILED
-    inner.prints("INVALID session: anchor_drift ", f"{SDPA}: INVALID (anchor_drift")
-    assert verdict(inner.last())["verdict"] == "INVALID"
-    assert inner.last()["perf"]["invalid"].startswith("anchor_drift ")
+    inner.machine.drift, inner.machine.rounds = 0.2, -16  # it begins in the last third
+    result = inner.run("--benchmark-compare", "--benchmark-save=now", launches=12)
+    assert result.ret == 0, inner.output
+    inner.prints("drifted: anchor_drift ", f"{SDPA}: INCONCLUSIVE", "(anchor_drift")
+    assert verdict(inner.last())["verdict"] == "INCONCLUSIVE"
+    assert inner.last()["perf"]["invalid"] is None
+    assert inner.last()["perf"]["drifted"].startswith("anchor_drift ")
     inner.machine.drift = 0.0
     assert inner.run("--benchmark-compare", launches=6).ret == 0
     inner.prints("against 0008_nightly")

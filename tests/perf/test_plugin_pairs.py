@@ -6,11 +6,12 @@ import json
 import sys
 
 import pytest
-from inner_session import SDPA, SEED, TWO, Machine, inner_fixture, machine_fixture  # noqa: F401
+from inner_session import SDPA, SEED, TWO, inner_fixture, machine_fixture  # noqa: F401
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import Interpreter
 from perf.runs import saved_run
+from perf.session.workers import Launches
 
 
 def test_aa_saves_the_noise_and_the_next_comparison_uses_it(inner):
@@ -37,14 +38,14 @@ def test_aa_of_a_quiet_machine_is_the_same(inner):
 
 def test_false_alarm_of_aa_is_no_regression(inner, monkeypatch):
     """Its ratios define the margin, so the run must stay a baseline candidate."""
-    ask, calls = Machine.__call__, iter(range(1000))
+    opened = Launches.open
 
-    def second_label_is_faster(machine, interpreter):
-        launch = ask(machine, interpreter)
-        launch.factor = 1.0 if next(calls) % 4 in (2, 1) else 0.9
+    def second_label_is_faster(launches, slot):
+        launch = opened(launches, slot)
+        launch.factor = 0.9 if slot.variant == "aa" else 1.0
         return launch
 
-    monkeypatch.setattr(Machine, "__call__", second_label_is_faster)
+    monkeypatch.setattr(Launches, "open", second_label_is_faster)
     result = inner.run("--perf-aa", launches=6)
     assert result.ret == ExitCode.SLOWER, inner.output
     assert inner.last()["perf"]["regressed"] == []
@@ -82,10 +83,59 @@ def test_against_the_same_commit(inner, other_commit):
     inner.prints(f"{SDPA}: SAME")
 
 
-def test_against_doubles_undecided_configurations(inner, other_commit):
+def test_undecided_pairs_get_further_launches_and_the_report_says_how_many(inner, other_commit):
     inner.machine.base_slow, inner.machine.noise = 1 / 1.015, 0.06
-    inner.run("--perf-against=v1", launches=6)
-    inner.prints("perf: inconclusive after 6 launches, doubling them")
+    inner.run("--perf-against=v1", "--benchmark-save=a", launches=None)
+    inner.prints("perf: undecided after 8 launches, going on to 12: " + SDPA)
+    made = len(inner.last()["benchmarks"][0]["extra_info"]["launches"])
+    assert made in (12, 16, 24)
+    inner.prints(f"{made} launches of 2 rounds")
+    assert inner.last()["perf"]["looks"] == [8, 12, 16, 24]
+    assert inner.last()["benchmarks"][0]["extra_info"]["verdict"]["launches"] == made
+
+
+def test_a_clear_change_ends_at_the_first_look(inner, other_commit):
+    inner.machine.base_slow = 1 / 1.05
+    assert inner.run("--perf-against=v1", "--benchmark-save=a", launches=None).ret == ExitCode.SLOWER, inner.output
+    assert len(inner.last()["benchmarks"][0]["extra_info"]["launches"]) == 8
+    inner.prints_no("going on to")
+
+
+def test_an_inconclusive_pair_says_what_was_detectable(inner, other_commit):
+    inner.machine.noise = 0.05
+    inner.run("--perf-against=v1", launches=4)
+    inner.prints(f"{SDPA}: INCONCLUSIVE", "% was detectable; --perf-launches")
+
+
+def test_drift_does_not_invalidate_a_pair(inner, other_commit):
+    """Both sides of a pair slow down together; only the absolute times are no baseline."""
+    inner.machine.base_slow, inner.machine.drift = 1 / 1.05, 0.2
+    inner.machine.rounds = -64  # the drift begins in the last third
+    result = inner.run("--perf-against=v1", "--benchmark-save=a", launches=12)
+    assert result.ret == ExitCode.SLOWER, inner.output
+    inner.prints("drifted: anchor_drift ", f"{SDPA}: SLOWER +5.")
+    assert inner.last()["perf"]["invalid"] is None
+    assert saved_run.read(inner.saved()[-1]).why_no_candidate.startswith("drifted: anchor_drift")
+
+
+def test_a_control_arm_that_differs_from_its_twin_makes_the_session_invalid(inner, other_commit, monkeypatch):
+    opened = Launches.open
+
+    def slow_control(launches, slot):
+        launch = opened(launches, slot)
+        launch.factor = 1.1 if slot.variant == "control" else 1.0
+        return launch
+
+    monkeypatch.setattr(Launches, "open", slow_control)
+    result = inner.run("--perf-against=v1", "--benchmark-save=a", launches=6)
+    assert result.ret == ExitCode.FAILED, inner.output
+    inner.prints(
+        "INVALID session: control_arm SLOWER +10.", f"{SDPA}: INVALID against 0123456789ab (control_arm SLOWER"
+    )
+    perf = inner.last()["perf"]
+    assert perf["control"].keys() == {"configuration", "ratio", "launches"}
+    assert perf["invalid"].startswith("control_arm SLOWER") and perf["control"]["ratio"]["estimate"] > 1.09
+    inner.prints_no("fastest here")
 
 
 def test_failing_base_commit_fails_the_run(inner, other_commit):

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from perf.configurations.configuration import Configuration
 from perf.session.plan import Plan, Slot
-from perf.session.progress import SessionProgress
+from perf.session.progress import COLD_COMPILE_SECONDS, SessionProgress
 
 A, B = Slot(Configuration(attention="original")), Slot(Configuration(attention="mha"))
+COMPILED = Slot(Configuration(attention="sdpa", compile="default"))
 
 
 class Watched:
@@ -22,11 +23,11 @@ class Watched:
         console = Console(file=self.output, force_terminal=terminal, width=200)
         self.progress = SessionProgress(console, clock=lambda: self.now)
         if plan:
-            self.progress.plan(plan.turns())
+            self.progress.plan(plan.turns(), plan.rounds)
 
-    def launch(self, number: int, slot: Slot, at: float) -> float | None:
+    def step(self, launch: int, slot: Slot, number: int | None, at: float) -> float | None:
         self.now = at
-        self.progress(number, slot)
+        self.progress(launch, slot, number)
         return self.progress.seconds_left()
 
     @property
@@ -34,78 +35,72 @@ class Watched:
         return self.output.getvalue().splitlines()
 
 
-def test_remaining_time_uses_the_mean_of_each_configuration():
-    watched = Watched(Plan((A, B), launches=3, rounds=1))  # A B, B A, A B
-    assert watched.launch(0, A, 0.0) is None
-    assert watched.launch(0, B, 10.0) == pytest.approx(6 * 10 - 10)  # all as long as the first
-    assert watched.launch(1, B, 110.0) == pytest.approx(2 * 100 + 2 * 10)
-    assert watched.launch(1, A, 190.0) == pytest.approx(2 * 10 + 90)
-    assert watched.launch(2, A, 220.0) == pytest.approx(20 + 90)
-    assert watched.launch(2, B, 240.0) == pytest.approx(90)
+def test_remaining_time_is_that_of_loads_and_rounds_of_each_slot():
+    watched = Watched(Plan((A, B), launches=2, rounds=2, loading="all"))
+    assert watched.step(0, A, None, 0.0) is None
+    assert watched.step(0, B, None, 5.0) == pytest.approx(3 * 5)  # loads; of a round nothing is known
+    watched.step(0, A, 0, 12.0)
+    assert watched.step(0, B, 0, 13.0) == pytest.approx(5 + 7 + 2 * 1 + 3 * 1 + 2 * 1)
+    assert watched.step(0, B, 1, 16.0) == pytest.approx(5 + 7 + 3 * 3 + 3 * 1)
+
+
+def test_the_first_compilation_is_counted_before_it_is_measured():
+    watched = Watched(Plan((A, COMPILED), launches=3, rounds=1, loading="all"))
+    watched.step(0, A, None, 0.0)
+    left = watched.step(0, A, 0, 4.0)
+    assert left == pytest.approx(COLD_COMPILE_SECONDS + 2 * 4 + 2 * 4)
+    watched = Watched(Plan((A, COMPILED), launches=3, rounds=1, loading="all"))
+    watched.step(0, COMPILED, None, 0.0)
+    watched.step(0, A, None, 60.0)  # a cold compilation of 60 s
+    assert watched.step(0, A, 0, 64.0) == pytest.approx(4 * 4)  # the later loads are warm
 
 
 def test_resumed_sessions_skip_measured_launches():
-    watched = Watched(Plan((A, B), launches=3, rounds=1), terminal=True)
-    assert watched.launch(1, A, 5.0) is None
-    assert watched.launch(2, A, 15.0) == pytest.approx(2 * 10)
+    watched = Watched(Plan((A, B), launches=3, rounds=1, loading="all"), terminal=True)
+    assert watched.step(2, A, None, 5.0) is None
+    assert watched.step(2, B, None, 15.0) == pytest.approx(10)
     task = watched.progress.bar.tasks[0]
-    assert (task.completed, task.total) == (4, 6)
+    assert (task.completed, task.total) == (9, 12)
 
 
-def test_launches_of_a_failed_configuration_are_skipped():
-    watched = Watched(Plan((A, B), launches=3, rounds=1))
-    watched.launch(0, A, 0.0)
-    watched.launch(0, B, 10.0)  # which fails in a second
-    assert watched.launch(1, A, 11.0) == pytest.approx(10 + 10 + 1)
-    assert watched.launch(2, A, 21.0) == pytest.approx(10 + 1)
+def test_further_launches_are_added():
+    plan = Plan((A, B), launches=1, rounds=1, looks=(1, 2))
+    watched = Watched(plan)
+    watched.step(0, A, None, 0.0)
+    watched.step(0, A, 0, 10.0)
+    watched.progress.plan(Plan((A,), launches=2, rounds=1).turns(1, 2), 1)
+    assert watched.step(1, A, None, 12.0) == pytest.approx(10 + 2)
 
 
-def test_a_doubled_plan_is_added():
-    plan = Plan((A, B), launches=1, rounds=1)
-    watched = Watched(plan, terminal=True)
-    watched.launch(0, A, 0.0)
-    watched.launch(0, B, 10.0)
-    watched.progress.plan(plan.doubled([B.name]).turns(1))
-    assert watched.launch(1, B, 30.0) == pytest.approx(20)
-    task = watched.progress.bar.tasks[0]
-    assert (task.completed, task.total, task.description) == (2, 3, B.name)
-
-
-def test_an_unplanned_launch_is_no_error():
+def test_an_unplanned_step_is_no_error():
     watched = Watched(None)
-    watched.launch(0, A, 0.0)
-    assert watched.launch(1, A, 10.0) == pytest.approx(10)
+    watched.step(0, A, None, 0.0)
+    assert watched.step(1, A, None, 10.0) == pytest.approx(10)
 
 
 def test_without_a_terminal_every_launch_prints_a_line():
-    watched = Watched(Plan((A, B), launches=2, rounds=1))
+    watched = Watched(Plan((A, B), launches=2, rounds=1, loading="all"))
     with watched.progress:
-        watched.launch(0, A, 0.0)
-        watched.launch(0, B, 30.0)
-        watched.launch(1, B, 330.0)
+        watched.step(0, A, None, 0.0)
+        watched.step(0, B, None, 30.0)
+        watched.step(0, A, 0, 60.0)
+        watched.step(0, B, 0, 61.0)
+        watched.step(1, B, None, 62.0)
         watched.progress.log("perf: [red]words[/red] with " + "x" * 300)
     assert watched.lines == [
-        f"perf: launch 1, {A.name}",
-        f"perf: launch 1, {B.name}, 2 min left",
-        f"perf: launch 2, {B.name}, 6 min left",
+        "perf: launch 1",
+        "perf: launch 2, about 62 s left",
         "perf: [red]words[/red] with " + "x" * 300,
     ]
-
-
-def test_seconds_are_shown_below_a_minute_and_a_half():
-    watched = Watched(Plan((A,), launches=9, rounds=1))
-    for number, at in enumerate([0, 11, 22]):
-        watched.launch(number, A, at)
-    assert [line.rpartition(", ")[2] for line in watched.lines[1:]] == ["88 s left", "77 s left"]
 
 
 def test_a_terminal_shows_a_transient_bar():
     watched = Watched(Plan((A,), launches=2, rounds=1), terminal=True)
     with watched.progress:
-        watched.launch(0, A, 0.0)
-        watched.launch(1, A, 10.0)
+        watched.step(0, A, None, 0.0)
+        watched.step(0, A, 0, 10.0)
         watched.progress.bar.refresh()
         shown = watched.output.getvalue()
-    assert A.name in shown and "1/2" in shown and "10 s left" in shown
-    assert "launch 1," not in shown
+    assert A.name in shown and "1/4" in shown and "left" in shown
+    assert "launch 1" not in shown
     assert watched.progress.bar.finished is False

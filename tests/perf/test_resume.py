@@ -10,7 +10,8 @@ from protocol_bench import THREE, WRONG, A, B, Bench, C, Stopped, result, wrong
 
 from perf.configurations.configuration import Configuration
 from perf.session.measurements import Measurements
-from perf.session.plan import Plan, Slot
+from perf.session.pairs import Judge, further_plan, pairs_of
+from perf.session.plan import CONTROL, Plan, Slot
 
 
 def _cases():
@@ -20,7 +21,7 @@ def _cases():
         "plain": (plan, {"noise": 0.01}, {}),
         "invalid rounds": (plan, {"noise": 0.01}, bad),
         "a wrong picture": (plan, wrong(WRONG["constant"], seed=1001), {}),
-        "side by side": (dataclasses.replace(plan, side_by_side=True), {"noise": 0.01}, bad),
+        "side by side": (dataclasses.replace(plan, loading="all", seed=4), {"noise": 0.01}, bad),
         "unavailable": (plan, {"at": [{"op": "load", "id": B.id, "do": "error", "kind": "unavailable"}]}, {}),
     }
 
@@ -50,22 +51,17 @@ def test_resumed_sessions_measure_the_same_as_uninterrupted_ones(case):
         assert result(measurements) == expected, f"seed {seed}"
 
 
-def test_a_doubled_plan_continues_with_inconclusive_configurations_only():
-    slots = (Slot(A), Slot(A, "base"), Slot(B), Slot(B, "base"))
-    plan = Plan(slots, launches=3, rounds=1)
+def test_further_launches_are_those_of_undecided_pairs_and_the_control_arm():
+    slots = (Slot(A), Slot(A, "base"), Slot(A, CONTROL), Slot(B), Slot(B, "base"), Slot(C), Slot(C, "base"))
+    plan = Plan(slots, launches=3, rounds=1, loading="all", looks=(3, 5))
+    judge = Judge(plan, pairs_of(plan, "base", lambda id: "v1"), 0.01)
+    further = further_plan(plan, judge, [B.id])
+    assert [slot.name for slot in further.slots] == [A.id, f"{A.id}@{CONTROL}", B.id, f"{B.id}@base"]
     bench = Bench(plan)
     bench.run()
-    doubled = plan.doubled([B.id])
-    assert [slot.name for slot in doubled.slots] == [B.id, f"{B.id}@base"]
-    assert (doubled.launches, doubled.rounds) == (6, 1)
-    bench.turns.clear()
-    measurements = bench.run(doubled, first=3)
-    names = [B.id, f"{B.id}@base"]
-    assert bench.turns == [
-        (launch, name) for launch in (3, 4, 5) for name in (names if launch % 2 == 0 else names[::-1])
-    ]
-    assert sorted(measurements.by_name[B.id].launches) == [0, 1, 2, 3, 4, 5]
-    assert sorted(measurements.by_name[A.id].launches) == [0, 1, 2]
+    measurements = bench.run(further, 3, 5)
+    assert sorted(measurements.by_name[B.id].launches) == [0, 1, 2, 3, 4]
+    assert sorted(measurements.by_name[f"{A.id}@base"].launches) == [0, 1, 2]
     assert result(Measurements(plan, bench.events)) == result(measurements)
 
 
@@ -75,13 +71,13 @@ def test_a_doubled_plan_continues_with_inconclusive_configurations_only():
         {"slot": "another"},
         {"slot": None},
         {"launch": -1},
-        {"launch": 4},  # twice the launches, when undecided, and no more
+        {"launch": 3},  # more than the last look
         {"launch": "0"},
         {"launch": 1},  # which was not loaded
     ],
 )
 def test_events_of_another_plan_are_rejected(change):
-    plan = Plan(THREE, launches=2, rounds=1)
+    plan = Plan(THREE, launches=2, rounds=1, looks=(2, 3))
     bench = Bench(plan)
     bench.run()
     events = [event for event in bench.events if event["launch"] == 0]
@@ -97,6 +93,7 @@ def test_different_plans_have_different_dicts():
         Plan(THREE[::-1], 2, 1),
         Plan(THREE, 3, 1),
         Plan(THREE, 2, 2),
+        Plan(THREE, 2, 1, looks=(2, 4)),
         Plan((*THREE[:2], Slot(C, "aa")), 2, 1),
         Plan((Slot(same_name), *THREE[1:]), 2, 1),
     ]

@@ -1,25 +1,32 @@
-"""`python -m perf battery`: rates of false alarms and detected slowdowns, and resuming from a file."""
+"""`python -m perf battery`: rates of false alarms and detected slowdowns, resuming, interference and simulation."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+import time
 
 import pytest
 
+from perf.__main__ import main
+from perf.analysis.paired import LOOKS
 from perf.analysis.statistics import MARGIN_FLOOR
-from perf.analysis.verdicts import Verdict
-from perf.commands import selftest
+from perf.analysis.verdicts import ExitCode, Verdict
+from perf.commands import interference, selftest, simulate
 from perf.launch.process import ROOT
+
+BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
+TEN = (10,)  # the launches of the stored battery, a single look
 
 
 def _session(draw: random.Random, noise: float, slowdown: float, difference: float = 0.0) -> dict:
-    def launches(factor: float) -> list[float]:
-        return [0.1 * factor * math.exp(draw.gauss(0, noise)) for _ in range(10)]
+    def launches(factor: float) -> list[list[float]]:
+        return [[0.1 * factor * math.exp(draw.gauss(0, noise))] * 8 for _ in range(10)]
 
-    medians = {"plain": launches(1.0), "aa": launches(1 + difference), "slow": launches(1 + slowdown)}
-    return {"medians": medians, "drift": 0.001}
+    rounds = {"plain": launches(1.0), "aa": launches(1 + difference), "slow": launches(1 + slowdown)}
+    return {"rounds": rounds, "drift": 0.001, "invalid": None, "seconds": 100.0}
 
 
 @pytest.fixture
@@ -30,42 +37,106 @@ def draw(request):
 
 
 def test_quiet_machine(draw, capsys):
-    sessions = [_session(draw, 0.002, 0.05) for _ in range(30)]
-    same, slow = selftest.judge(sessions[0], 0.05, MARGIN_FLOOR)
+    sessions = [_session(draw, 0.002, 0.05) for _ in range(40)]
+    same, slow = selftest.judge_session(sessions[0], TEN, 0.05, MARGIN_FLOOR)
     assert (same.verdict, slow.verdict) == (Verdict.SAME, Verdict.SLOWER)
-    assert selftest.report(sessions, 0.05) == 0
-    assert "0 false alarms in 30 A/A comparisons, 5 % slowdown detected in 30 of 30" in capsys.readouterr().out
+    assert selftest.report(sessions, TEN, 0.05) == 0
+    out = capsys.readouterr().out
+    assert "0 false alarms in 40 A/A comparisons, 5 % slowdown detected in 40 of 40, 0 INVALID" in out
+    assert "10 launches a comparison in the median" in out and "100 s a session in the median" in out
 
 
 def test_missed_slowdowns_fail(draw):
-    assert selftest.report([_session(draw, 0.2, 0.05) for _ in range(30)], 0.05) == 1
+    assert selftest.report([_session(draw, 0.2, 0.05) for _ in range(40)], TEN, 0.05) == 1
 
 
 def test_false_alarms_fail(draw):
-    assert selftest.report([_session(draw, 0.002, 0.05, difference=0.1) for _ in range(30)], 0.05) == 1
+    assert selftest.report([_session(draw, 0.002, 0.05, difference=0.1) for _ in range(40)], TEN, 0.05) == 1
+
+
+def test_invalid_sessions_fail_and_give_no_verdict(draw, capsys):
+    sessions = [_session(draw, 0.002, 0.05) for _ in range(40)]
+    for session in sessions[:2]:
+        session["invalid"] = "control_arm SLOWER +5.0 %"
+    assert selftest.report(sessions, TEN, 0.05) == 1
+    assert "detected in 38 of 40, 2 INVALID" in capsys.readouterr().out
 
 
 def test_only_a_battery_with_the_same_options_is_resumed(tmp_path):
-    path, header = tmp_path / "battery.json", {"schema": 1, "clock": "cpu", "launches": 6}
+    path, header = tmp_path / "battery.json", {"schema": 2, "clock": "cpu", "looks": [8, 12]}
     assert selftest._earlier(path, header) == []
-    path.write_text(json.dumps({**header, "sessions": [{"medians": {}}]}))
-    assert selftest._earlier(path, header) == [{"medians": {}}]
-    with pytest.raises(ValueError, match="other launches"):
-        selftest._earlier(path, {**header, "launches": 10})
+    path.write_text(json.dumps({**header, "sessions": [{"rounds": {}}]}))
+    assert selftest._earlier(path, header) == [{"rounds": {}}]
+    with pytest.raises(ValueError, match="other looks"):
+        selftest._earlier(path, {**header, "looks": [10]})
     for damaged in ("", "[]", "{", json.dumps(header)):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is no battery"):
             selftest._earlier(path, header)
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["battery", "--output", str(tmp_path / "file" / "battery.json")]) == ExitCode.REFUSED
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", '{"sessions": [{}]}', '{"sessions": []}'])
+def test_simulation_refuses_other_files(tmp_path, capsys, content):
+    (tmp_path / "a.json").write_text(content)
+    assert main(["battery", "--simulate", str(tmp_path / "a.json")]) == ExitCode.REFUSED
+    assert "error: " in capsys.readouterr().err
+    assert main(["battery", "--simulate", str(tmp_path / "none.json")]) == ExitCode.REFUSED
+
+
+def test_simulation_of_known_noise():
+    noise = [0.01, -0.01, 0.02, -0.015, 0.005] * 4
+    null = simulate.simulate(noise, 0.0, LOOKS, 0.01, 200)
+    assert null.alarms <= 0.02 and null.share[Verdict.SAME] >= 0.9 and 8 <= null.launches <= 24
+    slower = simulate.simulate(noise, 0.05, LOOKS, 0.01, 200)
+    assert slower.share[Verdict.SLOWER] >= 0.98 and slower.launches < 10
+    assert simulate.simulate(noise, 0.05, LOOKS, 0.01, 200) == slower
+    assert sum(null.share.values()) == pytest.approx(1.0)
+
+
+def test_bursts_work_for_their_share_and_are_equal_in_all_processes():
+    schedule = list(itertools.islice(interference.bursts(3), 400))
+    assert schedule == list(itertools.islice(interference.bursts(3), 400))
+    rest, work = map(sum, zip(*schedule))
+    assert work / (rest + work) == pytest.approx(interference.BURST_SHARE, abs=0.04)
+    assert max(seconds for _, seconds in schedule) <= interference.BURST_SECONDS
+
+
+def test_wander_is_slow_and_bounded():
+    shares = [interference.wander_share(second, 1) for second in range(600)]
+    assert 0 <= min(shares) < 0.2 and 0.6 < max(shares) <= interference.MOST_WORK
+    assert max(abs(a - b) for a, b in itertools.pairwise(shares)) < 0.05
+
+
+def test_interference_ends_with_its_context():
+    with pytest.raises(ValueError, match="choose from none, bursts, wander"), interference.interference("storm", 1):
+        pass
+    import psutil
+
+    before = {child.pid for child in psutil.Process().children()}
+    with interference.interference("wander", 1):
+        time.sleep(0.1)
+        started = {child.pid for child in psutil.Process().children()} - before
+        assert started
+    assert not started & {child.pid for child in psutil.Process().children()}
+
+
 def test_docs_state_the_rates_of_the_stored_battery(capsys):
-    stored = json.loads((ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json").read_text(encoding="utf-8"))
-    assert selftest.report(stored["sessions"], stored["slowdown"]) == 0
-    out = capsys.readouterr().out
-    assert "margin 1.00 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown detected in 30 of 30" in out
-    assert "margin 1.46 %: 0 false alarms in 30 A/A comparisons, 5 % slowdown detected in 28 of 30" in out
+    stored = json.loads(BATTERY.read_text(encoding="utf-8"))
+    assert selftest.report(stored["sessions"], TEN, stored["slowdown"]) == 0
+    out = capsys.readouterr().out.splitlines()[0]
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
-    assert "| 1 %, the least | 0 of 30 | 30 of 30 |" in text and "| 0 of 30 | 28 of 30 |" in text
-    verdicts = [selftest.judge(session, 0.05, 0.01)[0].verdict.value for session in stored["sessions"]]
-    same, undecided = verdicts.count("SAME"), verdicts.count("INCONCLUSIVE")
-    assert same + undecided == 30 and f"the verdict was SAME in {same} sessions and INCONCLUSIVE in {undecided}" in text
+    assert out in text, out
+
+
+@pytest.mark.slow
+def test_docs_state_the_simulated_rates(capsys):
+    assert main(["battery", "--simulate", str(BATTERY)]) == 0
+    out = capsys.readouterr().out
+    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    assert all(line in text for line in out.splitlines()), out

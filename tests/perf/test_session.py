@@ -21,8 +21,9 @@ from perf.launch.process import ROOT, Interpreter
 from perf.session import journal
 from perf.session.lock import DeviceBusy, DeviceLock
 from perf.session.measurements import MAX_RETRIES
-from perf.session.plan import Slot
-from perf.session.run import judge_pairs, run
+from perf.session.pairs import Judge, pairs_of
+from perf.session.plan import CONTROL, Slot
+from perf.session.run import run
 from perf.session.runner import Limits
 from perf.session.settings import SessionError, Settings
 from perf.session.workers import Launches
@@ -39,8 +40,8 @@ def command_of(script: dict) -> list[str]:
 
 
 def summary(session) -> dict:
-    """The measurements of a session without times of day."""
-    by_name = session.measurements.by_name
+    """The measurements of a session without its control arm and times of day."""
+    by_name = {name: one for name, one in session.measurements.by_name.items() if one.slot.variant != CONTROL}
     return {
         "seconds": {
             name: {str(n): [one["seconds"] for one in launch.rounds] for n, launch in sorted(measured.launches.items())}
@@ -103,7 +104,11 @@ def test_a_whole_session(fake, tmp_path):
     assert (session.unchecked, session.decisions, session.interrupted) == ({}, {}, False)
     assert session.stack["matmul_flops_per_second"] == {"float32": 1e9}
     assert session.stack["copy_bytes_per_second"] == 1e8
-    assert [event["slot"] for event in events(tmp_path) if event["event"] == "load"] == [A.id, B.id, B.id, A.id]
+    loaded = [event["slot"] for event in events(tmp_path) if event["event"] == "load"]
+    assert sorted(loaded[:3]) == sorted(loaded[3:]) == sorted([A.id, f"{A.id}@{CONTROL}", B.id])
+    assert session.plan.loading == "all" and session.control.verdict is Verdict.SAME
+    plan = journal.read(journal.newest(tmp_path / "journal")).plan
+    assert plan["order_seed"] == session.plan.seed and plan["loading"] == "all"
     assert events(tmp_path)[-1] == {"event": "end"}
     assert session.measurements.by_name[B.id].launches[1].rounds[0]["image"]["latent_relative_error"] == 1e-6
     assert not list(tmp_path.glob("sd-perf-compile-*"))
@@ -279,20 +284,20 @@ def test_aa_is_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
     assert session.decisions[A.id].ratio.estimate == pytest.approx(1.05, abs=0.005)
 
 
-def test_another_commit_is_interleaved_and_doubled_if_inconclusive(fake, tmp_path, capsys):
+def test_another_commit_alternates_and_gets_further_launches_while_undecided(fake, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     fake(noise=0.04, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
     against = ("0123456789ab", Interpreter(source=other))
-    session, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1)
+    session, _ = measure(tmp_path, [A], against=against, launches=6, looks=(6, 12), rounds=1)
     for name in (A.id, f"{A.id}@base"):
         assert sorted(session.measurements.by_name[name].launches) == list(range(12))
     assert session.measurements.by_name[A.id].launches[0].load["sd"] == str(ROOT)
     assert session.measurements.by_name[f"{A.id}@base"].launches[0].load["sd"] == str(other)
-    assert f"inconclusive after 6 launches, doubling them: {A.id}" in capsys.readouterr().err
-    resumed, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1, resume=True)
+    assert f"undecided after 6 launches, going on to 12: {A.id}" in capsys.readouterr().err
+    resumed, _ = measure(tmp_path, [A], against=against, launches=6, looks=(6, 12), rounds=1, resume=True)
     assert summary(resumed) == summary(session)
-    assert resumed.decisions == session.decisions
+    assert resumed.decisions[A.id].ratio == session.decisions[A.id].ratio
     fake(noise=0.001, base=1 / 1.06, counter=str(tmp_path / "count"))
     session, _ = measure(tmp_path, [A], against=against, launches=6, rounds=1)
     assert session.decisions[A.id].verdict is Verdict.SLOWER
@@ -307,7 +312,8 @@ def test_an_invalid_session_has_no_verdict(fake, tmp_path):
     session, _ = measure(tmp_path, [A], aa=True, launches=6, rounds=1)
     for measured in session.measurements.by_name.values():
         measured.discarded = MAX_RETRIES
-    decision = judge_pairs(session.measurements, "aa", "itself", 0.01)[A.id]
+    judge = Judge(session.plan, pairs_of(session.plan, "aa", lambda id: "itself"), 0.01)
+    decision = judge.decisions(session.measurements)[A.id]
     assert (decision.verdict, decision.code) == (Verdict.INVALID, "invalid_rounds")
 
 

@@ -6,21 +6,18 @@ import json
 import math
 import random
 import statistics
-import time
 
 import pytest
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf.analysis.statistics import (
-    BreakEven,
     Interval,
-    break_even,
     drift,
+    launch_interval,
+    least_drift,
     margin,
-    paired_ratio,
     prediction_ratio,
     self_comparison,
     sign_interval,
@@ -101,82 +98,63 @@ def test_prediction_interval_refuses():
         prediction_ratio(1.0, [1.0] * 5 + [math.nan])
 
 
-def test_bootstrap_is_scipys():
-    scipy_stats, np = pytest.importorskip("scipy.stats"), pytest.importorskip("numpy")
-    draw = random.Random(3)
-    a, b = noisy(draw, 1.05, 0.01, 21), noisy(draw, 1.0, 0.01, 21)
-    logs = np.log(a) - np.log(b)
-    expected = scipy_stats.bootstrap(
-        (logs,), np.median, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
-    ).confidence_interval
-    found = paired_ratio(a, b)
-    assert math.log(found.low) == pytest.approx(expected.low, abs=1e-3)
-    assert math.log(found.high) == pytest.approx(expected.high, abs=1e-3)
-
-
-@pytest.mark.parametrize("interval", [paired_ratio, unpaired_ratio])
-def test_ratio_of_exact_series(interval):
+def test_ratio_of_exact_series():
+    interval = unpaired_ratio
     assert interval([1.1] * 10, [1.0] * 10).estimate == pytest.approx(1.1)
     assert interval([1.1] * 10, [1.0] * 10).low == pytest.approx(1.1)
 
 
-@pytest.mark.parametrize("interval", [paired_ratio, unpaired_ratio])
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_ratio_refuses(interval, bad):
+def test_ratio_refuses(bad):
+    interval = unpaired_ratio
     with pytest.raises(ValueError, match="positive and finite"):
         interval([1.0] * 5 + [bad], [1.0] * 6)
     with pytest.raises(ValueError, match="at least 6"):
         interval([1.0] * 5, [1.0] * 5)
 
 
-def test_pairing_needs_one_length_and_cancels_what_pairs_share():
-    with pytest.raises(ValueError, match="one length"):
-        paired_ratio([1.0] * 6, [1.0] * 7)
-    draw = random.Random(4)
-    shared = noisy(draw, 1.0, 0.1, 10)
-    ours = [value * 1.02 * math.exp(draw.gauss(0, 0.001)) for value in shared]
-    paired, unpaired = paired_ratio(ours, shared), unpaired_ratio(ours, shared)
-    assert 1.015 < paired.low < paired.high < 1.025
-    assert unpaired.high - unpaired.low > 10 * (paired.high - paired.low)
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(durations, durations), min_size=6, max_size=8), st.integers())
-def test_exchanging_the_sides_inverts_the_interval(pairs, seed):
-    a, b = zip(*pairs)
-    there, back = paired_ratio(a, b, seed), paired_ratio(b, a, seed)
-    assert (1 / back.estimate, 1 / back.high, 1 / back.low) == pytest.approx((there.estimate, there.low, there.high))
-
-
-def test_one_seed_gives_one_interval(monkeypatch):
-    monkeypatch.setattr("perf.analysis.statistics.RESAMPLES", 99)  # so few that another seed shows
-    draw = random.Random(5)
-    a, b = noisy(draw, 1.0, 0.05, 20), noisy(draw, 1.0, 0.05, 20)
-    assert len({paired_ratio(a, b, "a against b") for _ in range(5)}) == 1
-    assert len({paired_ratio(a, b, seed) for seed in range(5)}) > 1
-
-
-def test_twenty_pairs_take_less_than_a_third_of_a_second():
-    values = noisy(random.Random(6), 1.0, 0.01, 20)
-    begin = time.thread_time()
-    paired_ratio(values, values[::-1])
-    assert time.thread_time() - begin < 0.3
-
-
-@pytest.mark.parametrize("interval", [sign_interval, lambda d: paired_ratio([math.exp(x) for x in d], [1.0] * len(d))])
-def test_intervals_of_the_median_cover_it(interval, monkeypatch):
-    """Differences of ten launches, 3 % of them disturbed: 97.9 % by ranks, slightly under 95 % by bootstrap."""
-    monkeypatch.setattr("perf.analysis.statistics.RESAMPLES", 999)  # more trials tell more here than more resamples
-    draw = random.Random(7)
-    centre = 0.0 if interval is sign_interval else 1.0
-    covered = 0
+def test_sign_interval_covers_the_median():
+    """Differences of ten launches, 3 % of them disturbed."""
+    draw, covered = random.Random(7), 0
     for _ in range(1000):
-        found = interval(
-            [draw.gauss(0, 0.004) + draw.choice([-1, 1]) * 0.05 * (draw.random() < 0.03) for _ in range(10)]
-        )
-        covered += found.low <= centre <= found.high
-    expected = 0.979 if interval is sign_interval else 0.938  # the second as found in 2,500 trials of 9,999 resamples
-    assert covered / 1000 == pytest.approx(expected, abs=0.016)
+        values = [draw.gauss(0, 0.004) + draw.choice([-1, 1]) * 0.05 * (draw.random() < 0.03) for _ in range(10)]
+        interval = sign_interval(values)
+        covered += interval.low <= 0 <= interval.high
+    assert covered / 1000 == pytest.approx(0.979, abs=0.016)
+
+
+@pytest.mark.parametrize("n", [2, 4, 5])
+def test_interval_of_few_launches_covers_the_median(n):
+    draw, covered = random.Random(n), 0
+    for _ in range(1000):
+        interval = launch_interval(noisy(draw, 2.0, 0.05, n))
+        assert interval.low <= interval.estimate <= interval.high
+        covered += interval.low <= 2.0 <= interval.high
+    assert covered / 1000 >= 0.93
+
+
+def test_interval_of_launches_is_exact_from_six_on_and_needs_two():
+    values = [1.0, 1.2, 1.1, 0.9, 1.3, 1.05]
+    assert launch_interval(values) == sign_interval(values)
+    with pytest.raises(ValueError, match="at least 2 launches"):
+        launch_interval([1.0])
+    assert launch_interval([-0.001, 0.001, 0.002]).low < 0
+
+
+def test_least_drift_is_above_the_limit_for_drift_and_below_for_noise():
+    draw = random.Random(11)
+
+    def session(step: float, launches: int = 10) -> list[list[float]]:
+        # wander of single launches by 2 %, and of the last third by `step`
+        factors = [
+            (1 + step * (launch >= launches * 2 // 3)) * math.exp(draw.gauss(0, 0.02)) for launch in range(launches)
+        ]
+        return [noisy(draw, factor, 0.02, 8) for factor in factors]
+
+    noise = [least_drift(session(0.0)) for _ in range(20)]
+    assert sum(low > 0.03 for low in noise) <= 1
+    assert sum(least_drift(session(0.2)) > 0.03 for _ in range(20)) >= 18
+    assert least_drift(session(0.2, launches=5)) is None  # too few for an interval in each third
 
 
 def test_drift_is_detected_and_robust_to_one_disturbed_round():
@@ -208,31 +186,6 @@ def test_summary_of_self_comparisons():
     }
     with pytest.raises(ValueError, match="at least one"):
         self_comparison([])
-
-
-def test_break_even_of_exact_series():
-    assert break_even(60.0, [3.0] * 10, [2.0] * 10) == BreakEven(60, 60, 60)
-    assert break_even(60.5, [3.0] * 10, [2.0] * 10).estimate == 61
-    assert break_even(0.0, [3.0] * 10, [2.0] * 10) == BreakEven(0, 0, 0)
-    draw = random.Random(8)
-    found = break_even(60.0, noisy(draw, 3.0, 0.05, 10), noisy(draw, 2.5, 0.05, 10))
-    assert found.low < found.estimate < found.high
-    assert found.low < 120 < found.high
-
-
-def test_break_even_is_never_without_significant_saving():
-    assert break_even(60.0, [2.0] * 10, [3.0] * 10) == BreakEven(None, None, None)
-    unclear = break_even(60.0, [2.0, 3.0] * 5, [2.1, 2.8] * 5)
-    assert (unclear.estimate, unclear.high) == (None, None)
-    assert unclear.low == 300
-    assert unclear.as_dict() == {"estimate": None, "low": 300, "high": None}
-
-
-def test_break_even_refuses():
-    with pytest.raises(ValueError, match="-1"):
-        break_even(-1.0, [3.0] * 10, [2.0] * 10)
-    with pytest.raises(ValueError, match="one length"):
-        break_even(1.0, [3.0] * 10, [2.0] * 9)
 
 
 def test_interval_without_bounds_is_null_in_json():

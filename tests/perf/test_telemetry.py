@@ -214,6 +214,15 @@ def test_a_foreign_process_invalidates_the_round_even_if_it_has_ended(install):
     assert invalid_reason(round_) == "shared with pid 99, 1234"
 
 
+def test_a_workers_child_is_not_foreign(install):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        library = install({"ComputeRunningProcesses_v3": [os.getpid(), child.pid, os.getppid()]})
+        assert watched(library, allowed_pids=[os.getpid()]).foreign_pids == (os.getppid(),)
+    finally:
+        child.communicate(b"\n")
+
+
 def test_in_a_container_only_live_workers_account_for_processes(install, monkeypatch):
     monkeypatch.setattr("perf.machine.telemetry.in_initial_pid_namespace", lambda: False)
     ended = subprocess.Popen([sys.executable, "-c", ""])

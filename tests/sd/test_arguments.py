@@ -14,7 +14,7 @@ from sd.cli import arguments as options
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
-from sd.optimise.compile import INDUCTOR_OPTIONS
+from sd.optimise.compile import INDUCTOR_OPTIONS, has_setting
 
 ORIGINAL = {"attention": "original", "precision": "autocast", "original_steps": True}
 
@@ -119,7 +119,7 @@ def test_compiler_option_is_supported_or_refused_by_name(name):
     from torch._inductor import config
 
     arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", name])
-    if hasattr(config, INDUCTOR_OPTIONS[name][0]):
+    if has_setting(config, INDUCTOR_OPTIONS[name][0]):
         assert options.setup(arguments, {}).optimisations.inductor == (name,)
     else:
         with pytest.raises(Unavailable, match=f"inductor option {name}: torch .* does not have it"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def test_embedded_model_is_converted_by_name(tmp_path, monkeypatch):
     wrong.write_text(wrong.read_text().replace("v_prediction", "epsilon"))
     with pytest.raises(CheckpointError, match="predicts eps"):
         load(tmp_path / "folder", config)
+    assert load(tmp_path / "folder")[0] == replace(config, parameterization="eps")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from sd import img2img
+from sd.cli.input_images import read_image
 from sd.config.presets import PRESETS
-from sd.errors import ConfigError
+from sd.errors import ConfigError, SDWarning
 from sd.pipeline import Result, StableDiffusion
 from sd.sampling.noise import OriginalNoise
 
@@ -58,7 +59,7 @@ def test_images_seeds_and_png_text(capsys):
     paths = sorted((OUT / "samples").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png"]
     assert (OUT / "grid-0000.png").exists()
-    model, image = StableDiffusion.tiny(), img2img.read_image("init.png")
+    model, image = StableDiffusion.tiny(), read_image("init.png")
     expected = model.img2img(CAPTION, image, strength=0.8, steps=4, scale=4.0, seed=3, batch=2).images
     for path, image in zip(paths, expected):
         assert (read_png(path).int() - image.int()).abs().max() <= 1
@@ -76,7 +77,7 @@ def test_images_seeds_and_png_text(capsys):
 
 def test_original_rng_and_warm_up():
     assert run("--rng", "original", "--seed", "3", "--n_iter", "2", "--skip_first", "--time_file", "t.txt") == 0
-    model, noise, image = StableDiffusion.tiny(), OriginalNoise(3, "cpu"), img2img.read_image("init.png")
+    model, noise, image = StableDiffusion.tiny(), OriginalNoise(3, "cpu"), read_image("init.png")
     assert float(Path("t.txt").read_text()) > 0
     for path in sorted((OUT / "samples").iterdir()):
         prompt = Image.open(path).text["prompt"]
@@ -116,7 +117,7 @@ def test_defaults_match_the_original_script():
 
 
 def test_image_is_read_like_the_original_script():
-    image = img2img.read_image("init.png")
+    image = read_image("init.png")
     assert image.shape == (3, 64, 128)
     assert image.dtype == torch.float32
     expected = Image.open("init.png").resize((128, 64), Image.Resampling.LANCZOS)
@@ -124,12 +125,36 @@ def test_image_is_read_like_the_original_script():
     assert torch.allclose(image, pixels / 127.5 - 1, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::sd.SDWarning")
 @pytest.mark.parametrize("mode, colour", [("L", 255), ("RGBA", (255, 255, 255, 0)), ("P", 0)])
 def test_other_modes_are_converted_to_rgb(mode, colour):
     Image.new(mode, (64, 64), colour).save("other.png")
-    image = img2img.read_image("other.png")
+    image = read_image("other.png")
     assert image.shape == (3, 64, 64)
     assert image.abs().max() <= 1
+
+
+def test_out_of_memory_advice_names_own_options(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(StableDiffusion, "img2img", fail)
+    assert run() == 2
+    advice = capsys.readouterr().err.partition("error: out of memory")[2]
+    assert advice.endswith("use a smaller --n_samples, a smaller --init-img, or --precision bf16\n")
+
+
+def test_opaque_images_are_not_reported(recwarn):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 255)).save("opaque.png")
+    read_image("opaque.png")
+    assert not [warning for warning in recwarn if warning.category is SDWarning]
+
+
+def test_changed_images_are_reported_in_one_line(calls, capsys):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save("clear.png")
+    assert run("--init-img", "clear.png") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["warning: initial image: its transparent pixels are composited on white"]
 
 
 def test_exif_orientation_is_applied():
@@ -138,7 +163,8 @@ def test_exif_orientation_is_applied():
     source = Image.new("RGB", (128, 64), "black")
     source.paste("white", (0, 0, 64, 64))  # the left half, which is displayed at the top
     source.save("turned.png", exif=exif)
-    image = img2img.read_image("turned.png")
+    with pytest.warns(SDWarning, match="its EXIF orientation, 6, is applied"):
+        image = read_image("turned.png")
     assert image.shape == (3, 128, 64)
     assert image[:, :60].min() == 1 and image[:, 68:].max() == -1
 
@@ -147,13 +173,15 @@ def test_transparent_pixels_are_composited_on_white():
     source = Image.new("RGBA", (128, 64), (255, 0, 0, 255))
     source.paste((0, 0, 0, 0), (0, 0, 64, 64))
     source.save("transparent.png")
-    image = img2img.read_image("transparent.png")
+    with pytest.warns(SDWarning, match="transparent pixels are composited on white"):
+        image = read_image("transparent.png")
     assert image[:, :, :60].min() == 1
     assert image[:, 0, -1].tolist() == [1, -1, -1]
     palette = Image.new("P", (64, 64), 0)
     palette.putpalette([0, 0, 0] * 256)
     palette.save("palette.png", transparency=0)
-    assert img2img.read_image("palette.png").min() == 1
+    with pytest.warns(SDWarning, match="transparent pixels"):
+        assert read_image("palette.png").min() == 1
 
 
 @pytest.mark.parametrize(
@@ -177,7 +205,7 @@ def test_unreadable_images_are_named(name, message):
     Image.new("I;16", (64, 64), 65535).save("deep.png")
     Image.new("F", (64, 64), 0.5).save("float.tiff")
     with pytest.raises(ConfigError, match=message) as error:
-        img2img.read_image(name)
+        read_image(name)
     assert f"--init-img {name}: " in str(error.value)
 
 

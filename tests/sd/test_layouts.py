@@ -69,14 +69,23 @@ def test_incomplete_attention_is_rejected():
         layouts.original_to_native(state)
 
 
-def test_matrices_of_different_shape_or_dtype_are_rejected():
+def test_matrices_of_different_shape_are_rejected():
     name = f"{layouts.UNET}middle_block.1.transformer_blocks.0.attn1.to_v.weight"
-    for wrong in (torch.zeros(3, 3), torch.zeros(()), torch.zeros(64, 64, dtype=torch.float16)):
+    for wrong in (torch.zeros(3, 3), torch.zeros(())):
         with pytest.raises(CheckpointError, match="differs"):
             layouts.original_to_native({**original(small()), name: wrong})
     name = f"{layouts.CLIP}text_model.encoder.layers.0.self_attn.k_proj.weight"
     with pytest.raises(CheckpointError, match="differs"):
         layouts.split_networks({**original(small("clip")), name: torch.zeros(3)})
+
+
+def test_matrices_of_different_dtypes_are_joined_in_the_widest():
+    name = f"{layouts.UNET}middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    state = original(small())
+    half = state[name].half()
+    native = layouts.original_to_native({**state, name: half})
+    joined = native[name.replace("to_v.weight", "mha.in_proj_weight")]
+    assert joined.dtype == torch.float32 and torch.equal(joined.chunk(3)[2], half.float())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -93,6 +93,13 @@ def test_img2img_refuses_invalid_arguments(model):
     for image in (torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64, 3), torch.zeros(1, 3, 64, 64)):
         with pytest.raises(ConfigError, match=r"must be float \[3, H, W\] in \[-1, 1\]"):
             model.img2img(PROMPT, image)
+    for pixels, message in (
+        (255.0, "convert 0..255 by image / 127.5 - 1"),
+        (float("nan"), "not pixels"),
+        (9e9, "not pixels"),
+    ):
+        with pytest.raises(ConfigError, match=rf"must be in \[-1, 1\]; .*{message}"):
+            model.img2img(PROMPT, torch.full((3, 64, 64), pixels))
     with pytest.raises(ConfigError, match="height 100: must be a positive multiple of 64"):
         model.img2img(PROMPT, torch.zeros(3, 100, 64))
 

@@ -17,7 +17,7 @@ print([name for name in ("torch._dynamo", "torch._inductor", "triton", "open_cli
 """
 
 
-def test_no_compiler_no_triton_kernels_and_no_vision_library():
+def test_no_compiler_no_triton_and_no_vision_library():
     """Each of them takes seconds in every process."""
     root = Path(__file__).parents[2]
     process = subprocess.run([sys.executable, "-c", CODE], cwd=root, capture_output=True, text=True, check=True)

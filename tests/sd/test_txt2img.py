@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from txt2img_runs import CAPTION, calls_fixture, checkpoints_fixture, clean_fixture, close, run, samples  # noqa: F401
 
-from sd import txt2img
+from sd import __version__, txt2img
 from sd.attention.functions import DEFAULT_ATTENTION
 from sd.config.presets import PRESETS
 from sd.config.yaml_reader import CONFIGS
@@ -46,6 +46,7 @@ def test_png_text_holds_the_settings():
     texts = Image.open("outputs/txt2img-samples/samples/00001.png").text
     kernels = texts.pop("kernels")
     assert re.fullmatch(r"unet \S+; autoencoder \S+", kernels)
+    assert texts.pop("parameters").startswith("ein Kreis, 円\nNegative prompt: blue\nSteps: 2, Sampler: PLMS, ")
     assert texts == {
         "prompt": "ein Kreis, 円",
         "negative_prompt": "blue",
@@ -56,6 +57,7 @@ def test_png_text_holds_the_settings():
         "scale": "4.0",
         "size": "64x64",
         "rng": "per-image",
+        "prompt_chunks": "1",
         "config": "tiny",
         "checkpoint": "tiny (embedded)",
         "attention": DEFAULT_ATTENTION if DEFAULT_ATTENTION != "original" else "original in fp32",
@@ -96,6 +98,31 @@ def test_grid_contains_all_iterations(calls, argv, size):
     assert run("--n_samples", "2", "--n_iter", "2", *argv) == 0
     columns, rows = size
     assert Image.open("outputs/txt2img-samples/grid-0000.png").size == (columns * 66 + 2, rows * 66 + 2)
+
+
+def test_dropped_text_is_one_line_on_stderr(capsys):
+    assert run("--prompt", "word " * 75 + "tail of it", "--n_iter", "2", "--skip_first") == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: prompt of 78 tokens: the last 3 are not used: 'tail of it'") == err.count("warning") == 1
+    assert "of it'; prompt_chunks auto uses all (--prompt-chunks auto)\n" in err
+
+
+def test_random_seed_is_printed_and_saved(calls, capsys):
+    seeds = []
+    for _ in range(2):
+        assert run("--seed", "-1", "--n_samples", "2") == 0
+        seeds.append(int(re.search(r"--seed -1: the random seed (\d+)\n", capsys.readouterr().out)[1]))
+    texts = [Image.open(path).text for path in sorted(Path("outputs/txt2img-samples/samples").iterdir())]
+    assert [int(text["seed"]) for text in texts] == [seeds[0], seeds[0] + 1, seeds[1], seeds[1] + 1]
+    assert f"Seed: {seeds[0]}, " in texts[0]["parameters"]
+    assert seeds[0] != seeds[1]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"txt2img of sd-perf {__version__}, torch {torch.__version__}\n"
 
 
 # --- noise and iterations
@@ -150,6 +177,13 @@ def test_prompts_from_a_file(calls):
     assert [int(text["seed"]) for text in texts] == list(range(42, 50))
 
 
+def test_blank_lines_of_a_file_are_skipped(calls, capsys):
+    Path("prompts.txt").write_text("one\n\n \t\ntwo\n\n")
+    assert run("--from-file", "prompts.txt") == 0
+    assert [call["prompts"] for call in calls] == [["one"], ["two"]]
+    assert "warning: --from-file prompts.txt: blank lines are skipped: 2, 3, 5\n" in capsys.readouterr().err
+
+
 def test_time_file_gets_one_line_per_run(calls):
     Path("t.txt").write_text("12.5\n")
     assert run("--time_file", "t.txt", "--n_iter", "2") == 0
@@ -191,7 +225,9 @@ def test_time_covers_iterations_and_saving_but_not_the_warm_up(calls, monkeypatc
         (["--H", "128", "--W", "64"], {"height": 128, "width": 64}),
         (["--C", "4", "--f", "8"], {}),
         (["--negative-prompt", "red"], {"negative_prompt": "red"}),
-        (["--prompt", "x", "--n_samples", "2"], {"prompts": ["x", "x"]}),
+        (["--prompt", "x", "--n_samples", "2"], {"prompts": ["x", "x"], "prompt_chunks": 1}),
+        (["--prompt-chunks", "2"], {"prompt_chunks": 2}),
+        (["--prompt-chunks", "auto"], {"prompt_chunks": "auto"}),
     ],
 )
 def test_options_reach_the_model(calls, argv, expected):

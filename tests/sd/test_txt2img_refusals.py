@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from txt2img_runs import clean_fixture, run  # noqa: F401
 
+from sd.choices import SAMPLERS
 from sd.cli import arguments as options
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import BadImage
@@ -43,6 +44,7 @@ from sd.pipeline import StableDiffusion
         (["--ckpt", "missing.ckpt"], {}, "missing.ckpt"),
         (["--from-file", "missing.txt"], {}, "--from-file missing.txt: cannot be read"),
         (["--from-file", "empty.txt"], {}, "--from-file empty.txt: is empty"),
+        (["--from-file", "blank.txt"], {}, "--from-file blank.txt: is empty"),
         (["--from-file", "latin.txt"], {}, "--from-file latin.txt: is not UTF-8"),
         (["--prompt", "caf\udce9"], {}, "--prompt: is not UTF-8 text"),
         (["--negative-prompt", "caf\udce9"], {}, "--negative-prompt: is not UTF-8 text"),
@@ -67,6 +69,7 @@ from sd.pipeline import StableDiffusion
 )
 def test_refusals_print_one_line_and_write_nothing(monkeypatch, capsys, argv, environ, message):
     Path("empty.txt").write_text("")
+    Path("blank.txt").write_text("\n  \n")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     text = (CONFIGS / "tiny.yaml").read_text().replace("use_checkpoint: False", "use_native_mha: True")
     Path("native.yaml").write_text(text)
@@ -86,7 +89,9 @@ def test_refusals_print_one_line_and_write_nothing(monkeypatch, capsys, argv, en
         (["--n_samples", "0"], "--n_samples: 0: must be at least 1"),
         (["--n_iter", "-1"], "--n_iter: -1 is not in"),
         (["--steps", "0"], "--steps/--ddim_steps: 0: must be at least 1"),
-        (["--seed", "-1"], "--seed: -1 is not in"),
+        (["--seed", "-2"], "--seed: -2 is not in"),
+        (["--prompt-chunks", "0"], "--prompt-chunks: 0: must be at least 1"),
+        (["--prompt-chunks", "all"], "--prompt-chunks"),
         (["--seed", str(2**63)], "--seed: 9223372036854775808 is not in"),
         (["--H", "0"], "--H: 0: must be at least 1"),
         (["--H", "100"], "--H: size 100: must be a positive multiple of 64, such as 128"),
@@ -107,6 +112,15 @@ def test_invalid_values_are_usage_errors(argv, message, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(Path().rglob("*.png"))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_of_every_sampler_are_limited(monkeypatch, capsys, sampler):
+    monkeypatch.setattr(options.Setup, "load", lambda self: pytest.fail("loaded"))
+    assert run("--sampler", sampler, "--steps", "5000") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "5000 steps" in err and "1000 timesteps" in err
+    assert sampler in err.lower()
 
 
 def test_unwritable_folder_is_rejected_before_the_model_is_loaded(monkeypatch, capsys):
@@ -148,7 +162,7 @@ def test_closed_stdout_gives_no_traceback():
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
             2,
-            "use a smaller --n_samples, a smaller image (--H, --W)",
+            "use a smaller --n_samples, a smaller image (--H, --W), or --precision bf16",
         ),
         (MemoryError(), 2, "error: out of memory"),
     ],

@@ -43,6 +43,11 @@ def write(folder, contents):
     return path
 
 
+def test_packaged_file_of_sd1_for_v():
+    config = read_yaml(CONFIGS / "v1-inference-v.yaml")
+    assert config == replace(read_yaml(CONFIGS / "v1-inference.yaml"), name="v1-inference-v", parameterization="v")
+
+
 @pytest.mark.parametrize(
     "name, preset, native_mha",
     [
@@ -65,7 +70,7 @@ def test_packaged_files_equal_the_presets(name, preset, native_mha):
 
 
 def test_every_packaged_file_is_tested():
-    assert len(list(CONFIGS.glob("*.yaml"))) == 8
+    assert len(list(CONFIGS.glob("*.yaml"))) == 9
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""The differences that a session can be expected to show, from the load of the machine before it starts."""
+
+from __future__ import annotations
+
+from perf.analysis.paired import half_width
+from perf.machine.facts import CpuFacts
+
+QUIET_LOAD_PER_CORE = 0.25
+# Standard deviation of the log ratio of one launch, two identical configurations side by side, 8 rounds, embedded model:
+# the recorded sessions of perf/baselines/battery_two_cpu_cores.json, and two sessions with bursts on both cores.
+QUIET_DEVIATION = 0.022
+LOADED_DEVIATION = 0.038
+
+
+def expectation(cpu: CpuFacts, launches: int) -> str:
+    """One line: the load now, and the difference between two configurations below which nothing will be visible."""
+    load, cores = cpu.load_average_1_minute, cpu.cores
+    if load is None or not cores:
+        return "perf: the load of this machine is unreadable: noise is unknown"
+    loaded = load > QUIET_LOAD_PER_CORE * cores
+    state = f"perf: load {load:.1f} on {cores} core{'s' if cores > 1 else ''}"
+    if launches < 2:
+        return f"{state}: one launch has no interval, so no difference is certain"
+    visible = 100 * half_width(LOADED_DEVIATION if loaded else QUIET_DEVIATION, launches)
+    advice = "; end other processes for a closer look" if loaded else ""
+    return f"{state}: after {launches} launches, differences under about {visible:.0f} % will not be visible{advice}"

@@ -1,0 +1,43 @@
+"""Contents of a checkpoint: `python -m sd.inspect FILE`.
+
+Prints format, layout, networks with their precisions, prediction type if recorded, other entries, and whether the
+checkpoint can be loaded. Only the index of the file is read, and nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sd.choices import EMBEDDED_WEIGHTS
+from sd.errors import SDError, checkpoint_warnings_as_lines, printable
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Returns the exit status: 0 if the checkpoint can be loaded, 2 with one line on stderr if not."""
+    parser = argparse.ArgumentParser(prog="python -m sd.inspect", description="Show the contents of a checkpoint.")
+    parser.add_argument("checkpoint", help="a .ckpt or .safetensors file, a diffusers folder, or tiny")
+    parser.add_argument("--vae", metavar="FILE", help="as for txt2img")
+    parser.add_argument("--text-encoder", metavar="FILE", help="as for txt2img")
+    options = parser.parse_args(argv)
+    path = str(EMBEDDED_WEIGHTS) if options.checkpoint == "tiny" else options.checkpoint
+    # Imported after the options are valid: torch takes seconds.
+    from sd.checkpoint.contents import describe_prediction, summary
+    from sd.checkpoint.load import load
+
+    try:
+        for line in summary(path):
+            print(printable(line))
+        with checkpoint_warnings_as_lines():
+            config, _ = load(path, vae=options.vae, text_encoder=options.text_encoder, shapes_only=True)
+    except SDError as error:
+        print("cannot be loaded: " + printable(str(error)), file=sys.stderr)
+        return 2
+    print(
+        f"loads as: {config.name}, {config.image_size}x{config.image_size} pixels, {describe_prediction(path, config)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""GPU code of the compiled networks without a GPU: launches, bytes, layouts, and ptxas's use of registers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import gpu_codegen
+import pytest
+import torch
+from gpu_codegen import CASES, HEAD, Counts, Generated, only_moves
+
+from perf.launch.process import ROOT
+
+PAGE = ROOT / "docs" / "gpu-code.md"
+GIVEN = "{'signature': {'in_ptr0': '*fp16', 'in_ptr1': '*fp16', 'out_ptr0': '*%s', 'xnumel': 'i32'}}\n"
+LOAD = "    tmp0 = tl.load(in_ptr0 + (x0), None).to(tl.float32)\n"
+needs_triton = pytest.mark.skipif(gpu_codegen.missing() is not None, reason=f"{gpu_codegen.missing()}")
+
+
+@needs_triton
+@pytest.mark.gpu_codegen
+@pytest.mark.parametrize("name", CASES)
+def test_generated_code(name):
+    """The counts are those of the docs; convolutions are NHWC and no layout is copied; every kernel fits in registers."""
+    command = [sys.executable, str(ROOT / "tests/helpers/gpu_codegen.py"), name, "--json"]
+    command += ["--ptxas"] * (name in gpu_codegen.WITH_MACHINE_CODE)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    counts = Counts(**result["counts"])
+    assert not counts.others
+    assert counts.copies == 0
+    assert counts.convolutions_nhwc == counts.convolutions
+    if name in gpu_codegen.WITH_MACHINE_CODE:
+        assert len(result["resources"]) == counts.kernels
+    for kernel, use in result["resources"].items():
+        assert use["STACK"] == use["LOCAL"] == 0, f"{kernel} spills: {use}"
+        assert use["REG"] * 32 * use["WARPS"] <= 65536, f"{kernel}: {use}"
+    assert counts.row(name) in PAGE.read_text(encoding="utf-8"), (
+        f"run: python tests/helpers/gpu_codegen.py; {counts.row(name)}"
+    )
+
+
+def test_the_docs_have_exactly_these_calls():
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| `") and line.count("|") == HEAD.splitlines()[0].count("|")]
+    assert [row.split("`")[1] for row in rows] == list(CASES)
+    assert HEAD.splitlines()[0] in lines
+
+
+@pytest.mark.parametrize(
+    "body, output, moves",
+    [
+        (LOAD + "    tl.store(out_ptr0 + (x1), tmp0, None)", "fp16", True),
+        (LOAD + "    tl.store(out_ptr0 + (x1), tmp0, None)", "fp32", False),  # a cast
+        (LOAD + "    tmp1 = tmp0 + tmp0\n    tl.store(out_ptr0 + (x1), tmp1, None)", "fp16", False),
+        (LOAD + "    tmp1 = tl.load(in_ptr1 + (x0), None)\n    tmp2 = tl.where(x0 < 4, tmp0, tmp1)", "fp16", False),
+    ],
+)
+def test_copies_of_a_layout_are_recognised(body, output, moves):
+    assert only_moves(GIVEN % output + body) is moves
+
+
+def test_counts_of_a_known_output():
+    """One convolution in NHWC and one in NCHW, a product, an attention, two launches of one kernel that copies."""
+    code = f"""
+triton_poi_fused_clone_0 = async_compile.triton('triton_poi_fused_clone_0', '''
+{GIVEN % "fp16"}{LOAD}''', device_str='cuda')
+
+    def call(self, args):
+            triton_poi_fused_clone_0.run(arg0_1, buf0, 8, stream=raw_stream0)
+            buf1 = extern_kernels.convolution(buf0, arg3_1, stride=(1, 1), bias=None)
+            assert_tensor_metadata(buf1, (2, 320, 64, 64), (1310720, 1, 20480, 320), torch.float16, 'x')
+            buf2 = extern_kernels.convolution(buf1, arg3_1, stride=(1, 1), bias=None)
+            assert_tensor_metadata(buf2, (2, 320, 64, 64), (1310720, 4096, 64, 1), torch.float16, 'x')
+            extern_kernels.addmm(arg1, buf2, arg2, alpha=1, beta=1, out=buf3)
+            buf4 = torch.ops.aten._scaled_dot_product_flash_attention.default(buf3, buf3, buf3)
+            triton_poi_fused_clone_0.run(buf4, buf5, 8, stream=raw_stream0)
+"""
+    counts = Generated(code, 5_000_000_000, {"mm a": 3, "mm b": 4, "mm c": 0}).counts()
+    assert counts == Counts(2, 1, 1, 2, 1, 1, 2, 5_000_000_000, 3, 7, ())
+    assert counts.row("x") == "| `x` | 6 | 2 (1) | 1 | 1 | 2 | 1 | 2 | 5.00 | 3 | 7 |"
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.15."), reason="this is the torch of the counts")
+def test_another_torch_is_refused_by_name():
+    assert "2.15" in gpu_codegen.missing()

@@ -1,0 +1,279 @@
+"""GPU code of the compiled networks, generated, compiled to machine code and counted on a machine without a GPU.
+
+    python tests/helpers/gpu_codegen.py                       the table of docs/gpu-code.md
+    python tests/helpers/gpu_codegen.py CASE [--json] [--ptxas]     one row, or its numbers; with the machine code's resources
+
+dynamo, AOT autograd and inductor run as on a GPU, on fake tensors (fake_gpu.py). Where inductor would choose between
+kernels by a measurement, it counts the candidates and keeps the library's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled call. part: unet, step, autoencoder or text_encoder; optimise: of --optimise; batch: images."""
+
+    part: str
+    model: str
+    optimise: str
+    batch: int
+    gpu: str = "sm_90"
+
+
+CASES = {
+    "sd2 unet, fast in bf16": Case("unet", "sd2", "fast,bf16", 1),
+    "sd2 step, fast": Case("step", "sd2", "fast,compile_step", 1),
+    "sd2 autoencoder, fast": Case("autoencoder", "sd2", "fast", 1),
+    "sd2 text encoder, fast": Case("text_encoder", "sd2", "fast", 1),
+    "tiny unet, fast": Case("unet", "tiny", "fast", 1),
+    "tiny unet, fast, sm_80": Case("unet", "tiny", "fast", 1, "sm_80"),
+}
+# Compiled to machine code, which takes as long as generating the code.
+WITH_MACHINE_CODE = ("sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast", "tiny unet, fast, sm_80")
+
+
+def missing() -> str | None:
+    """The reason why this interpreter cannot generate the code, naming what it lacks; None if it can."""
+    version = metadata.version("torch")
+    if not version.startswith("2.15."):
+        return f"the code and its counts are those of torch 2.15, and this is torch {version}"
+    return None if importlib.util.find_spec("triton") else "needs triton, which comes with torch for NVIDIA GPUs"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of one call's generated code; launches are the sum of the next four.
+
+    kernels: distinct generated kernels. copies: launches of generated kernels that only change a layout. bytes: inductor's
+    count of what all kernels read and write. problems: distinct shapes for which inductor would measure kernels;
+    candidates: Triton's for these.
+    """
+
+    convolutions: int
+    products: int
+    attention: int
+    generated: int
+    kernels: int
+    convolutions_nhwc: int
+    copies: int
+    bytes: int
+    problems: int
+    candidates: int
+    others: tuple[str, ...]  # library calls of no known class
+
+    @property
+    def launches(self) -> int:
+        return self.convolutions + self.products + self.attention + self.generated
+
+    def row(self, name: str) -> str:
+        """A line of the table in Markdown."""
+        cells = [
+            f"`{name}`",
+            self.launches,
+            f"{self.convolutions} ({self.convolutions_nhwc})",
+            self.products,
+            self.attention,
+            self.generated,
+            self.kernels,
+            self.copies,
+            f"{self.bytes / 1e9:.2f}",
+            self.problems,
+            self.candidates,
+        ]
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEAD = (
+    "| call | launches | convolutions (NHWC) | products | attention | generated | distinct | copies | GB | autotuned | "
+    "candidates |\n" + "|---" * 11 + "|"
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Inductor's output for one call, as Python source, with its byte count and the autotuning it would do."""
+
+    code: str
+    bytes: int
+    choices: dict[str, int]  # Triton candidates by problem
+
+    def kernels(self) -> dict[str, str]:
+        """The source of each generated Triton kernel by name."""
+        return dict(re.findall(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)''',", self.code, re.S | re.M))
+
+    def counts(self) -> Counts:
+        body = self.code[self.code.index("    def call(self, args):") :]
+        launched = Counter(re.findall(r"^ +(triton_\w+)\.run\(", body, re.M))
+        library = re.findall(r"^ +(?:\w+ = )?(?:extern_kernels\.|torch\.ops\.\w+\.)(\w+)", body, re.M)
+        groups = {"convolution": 0, "addmm|mm|bmm|baddbmm|bias_addmm": 0, r"_scaled_dot_product_\w+": 0}
+        others = []
+        for name in library:
+            pattern = next((pattern for pattern in groups if re.fullmatch(pattern, name)), None)
+            if pattern is None:
+                others.append(name)
+            else:
+                groups[pattern] += 1
+        kernels = self.kernels()
+        assert launched.keys() <= kernels.keys()
+        layouts = re.findall(
+            r"^ +(buf\d+) = extern_kernels\.convolution\(.*\n +assert_\w+\(\1, \((.*?)\), \((.*?)\),", body, re.M
+        )
+        return Counts(
+            *groups.values(),
+            generated=sum(launched.values()),
+            kernels=len(kernels),
+            convolutions_nhwc=sum(_is_nhwc(shape, strides) for _, shape, strides in layouts),
+            copies=sum(count for name, count in launched.items() if only_moves(kernels[name])),
+            bytes=self.bytes,
+            problems=len(self.choices),
+            candidates=sum(self.choices.values()),
+            others=tuple(others),
+        )
+
+
+def _is_nhwc(shape: str, strides: str) -> bool:
+    _, channels, _, width = map(int, shape.split(", "))
+    return tuple(map(int, strides.split(", ")))[1:] == (1, width * channels, channels)
+
+
+def only_moves(source: str) -> bool:
+    """Whether a generated kernel stores what it loads in another layout: no arithmetic, no concatenation, no other dtype."""
+    signature = re.search(r"'signature': \{(.*?)\}", source)
+    assert signature, source
+    types = set(re.findall(r"'\*(\w+)'", signature[1]))
+    values = re.findall(r"^ +tmp\d+ = (.*)$", source, re.M)
+    return len(types) == 1 and bool(values) and all(re.match(r"tl\.load\(|tmp\d+\.to\(", value) for value in values)
+
+
+def generate(call: Callable[[], Any]) -> Generated:
+    """Inductor's output for the graph that `call` compiles; the call ends where the code would be loaded."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache, ExternKernelCaller
+
+    outputs: list[tuple[str, int]] = []
+    choices: dict[str, int] = {}
+
+    class Captured(Exception):
+        pass
+
+    def capture(graph: Any, code: Any) -> Any:
+        outputs.append((getattr(code, "value", code), int(graph.count_bytes()[0])))
+        raise Captured
+
+    def choose(self: Any, name: str, candidates: list[Any], inputs: list[Any], layout: Any, *_: Any, **__: Any) -> Any:
+        shapes = [(str(x.get_dtype()), *map(str, x.get_size()), *map(str, x.get_stride())) for x in inputs]
+        if config.max_autotune:  # otherwise it measures nothing
+            choices[f"{name} {shapes} {layout}"] = sum(not isinstance(x, ExternKernelCaller) for x in candidates)
+        chosen = next(x for x in candidates if isinstance(x, ExternKernelCaller))
+        return chosen.output_node(), chosen
+
+    with (
+        mock.patch.object(GraphLowering, "_compile_to_module_lines", capture),
+        mock.patch.object(AlgorithmSelectorCache, "__call__", choose),
+    ):
+        try:
+            call()
+        except Exception:
+            if not outputs:
+                raise
+    assert len(outputs) == 1, f"{len(outputs)} graphs"
+    return Generated(*outputs[0], choices)
+
+
+def call_of(case: Case) -> Callable[[], Any]:
+    """The call of a case; to be made and called within fake_gpu."""
+    import torch
+    from fake_gpu import CUDA, FakeModel
+
+    from sd.optimise.presets import parse
+    from sd.sampling.samplers import sampler
+    from sd.sampling.schedule import Schedule
+
+    if case.part == "step":
+        with torch.utils._mode_utils.no_dispatch():
+            plan = sampler("plms")(Schedule(), 4, 0.0)
+    model = FakeModel(case.model, parse(case.optimise, CUDA))
+    x = model.latents(case.batch)
+    if case.part == "text_encoder":
+        return lambda: model.text_encoder(model.tokens(case.batch))
+    if case.part == "autoencoder":
+        return lambda: model.autoencoder.to_pixels(x)
+    if case.part == "step":
+        denoise = model.denoiser(case.batch, sorted({evaluation.t for evaluation in plan.evaluations}))
+        return lambda: model.calls.sample(plan, denoise, x, None, None)
+    denoise = model.denoiser(case.batch, [501.0])
+    return lambda: denoise(x, 501.0, 0.5)
+
+
+def machine_code(generated: Generated) -> dict[str, dict[str, int]]:
+    """Registers, stack, local and shared memory of every generated kernel in its first configuration, from ptxas."""
+    import triton
+    from torch._inductor.codecache import PyCodeCache
+
+    uses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        for name, source in generated.kernels().items():
+            tuner = getattr(PyCodeCache.load(source), name)
+            binary = tuner._precompile_config(tuner.configs[0]).kernel
+            cubin.write_bytes(binary.asm["cubin"] if hasattr(binary, "asm") else Path(binary.cubin_path).read_bytes())
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            use = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+            uses[name] = {**use, "WARPS": tuner.configs[0].num_warps}
+    return uses
+
+
+def run(case: Case, ptxas: bool) -> dict[str, Any]:
+    """Counts of a case and, with `ptxas`, its kernels' resources."""
+    from fake_gpu import fake_gpu
+
+    with fake_gpu(case.gpu):
+        generated = generate(call_of(case))
+        counts = generated.counts()
+    uses: dict[str, dict[str, int]] = {}
+    if ptxas:
+        with fake_gpu(case.gpu):
+            uses = machine_code(generated)
+    return {"counts": dataclasses.asdict(counts), "resources": uses}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", choices=[[], *CASES], help="default: all")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ptxas", action="store_true")
+    arguments = parser.parse_args()
+    if missing():
+        parser.error(str(missing()))
+    if not arguments.json:
+        print(HEAD)
+    for name in arguments.case or CASES:
+        result = run(CASES[name], arguments.ptxas)
+        print(json.dumps(result) if arguments.json else Counts(**result["counts"]).row(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()

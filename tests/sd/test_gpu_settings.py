@@ -1,0 +1,173 @@
+"""Settings of a GPU, without one: TF32 emulated on the CPU, and the calls that PyTorch receives."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import relative_error
+
+from sd import Optimisations, StableDiffusion
+from sd.features import FEATURES, has
+from sd.optimise import cuda_graphs
+from sd.optimise.compile import Compiler
+
+TECHNIQUES = {
+    "sdpa": {},
+    "channels_last": {"channels_last": True},
+    "caches": {"fused_qkv": True, "cache_context_kv": True, "cache_time_embeddings": True},
+}
+IMAGE_CHECK_BOUND = 1e-3  # of latents in fp32 against the original, in perf.session.image_check
+needs_compile = pytest.mark.skipif(not has("compile"), reason="this torch has no torch.compile")
+
+
+def tf32(x):
+    """x rounded to TF32's 10 bits of mantissa, as a tensor core rounds its inputs."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).reshape(x.shape)
+
+
+@pytest.fixture
+def emulated_tf32(monkeypatch):
+    """Convolutions in TF32 wherever cuDNN would use it, also on a CPU. cuDNN may by default."""
+    convolution = F.conv2d
+
+    def conv2d(x, weight, *arguments, **options):
+        if torch.backends.cudnn.allow_tf32 and x.dtype == torch.float32:
+            x, weight = tf32(x), tf32(weight)
+        return convolution(x, weight, *arguments, **options)
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr("sd.optimise.apply.require_available", lambda *_: None)  # it refuses tf32 on a CPU
+
+
+def _latents(model, steps=20):
+    return model.txt2img("a red star", steps=steps, sampler="plms", scale=7.5, seed=2).latents
+
+
+@pytest.fixture(scope="module")
+def reference():
+    model = StableDiffusion.tiny(optimisations=Optimisations(attention="original"))
+    return _latents(model)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_fp32_is_fp32_unless_tf32_is_chosen(emulated_tf32, reference, name):
+    """With the same techniques TF32 is over the bound, and fp32, also where the process allows TF32, far below it."""
+    model = StableDiffusion.tiny(optimisations=Optimisations(**TECHNIQUES[name]))
+    assert relative_error(_latents(model), reference) <= IMAGE_CHECK_BOUND / 10
+    assert torch.backends.cudnn.allow_tf32
+    model.optimise(Optimisations(tf32=True, **TECHNIQUES[name]))
+    assert relative_error(_latents(model), reference) > IMAGE_CHECK_BOUND
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_cudnn_measures_its_algorithms_only_around_the_models_calls(monkeypatch, enabled):
+    monkeypatch.setattr("sd.optimise.apply.require_available", lambda *_: None)
+    model = StableDiffusion.tiny(optimisations=Optimisations(cudnn_benchmark=enabled))
+    before = torch.backends.cudnn.benchmark
+    inside = []
+
+    def fail():
+        with model.context():
+            inside.append(torch.backends.cudnn.benchmark)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [enabled]
+    assert torch.backends.cudnn.benchmark == before
+
+
+@needs_compile
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_no_mode_includes_coordinate_descent(mode):
+    """PyTorch's max-autotune modes do; the other settings of each mode are its own."""
+    of_torch = torch._inductor.list_mode_options(mode) if mode != "default" else {}
+    options = Compiler(mode).options()
+    assert "coordinate_descent_tuning" not in options
+    assert {**options, "coordinate_descent_tuning": True}.items() >= of_torch.items()
+    named = Compiler(mode, inductor=("coordinate_descent_tuning",)).options()
+    assert named == {**options, "coordinate_descent_tuning": True}
+
+
+@needs_compile
+@pytest.mark.compile
+@pytest.mark.parametrize("without_argument", [False, True])
+def test_many_shapes_compile_where_torch_compile_has_no_limit_argument(monkeypatch, without_argument):
+    """torch 2.11 has none. By default the ninth graph of a function, such as a block's at its ninth size, is an error."""
+    import torch._dynamo
+
+    if without_argument:
+        monkeypatch.setitem(FEATURES, "recompile_limit", SimpleNamespace(available=False))
+    torch._dynamo.reset()
+    double = Compiler("default", "eager")(lambda x: 2 * x)
+    for size in range(2, 14):
+        assert double(torch.ones(size)).sum() == 2 * size
+    torch._dynamo.reset()
+
+
+def test_a_compiled_decoder_is_observed_at_its_second_call(monkeypatch):
+    """The first call compiles, and the profiler would record every autotuned candidate."""
+    monkeypatch.setattr(Compiler, "with_cloned_outputs", lambda self, function: function)
+    monkeypatch.setattr(Compiler, "require", lambda self, device: None)
+    model = StableDiffusion.tiny(optimisations=Optimisations(compile_autoencoder="default"))
+    _latents(model, steps=2)
+    assert model.kernels["autoencoder"] == ()
+    _latents(model, steps=2)
+    assert model.kernels["autoencoder"]
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_another_threads_cuda_calls_do_not_end_a_recording(monkeypatch, available):
+    monkeypatch.setitem(FEATURES, "capture_error_mode", SimpleNamespace(available=available))
+    received = []
+
+    class Context:
+        def __init__(self, *arguments, **options):
+            received.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_stream(self, stream):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "graph", Context)
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: Context())
+    received.clear()
+    recording = cuda_graphs.Graphed(lambda x: x + 1)
+    monkeypatch.setattr(Context, "replay", lambda self: None, raising=False)
+    recording(torch.ones(2))
+    assert [x for x in received if x] == ([{"capture_error_mode": "thread_local"}] if available else [])
+
+
+def test_prompt_and_negative_prompt_are_encoded_in_one_call():
+    model = StableDiffusion.tiny()
+    batches = []
+    forward = model.text_encoder.forward
+    model.text_encoder.forward = lambda tokens: batches.append(len(tokens)) or forward(tokens)
+    model.txt2img(["a red star", "a green ring"], steps=2, negative_prompt="blue")
+    assert batches == [4]
+    batches.clear()
+    model.txt2img("a red star", steps=2, scale=1.0)
+    assert batches == [1]
+
+
+def test_an_overflow_of_fast_is_an_error_that_names_bf16():
+    """`fast` is fp16 on a GPU; weights that overflow it must not give a black image."""
+    from sd.errors import BadImage
+
+    if not has("cpu_fp16"):
+        pytest.skip("this torch has no fp16 convolution on a CPU")
+    model = StableDiffusion.tiny(optimisations=Optimisations(precision="fp16"))
+    with torch.no_grad():
+        model.unet.input_blocks[0][0].weight.mul_(1e6)
+    with pytest.raises(BadImage, match="bf16"):
+        _latents(model, steps=2)

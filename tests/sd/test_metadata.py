@@ -1,0 +1,190 @@
+"""PNG metadata: the A1111 form, and txt2img --from-png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from txt2img_runs import calls_fixture, checkpoints_fixture, clean_fixture, run  # noqa: F401
+
+from sd import txt2img
+from sd.cli.metadata import a1111_parameters, read
+from sd.errors import ConfigError
+
+SAMPLE = "outputs/txt2img-samples/samples/00000.png"
+A1111 = "a fox, (red:1.3)\nsecond line\nNegative prompt: dull, \nblue\nSteps: 20, Sampler: Euler, Schedule type: Automatic, "
+A1111 += (
+    'CFG scale: 7, Seed: 5, Size: 128x64, Model hash: 6ce0161689, Model: tiny, Clip skip: 2, Lora hashes: "a: 1, b: 2"'
+)
+
+
+def png(name: str, **text: str) -> str:
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    Image.new("RGB", (64, 64)).save(name, pnginfo=info)
+    return name
+
+
+def pixels(path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def repeat(path, *argv) -> int:
+    return txt2img.main(["--device", "cpu", "--from-png", str(path), "--outdir", "again", *argv])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--prompt", "a green square, very\nlarge", "--seed", "7", "--plms", "--steps", "4", "--scale", "3.5"],
+        ["--sampler", "euler", "--negative-prompt", '-blue: "red"', "--prompt", "Steps: 3, Seed: 1", "--steps", "3"],
+        ["--sampler", "dpm_solver", "--steps", "4", "--H", "128", "--seed", "-1"],
+        ["--ddim_eta", "0.5", "--prompt", "star " * 89 + "star", "--prompt-chunks", "auto"],
+        ["--attention", "original", "--attention-precision", "input", "--optimise", "channels_last,cache_context_kv"],
+    ],
+    ids=["plms", "euler", "dpm_solver", "ddim", "optimisations"],
+)
+@pytest.mark.parametrize("form", ["ours", "a1111"])
+def test_an_image_is_repeated_bit_for_bit(argv, form):
+    assert run("--skip_grid", *argv) == 0
+    source = SAMPLE
+    if form == "a1111":
+        source = png("a1111.png", parameters=Image.open(SAMPLE).text["parameters"])
+    execution = argv if form == "a1111" and "--optimise" in argv else []  # A1111's form has no such settings
+    assert repeat(source, "--skip_grid", *execution) == 0
+    assert pixels("again/samples/00000.png") == pixels(SAMPLE)
+    texts = [Image.open(path).text for path in (SAMPLE, "again/samples/00000.png")]
+    assert texts[0] == texts[1]
+
+
+def test_options_of_the_command_replace_the_recorded(calls, capsys):
+    assert run("--seed", "7", "--plms", "--steps", "4", "--skip_grid") == 0
+    assert repeat(SAMPLE, "--seed", "42", "--sampler", "ddim", "--attention", "original") == 0
+    assert {key: calls[1][key] for key in ("steps", "sampler", "scale")} == {
+        "steps": 4,
+        "sampler": "ddim",
+        "scale": 4.0,
+    }
+    assert Image.open("again/samples/00000.png").text["seed"] == "42"
+    assert calls[1]["model"].optimisations.attention == "original"
+
+
+def test_a1111_text_is_read(calls, capsys):
+    assert repeat(png("a1111.png", parameters=A1111)) == 0
+    expected = {"steps": 20, "sampler": "euler", "scale": 7.0, "height": 64, "width": 128, "prompt_chunks": "auto"}
+    assert {key: calls[0][key] for key in expected} == expected
+    assert calls[0]["prompts"] == ["a fox, (red:1.3)\nsecond line"]
+    assert calls[0]["negative_prompt"] == "dull, \nblue"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "not repeated" in line]
+    assert [line.partition("not repeated: ")[2] for line in warnings] == [
+        "Clip skip: 2",
+        "Lora hashes: a: 1, b: 2",
+        "noise of the generator GPU",
+        "(red:1.3) in the prompt",
+    ]
+
+
+def test_written_parameters():
+    text = {
+        "prompt": "a, b",
+        "negative_prompt": "",
+        "seed": 3,
+        "steps": 2,
+        "sampler": "dpm_solver",
+        "eta": 0.0,
+        "scale": 7.5,
+    }
+    text |= {"size": "64x128", "rng": "original", "checkpoint": "v1,5: final.ckpt", "prompt_chunks": 2, "strength": 0.5}
+    first, second = a1111_parameters(text).splitlines()
+    assert first == "a, b"
+    assert second.startswith(
+        "Steps: 2, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 7.5, Seed: 3, Size: 64x128, "
+        'Model: "v1,5: final", Denoising strength: 0.5, Prompt chunks: 2, Version: sd-perf '
+    )
+
+
+def test_checkpoint_is_required_and_compared(checkpoints, calls, capsys):
+    argv = ["--ckpt", str(checkpoints / "model.ckpt")]
+    assert run(*argv, "--config", "tiny") == 0
+    assert repeat(SAMPLE) == 2
+    assert "was generated with model.ckpt: pass it with --ckpt" in capsys.readouterr().err
+    assert repeat(SAMPLE, *argv) == 0
+    captured = capsys.readouterr()
+    assert "was generated with" not in captured.err and "no --config" not in captured.out
+    assert repeat(SAMPLE, "--ckpt", str(checkpoints / "model_native_mha.ckpt")) == 0
+    assert "was generated with model.ckpt, not with model_native_mha.ckpt" in capsys.readouterr().err
+
+
+def test_another_machine_is_reported(calls, capsys):
+    assert run() == 0
+    text = {**Image.open(SAMPLE).text, "device": "cuda", "torch": "2.9.1"}
+    assert repeat(png("cuda.png", **text)) == 0
+    assert "warning: generated on cuda with torch 2.9.1: rounding may differ here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rng": "original"}, "its noise (original) depends on the whole run"),
+        ({"rng": "per-image with fixed code"}, "depends on the whole run"),
+        ({"init_img": "a.png"}, "is an image of img2img, from a.png"),
+        ({"init_img": "a.png", "mask": "m.png"}, "is an image of inpaint, from a.png"),
+        ({"steps": "many\x1b[31m"}, "argument --steps/--ddim_steps: invalid positive value: 'many"),
+        ({"sampler": "heun"}, "argument --sampler: invalid choice: 'heun'"),
+        ({"size": "65x64"}, "argument --W: size 65: must be a positive multiple of 64"),
+        ({"attention": "fast one"}, "attention 'fast one' is unknown"),
+        ({"eta": None}, "lacks 'eta'"),
+    ],
+)
+def test_invalid_metadata_is_refused_by_name(calls, capsys, change, message):
+    assert run() == 0
+    capsys.readouterr()
+    text = {**Image.open(SAMPLE).text, **change}
+    assert repeat(png("changed.png", **{key: value for key, value in text.items() if value is not None})) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --from-png changed.png: ") and message in err
+    assert err.count("\n") == 1 and "\x1b" not in err
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ("a prompt alone", "end without Steps, Sampler and Seed"),
+        (A1111.replace("Euler", "Euler a"), "argument --sampler: invalid choice: 'Euler a"),
+        (A1111.replace("Euler", "DPM++ 2M Karras"), "argument --sampler: invalid choice"),
+        (A1111.replace("Euler", "DPM++ 2M"), "argument --sampler: invalid choice"),  # Automatic is Karras there
+        (A1111 + ", Denoising strength: 0.5", "is an image of img2img or of an upscaler"),
+        (A1111.replace("tiny", "v1-5"), "was generated with v1-5: pass it with --ckpt"),
+    ],
+)
+def test_a1111_text_that_cannot_be_repeated(calls, capsys, parameters, message):
+    assert repeat(png("a1111.png", parameters=parameters)) == 2
+    assert message in capsys.readouterr().err
+    if "sampler" in message:
+        assert repeat("a1111.png", "--sampler", "ddim") == 0
+
+
+def test_other_files_are_refused(calls):
+    Path("text.png").write_text("no image")
+    Image.new("RGB", (64, 64)).save("photo.jpg")
+    assert run() == 0
+    for name, message in (
+        ("missing.png", "cannot be read as an image"),
+        ("text.png", "cannot be read as an image"),
+        ("photo.jpg", "is not a PNG file"),
+        (png("edited.png"), "has no settings of txt2img"),
+        ("outputs/txt2img-samples/grid-0000.png", "is a grid"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(name)
+
+
+@pytest.mark.parametrize(
+    "argv, message", [(["--from-file", "x"], "--from-png and --from-file"), (["--fixed_code"], "--fixed_code")]
+)
+def test_contradicting_options_are_refused(capsys, argv, message):
+    assert repeat("x.png", *argv) == 2
+    assert message in capsys.readouterr().err
