@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from perf.analysis.statistics import launch_interval
 from perf.report.text import interval_seconds
 
+MIN_LAUNCHES = 3  # of two launches Student's interval is 13 standard deviations wide to each side
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -25,14 +27,15 @@ class Estimate:
 
     @classmethod
     def over_launches(cls, launches: Sequence[Sequence[float]]) -> Estimate:
-        """Median launch with its 95 % interval, or of a single launch with the range of the rounds.
+        """Median launch with its 95 % interval, or below MIN_LAUNCHES with the range of the rounds.
 
         launches: values of the rounds of each launch, at least one of them not empty.
         """
         medians = [statistics.median(rounds) for rounds in launches if rounds]
-        if len(medians) < 2:
+        if len(medians) < MIN_LAUNCHES:
             rounds = list(itertools.chain.from_iterable(launches))
-            return cls(statistics.median(medians), min(rounds), max(rounds), "range of the rounds of 1 launch")
+            name = f"range of the rounds of {len(medians)} launch{'es' if len(medians) > 1 else ''}"
+            return cls(statistics.median(medians), min(rounds), max(rounds), name)
         interval = launch_interval(medians)
         return cls(interval.estimate, interval.low, interval.high, "95 % interval")
 

@@ -157,7 +157,7 @@ def test_two_weights_of_one_name(inner):
 
 def test_markers_have_summaries():
     lines = selection.markers()
-    assert len(lines) == len(SETS) + 1 and all(line.partition(": ")[2] for line in lines)
+    assert len(lines) == len(SETS) + 2 and all(line.partition(": ")[2] for line in lines)
 
 
 CROSSED = {

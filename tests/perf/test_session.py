@@ -287,7 +287,7 @@ def test_aa_is_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
 def test_another_commit_alternates_and_gets_further_launches_while_undecided(fake, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
-    fake(noise=0.04, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
+    fake(noise=0.02, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
     against = ("0123456789ab", Interpreter(source=other))
     session, _ = measure(tmp_path, [A], against=against, launches=6, looks=(6, 12), rounds=1)
     for name in (A.id, f"{A.id}@base"):
@@ -377,7 +377,8 @@ def test_resumed_session_reports_the_stale_lock(runner, tmp_path):
     os.kill(started[0], signal.SIGKILL)
     assert runner.end(started) is None
     answer = runner.end(runner.start(tmp_path, {}, resume=journal.newest(tmp_path / "journal") is not None))
-    assert f"cleared the stale lock of cpu, left by pid {started[0]}, since" in answer["logged"][0]
+    expected = f"cleared the stale lock of cpu, left by pid {started[0]}, since"
+    assert any(expected in line for line in answer["logged"])
 
 
 def test_ctrl_c_at_random_moments_keeps_measured_rounds(runner, tmp_path):
@@ -399,6 +400,7 @@ def test_ctrl_c_at_random_moments_keeps_measured_rounds(runner, tmp_path):
         elif answer["interrupted"]:
             kept += 1
             there = [event for event in events(folder) if event["event"] == "round" and event["round"] is not None]
+            there = [event for event in there if not event["slot"].endswith("@control")]
             in_memory = sum(len(one) for slot in answer["seconds"].values() for one in slot.values())
             assert in_memory <= len(there) <= in_memory + 1, f"seed 3, number {number}"
             assert answer["failures"] == {A.id: None, B.id: None}, f"seed 3, number {number}"
