@@ -183,6 +183,14 @@ def test_img2img_encodes_chunks():
         assert not torch.equal(chunked.latents, model.img2img(LONG, image, steps=4).latents)
 
 
+def test_inpaint_encodes_chunks():
+    model, image, mask = smallest(), torch.zeros(3, 64, 64), torch.ones(64, 64)
+    chunked = model.inpaint(LONG, image, mask, steps=4, prompt_chunks="auto")
+    assert chunked.prompt_chunks == 2 and chunked.dropped == ("",)
+    with pytest.warns(SDWarning, match="prompt of"):
+        assert not torch.equal(chunked.latents, model.inpaint(LONG, image, mask, steps=4).latents)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["clip", "openclip"])
 def test_context_equals_transformers(kind, tmp_path):
