@@ -287,7 +287,7 @@ def test_aa_is_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
 def test_another_commit_alternates_and_gets_further_launches_while_undecided(fake, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
-    fake(noise=0.02, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
+    fake(noise=0.01, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
     against = ("0123456789ab", Interpreter(source=other))
     session, _ = measure(tmp_path, [A], against=against, launches=6, looks=(6, 12), rounds=1)
     for name in (A.id, f"{A.id}@base"):

@@ -287,7 +287,7 @@ def test_images_and_masks_of_all_types_agree(image, mask):
         (torch.full((64, 64), torch.nan), "values from 0 to 1"),
         (torch.eye(64).roll(1, 0) - torch.eye(64).roll(1, 0).tril(), "thinner than a latent cell"),
     ],
-    ids=str,
+    ids=["wide", "tall", "channels", "uint8", "255", "nan", "thin"],
 )
 def test_invalid_masks_raise(tiny, image, mask, message):
     with pytest.raises(ConfigError, match=message):
