@@ -285,7 +285,8 @@ def test_aa_is_same_and_an_injected_slowdown_is_slower(fake, tmp_path):
 
 
 def test_another_commit_alternates_and_gets_further_launches_while_undecided(fake, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("perf.session.run.random.randrange", lambda stop: 2)  # the order, and with it the scripted noise
+    # The order of the rounds is fixed, and with it the scripted noise.
+    monkeypatch.setattr("perf.session.run.random.randrange", lambda stop: 2)
     other = tmp_path / "other"
     other.mkdir()
     fake(noise=0.01, base=1.0, counter=str(tmp_path / "count"), head=str(ROOT))
