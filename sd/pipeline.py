@@ -580,7 +580,8 @@ class StableDiffusion:
         _warn_of_dropped(prompts, negatives, tokens)
         if not guided:
             return (self._encode(tokens.ids), None), tokens
-        if self.optimisations.original_steps:  # the original encodes them apart
+        # The original encodes them apart. On a CPU one call saves nothing, and on some torch changes the last bits.
+        if self.optimisations.original_steps or self.device.type == "cpu":
             return (self._encode(tokens.ids[:count]), self._encode(tokens.ids[count:])), tokens
         conditional, unconditional = self._encode(tokens.ids).chunk(2)
         return (conditional, unconditional), tokens

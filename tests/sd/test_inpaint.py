@@ -19,6 +19,7 @@ from sd.checkpoint.load import expected_shapes, load
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import PRESETS, ModelConfig, TextConfig
 from sd.errors import SDWarning
+from sd.features import has
 from sd.images import image_with_mask, latent_mask, mask_tensor
 from sd.models.unet import UNet
 from sd.optimise import cuda_graphs
@@ -90,7 +91,8 @@ def random_inpainting() -> StableDiffusion:
         {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True},
         {"attention": "mha"},
         pytest.param(
-            {"compile": "default", "compile_scope": "step", "compile_backend": "eager"}, marks=pytest.mark.compile
+            {"compile": "default", "compile_scope": "step", "compile_backend": "eager"},
+            marks=[pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")],
         ),
     ],
     ids=lambda changes: "-".join(changes),

@@ -17,6 +17,7 @@ from sd import Optimisations, StableDiffusion
 from sd.checkpoint.file_formats import write_safetensors
 from sd.checkpoint.lora import targets
 from sd.errors import CheckpointError, ConfigError, Unavailable
+from sd.features import has
 from sd.txt2img import main
 
 OUTPUT = {"kohya": (".lora_down.weight", ".lora_up.weight"), "peft": (".lora_A.weight", ".lora_B.weight")}
@@ -309,6 +310,7 @@ def test_a_merged_lora_costs_nothing(tmp_path, name):
 
 
 @pytest.mark.compile
+@pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
 @pytest.mark.parametrize("scope", ["unet", "blocks", "step"])
 def test_a_swap_compiles_nothing(tmp_path, scope):
     import torch._dynamo.utils
