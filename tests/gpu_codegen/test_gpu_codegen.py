@@ -16,12 +16,15 @@ from perf.launch.process import ROOT
 PAGE = ROOT / "docs" / "gpu-code.md"
 GIVEN = "{'signature': {'in_ptr0': '*fp16', 'in_ptr1': '*fp16', 'out_ptr0': '*%s', 'xnumel': 'i32'}}\n"
 LOAD = "    tmp0 = tl.load(in_ptr0 + (x0), None).to(tl.float32)\n"
+SLOW = ("sd2 unet", "sd2 step")  # over a minute of CPU time each: not in .ci/run
 needs_triton = pytest.mark.skipif(gpu_codegen.missing() is not None, reason=f"{gpu_codegen.missing()}")
 
 
 @needs_triton
 @pytest.mark.gpu_codegen
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW)) for name in CASES]
+)
 def test_generated_code(name):
     """The counts are those of the docs; convolutions are NHWC and no layout is copied; every kernel fits in registers."""
     command = [sys.executable, str(ROOT / "tests/helpers/gpu_codegen.py"), name, "--json"]
