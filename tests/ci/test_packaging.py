@@ -94,7 +94,7 @@ def test_contents_of_the_wheel(built):
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "sd" / "config").glob("*.yaml")),
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "perf" / "published").iterdir()),
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "perf" / "report").glob("page.*")),
-        *("sd/py.typed", "perf/py.typed", "sd/tiny/tiny.safetensors"),
+        *("sd/py.typed", "perf/py.typed", "sd/tiny/tiny.safetensors", "sd/tiny/tiny-inpaint.safetensors"),
     }
     assert expected <= names
     others = {name for name in names - expected if ".dist-info/" not in name}

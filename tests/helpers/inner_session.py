@@ -225,6 +225,8 @@ def inner_fixture(pytester, machine, monkeypatch, tmp_path) -> Inner:
     frequencies = iter(range(1_000_000))  # pytest-benchmark treats another frequency as another machine
     monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
     monkeypatch.setattr("perf.plugin.state.open_visible_device", lambda: NoTelemetry("a test"))
+    # One order of rounds, since the noise of a round depends on the rounds before it.
+    monkeypatch.setattr("perf.session.run.random", SimpleNamespace(randrange=lambda limit: 1))
     monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
     monkeypatch.setattr(
         "pytest_benchmark.plugin.get_cpu_info",  # the real one takes a second

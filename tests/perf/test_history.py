@@ -47,6 +47,7 @@ def test_known_steps_are_found_and_nothing_else(outliers):
 
 
 def test_steps_in_series_without_noise():
+    pytest.importorskip("ruptures")
     assert history.change_indices([1.0] * 8) == []
     assert history.change_indices([1.0] * 4 + [1.1] * 4) == [4]
     assert history.change_indices([1.0] * 4 + [1.005] * 4) == [], "below the smallest margin"
@@ -120,6 +121,7 @@ def test_left_out_runs_are_printed(nights, capsys):
 
 
 def test_history_without_runs(tmp_path, capsys):
+    pytest.importorskip("ruptures")
     assert main(["history", str(tmp_path)]) == ExitCode.REFUSED
     assert "no saved run in" in capsys.readouterr().err
 

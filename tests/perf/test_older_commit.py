@@ -17,7 +17,7 @@ CONFIGURATIONS = [
     Configuration(attention="original", steps=2),
     Configuration(workload="unet"),
     Configuration(workload="vae"),
-    Configuration(optimise="channels_last,fused_qkv", steps=2),
+    Configuration(optimise="fused_qkv", steps=2),
     Configuration(optimise="original", sampler="ddim", steps=2),
 ]
 

@@ -24,6 +24,7 @@ from perf.session.image_check import image_failure
 from perf.session.settings import SessionError
 from perf.worker.server import Worker, error_kind
 from perf.worker.wire import KINDS, WorkerError
+from sd.features import has
 
 KILLS = 25
 TINY = Configuration(attention="original", steps=2, height=64, width=64)
@@ -106,7 +107,8 @@ def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
 @pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
 def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
     """The reference is that of its own configuration, and the image of another seed is not taken for it."""
-    configuration = Configuration(model, workload="inpaint", steps=2, sampler="ddim")
+    attention = "sdpa" if has("sdpa") else "mha"
+    configuration = Configuration(model, workload="inpaint", attention=attention, steps=2, sampler="ddim")
     reference, loaded, path = Worker(), Worker(), str(tmp_path / "reference.npz")
     ok(reference.handle(loading(configuration.reference())))
     first = ok(reference.handle({"op": "round", "seed": 1}))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import GPU
 from models import relative_error
 
 from sd import Optimisations, StableDiffusion
@@ -148,13 +149,14 @@ def test_another_threads_cuda_calls_do_not_end_a_recording(monkeypatch, availabl
     assert [x for x in received if x] == ([{"capture_error_mode": "thread_local"}] if available else [])
 
 
-def test_prompt_and_negative_prompt_are_encoded_in_one_call():
-    model = StableDiffusion.tiny()
+@pytest.mark.parametrize("device, expected", [("cpu", [2, 2]), pytest.param("cuda", [4], marks=GPU)])
+def test_prompt_and_negative_prompt_are_encoded_in_one_call_of_a_gpu(device, expected):
+    model = StableDiffusion.tiny(device)
     batches = []
     forward = model.text_encoder.forward
     model.text_encoder.forward = lambda tokens: batches.append(len(tokens)) or forward(tokens)
     model.txt2img(["a red star", "a green ring"], steps=2, negative_prompt="blue")
-    assert batches == [4]
+    assert batches == expected
     batches.clear()
     model.txt2img("a red star", steps=2, scale=1.0)
     assert batches == [1]
