@@ -32,7 +32,7 @@ from sd.choices import (
 )
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
-from sd.errors import ConfigError, SDWarning, Unavailable, checkpoint_warnings_as_lines
+from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
@@ -297,16 +297,15 @@ class Setup:
         if self.checkpoint is None:
             inpainting = self.config is not None and self.config.inpainting
             return StableDiffusion.tiny(self.device, optimisations, inpainting)
-        with checkpoint_warnings_as_lines():
-            model = StableDiffusion.from_checkpoint(
-                self.checkpoint,
-                self.config,
-                self.device,
-                optimisations,
-                vae=self.vae,
-                text_encoder=self.text_encoder,
-                ignore_unknown_keys=self.ignore_unknown_keys,
-            )
+        model = StableDiffusion.from_checkpoint(
+            self.checkpoint,
+            self.config,
+            self.device,
+            optimisations,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            ignore_unknown_keys=self.ignore_unknown_keys,
+        )
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
             print(describe_prediction(self.checkpoint, model.config))
