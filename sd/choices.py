@@ -21,7 +21,19 @@ ATTENTION_WITH_KERNELS = ("mha", "sdpa")  # implementations that accept a kernel
 SDPA_KERNELS = ("math", "mem_efficient", "flash", "cudnn")  # torch.nn.attention.SDPBackend
 ATTENTION_PRECISIONS = ("fp32", "input")  # dtype of QK^T in `original`
 PRECISIONS = ("full", "autocast", "fp16", "bf16")
-SAMPLERS = ("ddim", "plms", "dpm_solver", "euler")
+SAMPLERS = (  # sd.sampling.samplers.SAMPLERS, in the same order
+    "ddim",
+    "plms",
+    "dpm_solver",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_solver_sde",
+    "unipc",
+    "lcm",
+)
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "sgm_turbo")  # the default is the sampler's own
+SIGMAS = ("schedule", "karras")
 RNGS = ("per-image", "original")
 
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

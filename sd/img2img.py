@@ -1,6 +1,6 @@
 """Image to image: `python -m sd.img2img --init-img sketch.png --prompt "a red circle"`.
 
-Accepts the flags of the original scripts, with their meaning; DDIM only, as there.
+Accepts the flags of the original scripts, with their meaning, and samplers other than their DDIM.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may inter
     from sd.config.presets import ModelConfig
     from sd.pipeline import Noise, Progress, Result
 
-_DDIM = "img2img starts in the middle of DDIM's steps and supports no other sampler: omit it"
 REFUSED = {
-    "--plms": _DDIM,
-    "--dpm": _DDIM,
-    "--dpm_solver": _DDIM,
     "--fixed_code": "img2img starts from the image, not from noise: omit it, or use --rng",
     "--torchscript": "not supported: use --compile",
     "--ipex": "not supported: PyTorch's own CPU kernels are used; use --precision bf16",
@@ -50,7 +46,6 @@ def parser() -> argparse.ArgumentParser:
         type=nonnegative,
         help="guidance scale, 1 for none (default: the original scripts', 5.0 for SD1, 9.0 for SD2; tiny: 4.0)",
     )
-    add("--sampler", choices=("ddim",), default="ddim", help="ddim only")
     return result
 
 
@@ -72,15 +67,19 @@ def default_strength_and_scale(config: ModelConfig) -> tuple[float, float]:
     """Return the default strength and guidance scale of the original script of the model."""
     if config.name == "tiny":
         return 0.8, 4.0
+    if config.unet.guidance_embedding is not None:
+        return 0.8, 8.5
     return (0.75, 5.0) if config.text.kind == "clip" else (0.8, 9.0)
 
 
 def _run(args: argparse.Namespace) -> None:
+    from sd.cli.arguments import sampling, sampling_settings
     from sd.cli.input_images import read_image
     from sd.cli.run import Command
 
+    sampled = sampling(args)
     image = read_image(args.init_img)
-    command = Command(args, os.environ, "ddim")
+    command = Command(args, os.environ, sampled)
     model = command.model
     strength, scale = default_strength_and_scale(model.config)
     strength = strength if args.strength is None else args.strength
@@ -88,9 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = {
         "init_img": Path(args.init_img).name,
         "strength": strength,
-        "steps": args.steps,
-        "sampler": "ddim",
-        "eta": args.ddim_eta,
+        **sampling_settings(sampled),
         "scale": scale,
         "size": f"{image.shape[2]}x{image.shape[1]}",
         "rng": args.rng,
@@ -101,10 +98,9 @@ def _run(args: argparse.Namespace) -> None:
             prompts,
             image,
             strength=strength,
-            steps=args.steps,
+            **sampled,
             scale=scale,
             negative_prompt=args.negative_prompt,
-            eta=args.ddim_eta,
             rng=noise,
             progress=progress,
             prompt_chunks=args.prompt_chunks,

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd.choices import SAMPLERS
 from sd.cli.startup import exit_on_interrupt
 
 if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may interrupt
@@ -51,9 +50,6 @@ def parser() -> argparse.ArgumentParser:
         type=nonnegative,
         help="guidance scale, 1 for none (default: the original scripts', 7.5 for SD1, 10.0 for SD2; tiny: 4.0)",
     )
-    add("--sampler", action="append", choices=SAMPLERS, help="default: ddim; the original scripts add --ddim_eta 1")
-    add("--plms", action="append_const", dest="sampler", const="plms", help="the same as --sampler plms")
-    add("--dpm", action="append_const", dest="sampler", const="dpm_solver", help="the same as --sampler dpm_solver")
     return result
 
 
@@ -91,21 +87,19 @@ def default_scale(config: ModelConfig) -> float:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from sd.cli.arguments import single
+    from sd.cli.arguments import sampling, sampling_settings
     from sd.cli.run import Command
 
-    sampler = single("--sampler", args.sampler, "ddim")
+    sampled = sampling(args)
     image, mask = read_image_with_mask(args.init_img, args.mask)
-    command = Command(args, os.environ, sampler)
+    command = Command(args, os.environ, sampled)
     model = command.model
     scale = default_scale(model.config) if args.scale is None else args.scale
     settings = {
         "init_img": Path(args.init_img).name,
         "mask": Path(args.mask).name,
         "strength": args.strength,
-        "steps": args.steps,
-        "sampler": sampler,
-        "eta": args.ddim_eta,
+        **sampling_settings(sampled),
         "scale": scale,
         "size": f"{image.shape[2]}x{image.shape[1]}",
         "rng": args.rng,
@@ -117,11 +111,9 @@ def _run(args: argparse.Namespace) -> None:
             image,
             mask,
             strength=args.strength,
-            steps=args.steps,
-            sampler=sampler,
+            **sampled,
             scale=scale,
             negative_prompt=args.negative_prompt,
-            eta=args.ddim_eta,
             rng=noise,
             progress=progress,
             prompt_chunks=args.prompt_chunks,

@@ -34,7 +34,7 @@ from sd.sampling import original_loop
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.noise import OriginalNoise, PerImageNoise, noise_source
-from sd.sampling.samplers import Plan, ddim
+from sd.sampling.plan import Plan
 from sd.sampling.samplers import sampler as sampler_by_name
 from sd.sampling.schedule import Schedule
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Noise = PerImageNoise | OriginalNoise
 Progress = Callable[[int, int], None]
 PromptChunks = int | Literal["auto"]
+ORIGINAL_SPACINGS = (None, "leading")  # of ddim and plms: the timesteps of the original scripts
 MAX_QUOTED = 300  # characters of dropped text in a warning
 
 
@@ -356,11 +357,16 @@ class StableDiffusion:
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_chunks: PromptChunks = 1,
+        timestep_spacing: str | None = None,
+        sigmas: str = "schedule",
     ) -> Result:
         """Generate `batch` images of each prompt.
 
-        steps: sampler steps. sampler: `ddim`, `plms`, `dpm_solver` or `euler`. eta: DDIM's, 0 to 1.
-        scale: classifier-free guidance (arXiv 2207.12598); 1 disables it.
+        steps: sampler steps. sampler: a name of sd.sampling.samplers.SAMPLERS. eta: DDIM's, 0 to 1.
+        timestep_spacing: `leading`, `linspace`, `trailing` or `sgm_turbo`; None for the sampler's own. sigmas: `schedule`, or
+            `karras` (arXiv 2206.00364).
+        scale: classifier-free guidance (arXiv 2207.12598); 1 disables it, which halves the batch of the UNet. A model with
+            a guidance embedding (LCM) takes the scale as an input of one UNet call, without a negative prompt.
         seed: image i is drawn from seed + i, at any batch size and on any device; None draws a random seed (Result.seed).
         generator: CPU generators in place of the seed. A list has one for each image; a single one draws for all images
             in turn, so that images depend on the batch size.
@@ -376,8 +382,7 @@ class StableDiffusion:
         Raises ConfigError for invalid arguments and BadImage for NaN or all-black images.
         """
         self._require_text_to_image("txt2img")
-        plan = sampler_by_name(sampler)(self.schedule, steps, eta)
-        timesteps = self.schedule.uniform_timesteps(steps) if self.optimisations.original_steps else []
+        plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas)
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), height, width)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
@@ -406,13 +411,16 @@ class StableDiffusion:
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_chunks: PromptChunks = 1,
+        sampler: str = "ddim",
+        timestep_spacing: str | None = None,
+        sigmas: str = "schedule",
     ) -> Result:
-        """Generate `batch` images of each prompt from an initial image, by DDIM (SDEdit, arXiv 2108.01073).
+        """Generate `batch` images of each prompt from an initial image (SDEdit, arXiv 2108.01073).
 
         image: float [3, H, W] in [-1, 1] with H and W multiples of 64, or a PIL image (see sd.images.image_tensor).
-        strength: fraction of the noise schedule to apply, 0 to 1. As in the original scripts, noise of DDIM timestep
-            int(strength * steps) is added and denoising starts at the timestep below it; at strength 1, where the
-            original raises an IndexError, the last timestep is used.
+        strength: fraction of the steps to run, 0 to 1, from the noise level of the first of them. As in the original
+            scripts, DDIM's noise is that of timestep int(strength * steps), and denoising starts at the timestep below
+            it; at strength 1, where the original raises an IndexError, the last timestep is used.
         The other arguments and the errors are those of `txt2img`.
         """
         self._require_text_to_image("img2img")
@@ -423,9 +431,7 @@ class StableDiffusion:
         require_pixels(image)
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *image.shape[1:])
-        timesteps = self.schedule.uniform_timesteps(steps)
-        start = int(strength * steps)
-        plan = ddim(self.schedule, steps, eta, timesteps[:start])
+        plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas, strength)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
         clock = _StageClock(self.device)
         with clock.stage("encode"):
@@ -433,10 +439,13 @@ class StableDiffusion:
         with clock.stage("text"):
             contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
         with clock.stage("unet"), self._calls.context():
-            if start:
-                alpha = self.schedule.alpha(timesteps[min(start, len(timesteps) - 1)])
+            if plan.evaluations:
+                alpha = plan.evaluations[0].alpha
+                if sampler == "ddim" and timestep_spacing in ORIGINAL_SPACINGS:  # noise of the timestep above
+                    originals = self.schedule.uniform_timesteps(steps)
+                    alpha = self.schedule.alpha(originals[min(plan.steps, len(originals) - 1)])
                 x = alpha * x + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
-            x = self._sample("ddim", plan, timesteps[:start], x, contexts, scale, noise, eta, progress)
+            x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
         return self._finish(x, clock, len(plan.evaluations), reported_seed, tokens)
 
     @torch.no_grad()
@@ -458,6 +467,8 @@ class StableDiffusion:
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_chunks: PromptChunks = 1,
+        timestep_spacing: str | None = None,
+        sigmas: str = "schedule",
     ) -> Result:
         """Repaint the white part of `mask` in `batch` images of each prompt.
 
@@ -466,7 +477,7 @@ class StableDiffusion:
         the error of the autoencoder, as in the original scripts.
 
         image: as in `img2img`. mask: a PIL image of the same size, or float in [0, 1] or bool [H, W]; repainted from 0.5.
-        strength: fraction of the steps that run, above 0; below 1 they start from the noised image, with ddim or euler.
+        strength: fraction of the steps that run, above 0; below 1 they start from the noised image.
         latents: initial noise, as in `txt2img`. rng: `original` draws it as the original scripts do, with NumPy.
         The other arguments and the errors are those of `txt2img`.
         """
@@ -475,21 +486,19 @@ class StableDiffusion:
         pixels, pixel_mask = image_with_mask(image, mask)
         prompts, negatives = _prompts(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *pixels.shape[1:])
-        whole = sampler_by_name(sampler)(self.schedule, steps, eta)
-        count = int(strength * whole.steps)
-        if not count:
+        whole = strength == 1.0
+        plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas, None if whole else strength)
+        if not plan.evaluations:
             raise ConfigError(f"strength {strength} of {steps} steps is less than 1 step: increase one of them")
-        plan = whole.last_steps(count)
-        timesteps = self.schedule.uniform_timesteps(steps)[:count] if self.optimisations.original_steps else []
         start = None if latents is None else self._initial(latents, shape)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
         clock = _StageClock(self.device)
         with clock.stage("encode"):
-            blend, condition = self._encode_inpainting(pixels, pixel_mask, shape, noise, start, plan is not whole)
+            blend, condition = self._encode_inpainting(pixels, pixel_mask, shape, noise, start, not whole)
         with clock.stage("text"):
             contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
         with clock.stage("unet"), self._calls.context():
-            x = blend.noise if plan is whole else blend.noised(*plan.noise_level(0))
+            x = blend.noise if whole else blend.noised(plan.evaluations[0].alpha)
             run = (sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
             x = self._sample(*run, condition, None if self.config.inpainting else blend)
         return self._finish(x, clock, len(plan.evaluations), reported_seed, tokens)
@@ -532,6 +541,26 @@ class StableDiffusion:
         factor = self.config.autoencoder.downsampling
         return batch, self.config.unet.out_channels, height // factor, width // factor
 
+    def _plan(
+        self,
+        sampler: str,
+        steps: int,
+        eta: float,
+        timestep_spacing: str | None,
+        sigmas: str,
+        strength: float | None = None,
+    ) -> tuple[Plan, list[int]]:
+        """Return the plan and, under `original_steps`, the ascending timesteps of the original's loop.
+
+        strength: None from noise, else the fraction of the steps to run. Raises ConfigError.
+        """
+        plan = sampler_by_name(sampler)(self.schedule, steps, eta, timestep_spacing, sigmas, strength)
+        if not self.optimisations.original_steps:
+            return plan, []
+        if timestep_spacing not in ORIGINAL_SPACINGS or sigmas != "schedule":
+            raise ConfigError("original_steps: has the original's timesteps; leave out timestep_spacing and sigmas")
+        return plan, self.schedule.uniform_timesteps(steps)[: plan.steps]
+
     def _require_text_to_image(self, method: str) -> None:
         if self.config.inpainting:
             raise ConfigError(
@@ -570,7 +599,12 @@ class StableDiffusion:
         self, prompts: list[str], negatives: list[str], scale: float, prompt_chunks: PromptChunks
     ) -> tuple[tuple[Tensor, Tensor | None], Tokens]:
         """Return the contexts of the prompts and, with guidance, of the negative prompts, and the tokens of both."""
-        guided = scale != 1.0
+        embedded = self.unet.embeds_guidance  # one UNet call with the scale as an input, not two halves
+        if embedded and any(negatives):
+            raise ConfigError("negative_prompt: this model embeds its guidance scale; leave out the negative prompt")
+        if embedded and self.optimisations.original_steps:
+            raise ConfigError("original_steps: the original scripts have no guidance embedding; leave it out")
+        guided = scale != 1.0 and not embedded
         if not guided and any(negatives):
             _warn(f"negative prompt {next(filter(None, negatives))!r}: not used, since guidance is off at scale 1")
         negatives, count = negatives if guided else [], len(prompts)
@@ -602,7 +636,7 @@ class StableDiffusion:
     ) -> Tensor:
         """Denoise x_T to x_0 with `plan`, or over `timesteps` with the original's loop under `original_steps`.
 
-        condition: further input channels of the UNet. blend: as in sd.sampling.samplers.run.
+        condition: further input channels of the UNet. blend: as in sd.sampling.plan.run.
         """
         chosen, on_step = self.optimisations, progress or _no_progress
         prediction = (*contexts, scale, self.config.parameterization, condition)
@@ -615,9 +649,10 @@ class StableDiffusion:
         denoise = Denoiser(self._calls.unet_of_run(), *prediction)
         if chosen.cache_context_kv and isinstance(denoise.context, Tensor):
             denoise.context = self.unet.project_context(denoise.context)
-        if chosen.cache_time_embeddings and plan.evaluations:
+        if plan.evaluations and (chosen.cache_time_embeddings or self.unet.embeds_guidance):
+            guidance = scale if self.unet.embeds_guidance else None
             denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
-            denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device))
+            denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device), guidance)
         x = x.contiguous(memory_format=chosen.memory_format())
         return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step, blend)
 

@@ -11,7 +11,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from sd.choices import SAMPLERS
 from sd.cli.startup import exit_on_interrupt
 
 if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may interrupt
@@ -40,16 +39,6 @@ def parser() -> argparse.ArgumentParser:
         type=nonnegative,
         help="guidance scale, 1 for none (default: the original scripts', 7.5 for SD1, 9.0 for SD2; tiny: 4.0)",
     )
-    add("--sampler", action="append", choices=SAMPLERS, help="default: ddim")
-    add("--plms", action="append_const", dest="sampler", const="plms", help="the same as --sampler plms")
-    add(
-        "--dpm",
-        "--dpm_solver",
-        action="append_const",
-        dest="sampler",
-        const="dpm_solver",
-        help="the same as --sampler dpm_solver",
-    )
     add(
         "--from-png",
         metavar="FILE",
@@ -73,11 +62,13 @@ def default_scale(config: ModelConfig) -> float:
     """Return the default guidance scale of the original script of the model."""
     if config.name == "tiny":
         return 4.0
+    if config.unet.guidance_embedding is not None:
+        return 8.5  # of the paper's and diffusers' pipeline for latent consistency models
     return 7.5 if config.text.kind == "clip" else 9.0
 
 
 def _run(argv: list[str]) -> None:
-    from sd.cli.arguments import single
+    from sd.cli.arguments import sampling, sampling_settings
     from sd.cli.metadata import repeat, warn_of_other_machine
     from sd.cli.run import Command
 
@@ -85,8 +76,8 @@ def _run(argv: list[str]) -> None:
     args = options.parse_args(argv)
     if args.from_png is not None:
         args, recorded = repeat(options, args, argv)
-    sampler = single("--sampler", args.sampler, "ddim")
-    command = Command(args, os.environ, sampler)
+    sampled = sampling(args)
+    command = Command(args, os.environ, sampled)
     model = command.model
     if recorded is not None:
         warn_of_other_machine(recorded, model.device)
@@ -94,9 +85,7 @@ def _run(argv: list[str]) -> None:
     shape = model.latent_shape(args.n_samples, args.H, args.W)
     height, width = (cells * model.config.autoencoder.downsampling for cells in shape[2:])
     settings = {
-        "steps": args.steps,
-        "sampler": sampler,
-        "eta": args.ddim_eta,
+        **sampling_settings(sampled),
         "scale": scale,
         "size": f"{width}x{height}",
         "rng": args.rng + (" with fixed code" if args.fixed_code else ""),
@@ -105,14 +94,12 @@ def _run(argv: list[str]) -> None:
     def generate(prompts: list[str], noise: Noise, latents: Tensor | None, progress: Progress) -> Result:
         return model.txt2img(
             prompts,
-            steps=args.steps,
-            sampler=sampler,
+            **sampled,
             scale=scale,
             height=args.H,
             width=args.W,
             latents=latents,
             negative_prompt=args.negative_prompt,
-            eta=args.ddim_eta,
             rng=noise,
             progress=progress,
             prompt_chunks=args.prompt_chunks,

@@ -16,7 +16,7 @@ from perf.analysis.statistics import Interval
 
 T = TypeVar("T")
 # The fields of a configuration that define the work of an image: results that differ in one of them are not comparable.
-WORK = ("workload", "model", "checkpoint", "height", "width", "steps", "sampler")
+WORK = ("workload", "model", "checkpoint", "height", "width", "steps", "sampler", "timestep_spacing", "sigmas", "scale")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ CHOICES = {
     "compile_scope": choices.COMPILE_SCOPES,
     "precision": choices.PRECISIONS,
     "sampler": choices.SAMPLERS,
+    "timestep_spacing": choices.TIMESTEP_SPACINGS,
+    "sigmas": choices.SIGMAS,
     "device": ("cpu", "cuda"),
 }
 
@@ -39,7 +41,7 @@ class Configuration:
     the same time. config: YAML file in the original layout, where the weights do not determine it. optimise: as
     `--optimise`, a comma-separated list: a preset (`fast`, `original`, `none`), which sets attention, precision and
     compile, or techniques to add to them. lora_rank: of a LoRA with seeded random factors that is merged into the UNet's
-    attention, 0 for none.
+    attention, 0 for none. timestep_spacing: None for the sampler's own. sigmas: `schedule` or `karras`.
     """
 
     model: str = "tiny"
@@ -64,12 +66,14 @@ class Configuration:
     config: str | None = None
     prompt: str = PROMPT
     seed: int = 1
+    timestep_spacing: str | None = None
+    sigmas: str = "schedule"
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             for item in value if isinstance(value, (tuple, list)) else (value,):
-                if item not in allowed and not (name == "device" and item is None):
+                if item not in allowed and not (name in ("device", "timestep_spacing") and item is None):
                     raise UnknownChoice(f"{name.replace('_', '-')} {item!r}: choose from {', '.join(allowed)}")
         for name in ("batch", "steps"):
             if getattr(self, name) < 1:
@@ -113,6 +117,7 @@ class Configuration:
         parts += technique({field.name: getattr(self, field.name) for field in fields(self)})
         if (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler}{self.steps}")
+        parts += sampling(self.timestep_spacing, self.sigmas, self.scale)
         if self.height or self.width:
             parts.append(f"{self.height or 'native'}x{self.width or 'native'}")
         parts += [part for part in (self.device, self.interpreter) if part]
@@ -177,6 +182,13 @@ def technique(values: Mapping[str, Any]) -> list[str]:
     if values["precision"] != usual_precision(values["model"]):
         parts.append(values["precision"])
     return parts
+
+
+def sampling(timestep_spacing: str | None, sigmas: str, scale: float) -> list[str]:
+    """The parts of an id for what a sampler visits and for the guidance; default values are omitted."""
+    parts = [] if timestep_spacing is None else [timestep_spacing]
+    parts += [] if sigmas == "schedule" else [sigmas]
+    return parts + ([] if scale == 7.5 else ["unguided" if scale == 1.0 else f"scale{scale:g}"])
 
 
 def from_dict(values: dict[str, Any]) -> Configuration:

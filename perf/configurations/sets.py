@@ -71,6 +71,11 @@ INPAINTING: list[dict[str, Any]] = [
     {"optimise": "fast"},
     {"engine": "diffusers"},
 ]
+FEW_STEPS: list[dict[str, Any]] = [
+    {"optimise": "fast", "scale": 1.0, "steps": steps, **sampler}
+    for sampler in ({"sampler": "euler", "timestep_spacing": "trailing"}, {"sampler": "lcm"})
+    for steps in (1, 2, 4)
+]
 # From the original code's loop, each step adding one optimisation, to the preset.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
 LADDER: list[dict[str, Any]] = [
@@ -104,6 +109,8 @@ SETS: dict[str, list[Configuration]] = {
     "inductor": _variants("sd2", INDUCTOR),
     "approximate": _variants("sd2", APPROXIMATIONS),
     "lora": _variants("sd2", LORA),
+    # SD-Turbo has SD2's shape and no guidance: the autoencoder and the host have most of the time.
+    "few_step": _variants("sd2", FEW_STEPS),
     "smoke": [replace(usual("tiny"), steps=20, **choice) for choice in SMOKE],
     # Every attention backend at three batch sizes, the question of the published experiment.
     "batches": _variants("sd2", [{"attention": attention} for attention in CHOICES["attention"]], batches=(1, 2, 4)),
@@ -137,6 +144,7 @@ SUMMARIES = {
     "inductor": "Inductor's options, one at a time",
     "approximate": "techniques that change the image, one at a time added to the preset",
     "lora": "without and with a merged LoRA of rank 16, eager and with the preset fast",
+    "few_step": "1, 2 and 4 steps without guidance, as of SD-Turbo and LCM, with the time of each stage",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
     "inpaint": "inpainting models and blending compared with txt2img on SD1",

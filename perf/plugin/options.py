@@ -58,6 +58,12 @@ def _fraction(text: str) -> float:
     return float(text)
 
 
+def _scale(text: str) -> float:
+    if not 0 <= float(_text(text)) < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return float(text)
+
+
 def _session_name(text: str) -> str:
     if not re.fullmatch(r"\d[\d-]*(\.jsonl)?", _text(text)):  # such as the path of the tests after the option
         raise ArgumentTypeError(f"{text!r} is no name of a session; write --perf-resume=NAME, or put {text} before it")
@@ -84,6 +90,9 @@ MATRIX = (
     ("--batch", "batch", _count, "images per round"),
     ("--steps", "steps", _count, "sampler steps"),
     ("--sampler", "sampler", _choice("sampler"), "sampler"),
+    ("--timestep-spacing", "timestep_spacing", _choice("timestep_spacing"), "timesteps that the sampler visits"),
+    ("--sigmas", "sigmas", _choice("sigmas"), "noise levels of the sampler"),
+    ("--scale", "scale", _scale, "guidance scale; 1 runs the UNet without guidance, with half the batch"),
     ("--size", "size", _size, "pixels, 512 or HEIGHTxWIDTH"),
     ("--ckpt", "checkpoint", _text, "weights: .ckpt, .safetensors or a diffusers folder"),
     ("--config", "config", _text, "YAML file in the original layout that describes the weights"),

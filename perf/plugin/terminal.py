@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from perf.session.run import Session
 
 STYLES = {"SLOWER": "bold red", "INVALID": "bold red", "FASTER": "green", "SAME": "", "INCONCLUSIVE": "yellow"}
 WIDE = 150  # columns of a terminal that holds one line per configuration; the other layout fits 80
+FEW_STEPS = 4  # up to which the share of each stage is printed
 COLUMNS = ("time", "images/s", "speed-up", "peak memory", "energy", "of peak FLOP/s", "image", "verdict", "reason")
 
 
@@ -161,6 +163,7 @@ def lines(results: Results, partial: str | None) -> list[str]:
     session, decisions, judgement = results.session, results.decisions, results.judgement
     text = [_protocol(session)]
     text += [_compiling(id, info) for id, info in results.infos.items() if info["compile"]]
+    text += [_stage_shares(id, info) for id, info in results.infos.items() if _few_steps(info)]
     text += [f"{id}: its image was not checked: {reason}" for id, reason in session.unchecked.items()]
     invalid, total = session.measurements.counts()
     if invalid:
@@ -179,6 +182,25 @@ def lines(results: Results, partial: str | None) -> list[str]:
     if judgement and judgement.new:
         text.append(f"new, without a baseline: {', '.join(judgement.new)}")
     return text + ranking.fastest_lines(entries(results))
+
+
+def _few_steps(info: dict) -> bool:
+    """Whether the UNet runs so few times that the other stages are of interest."""
+    return info["configuration"]["steps"] <= FEW_STEPS and any(launch["stage_seconds"] for launch in info["launches"])
+
+
+def _stage_shares(id: str, info: dict) -> str:
+    """Median share of each stage in the wall time of a round; `other` is outside of them, of the host."""
+    rounds = [
+        dict(zip(launch["stage_seconds"], seconds))
+        for launch in info["launches"]
+        for seconds in zip(*launch["stage_seconds"].values())
+        if None not in seconds
+    ]
+    shares = {
+        name: statistics.median(100 * stages[name] / sum(stages.values()) for stages in rounds) for name in rounds[0]
+    }
+    return f"{id}: {', '.join(f'{name} {max(share, 0):.1f} %' for name, share in shares.items())} of a round"
 
 
 def _protocol(session: Session) -> str:

@@ -102,6 +102,7 @@ def growth_charts(results: Sequence[Result]) -> list[Chart]:
                 result.model,
                 result.workload,
                 result.sampler,
+                result.sampling,
                 *others.values(),
             )
 

@@ -19,12 +19,27 @@ OPTIONS = {
     "batch": "--batch",
     "steps": "--steps",
     "sampler": "--sampler",
+    "timestep_spacing": "--timestep-spacing",
+    "sigmas": "--sigmas",
+    "scale": "--scale",
     "checkpoint": "--ckpt",
     "config": "--config",
     "device": "--device",
 }
+DEFAULTS = {"lora_rank": 0, "sigmas": "schedule", "scale": 7.5}  # not repeated in a command
 # The other options tell the members of a set apart.
-OF_THE_WORK = ("model", "batch", "steps", "sampler", "checkpoint", "config", "device")
+OF_THE_WORK = (
+    "model",
+    "batch",
+    "steps",
+    "sampler",
+    "timestep_spacing",
+    "sigmas",
+    "scale",
+    "checkpoint",
+    "config",
+    "device",
+)
 
 
 def _session_options(session: SavedSession) -> list[str]:
@@ -49,7 +64,7 @@ def command(result: Result) -> str:
         fields = OF_THE_WORK
     for field in fields:
         value = configuration.get(field)
-        if value not in (None, [], (), "", 0):
+        if value not in (None, [], (), "", DEFAULTS.get(field)):
             arguments += [OPTIONS[field], ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
     if any(result.size):
         arguments += ["--size", f"{result.size[0]}x{result.size[1]}"]

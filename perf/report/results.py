@@ -16,7 +16,7 @@ from pathlib import Path
 
 from perf.analysis import ranking
 from perf.analysis.statistics import Interval
-from perf.configurations.configuration import is_approximate, is_reference, technique, usual_precision
+from perf.configurations.configuration import is_approximate, is_reference, sampling, technique, usual_precision
 from perf.report.estimate import Estimate
 from perf.report.text import interval_seconds
 from perf.runs.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
@@ -95,6 +95,7 @@ class Result:
     batch: int
     steps: int
     sampler: str
+    sampling: tuple[str, ...]  # parts of the id for timestep spacing, sigmas and guidance scale
     size: tuple[int, int]  # height and width in pixels, 0 for the model's own
     compile: str
     workload: str
@@ -158,7 +159,7 @@ class Result:
     @property
     def work(self) -> tuple:
         """Values that are equal for results of the same work, the batch apart."""
-        return self.model, self.workload, self.steps, self.sampler, self.size
+        return self.model, self.workload, self.steps, self.sampler, self.sampling, self.size
 
     @property
     def work_name(self) -> str:
@@ -166,6 +167,7 @@ class Result:
         parts = [self.model] + ([self.workload] if self.workload != "txt2img" else [])
         if (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler} {self.steps} steps")
+        parts += self.sampling
         if any(self.size):
             parts.append(f"{self.size[0] or 'native'}x{self.size[1] or 'native'} px")
         return ", ".join(parts)
@@ -251,6 +253,8 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         "compile_scope": option("compile_scope", "unet"),
         "precision": option("precision", usual_precision(model)),
     }
+    scale = configuration["scale"].optional_number(0, 1e6)
+    scale = 7.5 if scale is None else scale  # as in files of the first release
     image, first_call, speedup = (_part(info, key) for key in ("image", "first_call_seconds", "speedup"))
     amortise = info["images_to_amortise"]
     return Result(
@@ -268,6 +272,9 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         batch=batch,
         steps=_whole(configuration["steps"].optional_number(1, 1e6) or 50),
         sampler=option("sampler", "plms"),
+        sampling=tuple(
+            sampling(configuration["timestep_spacing"].optional_text(), option("sigmas", "schedule"), scale)
+        ),
         size=tuple(_whole(configuration[key].optional_number(0, 1e6) or 0) for key in ("height", "width")),
         compile=technique_options["compile"],
         workload=option("workload", "txt2img"),

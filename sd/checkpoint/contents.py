@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd.checkpoint import layouts
 from sd.checkpoint.detect import Prediction, config_with, recorded_prediction
-from sd.checkpoint.diffusers_reader import SCHEDULER, parameterization
+from sd.checkpoint.diffusers_reader import SCHEDULER, parameterization, recorded_scheduler
 from sd.checkpoint.file_formats import index, itemsize
 from sd.checkpoint.load import LISTED, read_checkpoint
 from sd.checkpoint.spellings import prefixes
@@ -53,6 +53,8 @@ def summary(path: str | Path) -> list[str]:
         lines.append(f"{network}: {_weights(weights) if weights else 'none'}")
     if checkpoint.prediction is not None:
         lines.append(f"predicts: {checkpoint.prediction.parameterization}, by its {checkpoint.prediction.source}")
+    if path.is_dir() and (scheduler := recorded_scheduler(path)) is not None:
+        lines.append(f"scheduler: {scheduler}")
     if checkpoint.global_step is not None:
         lines.append(f"training steps: {checkpoint.global_step}")
     if ema := [name for name in state if name.startswith("model_ema.")]:

@@ -30,15 +30,22 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "solver_type": "midpoint",
     },
     "euler": {"_class_name": "EulerDiscreteScheduler"},
-}
-# Not written: it is the default of each class, which a scheduler made from another one then has as well.
-TIMESTEP_SPACING = {"ddim": "leading", "plms": "leading", "dpm_solver": "linspace", "euler": "linspace"}
-# Settings of schedulers that `sd` has not; other values are reported.
-IGNORED_SETTINGS = {
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "trained_betas": None,
+    "euler_ancestral": {"_class_name": "EulerAncestralDiscreteScheduler"},
+    "heun": {"_class_name": "HeunDiscreteScheduler"},
+    "dpm_solver_sde": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "sde-dpmsolver++",
+        "final_sigmas_type": "zero",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    },
+    "unipc": {
+        "_class_name": "UniPCMultistepScheduler",
+        "final_sigmas_type": "zero",
+        "solver_order": 2,
+        "solver_type": "bh2",
+    },
+    "lcm": {"_class_name": "LCMScheduler"},
 }
 
 
@@ -62,6 +69,7 @@ def unet_config(config: ModelConfig) -> dict[str, Any]:
         "transformer_layers_per_block": unet.transformer_depth,
         "use_linear_projection": unet.use_linear_in_transformer,
         "norm_num_groups": unet.norm_groups,
+        "time_cond_proj_dim": unet.guidance_embedding,
         "norm_eps": 1e-5,
         "act_fn": "silu",
         "flip_sin_to_cos": True,

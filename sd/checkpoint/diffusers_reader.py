@@ -9,18 +9,41 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd.checkpoint import layouts
-from sd.checkpoint.diffusers_folder import IGNORED_SETTINGS, SCHEDULERS, TIMESTEP_SPACING, WEIGHT_FILES
+from sd.checkpoint.diffusers_folder import SCHEDULERS, WEIGHT_FILES
 from sd.checkpoint.file_formats import FileIndex, index, read_tensors
 from sd.config.presets import ModelConfig, Parameterization, TextKind
 from sd.errors import CheckpointError
+from sd.sampling.samplers import SAMPLERS
 
 Reader = Callable[[FileIndex, Iterable[str], "bool | None"], layouts.State]
 PREDICTION_TYPES: dict[str, Parameterization] = {"epsilon": "eps", "v_prediction": "v"}
 SCHEDULER = "scheduler/scheduler_config.json"
+# Values, with which `sd` samples, of settings that change the steps, and below them the defaults of diffusers, by sampler,
+# where these are others.
+_STEP_SETTINGS: dict[str, Any] = {
+    "thresholding": False,
+    "trained_betas": None,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "use_lu_lambdas": False,
+    "euler_at_final": False,
+    "lower_order_final": True,
+    "predict_x0": True,
+    "clip_sample": False,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ddim": {"clip_sample": True, "set_alpha_to_one": True},
+    "plms": {"skip_prk_steps": False},
+    "dpm_solver": {"final_sigmas_type": "zero"},
+}
 SHARDS = 1000  # the highest number of shards of a network that is read
 
 
@@ -171,23 +194,76 @@ def parameterization(folder: Path) -> Parameterization | None:
     return PREDICTION_TYPES.get(str(value))
 
 
-def scheduler_difference(folder: Path) -> str | None:
-    """Description of how the folder's own sampling differs from every sampler of `sd`; None if it does not."""
+@dataclass(frozen=True)
+class RecordedScheduler:
+    """Scheduler that a folder names. options: of the command lines for its steps, None if no sampler takes them.
+
+    differences: its settings that have another value in that sampler.
+    """
+
+    name: str
+    options: str | None = None
+    differences: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.options is None:
+            return f"{self.name}, which no sampler here equals"
+        return f"{self.name}: {self.options}" + (
+            f", without its {', '.join(self.differences)}" * bool(self.differences)
+        )
+
+
+def recorded_scheduler(folder: Path) -> RecordedScheduler | None:
+    """The scheduler in the settings of a folder, None if they name none."""
     settings = _config(folder, SCHEDULER)
-    name = settings.get("_class_name")
-    if name is None:
+    if settings.get("_class_name") is None:
         return None
-    sampler = next((sampler for sampler, entry in SCHEDULERS.items() if entry["_class_name"] == name), None)
-    if sampler is None:
-        return f"its scheduler {str(name)[:80]} is not used, and no sampler here is the same"
-    if sampler == "plms" and settings.get("prediction_type") == "v_prediction":
-        return f"its scheduler {name} is not used: it combines predictions of v unlike --sampler plms"
-    required = {"timestep_spacing": TIMESTEP_SPACING[sampler], **IGNORED_SETTINGS}
-    for key, value in required.items():
-        if settings.get(key, value) != value:
-            setting = f"its setting {key} {str(settings[key])[:40]}"
-            return f"{setting} of {name} is not used: --sampler {sampler} has {value}"
-    return None
+    name, algorithm = str(settings["_class_name"])[:80], settings.get("algorithm_type", "dpmsolver++")
+    sampler = next(
+        (
+            sampler
+            for sampler, entry in SCHEDULERS.items()
+            if entry["_class_name"] == name and entry.get("algorithm_type", algorithm) == algorithm
+        ),
+        None,
+    )
+    if sampler is None or (sampler == "plms" and settings.get("prediction_type") == "v_prediction"):
+        return RecordedScheduler(name)  # PNDMScheduler combines predictions of v before it converts them to noise
+    options, expected = f"--sampler {sampler}", {**_STEP_SETTINGS, **SCHEDULERS[sampler]}
+    if sampler in ("ddim", "plms"):  # the others end elsewhere, whatever it says
+        expected["set_alpha_to_one"] = False
+    default = SAMPLERS[sampler].spacing
+    spacing = settings.get("timestep_spacing", default)
+    if default is not None:
+        if spacing in ("leading", "linspace", "trailing"):
+            options += f" --timestep-spacing {spacing}" * (spacing != default)
+        else:
+            expected["timestep_spacing"] = default
+        if spacing == "leading":
+            expected["steps_offset"] = 1
+    if settings.get("use_karras_sigmas"):
+        options += " --sigmas karras" * SAMPLERS[sampler].karras
+        expected.update({"final_sigmas_type": "zero"} if SAMPLERS[sampler].karras else {"use_karras_sigmas": False})
+    values = {**expected, "steps_offset": 0, **_DEFAULTS.get(sampler, {}), **settings}
+    differences = [f"{key} {str(values[key])[:40]}" for key in expected if values[key] != expected[key]]
+    return RecordedScheduler(name, options, tuple(differences))
+
+
+def scheduler_note(folder: Path) -> str | None:
+    """One line on the scheduler of a folder, which is not selected by loading; None if it is that of a default.
+
+    The defaults are PLMS in txt2img and DDIM in the command lines, both with leading timesteps.
+    """
+    scheduler = recorded_scheduler(folder)
+    if scheduler is None:
+        return None
+    if scheduler.options is None:
+        return f"its scheduler {scheduler.name} is not used, and no sampler here is the same: images differ from diffusers'"
+    if scheduler.differences:
+        return f"its scheduler is not used; nearest is {scheduler}"
+    if scheduler.options in ("--sampler plms", "--sampler ddim"):
+        return None
+    return f"its scheduler is not selected by loading: for the images of diffusers select {scheduler}"
 
 
 def require_settings(folder: Path, config: ModelConfig) -> None:

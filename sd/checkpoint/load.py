@@ -38,7 +38,7 @@ from sd.checkpoint.diffusers_reader import (
     read_folder,
     read_network,
     require_settings,
-    scheduler_difference,
+    scheduler_note,
 )
 from sd.checkpoint.file_formats import index, read_tensors, require_path, shapes_of
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS, ZERO_SNR_MARKERS, original_names, prefixes
@@ -76,6 +76,7 @@ _IGNORABLE = re.compile(
 )
 # Weights that only a released OpenCLIP tower has; its last block is trained but not used.
 _RELEASED_OPENCLIP = (f"{layouts.OPENCLIP}text_projection", f"{layouts.OPENCLIP}logit_scale")
+_GUIDANCE = f"{layouts.UNET}time_embedding.cond_proj.weight"
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.")
 
 
@@ -121,7 +122,7 @@ def read_checkpoint(
         checkpoint = Checkpoint(
             read_folder(path, progress, networks, strict, read),
             prediction=None if predicted is None else Prediction(predicted, f"scheduler ({SCHEDULER})"),
-            ignored=scheduler_difference(path),
+            ignored=scheduler_note(path),
         )
     else:
         unused = tuple(prefix for network in replaced for prefix in prefixes(network))
@@ -376,6 +377,7 @@ def load(
         config = detect(path, state, predicted)
         size = image_size(Path(path)) if Path(path).is_dir() else None
         config = replace(config, image_size=size or config.image_size)
+    config = _with_guidance_embedding(state, config)
     reject_contradiction(path, state, config, predicted)
     if Path(path).is_dir():
         require_settings(Path(path), config)
@@ -390,6 +392,13 @@ def load(
     config = replace(config, text=replace(config.text, layers=layers))
     _validate(path, networks, config, hf, ignore_unknown_keys)
     return config, networks
+
+
+def _with_guidance_embedding(state: layouts.State, config: ModelConfig) -> ModelConfig:
+    """The config of a file whose UNet embeds the guidance scale, which no YAML file describes."""
+    weight = state.get(_GUIDANCE)
+    channels = int(weight.shape[1]) if weight is not None and weight.dim() == 2 else None
+    return replace(config, unet=replace(config.unet, guidance_embedding=channels))
 
 
 def _report_unused(path: str | Path, checkpoint: Checkpoint, used: tuple[str, ...], ignore_unknown_keys: bool) -> None:
@@ -407,7 +416,7 @@ def _report_unused(path: str | Path, checkpoint: Checkpoint, used: tuple[str, ..
     if extra:
         _warn(f"{path}: {len(extra)} entries are of none of its networks and are not used: {_list(extra)}")
     if checkpoint.ignored:
-        _warn(f"{path}: {checkpoint.ignored}, so images differ from those of diffusers")
+        _warn(f"{path}: {checkpoint.ignored}")
 
 
 def materialise(

@@ -28,7 +28,10 @@ from sd.choices import (
     OPTIMISE_PRESETS,
     PRECISIONS,
     RNGS,
+    SAMPLERS,
     SDPA_KERNELS,
+    SIGMAS,
+    TIMESTEP_SPACINGS,
 )
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
@@ -53,6 +56,7 @@ def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[s
     version = f"%(prog)s of sd-perf {__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version, help="print the versions and exit")
     _add_task(parser.add_argument, outdir)
+    _add_sampling(parser.add_argument_group("sampling").add_argument)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_execution(parser.add_argument_group("execution").add_argument)
     for flag, reason in refused.items():
@@ -78,8 +82,6 @@ def _add_task(add: Callable[..., object], outdir: str) -> None:
     add("--n_rows", type=natural, default=0, help="images per row of the grid (default: --n_samples)")
     add("--n_iter", type=positive, default=1, help="iterations (default: 1; the original scripts: 2 and 3)")
     add("--n_samples", type=positive, default=1, help="batch size (default: 1; the original scripts: 3)")
-    add("--steps", "--ddim_steps", type=positive, default=50, help="sampling steps (default: 50)")
-    add("--ddim_eta", type=nonnegative, default=0.0, help="0: deterministic, 1: ancestral; DDIM only (default: 0)")
     add("--seed", type=seed, default=42, help="image k of the run has seed + k; -1: random (default: 42)")
     add(
         "--rng",
@@ -88,6 +90,46 @@ def _add_task(add: Callable[..., object], outdir: str) -> None:
         help="per-image: the noise of an image depends on its seed alone; original: one draw for the whole batch on "
         "the device, as in the original scripts (default: per-image)",
     )
+
+
+def _add_sampling(add: Callable[..., object]) -> None:
+    add("--steps", "--ddim_steps", type=positive, default=50, help="sampling steps (default: 50)")
+    add("--sampler", action="append", choices=SAMPLERS, help="default: ddim")
+    add("--plms", action="append_const", dest="sampler", const="plms", help="the same as --sampler plms")
+    add(
+        "--dpm",
+        "--dpm_solver",
+        action="append_const",
+        dest="sampler",
+        const="dpm_solver",
+        help="the same as --sampler dpm_solver",
+    )
+    add("--timestep-spacing", choices=TIMESTEP_SPACINGS, help="timesteps that are visited (default: the sampler's own)")
+    add(
+        "--sigmas",
+        choices=SIGMAS,
+        default="schedule",
+        help="noise levels: of the timesteps, or Karras (arXiv 2206.00364)",
+    )
+    add("--ddim_eta", type=nonnegative, default=0.0, help="0: deterministic, 1: ancestral; DDIM only (default: 0)")
+
+
+def sampling(args: Namespace) -> dict[str, Any]:
+    """Arguments of txt2img, img2img and inpaint by the options of sampling. Raises ConfigError for two samplers."""
+    return {
+        "steps": args.steps,
+        "sampler": single("--sampler", args.sampler, "ddim"),
+        "eta": args.ddim_eta,
+        "timestep_spacing": args.timestep_spacing,
+        "sigmas": args.sigmas,
+    }
+
+
+def sampling_settings(sampled: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments from `sampling` as settings of an image; timestep spacing and sigmas only where they are not the default."""
+    return {
+        name: value for name, value in sampled.items() if value is not None and (name, value) != ("sigmas", "schedule")
+    }
 
 
 def _add_model(add: Callable[..., object]) -> None:

@@ -15,13 +15,20 @@ from pathlib import Path
 import torch
 
 from sd import __version__
-from sd.choices import MODELS
+from sd.choices import MODELS, SAMPLERS
 from sd.errors import ConfigError, SDWarning, printable
 from sd.optimise.presets import TECHNIQUES
 
-# A1111's name of the sampler, and the names of its timesteps; None where A1111 has one choice only.
-A1111_SAMPLERS = {"ddim": ("DDIM", None), "plms": ("PLMS", None), "dpm_solver": ("DPM++ 2M", "Uniform")}
-A1111_SAMPLERS["euler"] = ("Euler", "Uniform")
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpm_solver": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+}
+SAMPLING = ("--sampler", "--timestep-spacing", "--sigmas")
+UNSCHEDULED = ("ddim", "plms")  # of which A1111 has no other timesteps and sigmas
 EMBEDDED = "tiny (embedded)"  # `checkpoint` of the embedded model
 # Keys of A1111 that are repeated, or that do not change the image.
 REPEATED = (
@@ -43,12 +50,12 @@ WEIGHTS = re.compile(r"\([^()]*:\s*[\d.]+\)|<lora:|\bBREAK\b")  # syntax of A111
 
 def a1111_parameters(text: Mapping[str, object]) -> str:
     """Return the A1111 form of the text chunks of an image: the prompt, the negative prompt, and a line of parameters."""
-    name, timesteps = A1111_SAMPLERS.get(str(text["sampler"]), (text["sampler"], None))
+    sampler = str(text["sampler"])
     checkpoint = str(text["checkpoint"])
     parameters = {
         "Steps": text["steps"],
-        "Sampler": name,
-        "Schedule type": timesteps,
+        "Sampler": A1111_SAMPLERS.get(sampler, sampler),
+        "Schedule type": _schedule_type(sampler, text),
         "CFG scale": text["scale"],
         "Seed": text["seed"],
         "Size": text["size"],
@@ -62,6 +69,13 @@ def a1111_parameters(text: Mapping[str, object]) -> str:
     negative = f"\nNegative prompt: {text['negative_prompt']}" if text["negative_prompt"] else ""
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in parameters.items() if value is not None)
     return f"{text['prompt']}{negative}\n{line}"
+
+
+def _schedule_type(sampler: str, text: Mapping[str, object]) -> object:
+    if text.get("sigmas") == "karras":
+        return "Karras"
+    uniform = "Uniform" if sampler in A1111_SAMPLERS and sampler not in UNSCHEDULED else None
+    return text.get("timestep_spacing", uniform)
 
 
 def _quoted(value: str) -> str:
@@ -121,6 +135,7 @@ def _read_ours(text: Mapping[str, str]) -> Recorded:
         "--seed": text["seed"],
         "--steps": text["steps"],
         "--sampler": text["sampler"],
+        **{f"--{key.replace('_', '-')}": text[key] for key in ("timestep_spacing", "sigmas") if key in text},
         "--ddim_eta": text["eta"],
         "--scale": text["scale"],
         "--prompt-chunks": text.get("prompt_chunks", "1"),
@@ -180,7 +195,7 @@ def _read_a1111(parameters: str) -> Recorded:
         "--negative-prompt": negative.strip(),
         "--seed": values["Seed"],
         "--steps": values["Steps"],
-        "--sampler": _sampler(values["Sampler"], values.get("Schedule type")),
+        **_sampling(values["Sampler"], values.get("Schedule type")),
         "--scale": values.get("CFG scale"),
         "--ddim_eta": values.get("Eta DDIM"),
         "--prompt-chunks": values.get("Prompt chunks", "auto"),
@@ -198,15 +213,17 @@ def _unquoted(value: str) -> str:
     return str(json.loads(value)) if value.startswith('"') else value
 
 
-def _sampler(name: str, timesteps: str | None) -> str:
-    """Return our sampler, or A1111's name where we have none; `--sampler` refuses it."""
-    for ours, (theirs, uniform) in A1111_SAMPLERS.items():
-        # A1111 means Karras by Automatic for DPM++ 2M, and Uniform for Euler.
-        if name == theirs and (
-            uniform is None or timesteps in (None, uniform) or (ours, timesteps) == ("euler", "Automatic")
-        ):
-            return ours
-    return f"{name} {timesteps or ''}".strip()
+def _sampling(name: str, schedule: str | None) -> dict[str, str]:
+    """Return our options, with A1111's name as the sampler where we have none; `--sampler` refuses it."""
+    if name.endswith(" Karras"):  # as before A1111 1.9
+        name, schedule = name.removesuffix(" Karras"), "Karras"
+    ours = next((ours for ours in SAMPLERS if A1111_SAMPLERS.get(ours, ours) == name), None)
+    if schedule == "Automatic":
+        schedule = "Karras" if ours == "dpm_solver" else "Uniform"
+    if ours is None or (ours not in UNSCHEDULED and schedule not in (None, "Uniform", "Karras")):
+        return {"--sampler": f"{name} {schedule or ''}".strip()}
+    karras = schedule == "Karras" and ours not in UNSCHEDULED
+    return {"--sampler": ours, **({"--sigmas": "karras"} if karras else {})}
 
 
 def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tuple[Namespace, Recorded]:
@@ -224,8 +241,8 @@ def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tupl
     disabled = [name for name in vars(args) if name.startswith("disable_") and getattr(args, name)]
     chosen = [args.attention, args.sdpa_kernels, args.attention_precision, args.precision, args.compile, args.aot]
     options = {**recorded.options, **({} if any([*chosen, args.optimise, *disabled]) else recorded.execution)}
-    if args.sampler:  # appended to, not replaced
-        del options["--sampler"]
+    if args.sampler:  # appended to, not replaced; the rest is of the recorded sampler
+        options = {flag: value for flag, value in options.items() if flag not in SAMPLING}
     if recorded.config and args.config is None:
         options["--config"] = recorded.config
     flags = [f"{flag}={value}" for flag, value in options.items()]

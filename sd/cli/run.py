@@ -39,10 +39,11 @@ class Command:
     Raises ConfigError, CheckpointError or Unavailable; what does not depend on the weights is checked before they are read.
     """
 
-    def __init__(self, args: Namespace, environ: Mapping[str, str], sampler: str):
+    def __init__(self, args: Namespace, environ: Mapping[str, str], sampling: Mapping[str, Any]):
         chosen = setup(args, environ)
         schedule = Schedule(chosen.config.schedule if chosen.config is not None else ScheduleConfig())
-        sampler_by_name(sampler)(schedule, args.steps, args.ddim_eta)  # rejects impossible step counts and eta
+        arguments = {**sampling}
+        sampler_by_name(arguments.pop("sampler"))(schedule, **arguments)  # rejects impossible step counts and eta
         if chosen.config is not None:
             check_latents(args, chosen.config)
         if args.seed == RANDOM_SEED:

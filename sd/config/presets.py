@@ -29,6 +29,7 @@ class UNetConfig:
     transformer_depth: int = 1
     use_linear_in_transformer: bool = False
     norm_groups: int = 32
+    guidance_embedding: int | None = None  # channels of the embedded guidance scale, of consistency models
 
     def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.num_head_channels is None):

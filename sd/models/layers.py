@@ -32,6 +32,17 @@ def timestep_embedding(timesteps: Tensor, channels: int, table_device: torch.dev
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def guidance_embedding(scale: float, channels: int) -> Tensor:
+    """Sinusoidal embedding of a guidance scale, sines first: [1, channels] float32 on the CPU.
+
+    Of w = scale - 1 (arXiv 2310.04378); the frequencies end at 1/10000, unlike those of `timestep_embedding`.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, dtype=torch.float32))
+    angles = 1000.0 * (scale - 1.0) * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm in the dtype of its weights, which under autocast is fp32, then SiLU if `silu`.
 

@@ -17,6 +17,7 @@ from sd.models.layers import (
     ResBlock,
     SpatialTransformer,
     Upsample,
+    guidance_embedding,
     timestep_embedding,
 )
 
@@ -50,6 +51,10 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+
+        if config.guidance_embedding is not None:  # named as in published checkpoints, which follow diffusers here
+            projection = nn.Linear(config.guidance_embedding, config.model_channels, bias=False)
+            self.time_embedding = nn.ModuleDict({"cond_proj": projection})
 
         def blocks(channels: int, out_channels: int, downsampling: int) -> list[nn.Module]:
             modules: list[nn.Module] = [ResBlock(channels, out_channels, embedding, groups)]
@@ -151,13 +156,23 @@ class UNet(nn.Module):
             deep = h
         return self.out(self.output_blocks[-1](torch.cat([deep, first], dim=1), times, contexts)), deep
 
-    def _times(self, timesteps: Tensor) -> Sequence[Tensor]:
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input, as in latent consistency models (arXiv 2310.04378, section 4.2)."""
+        return self.config.guidance_embedding is not None
+
+    def _times(self, timesteps: Tensor, guidance: float | None = None) -> Sequence[Tensor]:
         """Time projections [B or 1, C, 1, 1] of all ResBlocks: split from a row of the table, or computed."""
         if timesteps.dim() == 4:
             times: Sequence[Tensor] = timesteps.split([block.out_channels for block in self.res_blocks], dim=1)
             return times
         emb = timestep_embedding(timesteps, self.config.model_channels, self.frequencies_device)
-        emb = self.time_embed(emb.to(self.dtype))
+        emb = emb.to(self.dtype)
+        if guidance is not None:
+            assert self.config.guidance_embedding is not None, "this UNet embeds no guidance scale"
+            embedded = guidance_embedding(guidance, self.config.guidance_embedding).to(emb.device, emb.dtype)
+            emb = emb + self.time_embedding["cond_proj"](embedded)
+        emb = self.time_embed(emb)
         return [block.project_time(emb) for block in self.res_blocks]
 
     def _contexts(self, context: Tensor | ProjectedContext) -> BlockContexts:
@@ -166,12 +181,13 @@ class UNet(nn.Module):
         context = context.to(self.dtype)
         return [[context] * len(transformer.transformer_blocks) for transformer in self.transformers]
 
-    def time_table(self, timesteps: Tensor) -> Tensor:
+    def time_table(self, timesteps: Tensor, guidance: float | None = None) -> Tensor:
         """timesteps [N] -> [N, P, 1, 1]: the time projections of all ResBlocks, concatenated.
 
-        `forward` accepts a row [1, P, 1, 1] in place of its timesteps.
+        `forward` accepts a row [1, P, 1, 1] in place of its timesteps. guidance: scale for a UNet that embeds it, which no
+        other argument carries.
         """
-        return torch.cat(list(self._times(timesteps)), dim=1)
+        return torch.cat(list(self._times(timesteps, guidance)), dim=1)
 
     def project_context(self, context: Tensor) -> ProjectedContext:
         """context [B, T, context_dim] -> keys and values of all cross-attentions, each [B, T, H, D].

@@ -24,7 +24,7 @@ from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, requ
 from sd.optimise.compile import CompiledStep, compile_blocks, require_cpp_compiler, restore
 from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
-from sd.sampling.samplers import run
+from sd.sampling.plan import run
 
 # TF32, cuDNN's benchmark mode and the SDPA kernel choice are settings of the process: one model runs at a time.
 _PROCESS_SETTINGS = threading.RLock()
@@ -91,7 +91,7 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
 class Calls:
     """The entry points of optimised networks; call them in `context`.
 
-    unet, decode: as UNet.forward and Autoencoder.decode. sample: as sd.sampling.samplers.run.
+    unet, decode: as UNet.forward and Autoencoder.decode. sample: as sd.sampling.plan.run.
     """
 
     unet: Callable[..., Any]

@@ -22,7 +22,7 @@ from sd.models.unet import UNet
 from sd.optimise.cuda_graphs import cloned
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser, predict_noise
-from sd.sampling.samplers import HISTORY_LENGTH, Plan
+from sd.sampling.plan import HISTORY_LENGTH, Plan
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs by themselves
 # The setting of torch._inductor.config behind each name.
@@ -161,7 +161,7 @@ def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> 
         vars(module).pop(name, None)
 
 
-# Columns of a plan's table (see sd.sampling.samplers.Evaluation), then the weights of the history. sigma: sqrt(1 - alpha^2).
+# Columns of a plan's table (see sd.sampling.plan.Evaluation), then the weights of the history. sigma: sqrt(1 - alpha^2).
 COLUMNS = ("t", "c_in", "c_x", "alpha", "sigma", "c_skip", "c_out", "sigma_up", "guidance")
 
 
@@ -226,7 +226,7 @@ class CompiledStep:
         on_step: Callable[[int, int], None] | None = None,
         blend: Blend | None = None,
     ) -> Tensor:
-        """As sd.sampling.samplers.run."""
+        """As sd.sampling.plan.run."""
         if not plan.evaluations:  # img2img at a strength without steps has an empty table
             return plan.init_noise_sigma * x
         guided = denoise.guidance is not None

@@ -15,7 +15,7 @@ from sd.attention.modules import ProjectedContext
 from sd.features import has
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
-from sd.sampling.samplers import Plan, run
+from sd.sampling.plan import Plan, run
 
 # Arguments and results: a tensor, None, or tuples of them.
 Nested = Tensor | None | tuple["Nested", ...]
@@ -83,7 +83,7 @@ class Graphed:
 
 
 class GraphedLoop:
-    """A whole sampling loop as one CUDA graph for each plan, guidance scale and shape. loop: as sd.sampling.samplers.run."""
+    """A whole sampling loop as one CUDA graph for each plan, guidance scale and shape. loop: as sd.sampling.plan.run."""
 
     def __init__(self, loop: Callable[..., Tensor] = run):
         self.loop = loop
@@ -98,7 +98,7 @@ class GraphedLoop:
         on_step: Callable[[int, int], None],
         blend: Blend | None = None,
     ) -> Tensor:
-        """As sd.sampling.samplers.run, but on_step is called only once, after the replay."""
+        """As sd.sampling.plan.run, but on_step is called only once, after the replay."""
         # A condition and a blend are both tensors: the key of Graphed, the list of shapes, does not tell which is missing.
         key = (plan, denoise.guidance, denoise.condition is None, blend is None)
         if key not in self.graphs:

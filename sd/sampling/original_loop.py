@@ -17,7 +17,8 @@ from sd.errors import ConfigError
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import predict_noise
 from sd.sampling.noise import NoiseSource
-from sd.sampling.samplers import ADAMS_BASHFORTH, OnStep
+from sd.sampling.plan import OnStep
+from sd.sampling.samplers import ADAMS_BASHFORTH
 from sd.sampling.schedule import Schedule
 
 SAMPLERS = ("ddim", "plms")
@@ -91,7 +92,7 @@ def run(
     """x_T [B, 4, h, w] -> x_0 by sampler `name`, ddim or plms, over ascending `timesteps`.
 
     noise: a source of sd.sampling.noise; on_step(i, count) is called after each step; blend: as in
-    sd.sampling.samplers.run. Raises ConfigError for other samplers,
+    sd.sampling.plan.run. Raises ConfigError for other samplers,
     which the original code does not have or has as a separate package (DPM-Solver).
     """
     if name not in SAMPLERS:

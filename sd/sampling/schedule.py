@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 
 import torch
@@ -32,6 +33,13 @@ class Schedule:
     def sigma(self, t: float) -> float:
         """k-diffusion's sigma, noise over signal; t may be fractional: log sigma is interpolated linearly."""
         return math.exp(_interpolate(self._log_sigmas, t))
+
+    def timestep(self, sigma: float) -> float:
+        """Inverse of `sigma`, in general fractional."""
+        log_sigma = math.log(sigma)
+        low = min(max(bisect.bisect_right(self._log_sigmas, log_sigma) - 1, 0), len(self) - 2)
+        left, right = self._log_sigmas[low], self._log_sigmas[low + 1]
+        return low + min(max((log_sigma - left) / (right - left), 0.0), 1.0)
 
     def uniform_timesteps(self, steps: int) -> list[int]:
         """Timesteps of the original DDIM and PLMS, ascending: 1, 1 + c, 1 + 2c, ... with c = timesteps // steps.

@@ -42,6 +42,10 @@ def test_ids_of_the_published_five():
         ({"optimise": "channels_last"}, "tiny-sdpa-channels_last-b1"),
         ({"steps": 20}, "tiny-sdpa-plms20-b1"),
         ({"sampler": "ddim"}, "tiny-sdpa-ddim50-b1"),
+        (
+            {"sampler": "euler", "steps": 4, "timestep_spacing": "trailing", "sigmas": "karras", "scale": 1.0},
+            "tiny-sdpa-euler4-trailing-karras-unguided-b1",
+        ),
         ({"height": 512, "width": 768}, "tiny-sdpa-512x768-b1"),
         ({"height": 512}, "tiny-sdpa-512xnative-b1"),
         ({"device": "cuda", "interpreter": "torch112"}, "tiny-sdpa-cuda-torch112-b1"),
@@ -74,8 +78,11 @@ def test_every_field_but_those_of_the_input_is_in_the_id():
         "device": "cpu",
         "interpreter": "old",
         "checkpoint": "x.ckpt",
+        "timestep_spacing": "trailing",
+        "sigmas": "karras",
+        "scale": 1.0,
     }
-    silent = {"scale", "prompt", "seed", "config", "compile_scope"}  # the last is there when something is compiled
+    silent = {"prompt", "seed", "config", "compile_scope"}  # the last is there when something is compiled
     assert {field.name for field in fields(Configuration)} == set(other) | silent
     ids = [Configuration().id, *(replace(Configuration(), **{name: value}).id for name, value in other.items())]
     assert len(set(ids)) == len(ids)

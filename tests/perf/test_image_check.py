@@ -212,7 +212,7 @@ ORIGIN = {"device": "cpu fake", "torch": "2.0"}
 # Other values of what pixels depend on, and of what they do not: the same picture by another way.
 MATTERS = {
     "model": "sd1", "workload": "unet", "steps": 7, "sampler": "ddim", "scale": 3.0, "height": 64, "width": 64,
-    "prompt": "Another", "device": "cpu", "lora_rank": 4,
+    "prompt": "Another", "device": "cpu", "lora_rank": 4, "timestep_spacing": "trailing", "sigmas": "karras",
 }  # fmt: skip
 DOES_NOT = {
     "engine": "diffusers", "attention": "mha", "sdpa_kernels": ("math",), "compile": "default", "compile_scope": "blocks",

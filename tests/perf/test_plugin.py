@@ -51,6 +51,13 @@ def test_the_whole_suite_is_not_partial(inner, arguments):
     assert len(inner.last()["benchmarks"]) == 2
 
 
+@pytest.mark.parametrize("steps, printed", [(4, True), (5, False)])
+def test_shares_of_the_stages_at_few_steps(inner, steps, printed):
+    inner.run("--benchmark-save=a", launches=2, what=(f"--steps={steps}", "--sampler=euler", "--scale=1"))
+    line = f"tiny-sdpa-euler{steps}-unguided-b1: text 10.0 %, unet 70.0 %, vae 20.0 %, other 0.0 % of a round"
+    (inner.prints if printed else inner.prints_no)(line)
+
+
 def test_function_without_a_configuration_runs_the_default_set(inner):
     inner.run("suite/test_measured.py::test_txt2img", "--benchmark-save=a", what=TWO).assert_outcomes(passed=2)
     assert partial(inner) is None

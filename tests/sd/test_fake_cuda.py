@@ -16,6 +16,7 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.apply import apply
 from sd.optimise.optimisations import WEIGHT_DTYPES
+from sd.sampling import plan as plans
 from sd.sampling import samplers
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.schedule import Schedule
@@ -115,7 +116,7 @@ def test_a_step_and_a_decoded_image(fake, name, choice):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver", "euler"])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 @pytest.mark.parametrize("choice", ["autocast-sdpa", "exact"])
 def test_no_sampler_synchronises(fake, sampler, eta, choice):
     if eta and sampler != "ddim":
@@ -124,9 +125,9 @@ def test_no_sampler_synchronises(fake, sampler, eta, choice):
     plan = samplers.sampler(sampler)(SCHEDULE, 10, eta)
     denoise = model.denoiser(sorted({evaluation.t for evaluation in plan.evaluations}))
     x, steps = model.latents(2), []
-    noises = [torch.randn_like(x) for _ in plan.evaluations] if eta else None
+    noises = [torch.randn_like(x) for _ in plan.evaluations] if plan.draws_noise else None
     with model.optimisations.autocast(CUDA):
-        out = samplers.run(plan, denoise, x, noises, lambda step, _: steps.append(step))
+        out = plans.run(plan, denoise, x, noises, lambda step, _: steps.append(step))
     assert (out.shape, out.device.type, steps[-1]) == (x.shape, "cuda", 10)
 
 

@@ -95,7 +95,10 @@ def test_original_rng_and_warm_up():
         (["--scale", "2", "--ddim_eta", "1"], {"scale": 2.0, "eta": 1.0}),
         (["--negative-prompt", "red", "--C", "4", "--f", "8"], {"negative_prompt": "red"}),
         (["--prompt", "x", "--n_samples", "2"], {"prompts": ["x", "x"]}),
-        (["--sampler", "ddim"], {}),
+        (["--sampler", "ddim"], {"sampler": "ddim", "timestep_spacing": None, "sigmas": "schedule"}),
+        (["--plms"], {"sampler": "plms"}),
+        (["--sampler", "heun", "--sigmas", "karras"], {"sampler": "heun", "sigmas": "karras"}),
+        (["--sampler", "euler", "--timestep-spacing", "trailing"], {"timestep_spacing": "trailing"}),
     ],
 )
 def test_options_reach_the_model(calls, argv, expected):
@@ -212,9 +215,7 @@ def test_unreadable_images_are_named(name, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--plms"], "--plms: img2img starts in the middle of DDIM's steps"),
-        (["--dpm"], "--dpm: img2img starts"),
-        (["--dpm_solver"], "--dpm_solver: img2img starts"),
+        (["--plms", "--dpm"], "--sampler: plms and dpm_solver contradict each other"),
         (["--fixed_code"], "--fixed_code: img2img starts from the image"),
         (["--torchscript"], "--torchscript: not supported: use --compile"),
         (["--steps", "3"], "3 steps cannot be spread"),
@@ -236,7 +237,7 @@ def test_refusals_print_one_line_and_write_nothing(capsys, argv, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--sampler", "plms"], "--sampler"),
+        (["--sampler", "lms"], "--sampler"),
         (["--H", "64"], "--H"),
         (["--strength", "1.5"], "--strength: 1.5: must be in [0, 1]"),
         (["--strength", "nan"], "--strength: nan: must be in [0, 1]"),

@@ -67,11 +67,18 @@ def tiny() -> StableDiffusion:
     return StableDiffusion.tiny()
 
 
+class OwnPosterior(PerImageNoise):
+    """Noise whose draws for the posterior leave those of the steps as they are."""
+
+    def posterior(self, shape, device):
+        return PerImageNoise(99, shape[0]).initial(shape, device)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_zero_input_planes_equal_txt2img_bit_for_bit(tiny, image, mask, sampler):
-    options = {"steps": 5, "sampler": sampler, "scale": 4.0, "seed": 3, "batch": 2}
-    painted = widened(tiny).inpaint(CAPTION, image, mask, **options)
-    expected = tiny.txt2img(CAPTION, **options)
+    options = {"steps": 5, "sampler": sampler, "scale": 4.0, "batch": 2}
+    painted = widened(tiny).inpaint(CAPTION, image, mask, rng=OwnPosterior(3, 2), **options)
+    expected = tiny.txt2img(CAPTION, rng=PerImageNoise(3, 2), **options)
     assert torch.equal(painted.latents, expected.latents)
     assert torch.equal(painted.images, expected.images)
     assert set(painted.seconds) == {"encode", "text", "unet", "vae"}
@@ -161,8 +168,8 @@ def test_text_to_image_models_keep_the_rest_of_the_image(tiny, image, mask, samp
 def test_full_and_empty_masks_of_a_text_to_image_model(tiny, image, sampler):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"steps": 5, "sampler": sampler, "latents": latents}
-    full = tiny.inpaint(CAPTION, image, torch.ones(64, 64), **options)
-    assert torch.equal(full.latents, tiny.txt2img(CAPTION, **options).latents)
+    full = tiny.inpaint(CAPTION, image, torch.ones(64, 64), rng=OwnPosterior(2, 1), **options)
+    assert torch.equal(full.latents, tiny.txt2img(CAPTION, seed=2, **options).latents)
     empty = tiny.inpaint(CAPTION, image, torch.zeros(64, 64), seed=2, **options)
     assert torch.equal(empty.latents, tiny.encode(image[None], PerImageNoise(2, 1).posterior((1, 4, 8, 8), "cpu")))
 
@@ -178,16 +185,14 @@ def test_one_seed_reproduces_everything_at_any_batch_size(request, image, mask, 
     assert torch.allclose(alone, pair.latents[1], atol=1e-4)
 
 
-def test_strength_runs_the_last_steps_from_the_noised_image(tiny, image):
-    full = torch.ones(64, 64)
-    for sampler in ("ddim", "euler"):
-        assert tiny.inpaint(CAPTION, image, full, strength=0.5, steps=8, sampler=sampler).unet_calls == 4
-        near = tiny.inpaint(CAPTION, image, full, strength=0.125, steps=8, sampler=sampler, scale=1.0).latents
-        encoded = tiny.encode(image[None])
-        assert (near - encoded).norm() < 0.5 * encoded.norm()
-    for sampler in ("plms", "dpm_solver"):
-        with pytest.raises(ConfigError, match="use ddim or euler, or strength 1"):
-            tiny.inpaint(CAPTION, image, full, strength=0.5, steps=8, sampler=sampler)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_strength_runs_the_last_steps_from_the_noised_image(tiny, image, sampler):
+    full, calls = torch.ones(64, 64), {"plms": 5, "heun": 7, "lcm": 8}.get(sampler, 4)
+    assert tiny.inpaint(CAPTION, image, full, strength=0.5, steps=8, sampler=sampler).unet_calls == calls
+    steps = 1 if sampler == "lcm" else 40  # all steps of lcm run, at lower timesteps
+    near = tiny.inpaint(CAPTION, image, full, scale=1.0, strength=0.05, steps=steps, sampler=sampler).latents
+    encoded = tiny.encode(image[None])
+    assert (near - encoded).norm() < 0.5 * encoded.norm()
 
 
 def test_original_draws(random_inpainting, image, mask):
@@ -214,7 +219,17 @@ def test_original_draws(random_inpainting, image, mask):
 @pytest.mark.parametrize(
     "channels, options",
     # With 4 channels diffusers draws the noise of a masked image that it does not use, before that of the steps.
-    [(9, {}), (9, {"strength": 0.5}), (9, {"eta": 1.0, "scale": 1.0}), (4, {}), (4, {"strength": 0.5})],
+    [
+        (9, {}),
+        (9, {"strength": 0.5}),
+        (9, {"eta": 1.0, "scale": 1.0}),
+        (9, {"sampler": "euler_ancestral"}),
+        (9, {"sampler": "dpm_solver_sde", "strength": 0.5}),
+        (4, {}),
+        (4, {"strength": 0.5}),
+        (4, {"sampler": "euler", "strength": 0.5}),
+        (4, {"sampler": "unipc"}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", SMALL)
@@ -225,11 +240,15 @@ def test_diffusers_pipeline(kind, channels, options, image, mask):
 
     config = SMALL[kind].as_inpainting() if channels == 9 else SMALL[kind]
     model = StableDiffusion.random(config, seed=1)
-    scheduler = diffusers.DDIMScheduler.from_config({**diffusers_folder.scheduler_config(config), "clip_sample": False})
+    sampler = {"sampler": options.get("sampler", "ddim")}
+    settings = diffusers_folder.scheduler_config(config, sampler["sampler"])
+    if "sampler" in options:  # timesteps that diffusers does not round
+        sampler["timestep_spacing"] = settings["timestep_spacing"] = "trailing"
+    scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     peer = pipeline(model, scheduler, "inpaint")
     peer.set_progress_bar_config(disable=True)
     options = {"scale": 5.0, "eta": 0.0, "strength": 1.0, **options}
-    scale = options.pop("scale")
+    scale, _ = options.pop("scale"), options.pop("sampler", None)
     expected = peer(
         CAPTION,
         image=(image[None] + 1) / 2,
@@ -243,7 +262,8 @@ def test_diffusers_pipeline(kind, channels, options, image, mask):
         **options,
     ).images
     generator = torch.Generator().manual_seed(3)
-    actual = model.inpaint(CAPTION, image, mask, steps=10, scale=scale, generator=generator, **options).latents
+    options.update(sampler, scale=scale, generator=generator)
+    actual = model.inpaint(CAPTION, image, mask, steps=10, **options).latents
     assert (actual - expected).norm() < 2e-4 * expected.norm()
 
 
@@ -432,7 +452,7 @@ def test_the_command_writes_the_images_of_the_api(files):
         (["--init-img", "missing.png"], "--init-img missing.png: cannot be read as an image"),
         (["--mask", "wide.png"], "mask has 128x64 pixels and the image 64x64"),
         (["--fixed_code"], "--fixed_code: inpainting has noise of its own"),
-        (["--plms", "--strength", "0.5"], "use ddim or euler, or strength 1"),
+        (["--sampler", "lcm", "--steps", "8", "--strength", "0.1"], "lcm: 8 steps of 5 timesteps"),
         (["--plms", "--dpm"], "plms and dpm_solver contradict each other"),
     ],
 )

@@ -42,10 +42,12 @@ def repeat(path, *argv) -> int:
         ["--prompt", "a green square, very\nlarge", "--seed", "7", "--plms", "--steps", "4", "--scale", "3.5"],
         ["--sampler", "euler", "--negative-prompt", '-blue: "red"', "--prompt", "Steps: 3, Seed: 1", "--steps", "3"],
         ["--sampler", "dpm_solver", "--steps", "4", "--H", "128", "--seed", "-1"],
+        ["--sampler", "dpm_solver", "--sigmas", "karras", "--steps", "4"],
+        ["--sampler", "euler_ancestral", "--steps", "4", "--seed", "5"],
         ["--ddim_eta", "0.5", "--prompt", "star " * 89 + "star", "--prompt-chunks", "auto"],
         ["--attention", "original", "--attention-precision", "input", "--optimise", "channels_last,cache_context_kv"],
     ],
-    ids=["plms", "euler", "dpm_solver", "ddim", "optimisations"],
+    ids=["plms", "euler", "dpm_solver", "karras", "ancestral", "ddim", "optimisations"],
 )
 @pytest.mark.parametrize("form", ["ours", "a1111"])
 def test_an_image_is_repeated_bit_for_bit(argv, form):
@@ -58,6 +60,36 @@ def test_an_image_is_repeated_bit_for_bit(argv, form):
     assert pixels("again/samples/00000.png") == pixels(SAMPLE)
     texts = [Image.open(path).text for path in (SAMPLE, "again/samples/00000.png")]
     assert texts[0] == texts[1]
+
+
+def test_timestep_spacing_is_repeated(calls):
+    """A1111 has no such timesteps: its form names them, and is refused."""
+    assert run("--skip_grid", "--sampler", "euler", "--timestep-spacing", "trailing", "--steps", "4") == 0
+    assert repeat(SAMPLE, "--skip_grid") == 0
+    assert calls[1]["timestep_spacing"] == "trailing"
+    parameters = Image.open(SAMPLE).text["parameters"]
+    assert "Sampler: Euler, Schedule type: trailing" in parameters
+    assert repeat(png("a1111.png", parameters=parameters)) == 2
+
+
+@pytest.mark.parametrize(
+    "name, schedule, expected",
+    [
+        ("Euler a", "Automatic", ("euler_ancestral", "schedule")),
+        ("DPM++ 2M Karras", None, ("dpm_solver", "karras")),  # as before A1111 1.9
+        ("DPM++ 2M", "Automatic", ("dpm_solver", "karras")),
+        ("DPM++ 2M", "Uniform", ("dpm_solver", "schedule")),
+        ("Heun", "Karras", ("heun", "karras")),
+        ("DDIM", "Automatic", ("ddim", "schedule")),
+    ],
+)
+def test_samplers_of_a1111(calls, name, schedule, expected):
+    timesteps = "" if schedule is None else f"Schedule type: {schedule}, "
+    assert (
+        repeat(png("a1111.png", parameters=A1111.replace("Euler, Schedule type: Automatic, ", f"{name}, {timesteps}")))
+        == 0
+    )
+    assert (calls[0]["sampler"], calls[0]["sigmas"]) == expected
 
 
 def test_options_of_the_command_replace_the_recorded(calls, capsys):
@@ -133,7 +165,7 @@ def test_another_machine_is_reported(calls, capsys):
         ({"init_img": "a.png"}, "is an image of img2img, from a.png"),
         ({"init_img": "a.png", "mask": "m.png"}, "is an image of inpaint, from a.png"),
         ({"steps": "many\x1b[31m"}, "argument --steps/--ddim_steps: invalid positive value: 'many"),
-        ({"sampler": "heun"}, "argument --sampler: invalid choice: 'heun'"),
+        ({"sampler": "lms"}, "argument --sampler: invalid choice: 'lms'"),
         ({"size": "65x64"}, "argument --W: size 65: must be a positive multiple of 64"),
         ({"attention": "fast one"}, "attention 'fast one' is unknown"),
         ({"eta": None}, "lacks 'eta'"),
@@ -153,9 +185,8 @@ def test_invalid_metadata_is_refused_by_name(calls, capsys, change, message):
     "parameters, message",
     [
         ("a prompt alone", "end without Steps, Sampler and Seed"),
-        (A1111.replace("Euler", "Euler a"), "argument --sampler: invalid choice: 'Euler a"),
-        (A1111.replace("Euler", "DPM++ 2M Karras"), "argument --sampler: invalid choice"),
-        (A1111.replace("Euler", "DPM++ 2M"), "argument --sampler: invalid choice"),  # Automatic is Karras there
+        (A1111.replace("Euler", "DPM++ 2M SDE"), "argument --sampler: invalid choice: 'DPM++ 2M SDE"),
+        (A1111.replace("Automatic", "SGM Uniform"), "argument --sampler: invalid choice: 'Euler SGM Uniform"),
         (A1111 + ", Denoising strength: 0.5", "is an image of img2img or of an upscaler"),
         (A1111.replace("tiny", "v1-5"), "was generated with v1-5: pass it with --ckpt"),
     ],

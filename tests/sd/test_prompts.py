@@ -17,7 +17,7 @@ from sd.features import has
 from sd.models.tokenizer import END, START, tokenize, tokenize_chunks
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.noise import PerImageNoise
-from sd.sampling.samplers import run as run_plan
+from sd.sampling.plan import run as run_plan
 from sd.sampling.samplers import sampler as sampler_by_name
 
 LONG = "a red star, " * 24 + "on a blue background near the very end"  # 24 * 4 + 8 tokens

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sd.errors import ConfigError
-from sd.sampling import samplers
+from sd.sampling import plan as plans
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.noise import PerImageNoise
-from sd.sampling.samplers import ADAMS_BASHFORTH, SAMPLERS, sampler
+from sd.sampling.samplers import ADAMS_BASHFORTH, SAMPLERS, sampler, unipc
 from sd.sampling.schedule import Schedule
 
 SCHEDULE = Schedule()
@@ -36,7 +36,7 @@ class Calls:
 
 def run(name, denoise, steps, x, eta=0.0, **options):
     plan = SAMPLERS[name](SCHEDULE, steps, eta)
-    return samplers.run(plan, denoise, x, plan.noises(PerImageNoise(7, len(x)), x), **options)
+    return plans.run(plan, denoise, x, plan.noises(PerImageNoise(7, len(x)), x), **options)
 
 
 @pytest.fixture
@@ -76,10 +76,29 @@ def test_eta_raises_for_deterministic_samplers(name, x):
 
 def test_invalid_names_and_counts_raise(x):
     with pytest.raises(ConfigError, match="ddim, plms"):
-        sampler("heun")
+        sampler("lms")
     for name, steps in (("dpm_solver", 1), ("euler", 0)):
         with pytest.raises(ConfigError, match="at least"):
             run(name, Calls(), steps, x)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("ddim", {"sigmas": "karras"}, "ddim: has no karras sigmas; choose one of dpm_solver, euler"),
+        ("euler", {"sigmas": "cosine"}, "sigmas 'cosine': choose one of schedule, karras"),
+        ("euler", {"timestep_spacing": "cubic"}, "timestep spacing 'cubic': choose one of leading"),
+        ("lcm", {"timestep_spacing": "trailing"}, "lcm: has timesteps of its own"),
+        ("lcm", {"steps": 51}, "lcm: 51 steps of 50 timesteps"),
+        ("lcm", {"steps": 20, "strength": 0.3}, "choose from 1 to 15 steps"),
+        ("heun", {"steps": 1001}, "heun: 1001 steps are more than the 1000 timesteps"),
+        ("unipc", {"steps": 1000, "timestep_spacing": "leading"}, "too many for timestep spacing leading"),
+        ("euler_ancestral", {"steps": 5, "timestep_spacing": "sgm_turbo"}, "has 1 to 4 steps, not 5; use trailing"),
+    ],
+)
+def test_what_a_sampler_lacks_raises_by_name(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        sampler(name)(SCHEDULE, **{"steps": 4, **options})
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -89,9 +108,9 @@ def test_eps_and_v_give_the_same_trajectory(name, x):
     context = torch.zeros(2, 77, 8)
 
     def coefficients(t):
-        # Between integer timesteps, Euler interpolates log sigma and the others log alpha.
+        # Between integer timesteps, Euler and Heun interpolate log sigma and the others log alpha.
         t = t[0].item()
-        alpha = (1 + SCHEDULE.sigma(t) ** 2) ** -0.5 if name == "euler" else SCHEDULE.alpha(t)
+        alpha = (1 + SCHEDULE.sigma(t) ** 2) ** -0.5 if SAMPLERS[name].endpoint else SCHEDULE.alpha(t)
         return t, alpha, (1 - alpha**2) ** 0.5
 
     def eps_unet(x, t, context):
@@ -117,7 +136,7 @@ def gaussian_eps(x, t):
     return math.sqrt(1 - alpha**2) * x / variance
 
 
-@pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("dpm_solver", 2), ("plms", 1)])
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("dpm_solver", 2), ("plms", 1), ("unipc", 1.7)])
 def test_converges_to_the_exact_solution(name, order, x):
     """On Gaussian data, whose flow has a closed form, the error falls with the order-th power of the step."""
 
@@ -125,12 +144,15 @@ def test_converges_to_the_exact_solution(name, order, x):
         return math.sqrt(alpha**2 * DATA_STD**2 + 1 - alpha**2)
 
     def error(steps):
-        x0 = run(name, Calls(gaussian_eps), steps, x)
+        if name == "unipc":  # to timestep 0: the first and the last step are of first order
+            x0 = plans.run(unipc(SAMPLERS["dpm_solver"].grid(SCHEDULE, steps, "linspace")), Calls(gaussian_eps), x)
+        else:
+            x0 = run(name, Calls(gaussian_eps), steps, x)
         if name == "euler":  # from x_T = sigma_max * x to data without noise
             sigma = SCHEDULE.sigma(999)
             truth = x * sigma * DATA_STD / math.sqrt(DATA_STD**2 + sigma**2)
         else:
-            first = 999 if name == "dpm_solver" else SCHEDULE.uniform_timesteps(steps)[-1]
+            first = 999 if name in ("dpm_solver", "unipc") else SCHEDULE.uniform_timesteps(steps)[-1]
             truth = x * deviation(SCHEDULE.alpha(0)) / deviation(SCHEDULE.alpha(first))
         return ((x0 - truth).norm() / truth.norm()).item()
 
@@ -138,6 +160,16 @@ def test_converges_to_the_exact_solution(name, order, x):
     coarse, fine = error(50), error(500)
     assert fine < 0.006
     assert math.log10(coarse / fine) > 0.8 * order
+
+
+def test_heun_is_of_second_order(x):
+    """Its last step, to an image without noise, is Euler's and the same at any number of steps: differences leave it out."""
+
+    def difference(steps):
+        coarse, fine = (run("heun", Calls(gaussian_eps), n, x) for n in (steps, 2 * steps))
+        return (coarse - fine).norm()
+
+    assert difference(60) / difference(240) > 0.8 * 4**2
 
 
 def _diffusers_run(scheduler, x, steps, prediction, **options):

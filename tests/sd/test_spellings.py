@@ -14,7 +14,7 @@ from checkpoints import original, random_networks, same, small, write_pickle
 
 from sd.checkpoint import diffusers_folder, layouts
 from sd.checkpoint import load as checkpoint
-from sd.checkpoint.contents import describe_prediction
+from sd.checkpoint.contents import describe_prediction, summary
 from sd.checkpoint.diffusers_folder import write_folder
 from sd.checkpoint.file_formats import write_ckpt, write_safetensors
 from sd.checkpoint.load import load
@@ -392,20 +392,39 @@ def test_prediction_type_of_a_folder_decides(preset, channels):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"_class_name": "LCMScheduler"}, "LCMScheduler is not used"),
-        ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler is not used"),
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "timestep_spacing trailing"),
-        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, "--sampler ddim has leading"),
+        ({"_class_name": "TCDScheduler"}, "TCDScheduler is not used, and no sampler here is the same"),
+        ({"_class_name": "LCMScheduler"}, "select LCMScheduler: --sampler lcm$"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+            "euler --timestep-spacing trailing$",
+        ),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, "ddim --timestep-spacing trailing$"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "--sampler ddim, without its clip_sample True$"),
+        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": True}, "without its set_alpha_to_one True$"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "without its use_beta_sigmas True$"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "linspace", "use_karras_sigmas": True},
-            "karras",
+            "--sampler dpm_solver --sigmas karras$",
         ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            "--sampler dpm_solver_sde$",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "--sampler dpm_solver, without its final_sigmas_type zero$"),
     ],
 )
 def test_other_schedulers_are_reported(tmp_path, settings, text):
     path = folder(tmp_path, **settings)
     with pytest.warns(CheckpointWarning, match=text):
         loads_equal(path)
+
+
+def test_a_default_scheduler_is_only_listed(tmp_path):
+    path = folder(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loads_equal(path)
+    assert "scheduler: PNDMScheduler: --sampler plms" in summary(path)
 
 
 # --- messages

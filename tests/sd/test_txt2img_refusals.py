@@ -30,6 +30,8 @@ from sd.pipeline import StableDiffusion
         (["--ddim_eta", "9"], {}, "eta 9 is too large for 2 steps: use 0 to 1"),
         (["--steps", "3"], {}, "3 steps cannot be spread"),
         (["--dpm", "--steps", "1"], {}, "at least 2 steps"),
+        (["--sigmas", "karras"], {}, "ddim: has no karras sigmas; choose one of"),
+        (["--sampler", "lcm", "--timestep-spacing", "trailing", "--steps", "4"], {}, "lcm: has timesteps of its own"),
         (["--C", "3"], {}, "--C 3 contradicts the model tiny, which has 4"),
         (["--f", "16"], {}, "--f 16 contradicts the model tiny, which has 8"),
         (["--bf16", "--precision", "full"], {}, "--precision: bf16 and full contradict each other"),
@@ -102,7 +104,9 @@ def test_refusals_print_one_line_and_write_nothing(monkeypatch, capsys, argv, en
         (["--precision", "fp8"], "--precision"),
         (["--compile", "fast"], "--compile"),
         (["--attention", "flash"], "--attention"),
-        (["--sampler", "heun"], "--sampler"),
+        (["--sampler", "lms"], "--sampler"),
+        (["--timestep-spacing", "cubic"], "--timestep-spacing"),
+        (["--sigmas", "beta"], "--sigmas"),
         (["--prom", "x"], "--prom"),  # no abbreviations: a new option must not change the meaning of an old command
     ],
 )

@@ -24,6 +24,8 @@ SCHEDULERS = {
     "plms": "PNDMScheduler",
     "dpm_solver": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
 
 
@@ -50,9 +52,14 @@ class DiffusersEngine:
             raise Unavailable(
                 "diffusers' PNDM extrapolates v where the original PLMS extrapolates eps: another sampler; use ddim"
             )
+        if configuration.sampler not in SCHEDULERS:
+            raise Unavailable(
+                f"diffusers draws the noise of {configuration.sampler} in another order: choose {', '.join(SCHEDULERS)}"
+            )
         scheduler = getattr(diffusers, SCHEDULERS[configuration.sampler])
         config = compat.load("diffusers_folder").scheduler_config(self.config)
         config["clip_sample"] = False  # which DDIM, alone of the schedulers, does by default
+        config.update(_steps(configuration, scheduler))
         self.pipe = pipeline(self.model, scheduler.from_config(config), configuration.workload)
         self.pipe = self.pipe.to(self.device, DTYPES[self.precision])
         self.pipe.set_progress_bar_config(disable=True)
@@ -97,7 +104,8 @@ class DiffusersEngine:
             pixels = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
         pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu()
-        calls = configuration.steps + (configuration.sampler == "plms")
+        extra = {"plms": 1, "heun": configuration.steps - 1}
+        calls = configuration.steps + extra.get(configuration.sampler, 0)
         return Output(latents.float(), images, {}, calls)
 
     def _initial(self, seed: int) -> dict[str, Any]:
@@ -119,6 +127,21 @@ class DiffusersEngine:
     def kernels(self) -> dict[str, list[str]]:
         """Not observed: diffusers' modules are not wrapped."""
         return {}
+
+
+def _steps(configuration: SimpleNamespace, scheduler: type) -> dict[str, Any]:
+    """Settings of a scheduler for timestep spacing and sigmas. Raises Unavailable for those that it does not have."""
+    settings: dict[str, Any] = {}
+    if configuration.timestep_spacing is not None:
+        settings["timestep_spacing"] = configuration.timestep_spacing
+    if configuration.sigmas == "karras":
+        settings["use_karras_sigmas"] = True
+    missing = [
+        f"{name} {value}" for name, value in settings.items() if name not in scheduler().config or value == "sgm_turbo"
+    ]
+    if missing:
+        raise Unavailable(f"diffusers' {scheduler.__name__} has no {missing[0]}: leave it out, or use engine sd")
+    return settings
 
 
 def pipeline(model, scheduler, workload: str = "txt2img"):

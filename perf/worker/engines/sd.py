@@ -119,12 +119,21 @@ class SDEngine:
         }
         self.round: Callable[[int], Output] = workloads[configuration.workload]
 
+    def _sampling(self) -> dict[str, object]:
+        """The sampling arguments; defaults that an older commit's methods do not have are left out."""
+        configuration = self.configuration
+        added = {"timestep_spacing": configuration.timestep_spacing, "sigmas": configuration.sigmas}
+        return {
+            "steps": configuration.steps,
+            "sampler": configuration.sampler,
+            "scale": configuration.scale,
+            **{name: value for name, value in added.items() if value not in (None, "schedule")},
+        }
+
     def _txt2img(self, seed: int) -> Output:
         result = self.model.txt2img(
             self.configuration.prompt,
-            steps=self.configuration.steps,
-            sampler=self.configuration.sampler,
-            scale=self.configuration.scale,
+            **self._sampling(),
             seed=seed,
             batch=self.configuration.batch,
             height=self.configuration.height or None,
@@ -139,9 +148,7 @@ class SDEngine:
         result = self.model.inpaint(
             configuration.prompt,
             *gradient_with_hole(height, width),
-            steps=configuration.steps,
-            sampler=configuration.sampler,
-            scale=configuration.scale,
+            **self._sampling(),
             seed=seed,
             batch=configuration.batch,
             progress=self.after_step,
