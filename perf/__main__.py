@@ -11,6 +11,7 @@ from perf.analysis.verdicts import ExitCode
 
 # name -> (module with `add_arguments(parser)` and `run(arguments) -> exit status`, summary)
 COMMANDS = {
+    "submit": ("perf.commands.submit", "send the tasks of a fleet to Slurm"),
     "doctor": ("perf.commands.doctor", "check whether this machine is fit to measure"),
     "battery": ("perf.commands.selftest", "test the regression gate on this machine: A/A and an injected slowdown"),
     "gpu-run": ("perf.commands.gpu_run", "run the planned GPU measurements within a time budget"),

@@ -44,6 +44,7 @@ FOREIGN_OPTIONS = {
     *("--notest", "--check"),  # tox, ruff
     *("--gres", "--exclusive"),  # sbatch
     *("--for", "--timeout"),  # kubectl
+    *("--nproc-per-node", "--nnodes"),  # torchrun
 }
 
 
@@ -144,6 +145,10 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
         program = PROGRAMS.get(program, program)
         if program in ("sd.txt2img", "sd.img2img", "sd.inpaint"):
             importlib.import_module(program).parser().parse_args(arguments)
+        elif program == "torchrun":
+            module = arguments.index("-m")
+            assert arguments[module + 1] == "perf.throughput"
+            importlib.import_module("perf.throughput").parser().parse_args(arguments[module + 2 :])
         elif program == "perf" and arguments[0] in COMMANDS:
             module, _ = COMMANDS[arguments[0]]
             parser = argparse.ArgumentParser()
@@ -177,6 +182,7 @@ def test_options_exist(pytestconfig, capsys):
         importlib.import_module(f"sd.{name}").main
         for name in ("txt2img", "img2img", "inpaint", "convert", "inspect", "attention.__main__")
     ]
+    mains.append(importlib.import_module("perf.throughput").main)
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])
