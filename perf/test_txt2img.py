@@ -1,4 +1,4 @@
-"""Full txt2img and inpainting runs, from the prompt to pixels in host memory, and single stages.
+"""Full txt2img and inpainting runs, from the prompt to pixels in host memory, single stages, and training.
 
 All selected configurations are measured in turns before the first test reports (perf.plugin.hooks).
 """
@@ -16,7 +16,7 @@ clock = ReplayClock()
 @pytest.mark.benchmark(timer=clock)
 def test_txt2img(measured, configuration: Configuration):
     """Time one call of the workload per round, without loading, compilation and the warm-up round."""
-    workload = {"txt2img": "", "inpaint": ", inpainting"}.get(
+    workload = {"txt2img": "", "inpaint": ", inpainting", "train": ", training"}.get(
         configuration.workload, f", {configuration.workload} alone"
     )
     measured(clock, f"{configuration.model}, batch {configuration.batch}{workload}")

@@ -50,6 +50,7 @@ INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
     "shape_padding",
     "freezing",
 )
+OPTIMISERS = ("auto", "fused", "foreach", "loop")  # implementations of AdamW
 CUDA_GRAPHS = ("none", "unet", "loop")
 
 OPTIMISE_PRESETS = ("none", "original", "fast")  # of --optimise

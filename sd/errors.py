@@ -28,6 +28,10 @@ class BadImage(SDError, RuntimeError):
     """An output image that is NaN or of one constant colour; it is never saved."""
 
 
+class Diverged(SDError, RuntimeError):
+    """A training whose loss is not finite; it stops, and its last checkpoint remains."""
+
+
 class SDWarning(UserWarning):
     """Input that is used in part or changed, such as a truncated prompt; command lines print it in one line on stderr."""
 

@@ -44,6 +44,13 @@ def _cpu_half_convolution() -> bool:
     return True
 
 
+def _cpu_fused_adamw() -> bool:
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "CPU"))
+    except RuntimeError:  # no such operator
+        return False
+
+
 FEATURES = {
     "sdpa": Feature("F.scaled_dot_product_attention", hasattr(F, "scaled_dot_product_attention"), "torch >= 2.0"),
     "compile": Feature("torch.compile", hasattr(torch, "compile"), "torch >= 2.0"),
@@ -79,6 +86,10 @@ FEATURES = {
         _has_parameter(torch.cuda.graph, "capture_error_mode"),
         "torch >= 2.1",
     ),
+    "foreach_lerp": Feature("torch._foreach_lerp_", hasattr(torch, "_foreach_lerp_"), "torch >= 2.1"),
+    "fused_adamw": Feature("AdamW(fused=True)", _has_parameter(torch.optim.AdamW, "fused"), "torch >= 2.0"),
+    "cpu_fused_adamw": Feature("AdamW(fused=True) on the CPU", _cpu_fused_adamw(), "torch >= 2.4"),
+    "grad_scaler": Feature("a gradient scaler for the CPU", hasattr(torch.amp, "GradScaler"), "torch >= 2.3"),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
     "weights_only": Feature(
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"

@@ -54,6 +54,19 @@ def image_tensor(image: Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
 
 
+def square_tensor(image: Image, size: int) -> Tensor:
+    """Convert a PIL image to float32 [3, size, size] in [-1, 1] on the CPU: its middle, resized by Lanczos resampling.
+
+    For training. Orientation, transparency and errors are those of `image_tensor`.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    image = _opaque(image, "white", "training image").convert("RGB")
+    image = PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
+
+
 def mask_tensor(mask: Image) -> Tensor:
     """Convert a PIL image to a float32 mask [H, W] of 0 and 1 on the CPU: 1, where it is white, is repainted.
 

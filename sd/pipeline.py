@@ -387,7 +387,7 @@ class StableDiffusion:
         shape = self.latent_shape(len(prompts), height, width)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
         start = None if latents is None else self._initial(latents, shape)
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         with clock.stage("text"):
             contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
         with clock.stage("unet"), self._calls.context():
@@ -433,7 +433,7 @@ class StableDiffusion:
         shape = self.latent_shape(len(prompts), *image.shape[1:])
         plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas, strength)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         with clock.stage("encode"):
             x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
         with clock.stage("text"):
@@ -492,7 +492,7 @@ class StableDiffusion:
             raise ConfigError(f"strength {strength} of {steps} steps is less than 1 step: increase one of them")
         start = None if latents is None else self._initial(latents, shape)
         noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         with clock.stage("encode"):
             blend, condition = self._encode_inpainting(pixels, pixel_mask, shape, noise, start, not whole)
         with clock.stage("text"):
@@ -656,7 +656,7 @@ class StableDiffusion:
         x = x.contiguous(memory_format=chosen.memory_format())
         return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step, blend)
 
-    def _finish(self, x: Tensor, clock: _StageClock, unet_calls: int, seed: int | list[int], tokens: Tokens) -> Result:
+    def _finish(self, x: Tensor, clock: StageClock, unet_calls: int, seed: int | list[int], tokens: Tokens) -> Result:
         with clock.stage("vae"):
             pixels = self.decode(x)
             finite = torch.isfinite(pixels).flatten(1).all(dim=1)
@@ -727,12 +727,12 @@ def _no_progress(step: int, steps: int) -> None:
     pass
 
 
-class _StageClock:
-    """Seconds by stage; on CUDA measured with events, so that no stage waits for the device."""
+class StageClock:
+    """Seconds by stage, which may recur; on CUDA measured with events, so that no stage waits for the device."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks: dict[str, tuple[Any, Any]] = {}
+        self.marks: list[tuple[str, Any, Any]] = []
 
     def _now(self) -> Any:
         if not self.cuda:
@@ -743,13 +743,16 @@ class _StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Context of one run of a stage."""
         start = self._now()
         yield
-        self.marks[name] = (start, self._now())
+        self.marks.append((name, start, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each stage, after waiting for the device."""
         if self.cuda:
             torch.cuda.synchronize()
-            return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in self.marks.items()}
-        return {name: end - start for name, (start, end) in self.marks.items()}
+        sums: dict[str, float] = {}
+        for name, start, end in self.marks:
+            sums[name] = sums.get(name, 0.0) + (start.elapsed_time(end) / 1e3 if self.cuda else end - start)
+        return sums

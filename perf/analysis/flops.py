@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 TOKEN_BYTES = 8  # int64
-GENERATIONS = ("txt2img", "inpaint")  # workloads of all stages; the others are one stage
+TRAINING_BYTES = 40  # of an update for each weight in fp32: gradient, weight, two moments, average; written and read
+GENERATIONS = ("txt2img", "inpaint")  # workloads of all stages; the others are one part
+STAGES = ("text", "unet", "vae")
 
 
 def total(network: Iterable[Layer]) -> int:
@@ -36,6 +38,8 @@ def of_round(configuration: Any, model: Any, unet_calls: int) -> int:
         "text": guided * total(text_encoder(model.text)),
         "unet": guided * unet_calls * total(unet(model.unet, height, width, tokens)),
         "vae": total(decoder(model.autoencoder, height, width)),
+        # The backward pass computes two products for each of the forward pass. What checkpointing repeats is no work.
+        "train": 3 * unet_calls * total(unet(model.unet, height, width, tokens)),
     }
     flops = int(configuration.batch) * _of_workload(configuration, parts)
     if configuration.workload == "inpaint":  # which encodes its image once, whatever the batch
@@ -58,6 +62,7 @@ def minimum_bytes_of_round(configuration: Any, model: Any, unet_calls: int, item
         "text": item_bytes * text + TOKEN_BYTES * guided * model.text.context_length,
         "unet": unet_calls * item_bytes * denoiser,
         "vae": item_bytes * vae,
+        "train": unet_calls * (item_bytes * 2 * denoiser + TRAINING_BYTES * weights(unet(model.unet, height, width))),
     }
     minimum = _of_workload(configuration, parts)
     if configuration.workload == "inpaint":
@@ -73,11 +78,14 @@ def _latent_size(configuration: Any, model: Any) -> tuple[int, int]:
 
 def _guided(configuration: Any) -> int:
     """UNet samples and prompts of an image."""
+    if configuration.workload == "train":
+        return 1
     return 2 if configuration.workload not in GENERATIONS or configuration.scale != 1.0 else 1
 
 
 def _of_workload(configuration: Any, parts: dict[str, int]) -> int:
-    return sum(parts.values()) if configuration.workload in GENERATIONS else parts[configuration.workload]
+    stages = STAGES if configuration.workload in GENERATIONS else (configuration.workload,)
+    return sum(parts[stage] for stage in stages)
 
 
 class Layer(NamedTuple):

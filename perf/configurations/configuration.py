@@ -14,7 +14,7 @@ PROMPT = "A photo"  # from the published experiment, like the default seed, samp
 CHOICES = {
     "model": choices.MODELS,
     "engine": ("sd", "diffusers"),
-    "workload": ("txt2img", "inpaint", "text", "unet", "vae"),
+    "workload": ("txt2img", "inpaint", "text", "unet", "vae", "train"),
     "attention": choices.ATTENTION,
     "sdpa_kernels": choices.SDPA_KERNELS,
     "compile": choices.COMPILE_MODES,
@@ -42,6 +42,7 @@ class Configuration:
     `--optimise`, a comma-separated list: a preset (`fast`, `original`, `none`), which sets attention, precision and
     compile, or techniques to add to them. lora_rank: of a LoRA with seeded random factors that is merged into the UNet's
     attention, 0 for none. timestep_spacing: None for the sampler's own. sigmas: `schedule` or `karras`.
+    checkpointing: of the workload `train`, whose steps are updates and whose batch is that of an update.
     """
 
     model: str = "tiny"
@@ -54,6 +55,7 @@ class Configuration:
     precision: str = "full"
     optimise: str = ""
     lora_rank: int = 0
+    checkpointing: bool = False
     batch: int = 1
     steps: int = 50
     sampler: str = "plms"
@@ -87,6 +89,11 @@ class Configuration:
         canonical["sdpa_kernels"] = () if unrestricted else kernels
         if self.preset and self.engine == "sd":
             canonical.update(attention="sdpa", sdpa_kernels=(), precision=usual_precision(self.model), compile="none")
+        if self.workload == "train":
+            unused = ("sampler", "scale", "timestep_spacing", "sigmas")
+            canonical.update({name: getattr(Configuration, name) for name in unused})
+        else:
+            canonical["checkpointing"] = False
         if canonical.get("compile", self.compile) == "none":
             canonical["compile_scope"] = "unet"
         for name, value in canonical.items():
@@ -115,7 +122,9 @@ class Configuration:
             # The models tuned for it are called `sd1-inpaint`, which must differ from this workload of `sd1`.
             parts.append("inpainting" if self.workload == "inpaint" else self.workload)
         parts += technique({field.name: getattr(self, field.name) for field in fields(self)})
-        if (self.sampler, self.steps) != ("plms", 50):
+        if self.workload == "train":
+            parts.append(f"{self.steps}updates")
+        elif (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler}{self.steps}")
         parts += sampling(self.timestep_spacing, self.sigmas, self.scale)
         if self.height or self.width:
@@ -140,8 +149,14 @@ class Configuration:
             compile="none",
             precision="full",
             optimise="",
-            batch=1,
+            checkpointing=False,
+            batch=self.batch if self.workload == "train" else 1,  # the loss is that of the whole batch
         )
+
+
+def images_per_round(values: Mapping[str, Any]) -> int:
+    """The images that a round of a configuration with these fields makes, or trains on."""
+    return int(values["batch"]) * (int(values["steps"]) if values.get("workload") == "train" else 1)
 
 
 def preset_of(optimise: str) -> str | None:
@@ -153,7 +168,7 @@ def preset_of(optimise: str) -> str | None:
 def is_reference(fields: Mapping[str, object]) -> bool:
     """Whether speed-ups refer to a configuration with these fields: the original code's attention, eager."""
     reference = {"engine": "sd", "attention": "original", "compile": "none", "optimise": ""}
-    return all(fields.get(field) == value for field, value in reference.items())
+    return not fields.get("checkpointing") and all(fields.get(field) == value for field, value in reference.items())
 
 
 def is_approximate(optimise: str) -> bool:
@@ -175,6 +190,8 @@ def technique(values: Mapping[str, Any]) -> list[str]:
         parts.append(("preset-" if preset else "") + values["optimise"].replace(",", "+"))
     if values["lora_rank"]:
         parts.append(f"lora{values['lora_rank']}")
+    if values.get("checkpointing"):
+        parts.append("checkpointing")
     if values["compile"] != "none":
         parts.append("compile" if values["compile"] == "default" else f"compile-{values['compile']}")
         if values["compile_scope"] != "unet":

@@ -65,6 +65,18 @@ APPROXIMATIONS = [{"optimise": ",".join(("fast", *more))} for more in ((), *((na
 LORA: list[dict[str, Any]] = [
     {"optimise": optimise, "lora_rank": rank} for optimise in ("", "fast") for rank in (0, 16)
 ]
+# Attention, then compile, precision and checkpointing with PyTorch's attention, and diffusers in the same step.
+TRAINING: list[dict[str, Any]] = [
+    *({"attention": attention} for attention in CHOICES["attention"]),
+    {"compile": "default"},
+    {"compile": "default", "checkpointing": True},
+    {"checkpointing": True},
+    {"precision": "full"},
+    {"precision": "bf16"},
+    {"precision": "bf16", "compile": "default"},
+    {"engine": "diffusers"},
+    {"engine": "diffusers", "compile": "default"},
+]
 INPAINTING: list[dict[str, Any]] = [
     {"attention": "original"},
     {"attention": "sdpa"},
@@ -125,6 +137,14 @@ SETS: dict[str, list[Configuration]] = {
         for attention in ("original", "sdpa")
         for model, workload in (("tiny", "txt2img"), ("tiny", "inpaint"), ("tiny-inpaint", "inpaint"))
     ],
+    "training": [
+        replace(configuration, workload="train", steps=10)
+        for configuration in _variants("sd2", TRAINING, batches=(1, 4, 16))
+    ],
+    "training_smoke": [
+        replace(usual("tiny"), workload="train", steps=4, batch=4, **choice)
+        for choice in (*SMOKE[:3], {"checkpointing": True}, {"precision": "bf16"}, {"engine": "diffusers"})
+    ],
     "stages": [
         replace(usual("tiny"), workload=workload, attention=attention)
         for workload in ("text", "unet", "vae")
@@ -149,6 +169,8 @@ SUMMARIES = {
     "batches": "every attention at batch 1, 2 and 4",
     "inpaint": "inpainting models and blending compared with txt2img on SD1",
     "inpaint_smoke": "the same on the embedded models, for a machine without a GPU",
+    "training": "optimiser steps of SD2: attention, compile, precision, checkpointing and diffusers at three batch sizes",
+    "training_smoke": "the same on the embedded model, for a machine without a GPU",
     "stages": "text encoder, one UNet call and VAE decoder separately",
 }
 

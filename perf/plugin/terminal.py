@@ -12,7 +12,7 @@ from rich.text import Text
 from perf.analysis import ranking
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict, percent
-from perf.configurations.configuration import is_approximate, is_reference
+from perf.configurations.configuration import images_per_round, is_approximate, is_reference
 from perf.plugin.state import Results
 from perf.report.text import interval_seconds, size
 from perf.session import record
@@ -63,7 +63,7 @@ def _entry(results: Results, id: str) -> ranking.Entry:
     return ranking.Entry(
         id=id,
         seconds=info["seconds_per_image"],
-        rounds=[[seconds / configuration["batch"] for seconds in launch] for launch in rounds],
+        rounds=[[seconds / images_per_round(configuration) for seconds in launch] for launch in rounds],
         work=ranking.work_of(configuration),
         text=interval_seconds(info["seconds_per_image"]),
         why_not="INVALID" if invalid else "approximate" if approximate else None,
@@ -100,11 +100,11 @@ def print_table(console: Console, results: Results) -> None:
 def cells(results: Results, id: str) -> dict[str, str]:
     """The known values of a configuration by column; unknown ones are left out."""
     info, decision = results.infos[id], results.decisions.get(id)
-    bounds, batch = record.interval(results.session.measurements.by_name[id]), info["configuration"]["batch"]
+    bounds, images = record.interval(results.session.measurements.by_name[id]), images_per_round(info["configuration"])
     time, speedup, image = info["seconds_per_image"], info["speedup"], info["image"]
     memory = info["peak_bytes"]["allocated"] or info["peak_bytes"]["rss"]
     values = {
-        "time": interval_seconds(time, *(bound / batch for bound in bounds or ())),
+        "time": interval_seconds(time, *(bound / images for bound in bounds or ())),
         "images/s": f"{1 / time:.3g}",
         "peak memory": size(memory) if memory else "",
         "energy": f"{info['joules_per_image']:.1f} J/image" if info["joules_per_image"] else "",

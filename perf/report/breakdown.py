@@ -100,7 +100,7 @@ def stage_charts(results: Sequence[Result]) -> list[Chart]:
 def _stage(result: Result, stage: str) -> Point | None:
     if stage not in result.stages:
         return None
-    time = result.stages[stage].per(result.batch)
+    time = result.stages[stage].per(result.images)
     note = f"{result.id}, {stage}, {time.name}"
     # Stages on a GPU have the device's clock, so that their sum may exceed the wall time and `other` be negative.
     return Point(short_id(result), max(0.0, time.value), time.low, time.high, result.facets, note)

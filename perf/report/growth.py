@@ -129,7 +129,7 @@ def _time_chart(axis: Axis, members: Sequence[Result]) -> Chart:
     title, stem = _names(axis, members)
 
     def point(result: Result) -> Point:
-        seconds, low, high = (result.batch * value for value in (result.seconds_per_image, *result.interval))
+        seconds, low, high = (result.images * value for value in (result.seconds_per_image, *result.interval))
         return Point(axis.value(result), seconds, low, high, result.facets, f"{result.id}, {result.interval_name}")
 
     series = []

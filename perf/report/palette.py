@@ -33,7 +33,17 @@ VERDICTS = {
     Verdict.INCONCLUSIVE: ("#e69f00", "D"),
     Verdict.INVALID: ("#cc79a7", "X"),
 }
-STAGES = {"text": "#56b4e9", "encode": "#009e73", "unet": "#0072b2", "vae": "#e69f00", "other": "#9a9a9a"}
+STAGES = {
+    "text": "#56b4e9",
+    "encode": "#009e73",
+    "unet": "#0072b2",
+    "vae": "#e69f00",
+    "forward": "#56b4e9",  # of training, which has none of the stages above
+    "backward": "#0072b2",
+    "optimiser": "#e69f00",
+    "average": "#009e73",
+    "other": "#9a9a9a",
+}
 KERNEL_CLASSES = {
     "conv": "#0072b2",
     "gemm": "#56b4e9",

@@ -59,7 +59,7 @@ def command(result: Result) -> str:
     configuration = result.benchmark.configuration
     arguments, fields = ["pytest", "perf"], tuple(OPTIONS)
     if configuration.get("engine", "sd") != "sd" or result.workload != "txt2img":
-        name = {"txt2img": "peers", "inpaint": "inpaint"}.get(result.workload, "stages")
+        name = {"txt2img": "peers", "inpaint": "inpaint", "train": "training"}.get(result.workload, "stages")
         arguments += ["-m", name, "-k", result.id]
         fields = OF_THE_WORK
     for field in fields:

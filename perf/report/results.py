@@ -16,13 +16,20 @@ from pathlib import Path
 
 from perf.analysis import ranking
 from perf.analysis.statistics import Interval
-from perf.configurations.configuration import is_approximate, is_reference, sampling, technique, usual_precision
+from perf.configurations.configuration import (
+    images_per_round,
+    is_approximate,
+    is_reference,
+    sampling,
+    technique,
+    usual_precision,
+)
 from perf.report.estimate import Estimate
 from perf.report.text import interval_seconds
 from perf.runs.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 
 KNOWN_GPU = re.compile(r"\b(P100|T4|A10G?|V100|A100|A800|H100|H200|B200|GH200|L40S?|L4|A\d{4}|RTX \w+(?: Ti)?)\b")
-STAGES = ("text", "encode", "unet", "vae")
+STAGES = ("text", "encode", "unet", "vae", "forward", "backward", "optimiser", "average")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class SavedSession:
 
 @dataclass(frozen=True)
 class Result:
-    """One configuration of a session. Seconds are per round unless named otherwise; a round makes `batch` images."""
+    """One configuration of a session. Seconds are per round unless named otherwise; a round makes `images` images."""
 
     session: SavedSession
     benchmark: SavedBenchmark
@@ -118,6 +125,11 @@ class Result:
     joules: Estimate | None = None  # per image
 
     @property
+    def images(self) -> int:
+        """Images of a round: more than `batch` in training, where a round has several steps."""
+        return images_per_round(vars(self))
+
+    @property
     def id(self) -> str:
         """The configuration's id."""
         return self.benchmark.id
@@ -125,7 +137,7 @@ class Result:
     @functools.cached_property
     def time(self) -> Estimate:
         """Seconds per image."""
-        return Estimate.over_launches(self.benchmark.launches).per(self.batch)
+        return Estimate.over_launches(self.benchmark.launches).per(self.images)
 
     @property
     def seconds_per_image(self) -> float:
@@ -165,7 +177,9 @@ class Result:
     def work_name(self) -> str:
         """The work for titles, such as `sd2` or `tiny, ddim 20 steps`."""
         parts = [self.model] + ([self.workload] if self.workload != "txt2img" else [])
-        if (self.sampler, self.steps) != ("plms", 50):
+        if self.workload == "train":
+            parts.append(f"{self.steps} updates")
+        elif (self.sampler, self.steps) != ("plms", 50):
             parts.append(f"{self.sampler} {self.steps} steps")
         parts += self.sampling
         if any(self.size):
@@ -239,7 +253,8 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         return configuration[key].optional_text() or default
 
     model, attention = option("model", "unknown"), option("attention", "unknown")
-    batch = _whole(configuration["batch"].number(1, 1e6))
+    batch, workload = _whole(configuration["batch"].number(1, 1e6)), option("workload", "txt2img")
+    steps = _whole(configuration["steps"].optional_number(1, 1e6) or 50)
     optimise = configuration["optimise"].text() if configuration["optimise"].value else ""
     kernels = configuration["sdpa_kernels"]
     technique_options = {
@@ -249,6 +264,7 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         "sdpa_kernels": [node.text() for node in kernels.items()] if kernels.value is not None else [],
         "optimise": optimise,
         "lora_rank": _whole(configuration["lora_rank"].number(0, 1e6)) if configuration["lora_rank"].value else 0,
+        "checkpointing": bool(configuration["checkpointing"].value),
         "compile": option("compile", "none"),
         "compile_scope": option("compile_scope", "unet"),
         "precision": option("precision", usual_precision(model)),
@@ -270,14 +286,14 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         ),
         attention=attention,
         batch=batch,
-        steps=_whole(configuration["steps"].optional_number(1, 1e6) or 50),
+        steps=steps,
         sampler=option("sampler", "plms"),
         sampling=tuple(
             sampling(configuration["timestep_spacing"].optional_text(), option("sigmas", "schedule"), scale)
         ),
         size=tuple(_whole(configuration[key].optional_number(0, 1e6) or 0) for key in ("height", "width")),
         compile=technique_options["compile"],
-        workload=option("workload", "txt2img"),
+        workload=workload,
         torch=_part(info, "facts")["torch"].optional_text() or session.torch,
         stages=_stages(session, benchmark, info),
         peak_bytes=benchmark.peak_bytes,
@@ -296,7 +312,9 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         image_reference=image["reference"].optional_text(),
         kernels=_kernels(info["kernel"]),
         trace=_numbers(info["trace"]["seconds"]) if isinstance(info["trace"].value, dict) else {},
-        joules=_joules(benchmark, info["telemetry"], batch),
+        joules=_joules(
+            benchmark, info["telemetry"], images_per_round({"batch": batch, "steps": steps, "workload": workload})
+        ),
     )
 
 
@@ -347,7 +365,7 @@ def _stages_without_rounds(session: SavedSession, benchmark: SavedBenchmark, med
     return {name: Estimate(value, None, None, reason) for name, value in medians.items()}
 
 
-def _joules(benchmark: SavedBenchmark, telemetry, batch: int) -> Estimate | None:
+def _joules(benchmark: SavedBenchmark, telemetry, images: int) -> Estimate | None:
     """Joules per image, over launches if the telemetry of each round was saved."""
     if benchmark.joules_per_image is None:
         return None
@@ -357,7 +375,7 @@ def _joules(benchmark: SavedBenchmark, telemetry, batch: int) -> Estimate | None
     known = [[value for value in rounds if value is not None] for rounds in launches]
     if not any(known):
         return Estimate(benchmark.joules_per_image, None, None, "no interval: not saved per round")
-    return Estimate.over_launches(known).per(batch)
+    return Estimate.over_launches(known).per(images)
 
 
 def _whole(number: float | None) -> int | None:
@@ -401,7 +419,7 @@ def entry_of(result: Result) -> ranking.Entry:
     return ranking.Entry(
         id=result.id,
         seconds=result.seconds_per_image,
-        rounds=[[seconds / result.batch for seconds in rounds] for rounds in result.benchmark.launches],
+        rounds=[[seconds / result.images for seconds in rounds] for rounds in result.benchmark.launches],
         work=ranking.work_of(result.benchmark.configuration),
         text=interval_seconds(result.seconds_per_image, *result.interval),
         why_not=why_not,

@@ -45,7 +45,7 @@ def _intensity(result: Result) -> float:
 
 
 def _point(result: Result) -> Point:
-    flops = result.flops / result.batch / TERA
+    flops = result.flops / result.images / TERA
     low, high = result.interval
     note = f"{result.id}: {_intensity(result):.3g} FLOP/byte, {result.interval_name}"
     if result.flops_fraction is not None:

@@ -227,7 +227,7 @@ def results_csv(results: Sequence[Result]) -> str:
     ) + " ".join(f"{name}_seconds_per_image{bound}" for name in STAGE_NAMES for bound in ("", "_low", "_high"))
     rows = []
     for result in ranked(results):
-        stages = (result.stages[name].per(result.batch) if name in result.stages else None for name in STAGE_NAMES)
+        stages = (result.stages[name].per(result.images) if name in result.stages else None for name in STAGE_NAMES)
         rows.append(
             (
                 *(result.id, result.session.facts.get("name"), result.torch, result.session.facts.get("clock")),
@@ -261,7 +261,7 @@ def stage_rows(results: Sequence[Result]) -> list[tuple[Result, list[str]]]:
     return [
         (
             result,
-            [result.stages[name].per(result.batch).seconds() if name in result.stages else "" for name in STAGE_NAMES],
+            [result.stages[name].per(result.images).seconds() if name in result.stages else "" for name in STAGE_NAMES],
         )
         for result in results
         if result.stages

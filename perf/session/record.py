@@ -9,7 +9,7 @@ from pathlib import Path
 
 from perf.analysis.paired import MIN_LAUNCHES, break_even, launch_effects, ratio_of_effects
 from perf.analysis.statistics import launch_interval, self_comparison
-from perf.configurations.configuration import Configuration, usual_precision
+from perf.configurations.configuration import Configuration, images_per_round, usual_precision
 from perf.runs import fingerprints
 from perf.runs.saved_run import SCHEMA, SavedRun, parse
 from perf.session.image_check import computing_type
@@ -25,7 +25,7 @@ def extra_info(session: Session, id: str) -> dict:
     measured = session.measurements.by_name[id]
     configuration, rounds, launches = measured.slot.configuration, measured.rounds(), measured.ordered_launches()
     device = configuration.device or session.settings.device
-    first = launches[0].load
+    first, images = launches[0].load, images_per_round(configuration.as_dict())
     precision = first["precision"]
     seconds = statistics.median(launch_medians(measured))
     stages = {
@@ -51,8 +51,8 @@ def extra_info(session: Session, id: str) -> dict:
         "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches)), session),
         "compile": _compile(measured),
         "images_to_amortise": amortisation(session, id),
-        "seconds_per_image": seconds / configuration.batch,
-        "images_per_second": configuration.batch / seconds,
+        "seconds_per_image": seconds / images,
+        "images_per_second": images / seconds,
         "iterations_per_second": calls / unet_seconds if unet_seconds and calls else None,
         "device_seconds": _median_launch(measured, lambda round_: round_["device_seconds"]),
         "peak_bytes": {
@@ -61,7 +61,7 @@ def extra_info(session: Session, id: str) -> dict:
             )
             for key in rounds[0]["peak_bytes"]
         },
-        "joules_per_image": joules / configuration.batch if joules else None,
+        "joules_per_image": joules / images if joules else None,
         "telemetry": [round_["telemetry"] for round_ in rounds],
         "image": _image(session, measured),
         "weights": fingerprints.identity(configuration),
@@ -144,9 +144,9 @@ def amortisation(session: Session, id: str) -> dict | None:
     cold = _first_if_cold([compiled.launches[min(compiled.launches)].first_call_seconds], session)
     if configuration.compile == "none" or eager is None or cold is None:
         return None
+    images = images_per_round(configuration.as_dict())
     per_image = [
-        [[seconds / configuration.batch for seconds in rounds] for rounds in launches]
-        for launches in paired_rounds(eager, compiled)
+        [[seconds / images for seconds in rounds] for rounds in launches] for launches in paired_rounds(eager, compiled)
     ]
     if sum(map(bool, per_image[0])) < MIN_LAUNCHES:
         return None
@@ -164,6 +164,7 @@ def speedup(session: Session, id: str) -> dict | None:
         sdpa_kernels=(),
         compile="none",
         optimise="",
+        checkpointing=False,
         interpreter=None,
     )
     if original.id not in session.measurements.by_name:  # else `original` at the model's default precision

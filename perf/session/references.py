@@ -23,7 +23,9 @@ WRITE_SECONDS = 60.0
 
 
 def image_seeds(configuration: Configuration, seed: int) -> list[int]:
-    """The seeds of a round's images: image i has seed + i, at any batch size."""
+    """The seeds of a round's references: image i has seed + i, at any batch size; a loss trace is of the whole batch."""
+    if configuration.workload == "train":
+        return [seed]
     return [seed + i for i in range(configuration.batch)]
 
 
@@ -120,7 +122,7 @@ class References:
             worker.ask("load", self.limits.load, **arguments)
             for path, seed in paths.items():
                 image = worker.ask("round", self.limits.first_round, seed=seed)["image"]
-                failure = image_failure(image, "full", arguments["device"])
+                failure = image_failure(image, "full", arguments["device"], workload=reference.workload)
                 if failure:
                     raise WorkerError("wrong_image", f"the reference image is wrong: {failure}")
                 worker.ask("write_reference", WRITE_SECONDS, path=str(path))

@@ -124,7 +124,9 @@ class Runner:
         self, slot: Slot, loaded: dict[str, Any], image: dict[str, Any], hashes: list[str]
     ) -> str | None:
         configuration, device = slot.configuration, loaded["facts"]["device"]
-        failure = image_check.image_failure(image, loaded["precision"], device, configuration.approximate)
+        failure = image_check.image_failure(
+            image, loaded["precision"], device, configuration.approximate, configuration.workload
+        )
         if failure or configuration.workload == "text":  # the text workload has the same input in every round
             return failure
         return image_check.repeated_output(hashes)

@@ -89,6 +89,7 @@ class Worker:
         from perf.worker import images
 
         self.output = None
+        self.engine.prepare(seed)
         gc.collect()
         if isinstance(getattr(self.engine, "after_step", None), BusyLoop):
             self.engine.after_step.start()
@@ -128,6 +129,7 @@ class Worker:
         """Profile one more round into files whose names begin with `stem`."""
         from perf.worker import profiler
 
+        self.engine.prepare(seed)
         return profiler.record(self.engine, stem, seed)
 
     def probe(self, device: str, clock: str, threads: int | None, optimise: list[str] | None = None) -> dict:

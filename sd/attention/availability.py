@@ -45,14 +45,19 @@ def _missing_requirement(attention: Attention, device: torch.device) -> str | No
 
 
 @functools.cache
-def _trial_failure(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _trial_failure(
+    attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool
+) -> str | None:
     """Run the backend on 16 tokens: the error as a reason, or None. An import that works does not prove that a kernel does."""
-    q = torch.zeros(1, 16, 1, head_dim, device=device, dtype=dtype)
+    q = torch.zeros(1, 16, 1, head_dim, device=device, dtype=dtype, requires_grad=training)
     try:
-        with torch.no_grad(), allowed_kernels(attention):
-            attention.function()(q, q, q)
+        with torch.set_grad_enabled(training), allowed_kernels(attention):
+            out = attention.function()(q, q, q)
+            if training:
+                out.sum().backward()
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return f"no support for {str(dtype)[6:]} with head size {head_dim} on {device.type}: {_one_line(error)}"
+        use = "no support for training in" if training else "no support for"
+        return f"{use} {str(dtype)[6:]} with head size {head_dim} on {device.type}: {_one_line(error)}"
     return None
 
 
@@ -71,22 +76,36 @@ def unavailable_reason(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
+    training: bool = False,
 ) -> str | None:
-    """None if `attention` runs on `device` with this dtype and head size, else the reason in one sentence."""
+    """None if `attention` runs on `device` with this dtype and head size, else the reason in one sentence.
+
+    training: whether it must have a backward pass.
+    """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is available"
     if device.type == "meta":
         return None
-    return _missing_requirement(attention, device) or _trial_failure(attention, device, dtype, head_dim)
+    return _missing_requirement(attention, device) or _trial_failure(attention, device, dtype, head_dim, training)
 
 
-def check(attention: Attention, device: torch.device | str, dtype: torch.dtype, head_dims: Iterable[int]) -> None:
-    """Raise Unavailable, with the reason and the available backends, unless `attention` supports every head size."""
+def check(
+    attention: Attention,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dims: Iterable[int],
+    training: bool = False,
+) -> None:
+    """Raise Unavailable, with the reason and the available backends, unless `attention` supports every head size.
+
+    training: whether it must have a backward pass.
+    """
     for head_dim in sorted(set(head_dims)):
-        reason = unavailable_reason(attention, device, dtype, head_dim)
+        arguments = (device, dtype, head_dim, training)
+        reason = unavailable_reason(attention, *arguments)
         if reason:
-            usable = [name for name in ATTENTION if not unavailable_reason(Attention(name), device, dtype, head_dim)]
+            usable = [name for name in ATTENTION if not unavailable_reason(Attention(name), *arguments)]
             kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
             raise Unavailable(
                 f"attention {attention.implementation}{kernels} cannot run here: {reason}. "

@@ -371,7 +371,7 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
             )
         print("no --ckpt: using the embedded tiny model of coloured shapes; pass --ckpt FILE for another")
         config = config or PRESETS[args.embedded]
-    device = _device(args.device)
+    device = device_named(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
     for flag, files in (("--lora", args.lora), ("--embedding", args.embedding)):
@@ -404,7 +404,8 @@ def _is_tiny(config: ModelConfig) -> bool:
     return replace(config, name=tiny.name, text=replace(config.text, layers=tiny.text.layers), native_mha=False) == tiny
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of --device, made the current one. Raises ConfigError or Unavailable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

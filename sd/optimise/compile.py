@@ -151,14 +151,17 @@ def compile_blocks(unet: UNet, compiler: Compiler) -> None:
 
 def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:
     """Undo every compilation of the networks."""
-    for module, name in (
-        (unet, "denoise"),
-        (unet, "denoise_with_features"),
-        (autoencoder, "to_pixels"),
-        (text_encoder, "forward"),
-        *((block, "forward") for block in (*unet.res_blocks, *unet.transformer_blocks())),
-    ):
-        vars(module).pop(name, None)
+    restore_unet(unet)
+    vars(autoencoder).pop("to_pixels", None)
+    vars(text_encoder).pop("forward", None)
+
+
+def restore_unet(unet: UNet) -> None:
+    """Undo every replacement of a method of the UNet or its blocks."""
+    for name in ("denoise", "denoise_with_features"):
+        vars(unet).pop(name, None)
+    for block in (*unet.res_blocks, *unet.transformer_blocks()):
+        vars(block).pop("forward", None)
 
 
 # Columns of a plan's table (see sd.sampling.plan.Evaluation), then the weights of the history. sigma: sqrt(1 - alpha^2).

@@ -14,7 +14,6 @@ Seeds are fixed: a run on the same machine and torch version is reproducible.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import math
 import time
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.choices import EMBEDDED_WEIGHTS
-from sd.config.presets import preset
+from sd.config.presets import ModelConfig, preset
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import tokenize
@@ -36,6 +35,7 @@ from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
 from sd.sampling.schedule import Schedule
 from sd.tiny.shapes import COLOURS, HELD_OUT, SHAPES, SIZE, TEMPLATES, TRAINED, Subject, draw, recognise
+from sd.training import Batch, Recipe, Trainer, denoising_loss, drop_captions
 
 CONFIG = preset("tiny")
 KL_WEIGHT = 3e-4
@@ -49,7 +49,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Run(Generic[Module]):
-    """Training of one module, with its optimiser, averaged weights and step in a checkpoint."""
+    """Training of one module on the CPU, which resumes from its checkpoint."""
 
     path: Path
     module: Module
@@ -59,50 +59,65 @@ class Run(Generic[Module]):
     decay: float  # of the averaged weights
 
     def __post_init__(self) -> None:
-        self.average = copy.deepcopy(self.module).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=self.rate, weight_decay=1e-4, betas=(0.9, 0.99))
-        self.step, self.saved_at = 0, time.monotonic()
+        recipe = Recipe(rate=self.rate, betas=(0.9, 0.99), weight_decay=1e-4, decay=self.decay)
+        self.trainer, self.saved_at = Trainer(self.module, recipe), time.monotonic()
         if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name in ("module", "average", "optimiser"):
-                getattr(self, name).load_state_dict(state[name])
-            self.step = state["step"]
+            self.trainer.restore(self.path, {})
 
-    def save(self) -> None:
-        """Write the checkpoint, replacing the last one atomically."""
-        state = {name: getattr(self, name).state_dict() for name in ("module", "average", "optimiser")}
-        partial = self.path.with_suffix(".partial")
-        torch.save({**state, "step": self.step}, partial)
-        partial.replace(self.path)
-        self.saved_at = time.monotonic()
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.trainer.step
 
     def train(
         self, loss_of: Callable[[torch.Generator], Tensor], evaluate: Callable[[Module], str], every: int = 500
     ) -> Module:
         """Minimise loss_of(generator) with warm-up and cosine decay; return the averaged module."""
-        start, smoothed = time.monotonic(), math.nan
+        assert self.trainer.average is not None
+        average, start, smoothed = self.trainer.average, time.monotonic(), math.nan
         while self.step < self.steps:
             # A generator for each step, so that a resumed run repeats an uninterrupted one.
-            loss = loss_of(torch.Generator().manual_seed(self.step))
-            for group in self.optimiser.param_groups:
-                cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-                group["lr"] = self.rate * min(1.0, (self.step + 1) / 200) * cosine
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimiser.step()
-            self.step += 1
-            decay = min(self.decay, (self.step + 1) / (self.step + 10))
-            with torch.no_grad():
-                torch._foreach_mul_(list(self.average.parameters()), decay)
-                torch._foreach_add_(list(self.average.parameters()), list(self.module.parameters()), alpha=1 - decay)
+            generator = torch.Generator().manual_seed(self.step)
+            cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            rate = self.rate * min(1.0, (self.step + 1) / 200) * cosine
+            loss, _ = self.trainer.update([functools.partial(loss_of, generator)], rate)
             smoothed = loss.item() if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss.item()
             if self.step % every == 0 or self.step == self.steps:
                 progress = f"{self.path.stem} {self.step}/{self.steps} loss {smoothed:.4f}"
-                print(f"{progress} {time.monotonic() - start:.0f} s {evaluate(self.average)}", flush=True)
+                print(f"{progress} {time.monotonic() - start:.0f} s {evaluate(average)}", flush=True)
             if time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS or self.step == self.steps:
-                self.save()
-        return self.average.eval()
+                self.trainer.save(self.path, {})
+                self.saved_at = time.monotonic()
+        return average.eval()
+
+
+@dataclass
+class Bank:
+    """Encoded images and captions. latents [subjects, images, 4, 8, 8]; contexts [subjects, templates, 77, C]; empty [1, 77, C].
+
+    conditions: the further input channels of an inpainting model [subjects, images, 5, 8, 8].
+    """
+
+    latents: Tensor
+    contexts: Tensor
+    empty: Tensor
+    conditions: Tensor | None = None
+
+    def loss(self, unet: UNet, config: ModelConfig, count: int, generator: torch.Generator) -> Tensor:
+        """The denoising loss of `count` random images, of which some have an empty caption."""
+        subjects, images = self.latents.shape[:2]
+        subject = torch.randint(subjects, (count,), generator=generator)
+        sample = torch.randint(images, (count,), generator=generator)
+        template = torch.randint(self.contexts.shape[1], (count,), generator=generator)
+        latents, context = self.latents[subject, sample], self.contexts[subject, template]
+        context = drop_captions(context, self.empty, torch.rand(count, generator=generator) < EMPTY_CAPTIONS)
+        alphas = Schedule(config.schedule).alphas_cumprod.float()
+        # Stratified timesteps: every batch covers all noise levels.
+        t = ((torch.arange(count) + torch.rand(count, generator=generator)) / count * len(alphas)).long()
+        noise = torch.randn(latents.shape, generator=generator)
+        condition = None if self.conditions is None else self.conditions[subject, sample]
+        batch = Batch(latents, context, t, noise, condition)
+        return denoising_loss(unet, batch, alphas, config.parameterization == "v")
 
 
 def _choose(items: Sequence[Item], count: int, generator: torch.Generator) -> list[Item]:
@@ -111,7 +126,7 @@ def _choose(items: Sequence[Item], count: int, generator: torch.Generator) -> li
 
 def train_autoencoder(work: Path, steps: int, batch: int = 16) -> Autoencoder:
     """Train stage 1; reports the PSNR of held-out images."""
-    run = Run(work / "autoencoder.pt", Autoencoder(CONFIG.autoencoder), steps, batch, rate=2e-3, decay=0.998)
+    run = Run(work / "autoencoder.safetensors", Autoencoder(CONFIG.autoencoder), steps, batch, rate=2e-3, decay=0.998)
     model = run.module
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -174,7 +189,7 @@ def train_text(work: Path, steps: int, batch: int = 64) -> TextEncoder:
     with torch.no_grad():  # rows of tokens that no caption contains stay zero, so that unknown words have no effect
         known = torch.zeros(CONFIG.text.vocab_size, 1).index_fill_(0, used, 1.0)
         model.text.token_embedding.weight.mul_(known)
-    run = Run(work / "text.pt", model, steps, batch, rate=3e-3, decay=0.99)
+    run = Run(work / "text.safetensors", model, steps, batch, rate=3e-3, decay=0.99)
 
     def labels(subjects: Sequence[Subject]) -> tuple[Tensor, ...]:
         rows = [(COLOURS.index(s.colour), SHAPES.index(s.shape), COLOURS.index(s.background)) for s in subjects]
@@ -216,42 +231,25 @@ def _tokens(caption: str) -> Tensor:
 
 def train_unet(work: Path, autoencoder: Autoencoder, text: TextEncoder, steps: int, batch: int = 32) -> UNet:
     """Train stage 3; reports the correct attributes of held-out subjects at 25 DDIM steps."""
-    run = Run(work / "unet.pt", UNet(CONFIG.unet), steps, batch, rate=1e-3, decay=0.999)
-    model = run.module
-    latents, contexts = _bank(autoencoder, text)
-    with torch.no_grad():
-        empty = text(tokenize([""], "openclip"))
-    alphas = Schedule(CONFIG.schedule).alphas_cumprod.float()
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        subject = torch.randint(len(TRAINED), (batch,), generator=generator)
-        sample = torch.randint(LATENT_BANK, (batch,), generator=generator)
-        template = torch.randint(len(TEMPLATES), (batch,), generator=generator)
-        x0, context = latents[subject, sample], contexts[subject, template]
-        drop = torch.rand(batch, generator=generator) < EMPTY_CAPTIONS
-        context = torch.where(drop[:, None, None], empty, context)
-        # Stratified timesteps: every batch covers all noise levels.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(alphas)).long()
-        noise = torch.randn(x0.shape, generator=generator)
-        a, b = (root[t][:, None, None, None] for root in (alphas.sqrt(), (1 - alphas).sqrt()))
-        return F.mse_loss(model(a * x0 + b * noise, t, context), a * noise - b * x0)
+    run = Run(work / "unet.safetensors", UNet(CONFIG.unet), steps, batch, rate=1e-3, decay=0.999)
+    bank = _bank(autoencoder, text)
 
     def evaluate(average: UNet) -> str:
         pipeline = StableDiffusion(CONFIG, average.eval(), autoencoder, text)
         return score(pipeline, _choose(HELD_OUT, 32, torch.Generator().manual_seed(5)), seed=6)
 
-    return run.train(loss_of, evaluate)
+    return run.train(functools.partial(bank.loss, run.module, CONFIG, batch), evaluate)
 
 
 @torch.no_grad()
-def _bank(autoencoder: Autoencoder, text: TextEncoder) -> tuple[Tensor, Tensor]:
-    """Return latents [subjects, LATENT_BANK, 4, 8, 8] and contexts [subjects, templates, 77, C] of TRAINED."""
+def _bank(autoencoder: Autoencoder, text: TextEncoder) -> Bank:
+    """Encode LATENT_BANK images and all captions of each subject of TRAINED."""
     generator = torch.Generator().manual_seed(7)
     latents, contexts = [], []
     for subject in TRAINED:
         latents.append(autoencoder.encode(draw([subject] * LATENT_BANK, generator))[0])
         contexts.append(text(torch.stack([_tokens(subject.caption(t)) for t in range(len(TEMPLATES))])))
-    return torch.stack(latents), torch.stack(contexts)
+    return Bank(torch.stack(latents), torch.stack(contexts), text(tokenize([""], "openclip")))
 
 
 def score(model: StableDiffusion, subjects: Sequence[Subject], seed: int, scale: float = 4.0) -> str:

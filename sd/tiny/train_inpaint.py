@@ -8,6 +8,7 @@ the UNet is exported, fp16, as sd/tiny/tiny-inpaint.safetensors.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -19,9 +20,8 @@ from sd.choices import EMBEDDED_INPAINTING
 from sd.config.presets import UNetConfig, preset
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
-from sd.sampling.schedule import Schedule
 from sd.tiny.shapes import COLOURS, SHAPES, SIZE, TEMPLATES, TRAINED, Subject, draw, recognise
-from sd.tiny.train import EMPTY_CAPTIONS, Run
+from sd.tiny.train import Bank, Run
 
 CONFIG = preset("tiny-inpaint")
 BANK = 32  # images with a hole, encoded per subject before the training
@@ -63,8 +63,8 @@ def holes(count: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def bank(model: StableDiffusion) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [subjects, BANK, 4, 8, 8], mask and masked image [subjects, BANK, 5, 8, 8], contexts [subjects, templates, 77, C]."""
+def encode_bank(model: StableDiffusion) -> Bank:
+    """Encode BANK images with a hole and all captions of each subject of TRAINED."""
     generator = torch.Generator().manual_seed(8)
     latents, conditions, contexts = [], [], []
     for subject in TRAINED:
@@ -74,36 +74,21 @@ def bank(model: StableDiffusion) -> tuple[Tensor, Tensor, Tensor]:
         cells = F.interpolate(masks, size=noise.shape[2:])
         conditions.append(torch.cat([cells, model.encode(images * (1 - masks), noise)], dim=1))
         contexts.append(model.encode_prompts([subject.caption(t) for t in range(len(TEMPLATES))]))
-    return torch.stack(latents), torch.stack(conditions), torch.stack(contexts)
+    empty = model.encode_prompts([""])
+    return Bank(torch.stack(latents), torch.stack(contexts), empty, torch.stack(conditions))
 
 
 def train(work: Path, steps: int) -> UNet:
     """Tune the UNet for `steps` steps; return the averaged weights."""
     model = StableDiffusion.tiny()
-    run = Run(work / "unet-inpaint.pt", widened(model.unet, CONFIG.unet), steps, BATCH, RATE, DECAY)
-    latents, conditions, contexts = bank(model)
-    empty = model.encode_prompts([""])
-    alphas = Schedule(CONFIG.schedule).alphas_cumprod.float()
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        subject = torch.randint(len(TRAINED), (BATCH,), generator=generator)
-        sample = torch.randint(BANK, (BATCH,), generator=generator)
-        template = torch.randint(len(TEMPLATES), (BATCH,), generator=generator)
-        x0, context = latents[subject, sample], contexts[subject, template]
-        drop = torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS
-        context = torch.where(drop[:, None, None], empty, context)
-        # Stratified timesteps: every batch covers all noise levels.
-        t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH * len(alphas)).long()
-        noise = torch.randn(x0.shape, generator=generator)
-        a, b = (root[t][:, None, None, None] for root in (alphas.sqrt(), (1 - alphas).sqrt()))
-        x = torch.cat([a * x0 + b * noise, conditions[subject, sample]], dim=1)
-        return F.mse_loss(run.module(x, t, context), a * noise - b * x0)
+    run = Run(work / "unet-inpaint.safetensors", widened(model.unet, CONFIG.unet), steps, BATCH, RATE, DECAY)
+    bank = encode_bank(model)
 
     def evaluate(average: UNet) -> str:
         pipeline = StableDiffusion(CONFIG, average.eval(), model.autoencoder, model.text_encoder)
         return f"correct {score(pipeline, 32)}/32"
 
-    return run.train(loss_of, evaluate)
+    return run.train(functools.partial(bank.loss, run.module, CONFIG, BATCH), evaluate)
 
 
 def score(model: StableDiffusion, count: int, scale: float = 4.0) -> int:

@@ -143,12 +143,12 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
         if program == "python" and arguments[0] == "-m":
             program, arguments = arguments[1], arguments[2:]
         program = PROGRAMS.get(program, program)
-        if program in ("sd.txt2img", "sd.img2img", "sd.inpaint"):
+        if program in ("sd.txt2img", "sd.img2img", "sd.inpaint", "sd.train"):
             importlib.import_module(program).parser().parse_args(arguments)
         elif program == "torchrun":
             module = arguments.index("-m")
-            assert arguments[module + 1] == "perf.throughput"
-            importlib.import_module("perf.throughput").parser().parse_args(arguments[module + 2 :])
+            assert arguments[module + 1] in ("perf.throughput", "sd.train")
+            importlib.import_module(arguments[module + 1]).parser().parse_args(arguments[module + 2 :])
         elif program == "perf" and arguments[0] in COMMANDS:
             module, _ = COMMANDS[arguments[0]]
             parser = argparse.ArgumentParser()
@@ -180,7 +180,7 @@ def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
     mains = [
         importlib.import_module(f"sd.{name}").main
-        for name in ("txt2img", "img2img", "inpaint", "convert", "inspect", "attention.__main__")
+        for name in ("txt2img", "img2img", "inpaint", "train", "convert", "inspect", "attention.__main__")
     ]
     mains.append(importlib.import_module("perf.throughput").main)
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:

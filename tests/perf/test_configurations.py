@@ -50,6 +50,10 @@ def test_ids_of_the_published_five():
         ({"height": 512}, "tiny-sdpa-512xnative-b1"),
         ({"device": "cuda", "interpreter": "torch112"}, "tiny-sdpa-cuda-torch112-b1"),
         ({"workload": "vae"}, "tiny-vae-sdpa-b1"),
+        (
+            {"workload": "train", "steps": 4, "checkpointing": True, "scale": 1.0},
+            "tiny-train-sdpa-checkpointing-4updates-b1",
+        ),
         ({"checkpoint": "/weights/v2.ckpt", "model": "sd2", "precision": "autocast"}, "sd2-v2-sdpa-b1"),
         ({"sdpa_kernels": ("flash", "math")}, "tiny-sdpa-math-flash-b1"),
     ],
@@ -82,7 +86,8 @@ def test_every_field_but_those_of_the_input_is_in_the_id():
         "sigmas": "karras",
         "scale": 1.0,
     }
-    silent = {"prompt", "seed", "config", "compile_scope"}  # the last is there when something is compiled
+    # The last two are there when something is compiled, and in the workload train.
+    silent = {"prompt", "seed", "config", "compile_scope", "checkpointing"}
     assert {field.name for field in fields(Configuration)} == set(other) | silent
     ids = [Configuration().id, *(replace(Configuration(), **{name: value}).id for name, value in other.items())]
     assert len(set(ids)) == len(ids)

@@ -117,6 +117,14 @@ def test_a_round_grows_with_its_batch_and_without_guidance_halves():
         assert stages[0] + 51 * stages[1] + stages[2] == count(Configuration(), config, 51)
 
 
+def test_an_update_is_three_forward_passes_of_a_sample_without_guidance():
+    config = preset("tiny")
+    call, training = Configuration(workload="unet", batch=2), Configuration(workload="train", batch=2, steps=5)
+    assert 2 * flops.of_round(training, config, 5) == 3 * 5 * flops.of_round(call, config, 1)
+    weights = flops.weights(flops.unet(config.unet, 8, 8))
+    assert flops.minimum_bytes_of_round(training, config, 5, 4) > 5 * 48 * weights
+
+
 def test_inpainting_is_txt2img_with_one_encoding_and_a_wider_first_convolution():
     config, wide = preset("sd1"), preset("sd1-inpaint")
     txt2img, inpaint = (Configuration("sd1", workload=workload, batch=2) for workload in ("txt2img", "inpaint"))

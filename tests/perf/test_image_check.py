@@ -217,6 +217,7 @@ MATTERS = {
 DOES_NOT = {
     "engine": "diffusers", "attention": "mha", "sdpa_kernels": ("math",), "compile": "default", "compile_scope": "blocks",
     "precision": "bf16", "optimise": "fast", "batch": 4, "interpreter": "torch112",
+    "checkpointing": True,
 }  # fmt: skip
 BY_HASH = {"checkpoint": "elsewhere/model.ckpt", "config": "other.yaml"}  # their content is in the weights' hash
 IS_THE_SEED = {"seed"}  # of the configuration: replaced by the image's own

@@ -104,6 +104,46 @@ def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
     assert changed["work"]["flops"] == plain["work"]["flops"]
 
 
+TRAINING = Configuration(workload="train", attention="sdpa" if has("sdpa") else "mha", steps=3, batch=2)
+
+
+def test_a_round_of_training_is_compared_with_the_losses_of_its_reference(tmp_path):
+    reference, loaded, path = Worker(), Worker(), str(tmp_path / "reference.npz")
+    ok(reference.handle(loading(TRAINING.reference())))
+    first = ok(reference.handle({"op": "round", "seed": 1}))
+    assert set(first["stages"]) == {"forward", "backward", "optimiser", "average"} and first["unet_calls"] == 3
+    assert sum(first["stages"].values()) <= first["wall_seconds"]
+    ok(reference.handle({"op": "write_reference", "path": path}))
+    ok(loaded.handle(loading(replace(TRAINING, checkpointing=True))))
+    rounds = [ok(loaded.handle({"op": "round", "seed": seed, "check": [path]}))["image"] for seed in (1, 9, 1)]
+    assert image_failure(rounds[0], "full", "cpu", workload="train") is None
+    assert image_failure(rounds[1], "full", "cpu", workload="train").startswith(
+        "losses and gradient norms: relative error"
+    )
+    assert rounds[0]["sha256"] == rounds[2]["sha256"]  # each round starts from the same weights
+    # A step that does not update the weights has the same first loss, and no others.
+    loaded.engine.trainer.optimiser.step = lambda: None
+    frozen = ok(loaded.handle({"op": "round", "seed": 1, "check": [path]}))["image"]
+    assert image_failure(frozen, "full", "cpu", workload="train").startswith(
+        "losses and gradient norms: relative error"
+    )
+
+
+@pytest.mark.peers
+def test_diffusers_trains_with_the_same_losses():
+    pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
+    from types import SimpleNamespace
+
+    from perf.worker.engines import open_engine
+
+    traces = []
+    for engine in ("sd", "diffusers"):
+        opened = open_engine(SimpleNamespace(**replace(TRAINING, engine=engine).as_dict()), "cpu", None)
+        opened.prepare(3)
+        traces.append(opened.round(3).latents)
+    assert (traces[0] - traces[1]).norm() < 1e-4 * traces[0].norm()
+
+
 @pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
 def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
     """The reference is that of its own configuration, and the image of another seed is not taken for it."""
@@ -192,6 +232,9 @@ class Stub:
 
     def __init__(self, error: BaseException):
         self.error = error
+
+    def prepare(self, seed: int):
+        pass
 
     def round(self, seed: int):
         raise self.error

@@ -69,6 +69,9 @@ class Full:
     def __init__(self):
         self.references = []
 
+    def prepare(self, seed: int):
+        pass
+
     def round(self, seed: int):
         """Fail twice, the second time in the handler of the first, as in PyTorch's own retry."""
         first = Held()

@@ -13,6 +13,10 @@ def open_engine(configuration: SimpleNamespace, device: str, after_step: Callabl
 
     after_step: progress callback of each sampler step, where the engine has one. Raises what loading raises.
     """
+    if configuration.workload == "train":
+        from perf.worker.engines.training import TrainingEngine
+
+        return TrainingEngine(configuration, device, after_step)
     if configuration.engine == "diffusers":
         from perf.worker.engines.diffusers import DiffusersEngine
 

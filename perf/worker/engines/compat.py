@@ -15,6 +15,9 @@ MODULES = {
     "parse": ("sd.optimise.presets", "sd.techniques"),
     "PerImageNoise": ("sd.sampling.noise", "sd.noise"),
     "layouts": ("sd.checkpoint.layouts", "sd.layouts"),
+    "training": ("sd.training",),
+    "StageClock": ("sd.pipeline",),
+    "Attention": ("sd.attention.functions", "sd.attention"),
     "diffusers_folder": ("sd.checkpoint.diffusers_folder", "sd.diffusers_folder"),
 }
 OPTIMISE_PRESETS = ("none", "original", "fast")  # of --optimise; sd.choices, which older commits lack, has the same

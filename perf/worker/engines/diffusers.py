@@ -33,10 +33,7 @@ class DiffusersEngine:
     """StableDiffusionPipeline of the installed diffusers."""
 
     def __init__(self, configuration: SimpleNamespace, device: str):
-        try:
-            import diffusers
-        except ImportError as error:
-            raise Unavailable(f"diffusers cannot be imported ({error}): pip install -e '.[peers]'") from None
+        diffusers = _require_diffusers()
         if configuration.workload not in ("txt2img", "inpaint") or configuration.sdpa_kernels:
             raise Unavailable("diffusers is measured by whole images, with the SDPA kernel that PyTorch chooses")
         if configuration.lora_rank:
@@ -64,12 +61,7 @@ class DiffusersEngine:
         self.pipe = self.pipe.to(self.device, DTYPES[self.precision])
         self.pipe.set_progress_bar_config(disable=True)
         self.model.unet = self.model.autoencoder = self.model.text_encoder = None  # their memory is not the peer's
-        if configuration.attention == "xformers":
-            self.pipe.enable_xformers_memory_efficient_attention()
-        elif configuration.attention == "original":
-            from diffusers.models.attention_processor import AttnProcessor
-
-            self.pipe.unet.set_attn_processor(AttnProcessor())
+        _use_attention(self.pipe.unet, configuration.attention)
         if self.compiles:
             self._compile(configuration.compile)
 
@@ -86,6 +78,9 @@ class DiffusersEngine:
             part.to(memory_format=torch.channels_last)
         self.pipe.unet = torch.compile(self.pipe.unet, mode=mode, fullgraph=True)
         self.pipe.vae.decode = torch.compile(self.pipe.vae.decode, mode=mode, fullgraph=True)
+
+    def prepare(self, seed: int) -> None:
+        """See perf.worker.engines.interface.Engine: no round changes the model."""
 
     @torch.no_grad()
     def round(self, seed: int) -> Output:
@@ -142,6 +137,43 @@ def _steps(configuration: SimpleNamespace, scheduler: type) -> dict[str, Any]:
     if missing:
         raise Unavailable(f"diffusers' {scheduler.__name__} has no {missing[0]}: leave it out, or use engine sd")
     return settings
+
+
+def training_unet(unet, config, configuration: SimpleNamespace, device: torch.device):
+    """(diffusers' UNet with the weights of ours, its call), prepared as examples/text_to_image/train_text_to_image.py does."""
+    diffusers = _require_diffusers()
+    if configuration.attention == "mha" or configuration.sdpa_kernels:
+        raise Unavailable(
+            "diffusers has no nn.MultiheadAttention and no kernel choice: choose original, xformers or sdpa"
+        )
+    layouts, folder = compat.load("layouts"), compat.load("diffusers_folder")
+    peer = diffusers.UNet2DConditionModel.from_config(folder.unet_config(config))
+    peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()))
+    peer.to(device).train()
+    _use_attention(peer, configuration.attention)
+    if configuration.checkpointing:
+        peer.enable_gradient_checkpointing()
+    forward = peer
+    if configuration.compile != "none":
+        forward = torch.compile(peer, mode=configuration.compile, fullgraph=True, dynamic=False)
+    return peer, lambda x, timesteps, context: forward(x, timesteps, context, return_dict=False)[0]
+
+
+def _require_diffusers():
+    try:
+        import diffusers
+    except ImportError as error:
+        raise Unavailable(f"diffusers cannot be imported ({error}): pip install -e '.[peers]'") from None
+    return diffusers
+
+
+def _use_attention(unet, attention: str) -> None:
+    if attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    elif attention == "original":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
 
 
 def pipeline(model, scheduler, workload: str = "txt2img"):

@@ -12,7 +12,8 @@ from torch import Tensor
 class Output:
     """Output of one round.
 
-    latents: float32 [B, ...], one entry per image: the final latents of txt2img, or the output of a stage.
+    latents: float32 [B, ...], one entry per image: the final latents of txt2img, or the output of a stage; of `train`
+        [1, 2 steps], the losses and then the gradient norms.
     images: uint8 [B, H, W, 3], None for a stage without images. stages: seconds by stage, empty for a stage alone.
     """
 
@@ -31,6 +32,9 @@ class Engine(Protocol):
     @property
     def config(self) -> Any:
         """Shape of the networks (sd.config.presets.ModelConfig), for FLOPs."""
+
+    def prepare(self, seed: int) -> None:
+        """Make the state from which a round starts; untimed."""
 
     def round(self, seed: int) -> Output:
         """One call of the workload, from prompt or input to output."""

@@ -130,6 +130,9 @@ class SDEngine:
             **{name: value for name, value in added.items() if value not in (None, "schedule")},
         }
 
+    def prepare(self, seed: int) -> None:
+        """See perf.worker.engines.interface.Engine: no round changes the model."""
+
     def _txt2img(self, seed: int) -> Output:
         result = self.model.txt2img(
             self.configuration.prompt,
