@@ -137,10 +137,9 @@ SETS: dict[str, list[Configuration]] = {
         for attention in ("original", "sdpa")
         for model, workload in (("tiny", "txt2img"), ("tiny", "inpaint"), ("tiny-inpaint", "inpaint"))
     ],
-    "training": [
-        replace(configuration, workload="train", steps=10)
-        for configuration in _variants("sd2", TRAINING, batches=(1, 4, 16))
-    ],
+    "training": _variants(
+        "sd2", [{"workload": "train", "steps": 10, **choice} for choice in TRAINING], batches=(1, 4, 16)
+    ),
     "training_smoke": [
         replace(usual("tiny"), workload="train", steps=4, batch=4, **choice)
         for choice in (*SMOKE[:3], {"checkpointing": True}, {"precision": "bf16"}, {"engine": "diffusers"})
