@@ -29,8 +29,8 @@ class TrainingEngine:
     def __init__(
         self, configuration: SimpleNamespace, device: str, after_step: Callable[[int, int], None] | None = None
     ):
-        if configuration.optimise or configuration.lora_rank:
-            raise Unavailable("workload train: --optimise and --lora-rank are of inference: leave them out")
+        if configuration.optimise or configuration.lora_rank or configuration.compile_scope != "unet":
+            raise Unavailable("workload train: --optimise, --lora-rank and --compile-scope are of inference: omit them")
         self.configuration, self.device, self.after_step = configuration, torch.device(device), after_step
         self.training = compat.load("training")
         attention = compat.load("Attention")
