@@ -6,6 +6,16 @@ import pytest
 from agreement import SEED
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests, unless -m or the name of a test selects them."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    left_out = {item for name in ("slow", "nightly") for item in items if item.get_closest_marker(name)}
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def _outside_of_xdist(monkeypatch):
     """A test that runs pytest itself runs it alone, however many tests run beside each other."""

@@ -81,6 +81,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return sdist, build(unpacked, "wheel", folder / "dist")
 
 
+@pytest.mark.slow
 def test_contents_of_the_wheel(built):
     _, wheel = built
     assert wheel.stat().st_size < LARGEST_BYTES
@@ -139,6 +140,7 @@ def elsewhere(tmp_path) -> Path:
     return tmp_path / "somewhere"
 
 
+@pytest.mark.slow
 def test_installed_package_and_its_version(installed, elsewhere):
     code = "import sd, perf, importlib.metadata as m; print(sd.__file__, perf.__file__, m.version('sd-perf'), sd.__version__)"
     *files, version, own = run([installed / "python", "-c", code], elsewhere).split()
@@ -147,6 +149,7 @@ def test_installed_package_and_its_version(installed, elsewhere):
     assert run([installed / "sd-perf", "--version"], elsewhere) == f"sd-perf {sd.__version__}\n"
 
 
+@pytest.mark.slow
 def test_embedded_model_and_packaged_configs(installed, elsewhere):
     assert "--prompt" in run([installed / "txt2img", "--help"], elsewhere)
     made = run([installed / "txt2img", "--prompt", "a red star", "--steps", "2", "--outdir", "out"], elsewhere)
@@ -158,6 +161,7 @@ def test_embedded_model_and_packaged_configs(installed, elsewhere):
     assert "v2-inference" in run([installed / "python", "-c", code], elsewhere)
 
 
+@pytest.mark.slow
 def test_commands_of_the_suite(installed, elsewhere):
     answer = run([installed / "sd-perf", "doctor", "--no-compile", "--json", "--device", "cpu"], elsewhere)
     checks = {check["name"]: check for check in json.loads(answer)["checks"]}

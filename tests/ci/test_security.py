@@ -120,6 +120,7 @@ def _is(node: ast.expr | None, value: object) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_modules_follow_the_rules(path):
     assert findings(path.read_text(encoding="utf-8")) == []

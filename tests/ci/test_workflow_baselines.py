@@ -73,6 +73,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, reason", REFUSED.values(), ids=REFUSED)
 def test_incomplete_or_invalid_session_is_never_promoted(runner, change, reason):
     stored(runner.path / "baselines")

@@ -33,6 +33,7 @@ def _networks(config):
         return (*networks, *inputs, torch.zeros(1, 77, config.text.width))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "sd1", "sd2", "sd2-v"])
 def test_equal_to_pytorchs_counter(name):
     config = preset(name)

@@ -47,6 +47,7 @@ def test_a_step_that_is_done_is_not_run_again(tmp_path, steps, capsys):
     assert json.loads((tmp_path / "state.json").read_text())["correctness"]["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_said_and_the_next_one_runs(tmp_path, steps, capsys):
     steps(replace(QUICK, name="wrong", arguments=("--no-such-option",)), QUICK)
     assert _run(tmp_path) == 1
@@ -75,6 +76,7 @@ def test_ctrl_c_leaves_a_step_to_be_gone_on_with(tmp_path, steps, monkeypatch):
     assert state["status"] == "cut off" and state["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_step_that_is_too_long_is_cut_off_and_gone_on_with(tmp_path, steps, capsys):
     endless = tmp_path / "test_endless.py"
     endless.write_text("import time\n\ndef test_endless():\n    time.sleep(600)\n")
@@ -91,6 +93,7 @@ def test_a_step_that_is_too_long_is_cut_off_and_gone_on_with(tmp_path, steps, ca
     assert "endless        done     exit 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tests_that_passed_are_not_run_again(tmp_path, steps, monkeypatch):
     """Minutes on a borrowed GPU: a step of tests that was cut off goes on with those that it did not reach."""
     monkeypatch.chdir(tmp_path)  # as in a clone: names of tests are those of the folder they run in

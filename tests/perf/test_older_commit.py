@@ -36,6 +36,7 @@ def older(tmp_path_factory) -> Interpreter:
     return Interpreter(source=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize("head_is_older", [False, True], ids=["head-is-newer", "head-is-older"])
 def test_both_sides_of_a_pair_make_the_same_image(older, configuration, head_is_older):

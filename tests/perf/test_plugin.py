@@ -285,6 +285,7 @@ def test_private_names_of_pytest_benchmark(inner):
 # --- real measurements
 
 
+@pytest.mark.slow
 def test_real_measurement_in_this_process(inner):
     """The tiny model over one step, with a checked image and a warning about launch variance."""
     # pytester removes modules that an inner run imports first, and torch cannot be imported twice.

@@ -220,6 +220,7 @@ def test_summary_of_an_invalid_session():
 # --- the command
 
 
+@pytest.mark.slow
 def test_report_needs_neither_torch_nor_pytest(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")

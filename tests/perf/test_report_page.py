@@ -89,6 +89,7 @@ def hostile_runs() -> list[dict]:
     return documents
 
 
+@pytest.mark.slow
 def test_page_is_one_small_file(gpus):
     text = gpus.read_text(encoding="utf-8")
     assert len(text.encode()) < LARGEST_BYTES
@@ -98,6 +99,7 @@ def test_page_is_one_small_file(gpus):
     assert text.count("<script") - text.count("<script>") == 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_page_opens_without_errors_or_requests(gpus):
     with chromium.Page() as browser:
@@ -107,6 +109,7 @@ def test_page_opens_without_errors_or_requests(gpus):
         assert charts > 50 and browser.run("document.querySelectorAll('[data-chart] svg').length") == charts
 
 
+@pytest.mark.slow
 @needs_browser
 def test_charts_hold_the_data_and_filters_change_it(gpus):
     places = f"[...{GPUS}.querySelectorAll('g[data-legend]:not([hidden]) text')].map((text) => text.textContent).join()"
@@ -132,6 +135,7 @@ def test_charts_hold_the_data_and_filters_change_it(gpus):
         assert browser.errors == []
 
 
+@pytest.mark.slow
 @needs_browser
 def test_hidden_marks_are_not_displayed(gpus):
     """The attribute `hidden` has no effect on SVG elements without a style of the page's own."""
@@ -143,6 +147,7 @@ def test_hidden_marks_are_not_displayed(gpus):
         assert browser.run(f"getComputedStyle({mark}).display") == "none"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_intervals_are_drawn(gpus):
     with chromium.Page() as browser:
@@ -160,6 +165,7 @@ def test_intervals_are_drawn(gpus):
         assert "0" in browser.run(ticks), "bars start at zero"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_long_labels_fit_on_a_phone(gpus):
     """Labels stand beside lying bars, wrapped; a tooltip, which a tap shows, has the whole name."""
@@ -181,6 +187,7 @@ def test_long_labels_fit_on_a_phone(gpus):
         assert browser.errors == []
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_every_stage_has_a_whisker_at_its_own_end(gpus, width):
@@ -197,6 +204,7 @@ def test_every_stage_has_a_whisker_at_its_own_end(gpus, width):
             assert low - 0.5 <= end <= high + 0.5
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
@@ -221,6 +229,7 @@ def test_page_fits_and_follows_the_scheme(gpus, width, dark, tmp_path):
         assert browser.run("document.documentElement.dataset.theme") == ("light" if dark else "dark")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_charts_have_accessible_names(gpus):
     with chromium.Page() as browser:
@@ -239,6 +248,7 @@ def test_charts_have_accessible_names(gpus):
         assert browser.run(f"{unnamed}.length") == 0
 
 
+@pytest.mark.slow
 @needs_browser
 def test_raw_json_is_the_saved_run(gpus):
     with chromium.Page() as browser:
@@ -249,6 +259,7 @@ def test_raw_json_is_the_saved_run(gpus):
     assert json.loads(text) == saved == json.loads(gzip.decompress(base64.b64decode(raw["gzip"])))
 
 
+@pytest.mark.slow
 @needs_browser
 def test_hostile_texts_do_nothing(tmp_path):
     assert len(set(HOSTILE)) == 200
@@ -287,6 +298,7 @@ def test_hostile_texts_do_nothing(tmp_path):
     assert text.count("<script") == 2
 
 
+@pytest.mark.slow
 @needs_browser
 def test_content_security_policy_blocks_an_injected_script(gpus, tmp_path):
     """The second defence, tested on a page without the first."""
@@ -301,6 +313,7 @@ def test_content_security_policy_blocks_an_injected_script(gpus, tmp_path):
         assert any("Content Security Policy" in one for one in browser.errors)
 
 
+@pytest.mark.slow
 def test_ten_thousand_rounds_of_fifty_sessions(tmp_path):
     """CPU time and memory of a process of its own. 50 x 5 configurations x 10 launches x 4 rounds."""
     documents = synthetic_runs.nightly_runs(50, rounds=4)

@@ -143,6 +143,7 @@ def test_approximate_configuration_is_marked_and_never_the_fastest():
 # --- the report at the end of a run
 
 
+@pytest.mark.slow
 def test_report_after_a_run(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")

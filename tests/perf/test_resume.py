@@ -26,6 +26,7 @@ def _cases():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _cases())
 def test_resumed_sessions_measure_the_same_as_uninterrupted_ones(case):
     """Interrupted after every event, and 30 times at random moments repeatedly until complete."""

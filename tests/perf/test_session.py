@@ -174,6 +174,7 @@ def test_an_unavailable_configuration_does_not_affect_others(fake, tmp_path, kin
     assert found["seconds"] == {A.id: {"0": [0.01, 0.01], "1": [0.01, 0.01]}, B.id: {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 3, 6, 10])
 def test_interrupted_session_keeps_its_rounds_and_resumes(fake, tmp_path, monkeypatch, after):
     fake(noise=0.01)
@@ -331,6 +332,7 @@ def runner():
 SCRIPT = {"noise": 0.02, "sleep": 0.002}
 
 
+@pytest.mark.slow
 def test_sigkill_loses_no_journalled_round(runner, tmp_path):
     """Sessions killed at random moments and resumed until they are complete."""
     (tmp_path / "whole").mkdir()
@@ -383,6 +385,7 @@ def test_resumed_session_reports_the_stale_lock(runner, tmp_path):
     assert any(expected in line for line in answer["logged"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_random_moments_keeps_measured_rounds(runner, tmp_path):
     script = {"noise": 0.02, "sleep": 0.03}
     begin = time.monotonic()

@@ -45,6 +45,7 @@ def test_a_torch_that_crashes_on_import(fake_torch):
     assert check.status == CANNOT and "it was ended by signal 11" in check.fact
 
 
+@pytest.mark.slow
 def test_hanging_torch_is_killed_with_its_children(fake_torch, tmp_path):
     fake_torch(
         "child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"

@@ -144,6 +144,7 @@ def test_diffusers_trains_with_the_same_losses():
     assert (traces[0] - traces[1]).norm() < 1e-4 * traces[0].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
 def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
     """The reference is that of its own configuration, and the image of another seed is not taken for it."""
@@ -160,6 +161,7 @@ def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
     assert image_failure(other, "full", "cpu").startswith("latents: relative error")
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
 def test_diffusers_inpaints_the_same_image(model):
@@ -179,6 +181,7 @@ def test_diffusers_inpaints_the_same_image(model):
     assert (ours.images.int() - theirs.images.int()).abs().max() <= 2
 
 
+@pytest.mark.slow
 def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():
     seconds = {}
     for slowdown in (0.0, 1.0):
@@ -240,6 +243,7 @@ class Stub:
         raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch, advice", [(4, "try batch 2"), (1, "try a smaller image, or precision fp16")])
 @pytest.mark.parametrize(
     "raised",
@@ -363,6 +367,7 @@ def workers() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_kill_9_of_workers_at_random_moments_is_one_line_each(fake, tmp_path):  # noqa: F811
     fake(**SCRIPT)
     begin = time.monotonic()

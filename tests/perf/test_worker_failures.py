@@ -43,6 +43,7 @@ def test_out_of_memory_is_reported_with_advice_and_the_run_continues(inner):
     assert saved["perf"]["partial"] == "1 failed"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the limit is read from Linux's /proc")
 def test_worker_recovers_from_out_of_memory_with_a_smaller_configuration():
     """The allocation fails for real, in the middle of a round."""

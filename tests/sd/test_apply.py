@@ -141,6 +141,7 @@ class TestThreads:
     def _model(self, kernels):
         return smallest(Optimisations(attention="sdpa", sdpa_kernels=kernels))
 
+    @pytest.mark.slow
     @needs_fused_attention
     def test_each_model_runs_its_own_kernels(self):
         """Two models in two threads, in turns at random; each run records its kernels."""

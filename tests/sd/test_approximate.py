@@ -36,6 +36,7 @@ def _images(model):
     return model.txt2img(PROMPTS, steps=50, sampler="ddim", scale=4.0, seed=2).images.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields, psnr",  # measured 39.8, 48.0 and 42.7 dB
     [({"token_merging": 0.25}, 36), ({"feature_caching": 2}, 44), ({"feature_caching": 3}, 39)],

@@ -28,6 +28,7 @@ def skip_unless_usable(name, device, dtype, head_dim):
         pytest.skip(reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", CHOICES)

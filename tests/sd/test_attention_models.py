@@ -61,6 +61,7 @@ def network(request):
     return model, reference, size, device, setting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
 def test_unet_agrees_with_fp32(seed, network, name):
     model, reference, size, device, setting = network
@@ -73,6 +74,7 @@ def test_unet_agrees_with_fp32(seed, network, name):
     assert only_allowed_kernels(name, kernels), kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHOICES if name != "original"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_images_agree(device, name):
@@ -90,6 +92,7 @@ HALF = [("cpu", "autocast"), ("cpu", "bf16")] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("device, precision", HALF)
 def test_images_agree_in_half_precision(device, name, precision):
@@ -113,6 +116,7 @@ def with_large_scores(device: str) -> StableDiffusion:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device, precision",  # autocast on a CPU is bf16, which has the range of fp32
     [("cpu", "fp16"), pytest.param("cuda", "fp16", marks=GPU), pytest.param("cuda", "autocast", marks=GPU)],
@@ -126,6 +130,7 @@ def test_upcast_prevents_the_black_image(device, precision):
     assert images_of(model).float().std() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_large_scores_in_fp16_give_the_image_of_fp32(device, name):
@@ -139,6 +144,7 @@ def test_large_scores_in_fp16_give_the_image_of_fp32(device, name):
 # --- compiling, switching and recording kernels
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="this torch has no torch.compile")
 @pytest.mark.parametrize("name", ["original", "mha", "sdpa"])
@@ -175,6 +181,7 @@ def test_switching_backends_shares_the_weights(model):
     assert torch.equal(images_of(model), before)
 
 
+@pytest.mark.slow
 def test_kernels_are_recorded_for_both_networks(model):
     images_of(model)
     assert model.kernels == {"unet": ("softmax",), "autoencoder": ("softmax",)}

@@ -29,6 +29,7 @@ def test_log_variance_is_clamped():
     assert autoencoder.encode(torch.randn(1, 3, 64, 64))[1].max() == 20.0
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_equals_diffusers(name):

@@ -328,6 +328,7 @@ def test_file_truncated_anywhere_is_rejected(tmp_path, name):
         rejected(read, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.pt"])
 def test_mutated_files_load_or_are_rejected(tmp_path, name):
     data, path, random_numbers = sample_file(tmp_path / name), tmp_path / f"mutated-{name}", random.Random(0)
@@ -375,6 +376,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of a process is read from /proc")
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
 def test_peak_memory_is_the_size_of_the_file(tmp_path, name):

@@ -115,13 +115,14 @@ cases = given(
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
+@pytest.mark.slow
 @settings(max_examples=60, **COMMON)
 @cases
 def test_changed_checkpoints(tmp_path_factory, steps, spellings, suffix):
     check(steps, spellings, suffix, tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(max_examples=2000, **COMMON)
 @cases
 def test_2000_changed_checkpoints(tmp_path_factory, steps, spellings, suffix):

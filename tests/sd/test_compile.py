@@ -61,6 +61,7 @@ def _optimise(model, scope, backend, **fields):
         pytest.skip(str(reason))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, CACHES], ids=["plain", "fast"])
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_no_recompilation(model, references, counters, scope, fields):
@@ -83,6 +84,7 @@ def test_no_recompilation(model, references, counters, scope, fields):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_only_a_new_shape_compiles_again(model, references, counters, scope):
     """Without guidance the batch is half as large and has separate graphs; afterwards both are cached."""
@@ -98,6 +100,7 @@ def test_only_a_new_shape_compiles_again(model, references, counters, scope):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_noise_of_ddim_is_part_of_the_step(model, counters):
     model.optimise(Optimisations(attention="original"))
     expected = _latents(model, "ddim", eta=1.0)
@@ -105,6 +108,7 @@ def test_noise_of_ddim_is_part_of_the_step(model, counters):
     assert relative_error(_latents(model, "ddim", eta=1.0), expected) <= BOUND
 
 
+@pytest.mark.slow
 def test_another_choice_undoes_the_compilation(model, counters):
     model.optimise(Optimisations())
     plain = _latents(model)
@@ -118,6 +122,7 @@ def test_another_choice_undoes_the_compilation(model, counters):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 @needs_fused_attention
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_another_choice_of_kernels_compiles_again(model, counters, scope):
@@ -159,6 +164,7 @@ def test_without_a_cpp_compiler_compile_is_refused_and_left_out_of_fast(model, m
     model.optimise(Optimisations(compile="default", compile_backend="eager"))
 
 
+@pytest.mark.slow
 def test_decoder_and_text_encoder(model, counters):
     model.optimise(Optimisations())
     expected = model.txt2img("a red star", steps=5)

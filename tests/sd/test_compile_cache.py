@@ -35,7 +35,7 @@ save_compile_cache(directory)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile_cache"), reason="torch >= 2.7")
 def test_a_second_process_reaches_its_first_image_five_times_sooner(tmp_path):

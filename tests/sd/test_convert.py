@@ -37,6 +37,7 @@ def make(path: Path, kind: str = "openclip", dtype=torch.float16, released: bool
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_native_mha_files_round_trip(tmp_path, kind, suffix):
@@ -62,6 +63,7 @@ def test_file_formats_round_trip(tmp_path):
     assert same(read(tmp_path / "f.ckpt"), read(tmp_path / "d.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_folder_round_trip(tmp_path, presets, kind, capsys):
     config = small(kind)
@@ -100,6 +102,7 @@ def test_embedded_model_is_converted_by_name(tmp_path, monkeypatch):
     assert load(tmp_path / "folder")[0] == replace(config, parameterization="eps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_and_transformers_load_the_folder(tmp_path, presets, kind):
     diffusers = pytest.importorskip("diffusers", reason="the folder is for diffusers")
@@ -176,6 +179,7 @@ def test_damaged_folders_are_rejected(tmp_path, presets):
         read(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [

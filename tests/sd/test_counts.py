@@ -25,12 +25,14 @@ def _products(counting):
     return sum(counting.ops[name] for name in ("mm", "addmm", "bmm", "baddbmm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_results_are_unchanged(case, row):
     reference = case.call(attention="original")
     assert relative_error(case.call(**ROWS[row]), reference) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, saved",
     [
@@ -86,6 +88,7 @@ def test_no_call_synchronises(case, row):
     assert case.count(**ROWS[row]).synchronisations == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith("2.15."), reason="the docs have counts for torch 2.15")
 def test_the_docs_have_this_table():
     text = (ROOT / "docs" / "optimisations.md").read_text(encoding="utf-8")

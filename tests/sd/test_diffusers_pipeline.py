@@ -67,6 +67,7 @@ def latents_of(pipeline, steps: int, latents: torch.Tensor) -> torch.Tensor:
     ).images
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("own", [True, False], ids=["its own scheduler", "made from another scheduler"])

@@ -94,6 +94,7 @@ def fake(monkeypatch):
         yield lambda name, choice: FakeModel(name, Optimisations(**choice))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "choice"),
     [
@@ -115,6 +116,7 @@ def test_a_step_and_a_decoded_image(fake, name, choice):
     assert pixels.shape == (2, 3, config.image_size, config.image_size) and pixels.device.type == "cuda"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 @pytest.mark.parametrize("choice", ["autocast-sdpa", "exact"])

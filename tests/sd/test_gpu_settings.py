@@ -54,6 +54,7 @@ def reference():
     return _latents(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_fp32_is_fp32_unless_tf32_is_chosen(emulated_tf32, reference, name):
     """With the same techniques TF32 is over the bound, and fp32, also where the process allows TF32, far below it."""

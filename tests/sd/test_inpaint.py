@@ -74,6 +74,7 @@ class OwnPosterior(PerImageNoise):
         return PerImageNoise(99, shape[0]).initial(shape, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_zero_input_planes_equal_txt2img_bit_for_bit(tiny, image, mask, sampler):
     options = {"steps": 5, "sampler": sampler, "scale": 4.0, "batch": 2}
@@ -89,6 +90,7 @@ def random_inpainting() -> StableDiffusion:
     return StableDiffusion.random("tiny-inpaint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inpainting", "text-to-image"])
 @pytest.mark.parametrize(
     "changes",
@@ -215,6 +217,7 @@ def test_original_draws(random_inpainting, image, mask):
         OriginalNoise(2**32, "cpu").inpainting_initial(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize(
     "channels, options",
@@ -388,7 +391,7 @@ def test_the_embedded_model_fills_a_hole_as_its_prompt_says():
     assert score(StableDiffusion.tiny(inpainting=True), 4) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_embedded_model_is_right_in_90_of_100():
     assert score(StableDiffusion.tiny(inpainting=True), 100) >= 90
 
@@ -427,6 +430,7 @@ def run(*argv) -> int:
     return inpaint.main(["--device", "cpu", "--steps", "4", "--init-img", "init.png", "--mask", "mask.png", *argv])
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_images_of_the_api(files):
     assert run("--prompt", CAPTION, "--n_samples", "2", "--seed", "3", "--sampler", "euler", "--strength", "0.5") == 0
     paths = sorted((OUT / "samples").iterdir())

@@ -176,6 +176,7 @@ def test_unknown_names_are_rejected(convert, name):
         convert({name: torch.zeros(1)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_names_and_shapes_match_diffusers(preset):
     diffusers = pytest.importorskip("diffusers", reason="compares the names with diffusers")

@@ -139,6 +139,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_unloading_is_exact(tmp_path, fields):
     model = _model("clip" if fields else "openclip", **fields)
@@ -153,6 +154,7 @@ def test_unloading_is_exact(tmp_path, fields):
         assert _same(model, before)
 
 
+@pytest.mark.slow
 def test_unloading_after_another_optimisation(tmp_path):
     model, untouched = _model(), _model()
     model.load_lora(_file(tmp_path / "a.pt", kohya(model)))
@@ -209,6 +211,7 @@ DOWN, UP = torch.ones(2, 32), torch.ones(32, 2)
 PAIR = {f"{PROJECTION}.lora_down.weight": DOWN, f"{PROJECTION}.lora_up.weight": UP}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
@@ -309,6 +312,7 @@ def test_a_merged_lora_costs_nothing(tmp_path, name):
     assert merged.ops == without.ops and merged.bytes == without.bytes and without.total > 100
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
 @pytest.mark.parametrize("scope", ["unet", "blocks", "step"])
@@ -345,6 +349,7 @@ def test_a_swap_compiles_nothing(tmp_path, scope):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys, monkeypatch):
     model = StableDiffusion.tiny()
     first, second = (_file(tmp_path / f"{name}.pt", kohya(model, seed)) for seed, name in enumerate("ab"))

@@ -78,6 +78,7 @@ def _compare(pair, path, scale=1.0):
     assert max(errors) <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, -0.4])
 def test_kohya(pair, tmp_path, scale):
     """Every linear layer and convolution that diffusers' conversion of this layout reads, rank 4 and alpha 2."""
@@ -86,6 +87,7 @@ def test_kohya(pair, tmp_path, scale):
     _compare(pair, tmp_path / "a.safetensors", scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alphas", [{"lora_alpha": 4}, {"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}}])
 def test_files_that_diffusers_saves(pair, tmp_path, alphas):
     import peft

@@ -36,6 +36,7 @@ def repeat(path, *argv) -> int:
     return txt2img.main(["--device", "cpu", "--from-png", str(path), "--outdir", "again", *argv])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -157,6 +158,7 @@ def test_another_machine_is_reported(calls, capsys):
     assert "warning: generated on cuda with torch 2.9.1: rounding may differ here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

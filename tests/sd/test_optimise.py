@@ -79,6 +79,7 @@ def _count(model, **fields) -> Counting:
     return counting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in ("mha", "xformers")])
 @pytest.mark.parametrize("name", EXACT)
 def test_equals_the_original_and_is_undone_bit_for_bit(model, reference, name, attention):
@@ -153,6 +154,7 @@ class TestSamplingLoop:
         _run(model, steps=steps, sampler=sampler, eta=eta)
         return counting
 
+    @pytest.mark.slow
     @needs_counting
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
     @pytest.mark.parametrize("fields", [{}, EXACT["all"]], ids=["plain", "fast"])
@@ -163,6 +165,7 @@ class TestSamplingLoop:
             assert counting.made == 0
             assert counting.ops["_to_copy"] == counting.ops["copy_"] == 0
 
+    @pytest.mark.slow
     @needs_counting
     # Guidance (cat, sub, mul, add), v to noise (3), timesteps (full) and the update.
     @pytest.mark.parametrize("sampler, most", [("ddim", 11), ("euler", 10), ("dpm_solver", 14), ("plms", 15)])
@@ -172,6 +175,7 @@ class TestSamplingLoop:
         own = (with_unet[1].total - with_unet[0].total) / 5 - unet.total
         assert own <= most
 
+    @pytest.mark.slow
     @needs_counting
     @pytest.mark.parametrize("sampler", ["ddim", "plms"])
     def test_original_steps_synchronise_three_times_a_step(self, model, monkeypatch, sampler):
@@ -196,6 +200,7 @@ class TestSamplingLoop:
         with pytest.raises(ConfigError, match="ddim, plms"):
             _run(model, sampler=sampler)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("plms", 0.0)])
     def test_original_steps_equal_the_plans(self, model, sampler, eta):
         options = {"steps": self.STEPS, "sampler": sampler, "eta": eta, "rng": "original"}

@@ -126,6 +126,7 @@ def test_dotted_and_lookalike_names_are_rejected(tmp_path, module, name):
     assert f"{module}.{name}" in rejected(tmp_path / "a.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [

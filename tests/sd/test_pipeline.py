@@ -78,6 +78,7 @@ def test_negative_prompts(model):
 # --- img2img
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_img2img(model, strength):
     image = _run(model, steps=20).images[0].permute(2, 0, 1) / 127.5 - 1
@@ -189,6 +190,7 @@ def test_state_dict_is_the_same_for_all_optimisations(choice):
     assert names | {f"text_encoder.{name}" for name in model.text_encoder.state_dict()} == set(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_load_state_dict_reproduces_the_images(model, choice):
     options = Optimisations(**CHOICES[choice])

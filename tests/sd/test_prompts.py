@@ -53,6 +53,7 @@ def test_number_of_chunks(length, chunks):
 # --- dropped text
 
 
+@pytest.mark.slow
 def test_dropped_text_is_reported():
     model = smallest()
     with pytest.warns(SDWarning) as warned:
@@ -132,11 +133,13 @@ def check_chunks(optimisations: dict, sampler: str = "ddim") -> None:
     assert relative_error(truncated, actual) > 2 * error  # the comparison detects a prompt that is cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(sampler):
     check_chunks({}, sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimisations",
     [
@@ -158,6 +161,7 @@ def test_every_attention_and_optimisation(optimisations):
     check_chunks(optimisations)
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
 @pytest.mark.parametrize("caches", [False, True])

@@ -46,6 +46,7 @@ def test_uniform_timesteps(steps, count, last):
 IMPOSSIBLE = {3, 9, 27, 36, 37, *range(101, 112), *range(251, 334), *range(501, 1001)}
 
 
+@pytest.mark.slow
 def test_every_count_is_in_range_or_raises():
     for steps in range(1, 1001):
         if steps in IMPOSSIBLE:

@@ -91,6 +91,7 @@ OLDER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rules",
     [

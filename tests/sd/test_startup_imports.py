@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys
 import torch  # some releases import part of their compiler themselves
@@ -17,6 +19,7 @@ print([name for name in ("torch._dynamo", "torch._inductor", "triton", "open_cli
 """
 
 
+@pytest.mark.slow
 def test_no_compiler_no_triton_and_no_vision_library():
     """Each of them takes seconds in every process."""
     root = Path(__file__).parents[2]

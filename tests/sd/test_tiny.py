@@ -18,6 +18,7 @@ def _as_images(pixels):
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 def test_recogniser_reads_drawn_images():
     subjects = SUBJECTS[::7]
     images = _as_images(draw(subjects, torch.Generator().manual_seed(0)))

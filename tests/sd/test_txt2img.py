@@ -100,6 +100,7 @@ def test_grid_contains_all_iterations(calls, argv, size):
     assert Image.open("outputs/txt2img-samples/grid-0000.png").size == (columns * 66 + 2, rows * 66 + 2)
 
 
+@pytest.mark.slow
 def test_dropped_text_is_one_line_on_stderr(capsys):
     assert run("--prompt", "word " * 75 + "tail of it", "--n_iter", "2", "--skip_first") == 0
     err = capsys.readouterr().err
@@ -148,6 +149,7 @@ def test_original_rng_continues_over_iterations():
     assert all(torch.equal(a, b) for a, b in zip(samples("a"), samples("b")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rng", ["per-image", "original"])
 def test_fixed_code_starts_every_iteration_from_the_same_noise(rng):
     argv = ["--rng", rng, "--fixed_code", "--n_iter", "2"]
@@ -209,6 +211,7 @@ def test_time_covers_iterations_and_saving_but_not_the_warm_up(calls, monkeypatc
 # --- options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, expected",
     [
@@ -243,6 +246,7 @@ def test_default_scale_matches_the_original_script():
     assert txt2img.default_scale(replace(PRESETS["sd1"], name="mine")) == 7.5
 
 
+@pytest.mark.slow
 def test_config_without_checkpoint_may_be_tiny(calls, capsys):
     for config in ("tiny", str(CONFIGS / "tiny.yaml")):
         assert run("--config", config) == 0

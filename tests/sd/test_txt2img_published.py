@@ -20,6 +20,7 @@ NATIVE = COMMON + "--config configs/stable-diffusion/v2-inference_native_mha.yam
 NO_KERNELS = "has no SDPA kernels to choose from"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environ, line, refusal",
     [
@@ -59,6 +60,7 @@ def test_native_and_original_checkpoints_give_the_same_image(checkpoints, tmp_pa
     assert close(torch.stack(samples(tmp_path / "0")), torch.stack(samples(tmp_path / "1")))
 
 
+@pytest.mark.slow
 def test_run_as_module(checkpoints, tmp_path):
     argv = [sys.executable, "-m", "sd.txt2img", "--device", "cpu", *shlex.split(ORIGINAL), "--outdir", str(tmp_path)]
     environ = {**os.environ, "USE_XFORMERS": "False", "PYTHONPATH": str(ROOT)}

@@ -134,6 +134,7 @@ def test_unwritable_folder_is_rejected_before_the_model_is_loaded(monkeypatch, c
     assert "--outdir: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_image_is_an_error_and_not_saved(monkeypatch, capsys):
     decode = StableDiffusion.decode
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, latents: decode(self, latents) * float("nan"))
@@ -146,6 +147,7 @@ def test_bad_image_is_an_error_and_not_saved(monkeypatch, capsys):
     assert not list(Path().rglob("*.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 def test_closed_stdout_gives_no_traceback():
     read, write = os.pipe()
