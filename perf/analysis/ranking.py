@@ -41,6 +41,12 @@ def work_of(configuration: Mapping[str, object] | None) -> tuple[object, ...]:
     return tuple((configuration or {}).get(field) for field in WORK)
 
 
+def marks(invalid: bool, drifted: bool, approximate: bool) -> tuple[str, ...]:
+    """The marks beside a result, the same in the terminal, the saved run, CSV, Markdown and the page."""
+    flags = {"INVALID": invalid, "drifted": drifted, "approximate": approximate}
+    return tuple(name for name, is_set in flags.items() if is_set)
+
+
 def sort_by_seconds(
     results: Iterable[T], seconds: Callable[[T], float], invalid: Callable[[T], bool] = lambda result: False
 ) -> list[T]:
@@ -81,12 +87,19 @@ def fastest_lines(entries: Iterable[Entry]) -> list[str]:
 
     An entry is called the fastest only where the interval of the ratio of the next one to it excludes no change.
     """
-    lines = []
-    for group in _by_work(entries):
-        exact = [entry for entry in group if entry.why_not is None]
-        if len(exact) > 1:
-            lines.append(_fastest_line(exact[0], exact[1]))
-    return lines
+    return [_fastest_line(first, second) for first, second in _first_two(entries)]
+
+
+def fastest_ids(entries: Iterable[Entry]) -> list[str]:
+    """Ids of the entries that `fastest_lines` calls the fastest."""
+    ratios = ((first.id, paired(second, first)) for first, second in _first_two(entries))
+    return [id for id, ratio in ratios if ratio and ratio.low > 1]
+
+
+def _first_two(entries: Iterable[Entry]) -> list[tuple[Entry, Entry]]:
+    """The two fastest exact, valid entries of each work."""
+    groups = ([entry for entry in group if entry.why_not is None] for group in _by_work(entries))
+    return [(exact[0], exact[1]) for exact in groups if len(exact) > 1]
 
 
 def _fastest_line(first: Entry, second: Entry) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="images named after configurations, from --perf-trace (PNG)"
     )
+    parser.add_argument(
+        "--repository",
+        type=_address,
+        default=build.workflow_repository(os.environ),
+        metavar="URL",
+        help="site of the repository, to link commits (default: that of the GitHub workflow)",
+    )
     parser.add_argument("--reference", metavar="ROW", help="row of the tables that improvements refer to")
 
 
@@ -35,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(f'report: {" and ".join(missing)} not installed: pip install "sd-perf[report]"')
     paths = [run for path in args.runs for run in (_runs_in(path) if path.is_dir() else [path])]
     try:
-        report = build.gather(paths, args.reference, args.pictures, say=_say)
+        report = build.gather(paths, args.reference, args.pictures, args.repository, say=_say)
         for line in report.refused:
             _say(line)
         if args.summary is not None:
@@ -48,6 +57,13 @@ def run(args: argparse.Namespace) -> int:
     except (BaselineError, UnknownReference) as error:
         return _refuse(str(error))
     return ExitCode.FAILED if report.refused else ExitCode.OK
+
+
+def _address(text: str) -> str:
+    """A web address without its last slash. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"https?://[A-Za-z0-9._~:/-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no web address, such as https://github.com/OWNER/NAME")
+    return text.rstrip("/").removesuffix(".git")
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any
@@ -206,6 +206,19 @@ def sampling(timestep_spacing: str | None, sigmas: str, scale: float) -> list[st
     parts = [] if timestep_spacing is None else [timestep_spacing]
     parts += [] if sigmas == "schedule" else [sigmas]
     return parts + ([] if scale == 7.5 else ["unguided" if scale == 1.0 else f"scale{scale:g}"])
+
+
+def name_of_work(model: str, workload: str, sampler: str, steps: int, size: Sequence[int], parts: Sequence[str]) -> str:
+    """The work for titles, such as `sd2` or `tiny, ddim 20 steps`; PLMS with 50 steps is left out. parts: by `sampling`."""
+    names = [model] + ([workload] if workload != "txt2img" else [])
+    if workload == "train":
+        names.append(f"{steps} updates")
+    elif (sampler, steps) != ("plms", 50):
+        names.append(f"{sampler} {steps} steps")
+    names += parts
+    if any(size):
+        names.append(f"{size[0] or 'native'}x{size[1] or 'native'} px")
+    return ", ".join(names)
 
 
 def from_dict(values: dict[str, Any]) -> Configuration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,10 @@ def write(
         started = document.get("perf", {}).get("started_unix_seconds")
         stored = [path for path in saved_runs_in(storage) if path.resolve() != run.resolve()] if storage else []
         report = build.gather(
-            [run, *_other_sessions(stored, started)], images_folder=traces / "pictures" if traces else None, say=say
+            [run, *_other_sessions(stored, started)],
+            images_folder=traces / "pictures" if traces else None,
+            repository=build.workflow_repository(os.environ),
+            say=say,
         )
         written = build.write(report, folder, say=say)
     except (BaselineError, OSError, ValueError) as error:

@@ -62,6 +62,8 @@ def evaluate(session: Session, comparison: Comparison) -> Results:
     for id, decision in decisions.items():
         if id in infos:
             infos[id]["verdict"] = decision.as_dict()
+    for id, info in infos.items():
+        info["marks"] = record.marks(session, info, decisions.get(id))
     return Results(session, infos, decisions, judgement)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from perf.analysis import ranking
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict, percent
-from perf.configurations.configuration import images_per_round, is_approximate, is_reference
+from perf.configurations.configuration import images_per_round, is_reference, name_of_work, sampling
 from perf.plugin.state import Results
 from perf.report.text import interval_seconds, size
 from perf.session import record
@@ -21,7 +21,8 @@ from perf.session.run import Session
 STYLES = {"SLOWER": "bold red", "INVALID": "bold red", "FASTER": "green", "SAME": "", "INCONCLUSIVE": "yellow"}
 WIDE = 150  # columns of a terminal that holds one line per configuration; the other layout fits 80
 FEW_STEPS = 4  # up to which the share of each stage is printed
-COLUMNS = ("time", "images/s", "speed-up", "peak memory", "energy", "of peak FLOP/s", "image", "verdict", "reason")
+COLUMNS = ("time", "images/s", "speed-up", "peak memory", "energy", "of peak FLOP/s", "image", "marks", "verdict")
+COLUMNS += ("reason",)
 
 
 def write(reporter, results: Results, partial: str | None) -> None:
@@ -54,8 +55,7 @@ def entries(results: Results) -> list[ranking.Entry]:
 def _entry(results: Results, id: str) -> ranking.Entry:
     info, decision = results.infos[id], results.decisions.get(id)
     configuration, speedup = info["configuration"], info["speedup"]
-    invalid = results.session.invalid or (decision and decision.verdict is Verdict.INVALID)
-    approximate = is_approximate(configuration["optimise"])
+    marks = record.marks(results.session, info, decision)
     rounds = [
         [seconds for i, seconds in enumerate(launch["round_seconds"]) if str(i) not in launch["invalid"]]
         for launch in info["launches"]
@@ -66,7 +66,7 @@ def _entry(results: Results, id: str) -> ranking.Entry:
         rounds=[[seconds / images_per_round(configuration) for seconds in launch] for launch in rounds],
         work=ranking.work_of(configuration),
         text=interval_seconds(info["seconds_per_image"]),
-        why_not="INVALID" if invalid else "approximate" if approximate else None,
+        why_not=next((mark for mark in marks if mark != "drifted"), None),
         is_reference=is_reference(configuration),
         speedup=Interval(*(speedup[key] for key in ("estimate", "low", "high"))) if speedup else None,
         against=speedup["against"] if speedup else "original",
@@ -84,17 +84,30 @@ def failures(session: Session) -> dict[str, str]:
 
 
 def print_table(console: Console, results: Results) -> None:
-    """Print every configuration, the fastest first and the failed ones last."""
-    rows = [(id, cells(results, id), results.decisions.get(id)) for id in ranked(results)]
+    """Print a table for each work, the fastest configuration first and the failed ones last."""
+    works: dict[tuple, list] = {}
+    for id in ranked(results):
+        work = ranking.work_of(results.infos[id]["configuration"])
+        works.setdefault(work, []).append((id, cells(results, id), results.decisions.get(id)))
     clock = "CPU time/image [95 %]" if results.session.settings.clock == "cpu" else "time/image [95 %]"
-    if console.width >= WIDE:
-        console.print(_wide(clock, rows))
-    else:
+    for rows in works.values():
+        if len(works) > 1:
+            work = _work(results.infos[rows[0][0]]["configuration"])
+            console.print(Text(f"{work}: not comparable with the other tables", "bold"))
+        if console.width >= WIDE:
+            console.print(_wide(clock, rows))
+            continue
         for line in _narrow(clock, rows):
             line.rstrip()
             console.print(line, soft_wrap=True)
     for id, reason in failures(results.session).items():
         console.print(Text.assemble((f"{id}  ", ""), ("INVALID", STYLES["INVALID"]), f" ({reason})"), soft_wrap=True)
+
+
+def _work(configuration: dict) -> str:
+    size = configuration["height"], configuration["width"]
+    parts = sampling(*(configuration[field] for field in ("timestep_spacing", "sigmas", "scale")))
+    return name_of_work(*(configuration[field] for field in ("model", "workload", "sampler", "steps")), size, parts)
 
 
 def cells(results: Results, id: str) -> dict[str, str]:
@@ -115,7 +128,8 @@ def cells(results: Results, id: str) -> dict[str, str]:
     elif is_reference(info["configuration"]):
         values["speed-up"] = "reference"
     if image["psnr_db"] is not None:
-        values["image"] = f"{image['psnr_db']:.0f} dB{', approximate' if image['verdict'] == 'approximate' else ''}"
+        values["image"] = f"{image['psnr_db']:.0f} dB"
+    values["marks"] = ", ".join(record.marks(results.session, info, decision))
     if decision:
         values["verdict"], _, values["reason"] = str(decision).partition(" ")
     return {column: value for column, value in values.items() if value}
@@ -148,7 +162,7 @@ def _narrow(clock: str, rows) -> Iterator[Text]:
         "image": "image {}",
     }
     for rank, (id, values, decision) in enumerate(rows, 1):
-        yield Text(f"{rank:>2} {id}", "bold")
+        yield Text.assemble((f"{rank:>2} {id}", "bold"), (f"  {values.get('marks', '')}", "yellow"))
         numbers = f"   {values['time']:<30} {values['images/s']:>8}   {values.get('speed-up', ''):<21} "
         yield Text.assemble(numbers, (values.get("verdict", ""), _style(decision)))
         details = ", ".join(form.format(values[column]) for column, form in forms.items() if column in values)

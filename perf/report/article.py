@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from perf.report.charts import Chart, Point, Series, by_technique, groups, unit, valid
+from perf.report import tables
+from perf.report.charts import Chart, Point, Series, by_technique, groups, newest_of, stamp, unit, valid
 from perf.report.published import GPUS, published
 from perf.report.results import Facets, Result
 from perf.report.text import joined_name
@@ -19,13 +20,14 @@ def launch_charts(results: Sequence[Result]) -> list[Chart]:
         generations, lambda result: (result.session.machine, result.work, result.batch, result.session.rounds)
     )
     for (gpu, _, batch, rounds), members in by_chart.items():
+        members, part = newest_of(members)
         first = members[0]
         several_stacks = len({(result.torch, result.session.identity) for result in members}) > 1
         charts.append(
             Chart(
                 name=article_name(first),
                 section="Launches",
-                title=f"{gpu}: {first.work_name}, n_samples {batch}, n_iter {rounds or 'unknown'}",
+                title=f"{gpu}{stamp(members)}: {first.work_name}, n_samples {batch}, n_iter {rounds or 'unknown'}{part}",
                 summary=f"Seconds per image of every launch of {len(members)} configurations on {gpu} at batch {batch}.",
                 x_label="launch",
                 y_label=f"{unit(members)} per image",
@@ -65,7 +67,7 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
         if cell.seconds_per_image is not None and cell.model in models
     }
     for key in dict.fromkeys([*own, *article_works]):
-        members, (work, batch) = own.get(key, []), key
+        (members, part), (work, batch) = newest_of(own.get(key, [])), key
         series = _published_bars(article_works[key], batch) if key in article_works else []
         series += _own_bars(members)
         if sum(len(bars.points) for bars in series) < 2:  # a single bar compares nothing
@@ -75,7 +77,7 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
             Chart(
                 name=joined_name(f"gpus_{name}_batch_{batch}"),
                 section="GPUs",
-                title=f"{name}, batch {batch}: time per image by GPU{_synthetic(members)}",
+                title=f"{name}, batch {batch}: time per image by GPU{part}{_synthetic(members)}{stamp(members)}",
                 summary=f"Seconds per image of {len(series)} configurations by GPU at batch {batch}.",
                 x_label="GPU",
                 y_label=f"{unit(members)} per image",
@@ -84,6 +86,49 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
             )
         )
     return charts
+
+
+def ratio_charts(results: Sequence[Result]) -> list[Chart]:
+    """Speed-ups over the original code by GPU, published beside own ones of any model, one chart per batch."""
+    ratios = tables.ratios(results)
+    charts = []
+    for batch in dict.fromkeys(ratio.batch for ratio in ratios if ratio.result):
+        printed = [ratio for ratio in ratios if ratio.batch == batch and ratio.result is None]
+        own, part = newest_of([ratio for ratio in ratios if ratio.batch == batch and ratio.result])
+        members = [*printed, *own]
+        bars = groups(members, lambda ratio: (ratio.technique, ratio.result is None))
+        charts.append(
+            Chart(
+                name=f"ratios_batch_{batch}",
+                section="GPUs",
+                title=f"Batch {batch}: speed-up over the original code{part}{stamp([ratio.result for ratio in own])}",
+                summary=f"Speed-up of {len(bars)} configurations over the original code by GPU at batch {batch}.",
+                x_label="GPU",
+                y_label="times as fast as the original code",
+                series=tuple(
+                    Series(
+                        f"{name} (published)" if printed else name,
+                        name,
+                        tuple(map(_ratio, group)),
+                        "bar",
+                        faint=printed,
+                    )
+                    for (name, printed), group in bars.items()
+                ),
+                levels=(("", 1.0),),
+            )
+        )
+    return charts
+
+
+def _ratio(ratio: tables.Ratio) -> Point:
+    facets = ratio.result.facets if ratio.result else None
+    note = (
+        f"{ratio.result.id}, {ratio.result.session.name}"
+        if ratio.result
+        else "published, computed from printed seconds"
+    )
+    return Point(ratio.column, ratio.estimate, ratio.low, ratio.high, facets, note)
 
 
 def _synthetic(results: Sequence[Result]) -> str:

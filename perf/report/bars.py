@@ -1,10 +1,9 @@
-"""Draw bar charts: upright, or lying where the labels have no room below upright bars."""
+"""Draw bar charts. Bars lie, so that their labels are readable on a desk and on a phone alike."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 from matplotlib.patches import Patch
 
@@ -13,17 +12,12 @@ from perf.report.charts import Chart, Point, Series
 from perf.report.palette import Look, Palette
 
 LABEL_CHARACTERS, LABEL_LINES = 22, 3
-BAR_INCHES, GAP_INCHES, LINE_INCHES = 0.13, 0.08, 0.15  # lying: a bar, between labels, a line of a label
+BAR_INCHES, GAP_INCHES, LINE_INCHES = 0.13, 0.08, 0.15  # a bar, between labels, a line of a label
 
 
 def labels_of(chart: Chart) -> list[str]:
     """The places of a category axis, in order."""
     return list(chart.places or dict.fromkeys(str(point.x) for point in chart.points))
-
-
-def lies(labels: Sequence[str]) -> bool:
-    """Whether bars over these labels lie: upright labels would have to be tilted, or the figure be too wide."""
-    return len(labels) > 5 or max(map(len, labels), default=0) * len(labels) > 50
 
 
 def wrapped(label: str) -> str:
@@ -70,20 +64,16 @@ class _Bars:
 
     def __init__(self, chart: Chart):
         self.chart, self.labels = chart, labels_of(chart)
-        self.canvas = Canvas(chart, lies(self.labels))
+        self.canvas = Canvas(chart, lying=True)
         self.counts = Counter(str(point.x) for point in chart.points)
         self.drawn, self.tops = Counter(), dict.fromkeys(self.labels, 0.0)
         most = 1 if chart.stacked else max(self.counts.values(), default=1)
-        if self.canvas.lying:
-            rooms = [self._lying_room(label) for label in self.labels]
-            self.width = 0.2 if most == 1 else BAR_INCHES
-        else:
-            rooms, self.width = [1.0] * len(self.labels), (0.6 if most == 1 else 0.84) / most
+        rooms, self.width = list(map(self._room, self.labels)), 0.2 if most == 1 else BAR_INCHES
         self.middles = {label: sum(rooms[:at]) + room / 2 for at, (label, room) in enumerate(zip(self.labels, rooms))}
         self.length = sum(rooms)
         self.before: tuple[float, Point] | None = None
 
-    def _lying_room(self, label: str) -> float:
+    def _room(self, label: str) -> float:
         """Inches of a label by its bars and lines."""
         bars = 1 if self.chart.stacked else self.counts[label]
         return max(0.2, LINE_INCHES * (wrapped(label).count("\n") + 1), BAR_INCHES * bars) + GAP_INCHES
@@ -97,8 +87,7 @@ class _Bars:
         self.drawn[label] += 1
         base = self.tops[label] if stacked else point.base
         end = self.tops[label] = base + point.y if stacked else point.y
-        draw, start = (canvas.axes.barh, "left") if canvas.lying else (canvas.axes.bar, "bottom")
-        (bar,) = draw(place, end - base, self.width * 0.92, **{start: base}, **_style(look, series.faint))
+        (bar,) = canvas.axes.barh(place, end - base, self.width * 0.92, left=base, **_style(look, series.faint))
         title = series.name if series.name == label else f"{series.name}, {label}"
         canvas.mark(bar, [point.facets], canvas.tooltip(title, point))
         # Whiskers of a stack stand beside each other, because the ends of small pieces lie close together.
@@ -114,15 +103,9 @@ class _Bars:
     def finish(self) -> float:
         """Draw the category axis; returns the height of the axes in inches."""
         axes, texts = self.canvas.axes, [wrapped(label) for label in self.labels]
-        if self.canvas.lying:
-            axes.set_yticks(list(self.middles.values()), texts)
-            axes.set_ylim(self.length, 0.0)
-            ticks = axes.get_yticklabels()
-        else:
-            axes.set_xticks(list(self.middles.values()), texts)
-            axes.set_xlim(0.0, self.length)
-            ticks = axes.get_xticklabels()
-        axes.grid(axis="y" if self.canvas.lying else "x", visible=False)
-        for tick, label in zip(ticks, self.labels):
+        axes.set_yticks(list(self.middles.values()), texts)
+        axes.set_ylim(self.length, 0.0)
+        axes.grid(axis="y", visible=False)
+        for tick, label in zip(axes.get_yticklabels(), self.labels):
             self.canvas.mark(tick, [point.facets for point in self.chart.points if str(point.x) == label], legend=True)
-        return max(1.2, self.length) if self.canvas.lying else 2.9
+        return max(1.2, self.length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from perf.configurations.sets import SETS
-from perf.report.charts import Chart, Point, Series, bar_each, groups, short_id, unit, valid
+from perf.report.charts import Chart, Point, Series, bar_each, groups, short_id, stamp, unit, valid
 from perf.report.palette import KERNEL_CLASSES, STAGES
 from perf.report.results import Result
 from perf.report.text import joined_name
@@ -22,7 +22,7 @@ def _by_session(results: Sequence[Result]) -> Iterator[Group]:
     )
     for members in by_chart.values():
         session, work = members[0].session, f"{members[0].work_name}, batch {members[0].batch}"
-        title = f"{session.machine}, torch {session.torch}: {work}"
+        title = f"{session.machine}, torch {session.torch}{stamp(members)}: {work}"
         yield members, title, joined_name(session.machine, session.torch, work)
 
 
@@ -34,8 +34,9 @@ def _by_model(results: Sequence[Result]) -> Iterator[Group]:
         session = members[0].session
         for begin in range(0, len(members), MOST_BARS):
             part = f", part {begin // MOST_BARS + 1}" if len(members) > MOST_BARS else ""
-            title = f"{session.machine}, torch {session.torch}: {members[0].model}{part}"
-            yield members[begin : begin + MOST_BARS], title, joined_name(title)
+            machine, model = f"{session.machine}, torch {session.torch}", f"{members[0].model}{part}"
+            title = f"{machine}{stamp(members)}: {model}"
+            yield members[begin : begin + MOST_BARS], title, joined_name(machine, model)
 
 
 def _stacked(
@@ -47,12 +48,15 @@ def _stacked(
 
 
 def ladder_charts(results: Sequence[Result]) -> list[Chart]:
-    """A waterfall per session: the original first, then the steps in the order of the ladder, or from slow to fast."""
+    """A waterfall per session whose configurations each add an optimisation to the one before, as the set `ladder` does."""
     charts = []
     for members, title, stem in _by_session(results):
-        if len(members) < 2 or not any(result.technique.startswith("original") for result in members):
+        rungs = sorted(
+            (result for result in members if result.technique in LADDER),
+            key=lambda result: LADDER.index(result.technique),
+        )
+        if len(rungs) < 3 or len(rungs) < len(members):
             continue
-        rungs = _rungs(members)
         steps = [_step(before, result) for before, result in zip([None, *rungs], rungs)]
         charts.append(
             Chart(
@@ -73,12 +77,6 @@ def _step(before: Result | None, result: Result) -> Point:
     change = f"{100 * (1 - result.seconds_per_image / start):+.1f} % less" if before else "start"
     note = f"{result.seconds_per_image:.4g} s, {change}, {result.interval_name}"
     return Point(result.technique, result.seconds_per_image, *result.interval, result.facets, note, base=start)
-
-
-def _rungs(members: Sequence[Result]) -> list[Result]:
-    if all(result.technique in LADDER for result in members):
-        return sorted(members, key=lambda result: LADDER.index(result.technique))
-    return sorted(members, key=lambda result: (result.technique != "original", -result.seconds_per_image))
 
 
 def stage_charts(results: Sequence[Result]) -> list[Chart]:
@@ -167,7 +165,7 @@ def compile_charts(results: Sequence[Result]) -> list[Chart]:
                 Chart(
                     name=joined_name("compiling", stem, compiled.technique),
                     section="Compiling",
-                    title=f"{title}: {compiled.technique}, {_break_even(compiled)}",
+                    title=f"{title}: {compiled.technique}, {break_even(compiled)}",
                     summary=f"Cumulative seconds over images, {eager.technique} against {compiled.technique}.",
                     x_label="images made",
                     y_label=f"{unit(members)} spent, compiling included",
@@ -189,7 +187,8 @@ def _eager(members: Sequence[Result], compiled: Result) -> Result | None:
     )
 
 
-def _break_even(result: Result) -> str:
+def break_even(result: Result) -> str:
+    """After how many images compiling pays, in words."""
     if result.amortise is None:
         return "break-even not computed (fewer than 6 launches, or no reference)"
     estimate, low, high = result.amortise

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from perf.report.results import Facets, Result
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Chart:
     """One chart. name: of its files; summary: a text alternative.
 
     scale: `category`, `linear`, `log` or `time` (Unix seconds) of x. levels: (name, y) of horizontal lines. marks: (x, text)
-    of vertical lines. zero: y starts at 0. places: order of a category axis; by default the order of the points.
+    of vertical lines. zero: y starts at 0. places: order of a category axis; by default the order of the points. filled: the
+    intervals of a line are one shaded area, for lines of many points.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Chart:
     levels: tuple[tuple[str, float], ...] = ()
     marks: tuple[tuple[float, str], ...] = ()
     places: tuple[str, ...] = ()
+    filled: bool = False
 
     @property
     def points(self) -> list[Point]:
@@ -69,13 +74,16 @@ class Chart:
         return [point for series in self.series for point in series.points]
 
 
+MOST_RESULTS = 60  # of one chart: a fleet has hundreds of machines of one name
+
 SECTIONS = {
     "Launches": "Seconds per image of every launch, as in the article: median round, whiskers from the fastest to the "
     "slowest round; shaded: the interval of the median launch.",
-    "GPUs": "Seconds per image by GPU, published values beside your own. Whiskers are intervals; the articles print none, "
-    "and warn that only values within one of their graphs compare reliably.",
-    "Ladder": "One optimisation at a time: the change in seconds per image of each step. Whiskers are the intervals of "
-    "the resulting times.",
+    "GPUs": "Seconds per image by GPU, published values beside your own, and speed-ups over the original code, which any "
+    "model and machine can be compared by. Whiskers are intervals; the articles print none, and warn that only values "
+    "within one of their graphs compare reliably.",
+    "Ladder": "Each step adds an optimisation to the one above: the change in seconds per image. Whiskers are the "
+    "intervals of the resulting times.",
     "Stages": "Wall time of an image by stage. The whisker at the end of each piece is the interval of that piece over "
     "launches; runs saved before stages were recorded per round have none. `other` is the rest of the round.",
     "Growth": "Time and memory against steps, batch and image size, with a fit from three points on and the 95 % interval "
@@ -91,7 +99,8 @@ SECTIONS = {
     "on a CPU are `other`.",
     "Comparisons": "Change in time of each configuration against its reference (another commit or itself, interleaved, or "
     "stored sessions) in percent, with 95 % intervals and the margin. Below 0 is faster.",
-    "History": "Each configuration over stored sessions, with verdicts, and the changes of commit, GPU and versions.",
+    "History": "Each configuration over the stored sessions of a machine: a line for each software stack, its intervals "
+    "shaded, with the verdicts other than SAME; dotted: the change points.",
 }
 
 
@@ -119,8 +128,21 @@ def unit(results: Sequence[Result]) -> str:
     return "s (wall or CPU time: see the legend)" if "cpu" in clocks else "s"
 
 
-def groups(results: Sequence[Result], key: Callable) -> dict:
-    """Results by a key, in order of first appearance."""
+def stamp(results: Sequence[Result]) -> str:
+    """What a title says of sessions whose times are no evidence (INVALID) or approximate (drifted), else empty."""
+    stamps = [result.session.stamp for result in results]
+    found = [name for name in ("INVALID", "drifted") if name in stamps]
+    part = "partly " if found and "" in stamps else ""
+    return f" ({part}{' and '.join(found)})" if found else ""
+
+
+def newest_of(results: Sequence[T], most: int = MOST_RESULTS) -> tuple[Sequence[T], str]:
+    """The last `most` results, those of the newest sessions, and what a title says where others are left out."""
+    return results[-most:], f" (the newest {most} of {len(results)})" if len(results) > most else ""
+
+
+def groups(results: Sequence, key: Callable) -> dict:
+    """Results or others by a key, in order of first appearance."""
     members: dict = {}
     for result in results:
         members.setdefault(key(result), []).append(result)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from perf.analysis.statistics import student_quantile
-from perf.report.charts import Chart, Point, Series, by_technique, groups, unit, valid
+from perf.report.charts import Chart, Point, Series, by_technique, groups, stamp, unit, valid
 from perf.report.results import Result
 from perf.report.text import joined_name
 
@@ -122,7 +122,7 @@ def _names(axis: Axis, members: Sequence[Result]) -> tuple[str, str]:
     first = members[0]
     work = first.work_name if axis.name == "batch" else f"{first.model}, batch {first.batch}"
     machine = f"{first.session.machine}, torch {first.torch}"
-    return f"{machine}: {work}", joined_name(axis.name, machine, work)
+    return f"{machine}{stamp(members)}: {work}", joined_name(axis.name, machine, work)
 
 
 def _time_chart(axis: Axis, members: Sequence[Result]) -> Chart:

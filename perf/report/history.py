@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
-from perf.report.charts import Chart, Point, bar_each, by_technique, groups, short_id, unit
+from perf.report.charts import Chart, Point, Series, bar_each, groups, short_id, stamp, unit
+from perf.report.palette import STACKS
 from perf.report.results import Result, newest
 from perf.report.text import joined_name
 from perf.runs import history as stored
-
-WATCHED = (
-    ("GPU", lambda session: session.facts.get("uuid") or session.facts.get("name")),
-    ("driver", lambda session: session.facts.get("driver")),
-    ("torch", lambda session: session.torch),
-    ("CUDA", lambda session: session.facts.get("cuda")),
-    ("commit", lambda session: session.commit),
-)
+from perf.runs.history import ChangePoint
 
 
-def history_charts(results: Sequence[Result]) -> list[Chart]:
-    """One chart per device, work and batch with at least two sessions of known time."""
+def history_charts(results: Sequence[Result], points: Sequence[ChangePoint] = ()) -> list[Chart]:
+    """One chart for each configuration and machine with at least two sessions of known time; a line for each stack."""
     charts = []
     dated = sorted((result for result in results if result.session.started), key=lambda result: result.session.order)
-    for members in groups(dated, lambda result: (result.session.machine, result.work, result.batch)).values():
+    for members in groups(dated, lambda result: (result.session.device, result.work, result.batch, result.id)).values():
         first, sessions = members[0], len({result.session.started for result in members})
         if sessions < 2:
             continue
-        series = by_technique(members, _point)
+        stacks = groups(members, lambda result: (result.session.identity, result.torch))
         charts.append(
             Chart(
-                name=joined_name("history", first.session.machine, first.work_name, f"batch_{first.batch}"),
+                name=joined_name("history", first.session.machine, first.work_name, first.id),
                 section="History",
-                title=f"{first.session.machine}: {first.work_name}, batch {first.batch}, {sessions} sessions",
-                summary=f"Seconds per image of {len(series)} configurations over {sessions} sessions, with verdicts.",
+                title=f"{first.id} on {first.session.machine}, {sessions} sessions",
+                summary=f"Seconds per image over {sessions} sessions of {len(stacks)} software stacks, with verdicts.",
                 x_label="start of the session, UTC",
                 y_label=f"{unit(members)} per image",
-                series=series,
+                series=tuple(
+                    Series(_stack_name(stack), f"stack {number % len(STACKS)}", tuple(map(_point, stack)))
+                    for number, stack in enumerate(stacks.values())
+                ),
                 scale="time",
                 zero=False,
-                marks=tuple(sorted((*changes(members), *change_points(members)))),
+                marks=_marks(members, points),
+                filled=True,
             )
         )
     return charts
+
+
+def _stack_name(members: Sequence[Result]) -> str:
+    """The versions that may change within a history."""
+    facts = members[0].session.facts
+    names = {"driver": "driver", "cuda": "CUDA"}
+    return ", ".join(
+        [f"torch {members[0].torch}", *(f"{name} {facts[key]}" for key, name in names.items() if facts.get(key))]
+    )
+
+
+def _marks(members: Sequence[Result], points: Sequence[ChangePoint]) -> tuple[tuple[float, str], ...]:
+    """(Unix seconds, change) half-way before each change point of the configuration on this machine."""
+    runs = {id(result.session.saved) for result in members}
+    marks = []
+    for point in points:
+        before, after = (point.series.runs[index] for index in (point.index - 1, point.index))
+        if point.series.id == members[0].id and id(after) in runs:
+            middle = ((before.started_unix_seconds or 0.0) + (after.started_unix_seconds or 0.0)) / 2
+            marks.append((middle, f"{100 * (point.ratio - 1):+.1f} %"))
+    return tuple(sorted(marks))
+
+
+def change_points(results: Sequence[Result]) -> list[ChangePoint]:
+    """The change points of all configurations; none without `ruptures`.
+
+    Sessions of hosted runners and runs that cannot be trusted are no points of a history (perf.runs.history).
+    """
+    if not stored.is_available():
+        return []
+    runs = {id(result.session.saved): result.session.saved for result in results}
+    return [change for series in stored.series_of(runs.values()) for change in stored.find_changes(series)]
 
 
 def comparison_charts(results: Sequence[Result]) -> list[Chart]:
@@ -71,7 +100,7 @@ def comparison_charts(results: Sequence[Result]) -> list[Chart]:
             Chart(
                 name=joined_name("comparison", machine, name, f"against_{against}"),
                 section="Comparisons",
-                title=f"{machine}, {name}: against {against}",
+                title=f"{machine}, {name}{stamp(members)}: against {against}",
                 summary=f"Change in time of {len(members)} configurations against {against}, with 95 % intervals.",
                 y_label="change in time, %",
                 series=bar_each(zip(members, points)),
@@ -91,50 +120,14 @@ def _change(result: Result, label: str) -> Point:
 
 def _point(result: Result) -> Point:
     session = result.session
-    note = (
-        f"{result.id}, {session.name}, torch {session.torch}, commit {_short(session.commit)}, {result.interval_name}"
-    )
-    note += f"; {result.reason}" if result.reason else ""
-    return Point(
-        session.started, result.seconds_per_image, *result.interval, result.facets, note, verdict=result.verdict
-    )
-
-
-def _short(value: object) -> str:
-    """A commit as git abbreviates it; other values unchanged."""
-    text = str(value or "unknown")
-    return text[:10] if len(text) == 40 else text
-
-
-def change_points(members: Sequence[Result]) -> list[tuple[float, str]]:
-    """(Unix seconds, change) half-way before each change point of a configuration; none without `ruptures`.
-
-    Sessions of hosted runners and runs that cannot be trusted are no points of a history (perf.runs.history).
-    """
-    if not stored.is_available():
-        return []
-    starts = {result.session.started for result in members}
-    marks = []
-    for series in stored.series_of(result.session.saved for result in members):
-        if series.id not in {result.id for result in members}:
-            continue
-        times = [run.started_unix_seconds or 0.0 for run in series.runs]
-        for change in stored.find_changes(series) if starts.issuperset(times) else ():
-            text = f"{series.id} {100 * (change.ratio - 1):+.1f} %, {change.commits}"
-            marks.append(((times[change.index - 1] + times[change.index]) / 2, text))
-    return marks
-
-
-def changes(members: Sequence[Result]) -> tuple[tuple[float, str], ...]:
-    """(Unix seconds, changed values) half-way between neighbouring sessions. `members` are sorted by time."""
-    marks = []
-    sessions = list({id(result.session): result.session for result in members}.values())
-    for before, after in itertools.pairwise(sessions):
-        changed = [
-            f"{name} {_short(value(after))}"
-            for name, value in WATCHED
-            if value(before) != value(after) and value(after)
-        ]
-        if changed:
-            marks.append(((before.started + after.started) / 2, ", ".join(changed)))
-    return tuple(marks)
+    commit = (session.commit or "unknown")[:10]
+    parts = [
+        f"{session.name}, torch {session.torch}, commit {commit}, {result.interval_name}",
+        session.stamp,
+        result.reason,
+    ]
+    verdict = (
+        None if result.verdict == "SAME" else result.verdict
+    )  # most sessions are: their rings would hide the others
+    note = "; ".join(filter(None, parts))
+    return Point(session.started, result.seconds_per_image, *result.interval, result.facets, note, verdict=verdict)

@@ -18,17 +18,18 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from perf.report import summary, tables
+from perf.report import answer, summary, tables
 from perf.report.canvas import INK, PAPER, RULE, Mark, Plot
-from perf.report.charts import SECTIONS, groups
+from perf.report.charts import SECTIONS, Chart, groups
 from perf.report.palette import KERNEL_CLASSES
-from perf.report.reproduce import command
-from perf.report.results import Facets, SavedSession, ranked
-from perf.report.text import file_name, seconds
+from perf.report.results import Facets, SavedSession
+from perf.report.text import file_name, seconds, size
 from perf.runs.saved_run import BaselineError
 from perf.runs.storage import write_atomically
 
 LARGEST_BYTES = 6_000_000
+RAW_BYTES = 1_000_000  # of the page, kept for raw JSON where the charts would take it all
+ROWS_AT_ONCE = 30  # of a table, before the reader asks for all
 HERE = Path(__file__).parent
 FACTS = {
     "name": "device",
@@ -40,13 +41,34 @@ FACTS = {
     "triton": "triton",
     "xformers": "xFormers",
     "python": "Python",
-    "memory_bytes": "memory, bytes",
+    "memory_bytes": "memory",
     "power_limit_watts": "power limit, W",
     "sm_clock_max_mhz": "largest SM clock, MHz",
     "memory_clock_max_mhz": "largest memory clock, MHz",
     "clock": "clock",
     "threads": "threads of torch",
     "isolated": "each launch a fresh process",
+}
+TERMS = {
+    "round": "One timed call of the workload: a prompt in, the pixels of a batch of images out.",
+    "launch": "A fresh process with a warm-up and several rounds. The unit of replication, since rounds of one process are alike.",
+    "session": "One run of pytest perf: all configurations, whose launches or rounds alternate.",
+    "interval": "95 % confidence interval of the median launch; below 3 launches the range of the rounds.",
+    "speed-up": "Time of the reference attention over that of the row, from rounds of both that alternate in one session.",
+    "verdict": "Time of the row against its baseline or the other commit, with the 95 % interval of the change.",
+    "margin": "The smallest change that counts, from the noise of the machine.",
+    "SLOWER": "The whole interval of the change lies beyond the margin: a regression.",
+    "FASTER": "The whole interval of the change lies beyond the margin: an improvement.",
+    "SAME": "The whole interval lies within twice the margin around no change.",
+    "INCONCLUSIVE": "The interval allows both a change and none: measure more launches.",
+    "INVALID": "The times are no evidence: a wrong image, throttling, another process, or a control arm that differs.",
+    "drifted": "The reference workload changed its speed within the session: absolute times are approximate, ratios are not.",
+    "approximate": "A technique that changes the image by design: never called the fastest.",
+    "fastest": "The interval of the ratio to the second fastest excludes no change.",
+    "image": "PSNR of the image against its fp32 reference in decibels: the higher, the more alike.",
+    "peak memory": "The largest memory in use during a round: allocated on the device, or resident on a CPU.",
+    "reference workload": "A fixed computation beside every round that measures the speed of the machine.",
+    "change point": "The first session of a new level of time, by PELT over the stored sessions of a machine.",
 }
 THEME = {INK: "var(--ink)", RULE: "var(--line)", PAPER: "var(--page)"}
 
@@ -56,20 +78,32 @@ def write(report, plots: Sequence[Plot], folder: Path) -> list[Path]:
     facets = [result.facets for result in report.current]
     facets += [point.facets for chart in report.charts for point in chart.points if point.facets]
     numbers = {facet: number for number, facet in enumerate(dict.fromkeys(facets))}
+    works = answer.work_tables(report.current)
+    rows = [row for work in works for row in work.rows]
+    script = Markup((HERE / "page.js").read_text(encoding="utf-8"))
     context = {
         "report": report,
-        "plots": [(plot.chart, inline_svg(plot, numbers)) for plot in plots],
         "facets": list(map(vars, numbers)),
         "numbers": numbers,
-        "script": Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        **_contents(report),
+        "works": works,
+        "packed": _packed(
+            {
+                "records": [tables.result_record(row.result) for row in rows],
+                "details": [answer.details(row) for row in rows],
+                "pairs": {key: ratio for work in works for key, ratio in answer.pairs(work.rows).items()},
+            }
+        ),
+        **_contents(report, rows),
     }
-    context["script_hash"] = base64.b64encode(hashlib.sha256(context["script"].encode()).digest()).decode()
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("page.html")
+    bare = len(template.render(context, plots=_drawings(plots, numbers, 0), raw=[], beside=[]).encode())
+    context["plots"] = _drawings(plots, numbers, LARGEST_BYTES - RAW_BYTES - bare)
     room = LARGEST_BYTES - len(template.render(context, raw=[], beside=[]).encode())
     raw, beside = _raw(report.sessions, room)
     for name, document in beside.items():
@@ -81,9 +115,24 @@ def write(report, plots: Sequence[Plot], folder: Path) -> list[Path]:
     return [folder / "index.html", *(folder / "runs" / name for name in beside)]
 
 
-def _contents(report) -> dict:
-    """Headline and tables for the template."""
-    results = ranked(report.current)
+def _drawings(plots: Sequence[Plot], numbers: dict[Facets, int], room: int) -> list[tuple[Chart, Markup | None, str]]:
+    """Each chart with its SVG, None where `room` bytes are used up, and the path of its file beside the page."""
+    drawings = []
+    for plot in plots:
+        drawing = inline_svg(plot, numbers) if room > 0 else None
+        room -= len(drawing.encode()) if drawing else 0
+        drawings.append((plot.chart, drawing if room >= 0 else None, f"plots/{plot.paths[1].name}"))
+    return drawings
+
+
+def _packed(value: object) -> str:
+    """JSON, compressed and in base64."""
+    return base64.b64encode(gzip.compress(json.dumps(value).encode(), mtime=0)).decode()
+
+
+def _contents(report, rows: Sequence[answer.Row]) -> dict:
+    """The answer, its explanation and the further tables for the template."""
+    results = [row.result for row in rows]
     last = max(report.sessions, key=lambda session: session.order, default=None)
     fastest = summary.fastest([result for result in report.results if result.session is last])
     classes = tuple(KERNEL_CLASSES)
@@ -91,22 +140,42 @@ def _contents(report) -> dict:
         (result, [seconds(result.trace[name]) if name in result.trace else "" for name in classes])
         for result in results
     ]
+    latest = answer.latest(rows)
+    cards = answer.cards(latest)
     machines = groups(report.sessions, lambda session: session.identity).values()
     return {
-        "headline": f"{last.name}: {summary.headline(last, report.results)}" if last else "",
+        "last": last,
+        "headline": summary.headline(last, report.results) if last else "",
+        "asked": answer.asked(last, report.results, len(report.sessions)) if last else [],
+        "cards": cards,
+        "several": len({row.result.session.name for row in latest}) > 1,
+        "judged": any(card.rows for card in cards if card.code),
         "fastest": f"{fastest[0].upper()}{fastest[1:]}." if fastest else "",
         "synthetic": [session.synthetic for session in report.sessions if session.synthetic],
+        "stamped": [session for session in report.sessions if session.stamp and session is not last],
         "sections": SECTIONS,
-        "results": list(zip(results, tables.result_rows(results))),
-        "columns": tables.COLUMNS,
+        "terms": TERMS,
+        "rows_at_once": ROWS_AT_ONCE,
         "parts": {
-            "Stages": ("seconds per image", tables.STAGE_NAMES, tables.stage_rows(results)),
-            "Kernels": ("one traced round", classes, [(result, cells) for result, cells in traces if result.trace]),
+            "Stages": ("Wall time per image by stage", tables.STAGE_NAMES, tables.stage_rows(results)),
+            "Kernels": (
+                "One traced round by kernel class",
+                classes,
+                [(result, cells) for result, cells in traces if result.trace],
+            ),
         },
-        "commands": [(result, command(result)) for result in results],
         "machines": [(_machine_title(sessions), _machine_facts(sessions[0])) for sessions in machines],
+        "commit_url": lambda commits: commit_url(report.repository, commits),
         "anchor": lambda name: file_name(name.lower()),
     }
+
+
+def commit_url(repository: str | None, commits: str) -> str:
+    """The address of a commit, or of the comparison of `A..B`, on the site of a repository; empty if it has none."""
+    ends = commits.split("..")
+    if repository is None or not all(re.fullmatch(r"[0-9a-f]{7,40}", end) for end in ends):
+        return ""
+    return f"{repository}/compare/{ends[0]}...{ends[1]}" if len(ends) == 2 else f"{repository}/commit/{commits}"
 
 
 def _machine_title(sessions: Sequence[SavedSession]) -> str:
@@ -123,11 +192,14 @@ def _machine_facts(session: SavedSession) -> list[tuple[str, str]]:
     rows = []
     for key, name in FACTS.items():
         value = session.facts.get(key)
-        rows.append((name, "unknown" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)))
+        if value is not None:
+            plain = f"{value:.10g}" if isinstance(value, float) else str(value)
+            rows.append((name, size(value) if key == "memory_bytes" else plain))
     rows += [(f"measured {dtype}", f"{rate / 1e12:.3g} TFLOP/s") for dtype, rate in session.ceilings.items()]
     if session.copy_bytes_per_second:
         rows.append(("measured copy, read and written", f"{session.copy_bytes_per_second / 1e9:.4g} GB/s"))
-    return rows
+    absent = [name for key, name in FACTS.items() if session.facts.get(key) is None]
+    return rows + ([("unknown", ", ".join(absent))] if absent else [])
 
 
 def inline_svg(plot: Plot, numbers: dict[Facets, int]) -> Markup:
@@ -165,12 +237,11 @@ def _raw(sessions: Sequence[SavedSession], room: int) -> tuple[list[dict], dict[
         while name in names:
             name = f"{stem}-{len(names)}"
         names.add(name)
-        document = json.dumps(session.document, indent=1)
-        packed = base64.b64encode(gzip.compress(document.encode(), mtime=0)).decode()
+        packed = _packed(session.document)
         if len(packed) + 500 <= room:
             room -= len(packed) + 500
             inside.append({"name": f"{name}.json", "gzip": packed})
         else:
             room -= 500
-            beside[f"{name}.json"] = document
+            beside[f"{name}.json"] = json.dumps(session.document, indent=1)
     return inside, beside

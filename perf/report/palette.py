@@ -67,6 +67,10 @@ class Look:
 
 
 ROOFS = {f"roof {number}": Look("#7a7a7a", dash) for number, dash in enumerate(DASHES, 1)}  # of any dtype, in order
+STACKS = {  # software stacks of a history, in order of first appearance
+    f"stack {number}": Look(colour, marker=marker)
+    for number, (colour, marker) in enumerate(zip(("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8a5a2b"), MARKERS))
+}
 PARTS = {name: Look(colour) for name, colour in {**STAGES, **KERNEL_CLASSES}.items()}
 
 
@@ -88,7 +92,7 @@ class Palette:
             taken.add(number)
             style, colour = 1 + number // len(MORE), MORE[number % len(MORE)]
             self._looks[name] = Look(colour, DASHES[style], MARKERS[number % len(MARKERS)], HATCHES[style])
-        self._looks |= {**PARTS, **ROOFS}
+        self._looks |= {**PARTS, **ROOFS, **STACKS}
 
     def __getitem__(self, name: str) -> Look:
         return self._looks[name]

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.lines import Line2D
 
 from perf.report.bars import draw_bars
@@ -17,7 +18,11 @@ from perf.report.palette import Palette
 def draw(chart: Chart, palette: Palette, folder: Path) -> Plot:
     """Write NAME.png and NAME.svg of a chart."""
     with rc_context({**STYLE, "svg.hashsalt": chart.name}):  # ids that repeat from run to run and differ between charts
-        canvas, height = draw_bars(chart, palette) if chart.scale == "category" else (_draw_lines(chart, palette), 2.9)
+        canvas, height = (
+            draw_bars(chart, palette)
+            if chart.scale == "category"
+            else (_draw_lines(chart, palette), 1.9 if chart.filled else 2.9)
+        )
         return canvas.save(folder, height)
 
 
@@ -29,14 +34,16 @@ def _draw_lines(chart: Chart, palette: Palette) -> Canvas:
     for number, (x, text) in enumerate(chart.marks):
         axes.axvline(_x(chart, x), color="#7a7a7a", linewidth=0.9, linestyle=":")
         if number in labelled(chart):
-            where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "top", "ha": "left"}
-            axes.annotate(f" {text[:60]}", (_x(chart, x), 0.99), **where, fontsize=7)
+            where = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right", "fontweight": "bold"}
+            axes.annotate(f"{text} ", (_x(chart, x), 0.99), **where, fontsize=8)
     if chart.scale == "log":
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
     elif chart.scale == "time":
         axes.xaxis_date()
-        axes.tick_params(axis="x", labelrotation=30)
+        locator = AutoDateLocator(minticks=3, maxticks=7)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     elif chart.x_label.startswith(("launch", "batch")):
         axes.xaxis.get_major_locator().set_params(integer=True)
     if chart.scale == "linear" and chart.x_label != "launch":
@@ -59,12 +66,17 @@ def _draw_series(canvas: Canvas, series: Series, palette: Palette) -> None:
             canvas.plot(xs, ys, [point.facets for point in piece], series.name, **line)
     if series.band:
         canvas.mark(canvas.axes.axhspan(*series.band, color=look.colour, alpha=0.15, linewidth=0), facets)
+    if chart.filled:
+        known = [point for point in series.points if point.low is not None and point.high is not None]
+        bounds = ([_x(chart, p.x) for p in known], [p.low for p in known], [p.high for p in known])
+        canvas.mark(canvas.axes.fill_between(*bounds, color=look.colour, alpha=0.18, linewidth=0), facets)
     for point in () if curve else series.points:
         x = _x(chart, point.x)
-        canvas.whisker(x, point.y, point, look.colour)
+        if not chart.filled:
+            canvas.whisker(x, point.y, point, look.colour)
         canvas.plot([x], [point.y], [point.facets], canvas.tooltip(series.name, point), **markers)
         canvas.ring(x, point.y, point)
-    if len(chart.series) > 1:
+    if len(chart.series) > 1 or chart.filled:
         canvas.legend(series.name, Line2D([], [], **{**({} if curve else markers), **line}), facets)
 
 

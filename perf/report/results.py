@@ -20,12 +20,14 @@ from perf.configurations.configuration import (
     images_per_round,
     is_approximate,
     is_reference,
+    name_of_work,
     sampling,
     technique,
     usual_precision,
 )
 from perf.report.estimate import Estimate
 from perf.report.text import interval_seconds
+from perf.runs.history import MACHINE
 from perf.runs.saved_run import SavedBenchmark, SavedRun, load, parse, root_of
 
 KNOWN_GPU = re.compile(r"\b(P100|T4|A10G?|V100|A100|A800|H100|H200|B200|GH200|L40S?|L4|A\d{4}|RTX \w+(?: Ti)?)\b")
@@ -83,6 +85,16 @@ class SavedSession:
         """Device, clock and whether the run is synthetic, for titles."""
         clock = ", CPU time" if self.facts.get("clock") == "cpu" else ""
         return f"{self.gpu}{clock}{', synthetic' if self.synthetic else ''}"
+
+    @property
+    def device(self) -> tuple[str, ...]:
+        """Facts that are equal for sessions of the same machine, whatever its software."""
+        return tuple(str(self.saved.machine[key]) for key in MACHINE)
+
+    @property
+    def stamp(self) -> str:
+        """`INVALID` or `drifted` for a session whose times are no evidence or approximate, else empty."""
+        return "INVALID" if self.saved.invalid else "drifted" if self.saved.drifted else ""
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -156,8 +168,8 @@ class Result:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict's code; INVALID for a failed image check, None if nothing was compared."""
-        if self.benchmark.image_failure:
+        """The verdict's code; INVALID for a failed image check or session, None if nothing was compared."""
+        if self.benchmark.image_failure or self.session.saved.invalid:
             return "INVALID"
         return self.benchmark.decision.verdict.value if self.benchmark.decision else None
 
@@ -166,7 +178,14 @@ class Result:
         """The verdict in full, with ratio and reason code; empty if nothing was compared."""
         if self.benchmark.image_failure:
             return f"INVALID (wrong_image {self.benchmark.image_failure})"
+        if self.session.saved.invalid:
+            return f"INVALID ({self.session.saved.invalid})"
         return str(self.benchmark.decision or "")
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """`INVALID`, `drifted` and `approximate`, as they apply."""
+        return ranking.marks(self.verdict == "INVALID", bool(self.session.saved.drifted), self.approximate)
 
     @property
     def work(self) -> tuple:
@@ -176,15 +195,7 @@ class Result:
     @property
     def work_name(self) -> str:
         """The work for titles, such as `sd2` or `tiny, ddim 20 steps`."""
-        parts = [self.model] + ([self.workload] if self.workload != "txt2img" else [])
-        if self.workload == "train":
-            parts.append(f"{self.steps} updates")
-        elif (self.sampler, self.steps) != ("plms", 50):
-            parts.append(f"{self.sampler} {self.steps} steps")
-        parts += self.sampling
-        if any(self.size):
-            parts.append(f"{self.size[0] or 'native'}x{self.size[1] or 'native'} px")
-        return ", ".join(parts)
+        return name_of_work(self.model, self.workload, self.sampler, self.steps, self.size, self.sampling)
 
     @property
     def label(self) -> str:
@@ -395,7 +406,7 @@ def newest(results: Iterable[Result]) -> list[Result]:
 
 
 def ranked(results: Iterable[Result]) -> list[Result]:
-    """By work (image size, steps, ...), each from the fastest image to the slowest; failed image checks last.
+    """By work (image size, steps, ...), each from the fastest image to the slowest; INVALID ones last.
 
     Results of one session are in the order of their paired ratios, others in that of their seconds.
     """
@@ -407,15 +418,14 @@ def ranked(results: Iterable[Result]) -> list[Result]:
 
     def key(result: Result):
         work = works.index(ranking.work_of(result.benchmark.configuration))
-        return work, result.benchmark.image_failure is not None, result.seconds_per_image
+        return work, result.verdict == "INVALID", result.seconds_per_image
 
     return sorted(results, key=key)
 
 
 def entry_of(result: Result) -> ranking.Entry:
     """A result as an entry of a ranking within its session."""
-    invalid = result.benchmark.image_failure is not None or result.session.saved.invalid is not None
-    why_not = "INVALID" if invalid or result.verdict == "INVALID" else "approximate" if result.approximate else None
+    why_not = next((mark for mark in result.marks if mark != "drifted"), None)
     return ranking.Entry(
         id=result.id,
         seconds=result.seconds_per_image,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perf.report.charts import Chart, Point, Series, by_technique, groups, valid
+from perf.report.charts import Chart, Point, Series, by_technique, groups, stamp, valid
 from perf.report.palette import ROOFS
 from perf.report.results import Result, SavedSession
 from perf.report.text import joined_name
@@ -27,7 +27,7 @@ def roofline_charts(results: Sequence[Result]) -> list[Chart]:
             Chart(
                 name=joined_name("roofline", machine),
                 section="Roofline",
-                title=f"{machine}: roofline",
+                title=f"{machine}{stamp(members)}: roofline",
                 summary=f"Achieved TFLOP/s of {len(members)} results over FLOPs per byte, under {_roof_names(session)}.",
                 x_label="FLOPs per minimum byte of a round",
                 y_label="achieved TFLOP/s",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from perf.analysis import ranking
 from perf.analysis.verdicts import Verdict
 from perf.report import tables
+from perf.report.charts import groups
 from perf.report.results import Result, SavedSession, entry_of
 from perf.report.text import interval_seconds, markdown, markdown_table
 
@@ -44,8 +45,20 @@ def _verdict_table(results: Sequence[Result]) -> str:
         failure = result.benchmark.image_failure
         reason = f"wrong_image {failure}" if failure else result.reason
         time = interval_seconds(result.seconds_per_image, *result.interval)
-        rows.append([markdown(result.id), f"**{result.verdict}**", markdown(time), markdown(reason)])
-    return markdown_table(["configuration", "verdict", "per image [interval]", "reason"], rows, numeric_from=4)
+        marks = ", ".join(mark for mark in result.marks if mark != "INVALID")
+        rows.append([markdown(result.id), f"**{result.verdict}**", markdown(time), marks, markdown(reason)])
+    return markdown_table(["configuration", "verdict", "per image [interval]", "marks", "reason"], rows, numeric_from=5)
+
+
+def _result_tables(results: Sequence[Result]) -> list[str]:
+    """One table for each work, since times of different work are not comparable; titled if there are several."""
+    works = groups(results, lambda result: ranking.work_of(result.benchmark.configuration))
+    parts = []
+    for members in works.values():
+        rows = [[markdown(cell) for cell in row] for row in tables.result_rows(members)]
+        title = f"{markdown(members[0].work_name)}:\n\n" if len(works) > 1 else ""
+        parts.append(title + markdown_table(list(tables.COLUMNS), rows, numeric_from=3))
+    return parts
 
 
 def fastest(results: Sequence[Result]) -> str | None:
@@ -64,12 +77,12 @@ def markdown_summary(sessions: Sequence[SavedSession], results: Sequence[Result]
     line = fastest(members)
     facts = [("device", last.facts.get("name")), ("driver", last.facts.get("driver")), ("torch", last.torch)]
     facts += [("clock", last.facts.get("clock")), ("commit", last.commit), ("session", last.name)]
-    rows = [[markdown(cell) for cell in row] for row in tables.result_rows(members)]
-    folded = ([_verdict_table(others)] if others else []) + [markdown_table(list(tables.COLUMNS), rows, numeric_from=3)]
+    folded = ([_verdict_table(others)] if others else []) + _result_tables(members)
     parts = [
         f"## perf: {markdown(headline(last, results))}\n",
         f"**Synthetic**: {markdown(last.synthetic)}\n" if last.synthetic else "",
         _verdict_table(alarming) if alarming else "",
+        f"**drifted**: {markdown(last.saved.drifted)}: absolute times are approximate.\n" if last.saved.drifted else "",
         f"Partial run ({markdown(last.saved.partial)}): never a baseline by itself.\n" if last.saved.partial else "",
         markdown(line[0].upper() + line[1:]) + ".\n" if line else "",
         ", ".join(f"{name} {markdown(str(value))}" for name, value in facts if value is not None) + "\n",

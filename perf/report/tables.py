@@ -16,8 +16,8 @@ from perf.report.results import Result, ranked
 USUAL_REFERENCE = {"sd2": "original-xformers", "sd1": "original"}  # of the articles
 ITERATIONS = 2  # rounds of a published run
 STAGE_NAMES = tuple(STAGES)
-COLUMNS = ("configuration", "machine", "torch", "s/image", "interval of s/image", "images/s", "speed-up", "peak memory")
-COLUMNS += ("J/image", "of peak FLOP/s", "PSNR, dB", "verdict", "session")
+COLUMNS = ("configuration", "machine", "torch", "time per image", "interval", "images/s", "speed-up", "peak memory")
+COLUMNS += ("J/image", "of peak FLOP/s", "PSNR, dB", "marks", "verdict", "session")
 
 
 class UnknownReference(ValueError):
@@ -94,6 +94,73 @@ def published_techniques() -> tuple[str, ...]:
     return tuple(dict.fromkeys(cell.technique for cell in published()))
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A speed-up over the original code on one machine. column: the machine and the work; result: None if published."""
+
+    column: str
+    batch: int
+    technique: str
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+    result: Result | None = None
+
+    def __str__(self) -> str:
+        bounds = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.estimate:.2f}x{bounds}"
+
+
+def ratios(results: Sequence[Result]) -> list[Ratio]:
+    """Speed-ups over the original code: of the published SD2 values, then own ones, paired within their session.
+
+    A ratio is comparable between models and machines where seconds are not, so that a run of the embedded model stands
+    beside the published GPUs. Own results without a bounded speed-up over `original`, and INVALID ones, are left out.
+    """
+    own = [result for result in results if result.speedup and result.speedup.bounded and "INVALID" not in result.marks]
+    batches = {result.batch for result in own}
+    printed = [cell for cell in published() if cell.model == "sd2" and cell.batch in batches and cell.seconds]
+    base = {(cell.gpu, cell.batch): cell.seconds for cell in printed if cell.technique == "original"}
+    found = [
+        Ratio(f"{cell.gpu} (published)", cell.batch, cell.technique, base[cell.gpu, cell.batch] / cell.seconds)
+        for cell in sorted(printed, key=lambda cell: GPUS.index(cell.gpu))
+        if (cell.gpu, cell.batch) in base and cell.technique != "original"
+    ]
+    for result in own:
+        column = f"{result.session.machine}, {result.work_name}, torch {result.torch}"
+        bounds = result.speedup.estimate, result.speedup.low, result.speedup.high
+        found.append(Ratio(column, result.batch, result.technique, *bounds, result))
+    return found
+
+
+@dataclass(frozen=True)
+class RatioTable:
+    """Speed-ups of one batch, with the fields of Table that are printed."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    note: str = (
+        "Time of the original code in the same column over that of the row. Published: computed from the printed seconds of "
+        "SD2, without intervals. Own: rounds of both that alternate in one session, with 95 % intervals."
+    )
+
+
+def ratio_tables(results: Sequence[Result]) -> list[RatioTable]:
+    """The published GPUs beside own machines as speed-ups over the original code, a table for each own batch."""
+    made, every = [], ratios(results)
+    for batch in sorted({ratio.batch for ratio in every}):
+        members = [ratio for ratio in every if ratio.batch == batch]
+        columns, rows = (tuple(dict.fromkeys(getattr(r, name) for r in members)) for name in ("column", "technique"))
+        cells = {(ratio.technique, ratio.column): str(ratio) for ratio in members}
+        lines = tuple(tuple(cells.get((row, column), "not run") for column in columns) for row in rows)
+        made.append(
+            RatioTable(f"Batch {batch}: speed-up over the original code", ("configuration", *columns), rows, lines)
+        )
+    return made
+
+
 def _table(model: str, batch: int, results: Sequence[Result], reference: str) -> Table:
     printed = [cell for cell in published() if (cell.model, cell.batch) == (model, batch)]
     work = (model, "txt2img", 50, "plms", (0, 0))
@@ -135,7 +202,7 @@ def _improved(cell: Cell, base: float | None) -> Cell:
     return replace(cell, improvement_percent=100 * (1 - cell.seconds / base) + 0.0 if known else None)
 
 
-def article_markdown(tables: Sequence[Table]) -> str:
+def article_markdown(tables: Sequence[Table | RatioTable]) -> str:
     """The tables as Markdown, runtimes and improvements in one cell."""
     parts = ["# The published tables\n"]
     for table in tables:
@@ -193,11 +260,10 @@ def result_rows(results: Sequence[Result]) -> list[list[str]]:
                 f"{1 / result.seconds_per_image:.3g}",
                 times,
                 text.size(result.peak_bytes),
-                _joules(result.joules),
-                _of_peak(result),
-                ""
-                if result.psnr_db is None
-                else f"{result.psnr_db:.1f}" + (" (approximate)" if result.approximate else ""),
+                joules_text(result.joules),
+                of_peak(result),
+                "" if result.psnr_db is None else f"{result.psnr_db:.1f}",
+                ", ".join(result.marks),
                 result.reason,
                 result.session.name,
             ]
@@ -205,13 +271,14 @@ def result_rows(results: Sequence[Result]) -> list[list[str]]:
     return rows
 
 
-def _joules(joules: Estimate | None) -> str:
+def joules_text(joules: Estimate | None) -> str:
+    """Joules with their interval, if known; empty for None."""
     if joules is None:
         return ""
     return f"{joules.value:.1f}" + ("" if joules.low is None else f" [{joules.low:.1f}, {joules.high:.1f}]")
 
 
-def _of_peak(result: Result) -> str:
+def of_peak(result: Result) -> str:
     """Fraction of peak FLOP/s, with the interval of the time."""
     if result.flops_fraction is None:
         return ""
@@ -219,37 +286,56 @@ def _of_peak(result: Result) -> str:
     return f"{100 * result.flops_fraction:.1f} [{low:.1f}, {high:.1f}] %"
 
 
+def result_record(result: Result) -> dict[str, object]:
+    """A result as plain numbers, with units in the names; None for unknown values."""
+    session, work = result.session, result.work_name
+    joules, decision = _bounds(result.joules), result.benchmark.decision
+    ratio = decision.ratio if decision else None
+    stages = {name: result.stages[name].per(result.images) if name in result.stages else None for name in STAGE_NAMES}
+    return {
+        "configuration": result.id,
+        "work": work,
+        "device": session.facts.get("name"),
+        "torch": result.torch,
+        "clock": session.facts.get("clock"),
+        "seconds_per_image": result.seconds_per_image,
+        "low": result.interval[0],
+        "high": result.interval[1],
+        "interval": result.interval_name,
+        "batch": result.batch,
+        "launches": len(result.benchmark.launch_medians),
+        "speedup": result.speedup.estimate if result.speedup else None,
+        "speedup_low": result.speedup.low if result.speedup and result.speedup.bounded else None,
+        "speedup_high": result.speedup.high if result.speedup and result.speedup.bounded else None,
+        "speedup_against": result.speedup_against,
+        "peak_bytes": result.peak_bytes,
+        **dict(zip(("joules_per_image", "joules_low", "joules_high"), joules)),
+        "flops_fraction": result.flops_fraction,
+        "floor_bytes": result.floor_bytes,
+        "psnr_db": result.psnr_db,
+        "latent_relative_error": result.latent_relative_error,
+        "marks": " ".join(result.marks),
+        "verdict": result.verdict,
+        "ratio": ratio.estimate if ratio else None,
+        "ratio_low": ratio.low if ratio and ratio.bounded else None,
+        "ratio_high": ratio.high if ratio and ratio.bounded else None,
+        "reason": result.reason or None,
+        "invalid": session.saved.invalid,
+        "drifted": session.saved.drifted,
+        "session": session.name,
+        "synthetic": session.synthetic,
+        **{
+            f"{name}_seconds_per_image{bound}": value
+            for name, stage in stages.items()
+            for bound, value in zip(("", "_low", "_high"), _bounds(stage))
+        },
+    }
+
+
 def results_csv(results: Sequence[Result]) -> str:
     """All results as plain numbers, with units in the names of the columns."""
-    header = (
-        "configuration device torch clock seconds_per_image low high interval batch launches peak_bytes joules_per_image "
-        "joules_low joules_high flops_fraction floor_bytes psnr_db latent_relative_error verdict session synthetic "
-    ) + " ".join(f"{name}_seconds_per_image{bound}" for name in STAGE_NAMES for bound in ("", "_low", "_high"))
-    rows = []
-    for result in ranked(results):
-        stages = (result.stages[name].per(result.images) if name in result.stages else None for name in STAGE_NAMES)
-        rows.append(
-            (
-                *(result.id, result.session.facts.get("name"), result.torch, result.session.facts.get("clock")),
-                *(
-                    result.seconds_per_image,
-                    *result.interval,
-                    result.interval_name,
-                    result.batch,
-                    len(result.benchmark.launch_medians),
-                ),
-                *(
-                    result.peak_bytes,
-                    *_bounds(result.joules),
-                    result.flops_fraction,
-                    result.floor_bytes,
-                    result.psnr_db,
-                ),
-                *(result.latent_relative_error, result.verdict, result.session.name, result.session.synthetic),
-                *(value for stage in stages for value in _bounds(stage)),
-            )
-        )
-    return _csv(header, rows)
+    records = [result_record(result) for result in ranked(results)]
+    return _csv(" ".join(records[0]) if records else "configuration", (record.values() for record in records))
 
 
 def _bounds(estimate: Estimate | None) -> tuple:

@@ -11,8 +11,13 @@ def seconds(value: float | None) -> str:
     """Four digits in the largest unit that keeps them above 1, such as `412.3 ms`; `-` for None."""
     if value is None:
         return "-"
-    factor, unit = next((pair for pair in UNITS if value >= pair[0]), UNITS[-1])
+    factor, unit = unit_of(value)
     return f"{value / factor:.4g} {unit}"
+
+
+def unit_of(value: float) -> tuple[float, str]:
+    """The largest unit of time in which a value is at least 1: its seconds and its name."""
+    return next((pair for pair in UNITS if value >= pair[0]), UNITS[-1])
 
 
 def interval_seconds(value: float, low: float | None = None, high: float | None = None) -> str:

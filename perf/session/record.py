@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from perf.analysis import ranking
 from perf.analysis.paired import MIN_LAUNCHES, break_even, launch_effects, ratio_of_effects
 from perf.analysis.statistics import launch_interval, self_comparison
-from perf.configurations.configuration import Configuration, images_per_round, usual_precision
+from perf.analysis.verdicts import Decision, Verdict
+from perf.configurations.configuration import Configuration, images_per_round, is_approximate, usual_precision
 from perf.runs import fingerprints
 from perf.runs.saved_run import SCHEMA, SavedRun, parse
 from perf.session.image_check import computing_type
@@ -75,6 +77,7 @@ def extra_info(session: Session, id: str) -> dict:
         "paired": _paired(session, id),
         "trace": session.traces.get(id),
         "verdict": None,
+        "marks": [],
     }
 
 
@@ -227,6 +230,13 @@ def _paired(session: Session, id: str) -> dict | None:
         "name": session.settings.other_name(id) or id,
         "launches": list(map(_launch, other.ordered_launches())),
     }
+
+
+def marks(session: Session, info: dict, decision: Decision | None) -> list[str]:
+    """The marks of a result in the saved run and the terminal."""
+    invalid = session.invalid is not None or (decision is not None and decision.verdict is Verdict.INVALID)
+    drifted = session.measurements.drifted() is not None
+    return list(ranking.marks(invalid, drifted, is_approximate(info["configuration"]["optimise"])))
 
 
 def perf_block(session: Session, partial: str | None, regressed: list[str]) -> dict:

@@ -141,10 +141,10 @@ class Page:
         elif method == "Page.loadEventFired":
             self._loaded = True
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, fragment: str = "") -> None:
         """Open a file and wait until it has loaded."""
         self._loaded = False
-        self.ask("Page.navigate", url=path.resolve().as_uri())
+        self.ask("Page.navigate", url=path.resolve().as_uri() + fragment)
         end = time.monotonic() + TIMEOUT
         while not self._loaded:
             if time.monotonic() > end:

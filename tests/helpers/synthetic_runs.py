@@ -213,12 +213,12 @@ def ladder_run(gpu: str = "A100") -> dict:
     return document(f"NVIDIA {gpu}", times, number=3, torch="2.15.0+cu132", extra=extra)
 
 
-def nightly_runs(count: int, rounds: int = 2, gpu: str = "A100") -> list[dict]:
-    """Stored sessions of five configurations every night, one of them slower from two thirds on, with verdicts."""
+def nightly_runs(count: int, rounds: int = 2, gpu: str = "A100", configurations: int = 5) -> list[dict]:
+    """Stored sessions of some configurations every night, one of them slower from two thirds on, with verdicts."""
     documents = []
     for number in range(count):
         slow = 1.06 if number >= 2 * count // 3 else 1.0
-        times = {one: 2.0 + 0.2 * place for place, one in enumerate(SETS["published"][:5])}
+        times = {one: 2.0 + 0.2 * place for place, one in enumerate(SETS["published"][:configurations])}
         slowed = next(iter(times))
         times[slowed] *= slow
         verdict, reason = ("SLOWER", "beyond_margin") if slow > 1 else ("SAME", "within_margin")

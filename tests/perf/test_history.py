@@ -155,5 +155,7 @@ def test_history_chart_has_the_change_point(nights):
     from perf.report import build
 
     report = build.gather(sorted(nights.iterdir()))
-    marks = [text for chart in report.charts if chart.section == "History" for _, text in chart.marks]
-    assert any(text.startswith(f"{SDPA} +6.") and text.endswith("090909090909..101010101010") for text in marks), marks
+    marked = [(chart.title, text) for chart in report.charts if chart.section == "History" for _, text in chart.marks]
+    ((title, text),) = marked
+    (change,) = report.changes
+    assert title.startswith(SDPA) and text.startswith("+6.") and change.commits == "090909090909..101010101010"

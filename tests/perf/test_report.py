@@ -297,6 +297,22 @@ def test_usage_errors(tmp_path, capsys):
     assert main(["report", str(GOLDEN)]) == 4
     assert main(["report", str(GOLDEN), "--summary", str(tmp_path / "s"), "--reference", "nothing"]) == 4
     assert "choose from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", str(GOLDEN), "--output", str(tmp_path / "o"), "--repository", "javascript:alert(1)"])
+    assert "is no web address, such as https://github.com/OWNER/NAME" in capsys.readouterr().err
+
+
+def test_commits_link_to_the_repository_of_a_workflow():
+    pytest.importorskip("jinja2")
+    from perf.report import build, page
+
+    github = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "owner/name"}
+    site = build.workflow_repository(github)
+    assert site == "https://github.com/owner/name" and build.workflow_repository({}) is None
+    assert page.commit_url(site, "0123abc") == f"{site}/commit/0123abc"
+    assert page.commit_url(site, "0123abc..4567def") == f"{site}/compare/0123abc...4567def"
+    assert page.commit_url(site, "unknown..4567def") == page.commit_url(None, "0123abc") == ""
+    assert page.commit_url(site, "'><script>") == ""
 
 
 def test_synthetic_runs_are_labelled_everywhere(everything):

@@ -11,7 +11,8 @@ from synthetic_runs import results_of
 
 pytest.importorskip("matplotlib")
 
-from perf.report import article, bars, breakdown, growth, history, roofline, summary, tables
+from perf.configurations.configuration import usual_precision
+from perf.report import article, bars, breakdown, build, growth, history, roofline, summary, tables
 from perf.report.palette import FIXED, MORE, Palette
 from perf.report.results import newest
 
@@ -44,6 +45,53 @@ def test_bars_start_at_zero_and_have_intervals(everything):
         for series in chart.series:
             for point in series.points:
                 assert (point.low is None) == series.faint and point.base == 0
+
+
+def test_ladder_only_for_cumulative_sets():
+    assert breakdown.ladder_charts(results_of(synthetic_runs.published_run("A100"))) == []
+    added = synthetic_runs.ladder_run()
+    added["benchmarks"][2]["extra_info"]["configuration"]["attention"] = "mha"
+    assert breakdown.ladder_charts(results_of(added)) == []
+
+
+def test_speedups_of_the_embedded_model_stand_beside_the_published_ones():
+    made = synthetic_runs.published_run("A100")
+    del made["synthetic"]
+    for benchmark in made["benchmarks"]:
+        configuration = benchmark["extra_info"]["configuration"]
+        configuration["id"] = configuration["id"].replace("sd2", "tiny")
+        configuration.update(model="tiny", steps=20, precision=usual_precision("tiny"))
+        if configuration["attention"] == "mha" and configuration["batch"] == 1:
+            speedup = {"against": "tiny-original-b1", "estimate": 1.5, "low": 1.4, "high": 1.6}
+            benchmark["extra_info"]["speedup"] = speedup
+    results = results_of(made)
+    (table,) = tables.ratio_tables(results)
+    own = table.header.index("A100, tiny, plms 20 steps, torch 2.0.0+cu117") - 1
+    cells = dict(zip(table.rows, table.cells))
+    assert cells["mha-mem_efficient"][own] == "1.50x [1.40, 1.60]"
+    printed = table.header.index("A100 (published)") - 1
+    assert cells["mha-mem_efficient-compile"][printed] == f"{8.0 / 4.1:.2f}x"
+    assert cells["mha-mem_efficient-compile"][table.header.index("P100 (published)") - 1] == "not run"
+    (chart,) = article.ratio_charts(results)
+    (bar,) = (p for series in chart.series if not series.faint for p in series.points if series.look == "mha-math")
+    assert (bar.y, bar.low, bar.high) == (1.5, 1.4, 1.6)
+    assert "1.50x [1.40, 1.60]" in tables.article_markdown([table])
+    assert article.article_name(results[0]) == "original_vs_optimized_A100_n_samples_1_n_iter_2_tiny_plms_20_steps"
+
+
+@pytest.mark.parametrize("key", ["invalid", "drifted"])
+def test_invalid_and_drifted_sessions_are_stamped_wherever_their_numbers_stand(key):
+    made = synthetic_runs.published_run("A100")
+    made["perf"][key] = "control_arm SLOWER +4.1 %" if key == "invalid" else "anchor_drift 4.1 %"
+    mark = {"invalid": "INVALID"}.get(key, key)
+    results = results_of(made)
+    titles = [chart.title for chart in build.all_charts(results, results, []) if "published" not in chart.title]
+    assert len(titles) > 10 and all(f"({mark})" in title for title in titles), titles
+    for row in csv.DictReader(tables.results_csv(results).splitlines()):
+        assert row["marks"] == mark and row[key] == made["perf"][key]
+    text = summary.markdown_summary([results[0].session], results)
+    assert text.count(f"| {mark} |") == 15, "a row of the Markdown each"
+    assert (summary.fastest(results) is None) == (key == "invalid")
 
 
 def test_ladder_is_a_waterfall_in_its_own_order():
@@ -115,8 +163,7 @@ def test_tables_have_intervals_of_stages_energy_and_peak_fraction():
     assert all(re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\] m?s", cell) for cell in stages.values())
 
 
-def test_long_labels_lie_and_are_wrapped():
-    assert not bars.lies(["original", "sdpa"]) and bars.lies(["mha-mem_efficient-compile"] * 3) and bars.lies("abcdefg")
+def test_long_labels_are_wrapped():
     label = (
         "sdpa-flash-compile-max-autotune-no-cudagraphs-plms20-512x768-b16-channels_last-fused_qkv-cache_context_kv-x"
     )
@@ -190,14 +237,25 @@ def test_compile_lines_cross_at_the_break_even():
     assert compiled.points[0].y > eager.points[0].y == 0 and compiled.points[-1].y < eager.points[-1].y
 
 
-def test_history_marks_verdicts_and_changes():
-    (chart,) = history.history_charts(results_of(*synthetic_runs.nightly_runs(12)))
-    original = next(series for series in chart.series if series.name == "original")
-    verdicts = [point.verdict for point in original.points]
-    assert verdicts == ["INCONCLUSIVE"] * 6 + ["SAME"] * 2 + ["SLOWER"] * 4
-    words = [words for _, words in chart.marks]
-    changes = [word for word in words if word.startswith(("commit", "torch"))]  # change points need the extra `history`
-    assert [change.split()[0] for change in changes] == ["commit", "torch", "commit"] and "torch 2.15.0+cu132" in words
+def test_history_has_a_line_for_each_stack_with_verdicts_and_change_points():
+    results = results_of(*synthetic_runs.nightly_runs(12))
+    charts = history.history_charts(results, history.change_points(results))
+    assert len(charts) == 5 and charts[0].title == "sd2-original-b1 on A100, synthetic, 12 sessions"
+    assert [series.name.split(",")[0] for series in charts[0].series] == ["torch 2.14.0+cu130", "torch 2.15.0+cu132"]
+    verdicts = [point.verdict for point in charts[0].points]
+    assert verdicts == ["INCONCLUSIVE"] * 6 + [None] * 2 + ["SLOWER"] * 4, "SAME has no ring"
+    assert all(point.low < point.y < point.high for point in charts[0].points)
+
+
+def test_change_points_are_marked_on_the_chart_of_their_configuration():
+    pytest.importorskip("ruptures")
+    results = results_of(*synthetic_runs.nightly_runs(12))
+    (change,) = history.change_points(results)
+    slowed, *others = history.history_charts(results, [change])
+    (mark,) = slowed.marks
+    assert mark[1] == f"{100 * (change.ratio - 1):+.1f} %" and change.series.id == "sd2-original-b1"
+    assert slowed.points[7].x < mark[0] < slowed.points[8].x
+    assert all(chart.marks == () for chart in others)
 
 
 def test_comparisons_have_ratio_interval_margin_and_verdict():
@@ -231,7 +289,8 @@ def test_approximate_images_are_never_the_fastest():
     ones = results_of(made)
     best = min(ones[:5], key=lambda one: one.seconds_per_image)
     assert best.approximate and "feature_caching" in best.technique
-    assert [row[10] for row in tables.result_rows([best])] == ["52.0 (approximate)"]
+    cells = dict(zip(tables.COLUMNS, tables.result_rows([best])[0]))
+    assert (cells["PSNR, dB"], cells["marks"]) == ("52.0", "approximate")
     assert summary.fastest(ones[:5]).startswith("fastest here: sd2-mha-mem_efficient-b1")
 
 

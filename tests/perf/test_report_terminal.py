@@ -130,11 +130,29 @@ def test_the_last_line_names_the_fastest():
     assert last == f"fastest here: {FASTEST}, 200 ms an image, 2.06x {SLOWEST} [2.06, 2.06]"
 
 
+def test_each_work_has_a_table_of_its_own():
+    other = Configuration(attention="sdpa", steps=50)
+    lines = printed(measured(times={**TIMES, other: 0.6})).splitlines()
+    assert [line for line in lines if "not comparable" in line] == [
+        "tiny, plms 20 steps: not comparable with the other tables",
+        "tiny: not comparable with the other tables",
+    ]
+    assert f" 1 {other.id}" in lines, "ranked apart"
+
+
+def test_drifted_session_is_marked_in_each_row(monkeypatch):
+    results = measured()
+    monkeypatch.setattr(type(results.session.measurements), "drifted", lambda self: "anchor_drift 4.1 %")
+    assert printed(results).count("drifted") == printed(results, width=200).count("drifted") == 3
+
+
 def test_approximate_configuration_is_marked_and_never_the_fastest():
     merging = Configuration(attention="sdpa", optimise="token_merging", steps=20)
     results = measured(times={**TIMES, merging: 0.1})
-    first, *_ = (line for line in printed(results).splitlines() if "image 84 dB" in line)
-    assert first.endswith("peak memory, image 84 dB, approximate"), "skipped work has no fraction of peak FLOP/s"
+    lines = printed(results).splitlines()
+    first, *_ = (line for line in lines if "image 84 dB" in line)
+    assert first.endswith("peak memory, image 84 dB"), "skipped work has no fraction of peak FLOP/s"
+    assert f" 1 {merging.id}  approximate" in lines
     assert results.infos[merging.id]["image"]["verdict"] == "approximate"
     assert terminal.lines(results, None)[-1].startswith(f"fastest here: {FASTEST}, ")
     assert "fastest" not in terminal.lines(measured(times={merging: 0.1}), None)[-1]
