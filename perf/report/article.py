@@ -62,7 +62,7 @@ def gpu_charts(results: Sequence[Result]) -> list[Chart]:
     own = groups(valid(results), lambda result: (result.work, result.batch))
     models = {result.model for result in results}
     article_works = {
-        ((cell.model, "txt2img", 50, "plms", (0, 0)), cell.batch): cell.model
+        (cell.work, cell.batch): cell.model
         for cell in published()
         if cell.seconds_per_image is not None and cell.model in models
     }

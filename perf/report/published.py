@@ -52,6 +52,11 @@ class PublishedTime:
         return TORCH[self.model, "original" if self.technique.startswith("original") else "optimized"]
 
     @property
+    def work(self) -> tuple:
+        """The work of the articles, as results.Result.work: comparable with own results of the same."""
+        return self.model, "txt2img", 50, "plms", (), (0, 0)
+
+    @property
     def seconds_per_image(self) -> float | None:
         """None if not run, or if the number of images is not printed."""
         if self.seconds is None or self.iterations is None:

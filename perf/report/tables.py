@@ -163,11 +163,10 @@ def ratio_tables(results: Sequence[Result]) -> list[RatioTable]:
 
 def _table(model: str, batch: int, results: Sequence[Result], reference: str) -> Table:
     printed = [cell for cell in published() if (cell.model, cell.batch) == (model, batch)]
-    work = (model, "txt2img", 50, "plms", (0, 0))
     own = [
         result
         for result in results
-        if (result.work, result.batch) == (work, batch) and not result.benchmark.image_failure
+        if (result.work, result.batch) == (printed[0].work, batch) and not result.benchmark.image_failure
     ]
     rows = tuple(dict.fromkeys(result.technique for result in [*printed, *own]))
     iterations = printed[0].iterations
