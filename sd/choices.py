@@ -44,10 +44,10 @@ INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
     "coordinate_descent_tuning",
     "coordinate_descent_check_all_directions",
     "no_epilogue_fusion",
+    "no_shape_padding",
     "no_split_reductions",
     "persistent_tma_matmul",
     "programmatic_launch",
-    "shape_padding",
     "freezing",
 )
 OPTIMISERS = ("auto", "fused", "foreach", "loop")  # implementations of AdamW

@@ -95,8 +95,22 @@ FEATURES = {
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"
     ),
     "mmap_load": Feature("torch.load(mmap=True)", _has_parameter(torch.load, "mmap"), "torch >= 2.1"),
+    "packed": Feature(
+        "oneDNN's operators for packed weights",
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.library, "register_fake")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
+        "torch >= 2.4 with oneDNN",
+    ),
     "cpu_fp16": Feature("fp16 convolution on the CPU", _cpu_half_convolution(), "torch >= 2.1"),
 }
+
+
+def computes_slowly(dtype: torch.dtype) -> bool:
+    """Whether oneDNN emulates the half-precision `dtype` on this processor; False where this torch cannot tell."""
+    names = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
+    supported = getattr(torch.ops.mkldnn, names[dtype], None) if dtype in names else None
+    return supported is not None and not supported()
 
 
 def has(name: str) -> bool:

@@ -30,6 +30,7 @@ from sd.models.tokenizer import CHUNK, Tokens, tokenize, tokenize_chunks
 from sd.models.unet import UNet
 from sd.optimise.apply import apply, float32_precision
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
+from sd.optimise.packed import pack, unpack
 from sd.sampling import original_loop
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
@@ -220,7 +221,7 @@ class StableDiffusion:
         """Return the weights of the networks under the prefixes `unet.`, `autoencoder.` and `text_encoder.`.
 
         Names and shapes are the same for all optimisations, `mha` and fused projections included. The tensors share
-        memory with the model.
+        memory with the model, except for packed weights, which are copied.
         """
         state = {}
         for network_name, network in self._networks().items():
@@ -242,9 +243,22 @@ class StableDiffusion:
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
         if wrong:
             raise CheckpointError(f"load_state_dict: {len(wrong)} names or shapes do not match, such as {wrong[0]}")
-        for prefix, network in self._networks().items():
-            start = f"{prefix}."
-            network.load_state_dict({k[len(start) :]: weight for k, weight in state.items() if k.startswith(start)})
+        with self._plain_weights():
+            for prefix, network in self._networks().items():
+                start = f"{prefix}."
+                network.load_state_dict({k[len(start) :]: weight for k, weight in state.items() if k.startswith(start)})
+
+    @contextmanager
+    def _plain_weights(self) -> Iterator[None]:
+        """Context in which no weight is packed, so that `state_dict` shares memory with the model."""
+        networks = (self.unet, self.autoencoder) if self.optimisations.packed else ()
+        for network in networks:
+            unpack(network)
+        try:
+            yield
+        finally:
+            for network in networks:
+                pack(network)
 
     def _require_weights_in_use(self, caller: str) -> None:
         chosen = self.optimisations
@@ -262,17 +276,18 @@ class StableDiffusion:
         if not math.isfinite(scale):
             raise ConfigError(f"load_lora: scale {scale}: must be a finite number")
         self._require_weights_in_use("load_lora")
-        state = self.state_dict()
-        updates = read_lora(path, state)
-        if scale:
-            with float32_precision(tf32=False):
+        with self._plain_weights(), float32_precision(tf32=False):
+            state = self.state_dict()
+            updates = read_lora(path, state)
+            if scale:
                 self._merged.add(updates, scale, targets(state))
 
     def unload_lora(self) -> None:
         """Restore the weights from before the first `load_lora`, bit for bit. Raises ConfigError as `load_state_dict`."""
         if self._merged.loras:
             self._require_weights_in_use("unload_lora")
-            self._merged.remove(targets(self.state_dict()))
+            with self._plain_weights():
+                self._merged.remove(targets(self.state_dict()))
 
     def load_embedding(self, path: str | Path, token: str | None = None) -> str:
         """Load a textual-inversion embedding and return its token, a word of prompts that stands for its vectors.

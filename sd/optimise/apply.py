@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from sd.attention.availability import check, for_head_dim
 from sd.attention.observation import ObservedCall
-from sd.errors import ConfigError, Unavailable
-from sd.features import has, require
+from sd.errors import ConfigError, SDWarning, Unavailable
+from sd.features import computes_slowly, has, require
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
@@ -24,6 +25,7 @@ from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, requ
 from sd.optimise.compile import CompiledStep, compile_blocks, require_cpp_compiler, restore
 from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
+from sd.optimise.packed import pack, unpack
 from sd.sampling.plan import run
 
 # TF32, cuDNN's benchmark mode and the SDPA kernel choice are settings of the process: one model runs at a time.
@@ -68,6 +70,9 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
     dtype = WEIGHT_DTYPES[optimisations.precision]
     if dtype == torch.float16 and device.type == "cpu":
         require("cpu_fp16", "precision fp16 on the CPU")
+    if device.type == "cpu" and computes_slowly(dtype):
+        slow = f"precision {optimisations.precision}: this processor emulates it, many times slower than fp32"
+        warnings.warn(f"{slow}; choose another precision", SDWarning, stacklevel=4)
     if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise Unavailable("precision bf16: this GPU has no bf16; use fp16 or autocast")
     for compiler in optimisations.compilers().values():
@@ -80,6 +85,10 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
         ):
             if choice:
                 raise Unavailable(f"{name}: needs an NVIDIA GPU, and the device is {device}: leave it out")
+    if optimisations.packed:
+        if device.type != "cpu":
+            raise Unavailable(f"packed: is a layout of a CPU's weights, and the device is {device}: leave it out")
+        require("packed", "packed")
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_package_path(optimisations.aot)
@@ -161,6 +170,8 @@ def apply(
         decoder_attention = for_head_dim(attention, device, compute_dtype, autoencoder.head_dim())
 
     restore(unet, autoencoder, text_encoder)
+    unpack(unet)
+    unpack(autoencoder)
     unet.fuse_projections(False, False)
     for network in (unet, autoencoder, text_encoder):
         network.to(device, dtype).to(memory_format=optimisations.memory_format())
@@ -174,6 +185,9 @@ def apply(
         # Autocast caches the casts of weights that require a gradient, and no others; every run is under no_grad.
         for weight in (*network.parameters(), *network.buffers()):
             weight.requires_grad_(optimisations.precision == "autocast")
+    if optimisations.packed:
+        pack(unet)
+        pack(autoencoder)
     return _calls(unet, autoencoder, text_encoder, device, optimisations)
 
 

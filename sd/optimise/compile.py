@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,23 @@ from sd.sampling.denoiser import Denoiser, predict_noise
 from sd.sampling.plan import HISTORY_LENGTH, Plan
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs by themselves
-# The setting of torch._inductor.config behind each name.
-INDUCTOR_OPTIONS = {
-    **{name: (name, True) for name in choices.INDUCTOR_OPTIONS},
-    "no_epilogue_fusion": ("epilogue_fusion", False),
-    "no_split_reductions": (
-        "split_reductions",
-        False,
-    ),  # one kernel for the statistics of a norm instead of up to three
-    "persistent_tma_matmul": ("triton.enable_persistent_tma_matmul", True),  # Hopper: templates with epilogues
-    "programmatic_launch": ("triton.enable_pdl", True),  # Hopper: a kernel starts before the end of the one before it
+# The settings of torch._inductor.config behind each name.
+INDUCTOR_OPTIONS: dict[str, dict[str, bool]] = {
+    **{name: {name: True} for name in choices.INDUCTOR_OPTIONS},
+    # Inductor reads it in coordinate descent alone.
+    "coordinate_descent_check_all_directions": {
+        "coordinate_descent_tuning": True,
+        "coordinate_descent_check_all_directions": True,
+    },
+    "no_epilogue_fusion": {"epilogue_fusion": False},
+    "no_shape_padding": {"shape_padding": False},
+    "no_split_reductions": {
+        "split_reductions": False
+    },  # one kernel for the statistics of a norm instead of up to three
+    "persistent_tma_matmul": {"triton.enable_persistent_tma_matmul": True},  # Hopper: templates with epilogues
+    "programmatic_launch": {"triton.enable_pdl": True},  # Hopper: a kernel starts before the end of the one before it
 }
+CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of GPUs
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
 
@@ -61,8 +68,13 @@ class Compiler:
         if self.inductor:
             from torch._inductor import config  # imports the compiler, which takes seconds
         for name in self.inductor:
-            if not has_setting(config, INDUCTOR_OPTIONS[name][0]):
+            settings = INDUCTOR_OPTIONS[name]
+            if not all(has_setting(config, setting) for setting in settings):
                 raise Unavailable(f"inductor option {name}: torch {torch.__version__} does not have it")
+            if all(operator.attrgetter(setting)(config) == value for setting, value in settings.items()):
+                raise Unavailable(f"inductor option {name}: is the default of torch {torch.__version__}: leave it out")
+            if device.type == "cpu" and name not in CPU_OPTIONS:
+                raise Unavailable(f"inductor option {name}: changes no code for a CPU: leave it out")
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `function` as one graph for each set of argument shapes; a graph break is an error."""
@@ -74,14 +86,24 @@ class Compiler:
         compiled: Callable[..., Any] = torch.compile(function, **arguments)
         if not has("recompile_limit"):
             compiled = _with_graph_limit(compiled)
-        if not self.kernels:
+        if not self.kernels and "freezing" not in self.inductor:
             return compiled
 
-        def with_cache_tag(*arguments: Any) -> Any:
-            with cache_key_tag("sdpa " + ",".join(self.kernels)):
+        def in_context(*arguments: Any) -> Any:
+            with self._compile_context():
                 return compiled(*arguments)
 
-        return with_cache_tag
+        return in_context
+
+    @contextmanager
+    def _compile_context(self) -> Iterator[None]:
+        """Settings of the process at compile time: the tag of the kernels; Dynamo ignores `freezing` among the options."""
+        with ExitStack() as stack:
+            if self.kernels:
+                stack.enter_context(cache_key_tag("sdpa " + ",".join(self.kernels)))
+            if "freezing" in self.inductor:
+                stack.enter_context(torch._inductor.config.patch(freezing=True))
+            yield
 
     def options(self) -> dict[str, Any]:
         """Settings of inductor: those of the mode, then those named.
@@ -93,7 +115,9 @@ class Compiler:
         if self.mode != "default":
             of_mode = dict(torch._inductor.list_mode_options(self.mode))
             of_mode.pop("coordinate_descent_tuning", None)
-        return {**of_mode, **dict(INDUCTOR_OPTIONS[name] for name in self.inductor)}
+        for name in self.inductor:
+            of_mode.update(INDUCTOR_OPTIONS[name])
+        return of_mode
 
     def with_cloned_outputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `function`; results stay valid although CUDA graphs overwrite their output memory at the next call."""

@@ -52,6 +52,7 @@ class Optimisations:
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
     cache_time_embeddings: compute time embeddings and their projections for all timesteps once per run.
+    packed: weights in oneDNN's layout on a CPU, from sd.optimise.packed.SMALLEST_PACKED channels; these are not fused.
     cudnn_benchmark: cuDNN measures its convolution algorithms at the first call of each shape.
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
@@ -84,6 +85,7 @@ class Optimisations:
     fused_kv: bool = False
     cache_context_kv: bool = False
     cache_time_embeddings: bool = False
+    packed: bool = False
     tf32: bool = False
     cudnn_benchmark: bool = False
     original_steps: bool = False
@@ -127,6 +129,12 @@ class Optimisations:
             yield f"{graph}: autocast frees its cast weights; choose precision fp16 or bf16"
         if self.cuda_graph == "unet" and self._compiles_step:
             yield f"{graph}: compile_scope step has no separate UNet call; choose cuda_graph loop"
+        if self.packed and not self.channels_last:
+            yield "packed: convolutions would copy NCHW images; choose channels_last too"
+        if self.packed and (
+            self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor
+        ):
+            yield "packed: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
         if self.original_steps:
             for name in self._chosen("cache_context_kv", "cache_time_embeddings"):
                 yield f"{name}: original_steps recomputes it at every step; choose one of the two"
@@ -172,7 +180,8 @@ class Optimisations:
         if device.type != "cuda":
             compiles = has("compile") and cpp_compiler() is not None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
-            return cls(compile="default" if compiles else "none", channels_last=compiles, **caches)
+            packed = compiles and has("packed")
+            return cls(compile="default" if compiles else "none", channels_last=compiles, packed=packed, **caches)
         # The UNet runs at every step; for the other two networks autotuning would cost more than it saves.
         once = "default" if has("compile") else "none"
         return cls(

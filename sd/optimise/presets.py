@@ -16,6 +16,7 @@ from sd.optimise.optimisations import Optimisations
 TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
     **{name: {name: True} for name in ("tf32", "cudnn_benchmark", "channels_last", "fused_qkv", "fused_kv")},
+    "packed": {"packed": True, "channels_last": True},
     **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
@@ -73,7 +74,9 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of `fast` that contradict `fields`, at their defaults."""
     resets: dict[str, Any] = {}
     if "quantisation" in fields:
-        resets.update(fused_qkv=False, fused_kv=False)
+        resets.update(fused_qkv=False, fused_kv=False, packed=False)
+    if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
+        resets.update(packed=False)
     if fields.get("attention") == "mha":
         resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:

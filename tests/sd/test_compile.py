@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
 import torch
 from counting import needs_fused_attention
 from models import relative_error, smallest
+from torch import nn
 from torch.nn import functional as F
 
 from sd import Optimisations
@@ -15,7 +17,7 @@ from sd.choices import COMPILE_SCOPES, SDPA_KERNELS
 from sd.errors import Unavailable
 from sd.features import has
 from sd.models.layers import GroupNorm
-from sd.optimise.compile import COLUMNS, INDUCTOR_OPTIONS, Compiler, has_setting, plan_table
+from sd.optimise.compile import COLUMNS, CPU_OPTIONS, INDUCTOR_OPTIONS, Compiler, has_setting, plan_table
 from sd.sampling.noise import PerImageNoise
 from sd.sampling.plan import HISTORY_LENGTH, run
 from sd.sampling.samplers import SAMPLERS
@@ -225,12 +227,40 @@ def test_the_table_equals_the_plan(name):
 
 
 @pytest.mark.parametrize("name", INDUCTOR_OPTIONS)
-def test_inductor_options_exist_or_are_refused_by_name(name):
+def test_an_inductor_option_that_would_do_nothing_is_refused_by_name(name, monkeypatch):
     from torch._inductor import config
 
-    compiler = Compiler("default", inductor=(name,))
-    if has_setting(config, INDUCTOR_OPTIONS[name][0]):
-        compiler.require(torch.device("cpu"))
-    else:
-        with pytest.raises(Unavailable, match=name):
+    compiler, cuda = Compiler("default", inductor=(name,)), torch.device("cuda")
+    settings = INDUCTOR_OPTIONS[name]
+    if not all(has_setting(config, setting) for setting in settings):
+        with pytest.raises(Unavailable, match=f"{name}: torch .* does not have it"):
+            compiler.require(cuda)
+        return
+    with config.patch(settings), pytest.raises(Unavailable, match=f"{name}: is the default of torch"):
+        compiler.require(cuda)
+    if name not in CPU_OPTIONS:
+        refused = pytest.raises(Unavailable, match=f"{name}: changes no code for a CPU")
+        with config.patch({setting: not value for setting, value in settings.items()}), refused:
             compiler.require(torch.device("cpu"))
+
+
+def test_an_inductor_option_changes_the_code_of_a_cpu_exactly_if_it_is_accepted_there():
+    """A setting that Dynamo or inductor ignores leaves the code as it is, and must not be measured as a technique."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    network = nn.Sequential(nn.Conv2d(32, 33, 1), nn.GroupNorm(1, 33, affine=False), nn.Flatten(2), nn.Linear(64, 65))
+    network.requires_grad_(False).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def code(*options):
+        torch._dynamo.reset()
+        with torch.no_grad(), config.patch(force_disable_caches=True):
+            (code,) = run_and_get_code(Compiler("default", inductor=options)(network.forward), x)[1]
+        called = code[code.index("def call(") :]
+        return re.sub(r"#.*", "", called[: called.index("def get_args" if "def get_args" in called else "__main__")])
+
+    plain = code()
+    assert code() == plain
+    available = [name for name in INDUCTOR_OPTIONS if all(has_setting(config, s) for s in INDUCTOR_OPTIONS[name])]
+    assert {name for name in available if code(name) != plain} == set(CPU_OPTIONS)

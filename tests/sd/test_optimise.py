@@ -28,8 +28,10 @@ EXACT = {
 }
 # Fields of `fast` that contradict a technique and are reset when it is named.
 RESET = {
-    **{name: {"fused_qkv"} for name in ("int8", "fp8")},
-    **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step", "autocast")},
+    **{name: {"fused_qkv", "packed"} for name in ("int8", "fp8")},
+    **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step")},
+    "autocast": {"cuda_graph", "packed"},
+    "freezing": {"packed"},
     "original_steps": {*CACHES, "cuda_graph"},
 }
 # Relative error of a UNet call and of a run's latents in fp32 against `original`: only the order of sums differs.

@@ -1,0 +1,140 @@
+"""Weights of convolutions and linear layers in oneDNN's own blocked layout, reordered once and not at every call of a CPU.
+
+The packed weights replace the plain ones, so that no second copy remains; `state_dict` and `unpack` return the plain ones bit
+for bit. A weight in another layout than oneDNN wants costs up to 300 times the product. For linear layers and wide 3x3
+convolutions the layout depends on the channels alone; for 1x1 convolutions also on the image, so these are computed as linear
+layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd.attention.modules import CrossAttention
+
+# Channels in and out from which a layer is packed: a narrow layer loses more in oneDNN's call than it gains.
+SMALLEST_PACKED = 128
+MULTIPLE = 16  # of the channels of a convolution; for others the layout depends on the image
+# Sizes that oneDNN requires and that do not change the layout.
+ROWS, IMAGES, SIDE = 1024, 2, 32
+
+
+@functools.cache
+def _define_operator() -> None:
+    """Define torch.ops.sd.packed_linear: oneDNN's own operator, which inductor compiles for constants only.
+
+    Constants could not be replaced, as by a LoRA, without another compilation.
+    """
+    torch.library.define("sd::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    torch.library.impl("sd::packed_linear", "CompositeExplicitAutograd")(
+        lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    )
+    torch.library.register_fake("sd::packed_linear")(
+        lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
+    )
+
+
+class _Packed(nn.Module):
+    """A layer whose weight is packed; its state dict has the plain weight."""
+
+    plain: type[nn.Module]
+
+    def _dense(self) -> Tensor:
+        return self.get_parameter("weight").detach().to_dense()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self._dense()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.unpack()
+        self._load_from_state_dict(*arguments)  # of the plain class, which the layer has again
+
+    def unpack(self) -> None:
+        """Make it the plain layer again."""
+        self.register_parameter("weight", nn.Parameter(self._dense(), requires_grad=False))
+        self.__class__ = self.plain  # type: ignore[assignment]
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """A convolution with packed weights."""
+
+    plain = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *_geometry(self), "none", [], ""
+        )
+        return out
+
+
+class PackedConv1x1(_Packed, nn.Conv2d):
+    """A 1x1 convolution of NHWC images as a linear layer over their positions."""
+
+    plain = nn.Conv2d
+
+    def _dense(self) -> Tensor:
+        return super()._dense()[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.ops.sd.packed_linear.default(x.permute(0, 2, 3, 1), self.weight, self.bias)
+        out: Tensor = positions.permute(0, 3, 1, 2)
+        return out
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A linear layer with packed weights."""
+
+    plain = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.sd.packed_linear.default(x, self.weight, self.bias)
+        return out
+
+
+def _geometry(layer: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+    assert not isinstance(layer.padding, str)
+    return list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+
+
+def pack(network: nn.Module) -> None:
+    """Pack every wide convolution and linear layer of the network. Fused projections of that width are separated first."""
+    _define_operator()
+    for module in network.modules():
+        if isinstance(module, CrossAttention) and module.fused is not None and _is_wide("", module.fused):
+            module.fuse("")
+    for name, module in network.named_modules():
+        if type(module) in (nn.Conv2d, nn.Linear) and _is_wide(name, module.weight):
+            _pack(module)
+
+
+def _is_wide(name: str, weight: Tensor) -> bool:
+    # Time embeddings have one row a call, or run once.
+    multiple = MULTIPLE if weight.dim() == 4 else 1
+    return "emb" not in name and all(size >= SMALLEST_PACKED and size % multiple == 0 for size in weight.shape[:2])
+
+
+def _pack(layer: nn.Module) -> None:
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    weight = layer.weight.detach()
+    packed_class: type[nn.Module]
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+        size = [IMAGES, weight.shape[1], SIDE, SIDE]
+        packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *_geometry(layer), size)
+        packed_class = PackedConv2d
+    else:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), ROWS)
+        packed_class = PackedConv1x1 if isinstance(layer, nn.Conv2d) else PackedLinear
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    layer.__class__ = packed_class
+
+
+def unpack(network: nn.Module) -> None:
+    """Undo `pack`: the weights are plain again, bit for bit."""
+    for module in network.modules():
+        if isinstance(module, _Packed):
+            module.unpack()

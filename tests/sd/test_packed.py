@@ -1,0 +1,196 @@
+"""Packed weights on a CPU: exact, undone bit for bit, without a second copy, and in the layout that oneDNN wants."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from counting import Counting
+from models import SMALLEST, relative_error
+from torch import nn
+
+from sd import Optimisations, StableDiffusion
+from sd.config.presets import preset
+from sd.errors import ConfigError, SDWarning, Unavailable
+from sd.features import FEATURES, has
+from sd.models.unet import UNet
+from sd.optimise import apply, packed
+from sd.optimise.presets import parse
+
+needs_packed = pytest.mark.skipif(not has("packed"), reason="this torch has no operators for packed weights")
+PLAIN = Optimisations(channels_last=True, fused_qkv=True, cache_context_kv=True)
+PACKED = replace(PLAIN, packed=True)
+WIDE = replace(
+    SMALLEST, unet=replace(SMALLEST.unet, model_channels=128), autoencoder=replace(SMALLEST.autoencoder, channels=128)
+)
+CLASSES = (packed.PackedConv2d, packed.PackedConv1x1, packed.PackedLinear)
+
+
+@pytest.fixture
+def model():
+    return StableDiffusion.random(WIDE, optimisations=PLAIN)
+
+
+def _run(model):
+    return model.txt2img("a red star", steps=2, seed=1)
+
+
+def _copy(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def _equal(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in other)
+
+
+def _packed_layers(network):
+    return [module for module in network.modules() if isinstance(module, CLASSES)]
+
+
+@needs_packed
+class TestPacked:
+    def test_same_images_and_undone_bit_for_bit(self, model):
+        plain, weights = _run(model), _copy(model)
+        layer = model.unet.middle_block[0].out_layers[3]
+        alive = weakref.ref(layer.weight)
+        model.optimise(PACKED)
+        assert alive() is None  # no second copy
+        assert {type(module) for module in _packed_layers(model.unet)} == set(CLASSES)
+        assert relative_error(_run(model).latents, plain.latents) <= 1e-5
+        assert _equal(model.state_dict(), weights)
+        for attention in ("original", "mha", "sdpa"):
+            model.optimise(replace(parse("none,packed", "cpu"), attention=attention))
+            assert relative_error(_run(model).latents, plain.latents) <= 1e-5
+        model.optimise(PLAIN)
+        assert not _packed_layers(model.unet) and not _packed_layers(model.autoencoder)
+        assert _equal(model.state_dict(), weights)
+        assert torch.equal(_run(model).latents, plain.latents)
+
+    def test_every_wide_layer_runs_packed(self, model):
+        latents, counts = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last), []
+        for fields in (PLAIN, PACKED):
+            model.optimise(fields)
+            with torch.no_grad(), Counting() as counting:
+                model.autoencoder.decode(latents)
+            counts.append(counting.copies)
+        expected = len(_packed_layers(model.autoencoder.decoder))
+        assert expected > 10
+        assert counting.ops["_convolution_pointwise"] + counting.ops["packed_linear"] == expected
+        assert counts[0] == counts[1]
+
+    def test_lora_is_merged_into_the_plain_weights(self, model, tmp_path):
+        generator, factors = torch.Generator().manual_seed(0), {}
+        for name, weight in model.state_dict().items():
+            if name.endswith(("to_q.weight", "to_out.0.weight")):
+                module = name[: -len(".weight")]
+                factors[f"{module}.lora_A.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+                factors[f"{module}.lora_B.weight"] = 0.02 * torch.randn(len(weight), 2, generator=generator)
+        torch.save(factors, tmp_path / "lora.pt")
+        before = _copy(model)
+        model.load_lora(tmp_path / "lora.pt")
+        merged, plain = _copy(model), _run(model)
+        model.unload_lora()
+        model.optimise(PACKED)
+        model.load_lora(tmp_path / "lora.pt")
+        assert _packed_layers(model.unet)
+        assert _equal(model.state_dict(), merged)
+        assert relative_error(_run(model).latents, plain.latents) <= 1e-5
+        model.unload_lora()
+        assert _equal(model.state_dict(), before)
+        model.load_state_dict(merged)
+        assert _packed_layers(model.unet) and _equal(model.state_dict(), merged)
+        model.unet.load_state_dict(model.unet.state_dict())  # the network alone: its layers are plain then
+        assert not _packed_layers(model.unet)
+        assert relative_error(_run(model).latents, plain.latents) <= 1e-5
+
+    @pytest.mark.compile
+    def test_other_weights_compile_nothing_again(self, model):
+        from torch._dynamo.utils import counters
+
+        weights = _copy(model)
+        model.optimise(replace(PACKED, compile="default", compile_backend="aot_eager"))
+        first = _run(model).latents
+        torch._dynamo.reset()
+        counters.clear()
+        _run(model)
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs == 1 and not counters["graph_break"]
+        model.load_state_dict({name: weight * 0.5 for name, weight in weights.items()})
+        assert relative_error(_run(model).latents, first) > 1e-3
+        model.load_state_dict(weights)
+        assert torch.equal(_run(model).latents, first)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+    @pytest.mark.compile
+    @pytest.mark.slow
+    def test_inductor(self, model):
+        plain = _run(model).latents
+        for fields in ({}, {"compile_autoencoder": "default"}, {"compile_scope": "blocks"}):
+            model.optimise(replace(PACKED, compile="default", **fields))
+            assert relative_error(_run(model).latents, plain) <= 1e-5
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_layout_is_that_of_every_image_size(self, dtype):
+        """oneDNN reorders a weight of another layout at every call, for many times the product."""
+        config, sizes = preset("sd2").unet, {}
+        with torch.device("meta"), torch.no_grad():
+            unet = UNet(config)
+            for module in unet.modules():
+                if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+                    module.register_forward_pre_hook(
+                        lambda module, inputs: sizes.setdefault((*module.weight.shape[:2], module.stride), set()).add(
+                            tuple(inputs[0].shape)
+                        )
+                    )
+            for batch, side in ((2, 32), (2, 64), (8, 64), (1, 96)):
+                x, context = torch.empty(batch, 4, side, side), torch.empty(batch, 77, config.context_dim)
+                unet.denoise(x, torch.empty(batch), context)
+        wide = {key: value for key, value in sizes.items() if min(key[:2]) >= packed.SMALLEST_PACKED}
+        assert len(wide) > 10
+        for (out, channels, stride), shapes in wide.items():
+            layer = nn.Conv2d(channels, out, 3, stride=stride, padding=1, dtype=dtype)
+            dense = layer.weight.detach().to_mkldnn()
+            packed.pack(nn.ModuleList([layer]))
+            for shape in shapes:
+                wanted = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, *packed._geometry(layer), shape)
+                assert torch.equal(_layout(layer.weight.detach()), _layout(wanted)), (out, channels, shape)
+
+
+def _layout(weight):
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"precision": "autocast"}, {"quantisation": "int8"}, {"compile": "default", "inductor": ("freezing",)}],
+)
+def test_other_weights_are_refused(fields):
+    with pytest.raises(ConfigError, match="packed"):
+        Optimisations(packed=True, channels_last=True, **fields)
+
+
+def test_nchw_is_refused():
+    with pytest.raises(ConfigError, match="choose channels_last"):
+        Optimisations(packed=True)
+
+
+def test_a_gpu_and_an_old_torch_are_refused(monkeypatch):
+    with pytest.raises(Unavailable, match=r"packed: .* cuda"):
+        apply.require_available(Optimisations(packed=True, channels_last=True), torch.device("cuda"))
+    monkeypatch.setitem(FEATURES, "packed", replace(FEATURES["packed"], available=False))
+    with pytest.raises(Unavailable, match=r"packed needs .*torch >= 2\.4"):
+        apply.require_available(Optimisations(packed=True, channels_last=True), torch.device("cpu"))
+    assert not Optimisations.fast("cpu").packed
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported"), reason="this torch cannot tell")
+def test_precisions_that_the_processor_emulates_are_warned_of(monkeypatch, recwarn):
+    for name, supported in (("fp16", False), ("bf16", False), ("bf16", True)):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda supported=supported: supported)
+        recwarn.clear()
+        apply.require_available(Optimisations(precision=name), torch.device("cpu"))
+        messages = [str(warning.message) for warning in recwarn if warning.category is SDWarning]
+        assert any(f"precision {name}" in message for message in messages) is not supported
