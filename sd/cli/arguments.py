@@ -426,10 +426,11 @@ def choose_optimisations(
     args: Namespace, environ: Mapping[str, str], device: torch.device, native_mha: bool
 ) -> Optimisations:
     """Combine --optimise with the single options over it. Raises ConfigError where they contradict each other."""
+    narrow = args.ckpt is None  # an embedded model
     if args.optimise is None:
         base = Optimisations(precision="autocast" if device.type == "cuda" else "full")
     else:
-        base = parse(args.optimise, device)
+        base = parse(args.optimise, device, narrow=narrow)
     changes: dict[str, Any] = {}
     if args.optimise is None or _selects_attention(args, environ, native_mha):
         attention = choose_attention(args, environ, native_mha, base.attention)
@@ -448,7 +449,7 @@ def choose_optimisations(
         if device.type != "cuda":
             raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")
         changes["tf32"] = True
-    return replace(base, **changes) if args.optimise is None else parse(args.optimise, device, changes)
+    return replace(base, **changes) if args.optimise is None else parse(args.optimise, device, changes, narrow)
 
 
 def _selects_attention(args: Namespace, environ: Mapping[str, str], native_mha: bool) -> bool:

@@ -23,7 +23,7 @@ from sd.choices import (
     cpp_compiler,
 )
 from sd.errors import ConfigError
-from sd.features import has
+from sd.features import bf16_beats_fp32, has
 from sd.models.token_merging import MAX_RATIO
 from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler
 
@@ -170,9 +170,10 @@ class Optimisations:
         return cls(attention="original", precision="autocast", original_steps=True)
 
     @classmethod
-    def fast(cls, device: torch.device | str = "cpu") -> Optimisations:
+    def fast(cls, device: torch.device | str = "cpu", narrow: bool = False) -> Optimisations:
         """The exact techniques for throughput on `device`, without those that this torch or device lacks.
 
+        narrow: keep fp32 on a CPU, as for the embedded models: conversions cost their narrow layers more than bf16 saves.
         The first image includes minutes of compilation.
         """
         device = torch.device(device)
@@ -181,7 +182,13 @@ class Optimisations:
             compiles = has("compile") and cpp_compiler() is not None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             packed = compiles and has("packed")
-            return cls(compile="default" if compiles else "none", channels_last=compiles, packed=packed, **caches)
+            return cls(
+                precision="bf16" if packed and not narrow and bf16_beats_fp32() else "full",
+                compile="default" if compiles else "none",
+                channels_last=compiles,
+                packed=packed,
+                **caches,
+            )
         # The UNet runs at every step; for the other two networks autotuning would cost more than it saves.
         once = "default" if has("compile") else "none"
         return cls(

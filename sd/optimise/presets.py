@@ -36,18 +36,20 @@ TECHNIQUES: dict[str, dict[str, object]] = {
 }
 
 
-def parse(text: str, device: torch.device | str, changes: dict[str, Any] | None = None) -> Optimisations:
+def parse(
+    text: str, device: torch.device | str, changes: dict[str, Any] | None = None, narrow: bool = False
+) -> Optimisations:
     """Optimisations from `none`, `original`, `fast`, comma-separated names of TECHNIQUES, or a preset and such names.
 
     A compile scope or an inductor option implies compile mode `default` if no mode is named. Fields of `fast` that
-    contradict a named technique are reset. changes: fields that override the text. Raises ConfigError for unknown names
-    and contradictions; sd.optimise.apply.require_available checks the machine.
+    contradict a named technique are reset. changes: fields that override the text. narrow: of Optimisations.fast.
+    Raises ConfigError for unknown names and contradictions; sd.optimise.apply.require_available checks the machine.
     """
     names = text.split(",")
     base = Optimisations.none()
     if names[0] in OPTIMISE_PRESETS:
         preset = names.pop(0)
-        base = Optimisations.fast(device) if preset == "fast" else base
+        base = Optimisations.fast(device, narrow) if preset == "fast" else base
         base = Optimisations.original() if preset == "original" else base
     fields: dict[str, Any] = {}
     for name in names:

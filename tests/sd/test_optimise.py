@@ -311,7 +311,7 @@ def test_gpu_techniques_are_refused_before_any_change(model, fields):
 
 def test_presets():
     assert Optimisations.none() == Optimisations()
-    fast = Optimisations.fast("cpu")
+    fast = Optimisations.fast("cpu", narrow=True)
     assert (fast.precision, fast.cuda_graph, fast.tf32, fast.original_steps) == ("full", "none", False, False)
     assert fast.compile == "none" or has("compile")
     assert (fast.token_merging, fast.feature_caching, fast.quantisation) == (0.0, 1, "none")

@@ -14,7 +14,7 @@ from torch import nn
 from sd import Optimisations, StableDiffusion
 from sd.config.presets import preset
 from sd.errors import ConfigError, SDWarning, Unavailable
-from sd.features import FEATURES, has
+from sd.features import FEATURES, PROBE_REPEATS, bf16_beats_fp32, has
 from sd.models.unet import UNet
 from sd.optimise import apply, packed
 from sd.optimise.presets import parse
@@ -184,6 +184,48 @@ def test_a_gpu_and_an_old_torch_are_refused(monkeypatch):
     with pytest.raises(Unavailable, match=r"packed needs .*torch >= 2\.4"):
         apply.require_available(Optimisations(packed=True, channels_last=True), torch.device("cpu"))
     assert not Optimisations.fast("cpu").packed
+    assert Optimisations.fast("cpu").precision == "full"
+
+
+@needs_packed
+def test_fast_is_bf16_where_it_is_faster_and_the_layers_are_wide(monkeypatch):
+    monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
+    for faster in (False, True):
+        monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda faster=faster: faster)
+        assert Optimisations.fast("cpu").precision == ("bf16" if faster else "full")
+        assert parse("fast", "cpu", narrow=True).precision == "full"
+        assert parse("fast,full", "cpu").precision == "full"
+
+
+@needs_packed
+def test_bf16_needs_instructions_and_a_faster_product(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("sd.features.time.perf_counter", lambda: next(clock))
+    for bits in (False, True):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda bits=bits: bits, raising=False)
+        assert not bf16_beats_fp32.__wrapped__()  # on this clock both take the same time
+    durations = iter([0, 2] * PROBE_REPEATS + [0, 1] * PROBE_REPEATS)
+    monkeypatch.setattr("sd.features.time.perf_counter", lambda: next(durations))
+    assert bf16_beats_fp32.__wrapped__()
+
+
+@needs_packed
+@torch.no_grad()
+def test_error_of_bf16(model):
+    """Packed and plain bf16 are as far from fp32, in the UNet and the autoencoder."""
+    x, t, context = torch.randn(2, 4, 8, 8), torch.full((2,), 501.0), torch.randn(2, 77, 32)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def outputs():
+        return model.unet(x, t, context.to(model.unet.dtype)).float(), model.autoencoder.decode(x)
+
+    expected = outputs()
+    model.optimise(replace(PLAIN, precision="bf16"))
+    plain = [relative_error(actual, wanted) for actual, wanted in zip(outputs(), expected)]
+    model.optimise(replace(PACKED, precision="bf16"))
+    for actual, wanted, error in zip(outputs(), expected, plain):
+        assert 1e-4 < relative_error(actual, wanted) <= min(1.2 * error, 0.03)
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported"), reason="this torch cannot tell")

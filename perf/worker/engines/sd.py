@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -25,7 +26,7 @@ def optimisations(configuration: SimpleNamespace, device: str) -> Optimisations:
     """The Optimisations of a configuration. Fields at their defaults are not passed, so that older `sd` takes the rest."""
     names = configuration.optimise
     if names.split(",")[0] in compat.OPTIMISE_PRESETS:
-        return parse_techniques(names, device)
+        return parse_techniques(names, device, configuration.model)
     chosen = {"attention": configuration.attention, "precision": configuration.precision}
     if configuration.sdpa_kernels:
         chosen["sdpa_kernels"] = tuple(configuration.sdpa_kernels)
@@ -34,7 +35,7 @@ def optimisations(configuration: SimpleNamespace, device: str) -> Optimisations:
     if configuration.compile_scope != "unet":
         chosen["compile_scope"] = configuration.compile_scope
     if names:
-        named, plain = parse_techniques(names, device), Optimisations()
+        named, plain = parse_techniques(names, device, configuration.model), Optimisations()
         values = {field.name: getattr(named, field.name) for field in fields(named)}
         if configuration.compile != "none":  # a compiler option sets a mode only where none is chosen
             del values["compile"]
@@ -42,9 +43,12 @@ def optimisations(configuration: SimpleNamespace, device: str) -> Optimisations:
     return Optimisations(**chosen)
 
 
-def parse_techniques(names: str, device: str) -> Optimisations:
-    """The Optimisations behind a value of `--optimise`. Raises Unavailable for an `sd` older than techniques."""
-    return compat.load("parse")(names, torch.device(device))
+def parse_techniques(names: str, device: str, model: str = "") -> Optimisations:
+    """The Optimisations behind a value of `--optimise` for a model. Raises Unavailable for an `sd` older than techniques."""
+    parse = compat.load("parse")
+    if model.startswith("tiny") and "narrow" in inspect.signature(parse).parameters:  # older `sd` has no such preset
+        return parse(names, torch.device(device), narrow=True)
+    return parse(names, torch.device(device))
 
 
 def load_model(configuration: SimpleNamespace, device: str, chosen: Optimisations) -> StableDiffusion:
