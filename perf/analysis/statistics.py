@@ -176,11 +176,21 @@ def prediction_ratio(
         raise ValueError(f"needs at least {MIN_SESSIONS} stored sessions: got {len(history)}")
     _require_durations([current], history, [] if base is None else [base])
     logs = [math.log(value) for value in history]
-    middle, offsets = (statistics.fmean(logs), 1 + 1 / len(logs)) if base is None else (math.log(base), 2.0)
+    middle = statistics.fmean(logs) if base is None else math.log(base)
     gap = math.log(current) - middle
-    quantile = student_quantile((1 + confidence) / 2, len(logs) - 1)
-    half = quantile * statistics.stdev(logs) * math.sqrt(offsets)
+    half = prediction_half_width(history, len(logs), base is not None, confidence)
     return _exponential(Interval(gap, gap - half, gap + half))
+
+
+def prediction_half_width(
+    history: Sequence[float], count: int, named: bool = False, confidence: float = CONFIDENCE
+) -> float:
+    """Half the width, in logs, of the prediction interval from `count` sessions with the spread of `history`.
+
+    named: the ratio is to one session instead of their mean.
+    """
+    quantile = student_quantile((1 + confidence) / 2, count - 1)
+    return quantile * statistics.stdev(map(math.log, history)) * math.sqrt(2.0 if named else 1 + 1 / count)
 
 
 def drift(seconds: Sequence[float], parts: int = 3) -> float:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 from perf.analysis import paired
 from perf.analysis.paired import LEVEL, LOOK_LEVEL, MIN_LAUNCHES
-from perf.analysis.statistics import MIN_SESSIONS, MIN_VALUES, Interval, prediction_ratio, unpaired_ratio
+from perf.analysis.statistics import (
+    MIN_SESSIONS,
+    MIN_VALUES,
+    Interval,
+    prediction_half_width,
+    prediction_ratio,
+    unpaired_ratio,
+)
 
 # Reason codes of verdicts. A detail may follow a code, such as `anchor_drift 4.1 %`; the codes are stored in saved runs.
 REASONS = {
@@ -31,6 +38,9 @@ REASONS = {
     "invalid_session": "the session is marked as invalid",
     "invalid_baseline": "the baseline is marked as invalid",
 }
+
+
+MOST_SESSIONS = 100  # proposed by an inconclusive comparison
 
 
 class Verdict(enum.Enum):
@@ -222,7 +232,23 @@ def decide_against_history(
         return Decision(Verdict.SLOWER, "beyond_margin", ratio, margin, against)
     if ratio.high < 1 and ratio.estimate < 1 - margin:
         return Decision(Verdict.FASTER, "beyond_margin", ratio, margin, against)
-    return _undecided(ratio, margin, against)
+    decision = _undecided(ratio, margin, against)
+    detail = _detectable_between(history, margin, base is not None) if decision.verdict is Verdict.INCONCLUSIVE else ""
+    return replace(decision, reason=decision.reason + detail)
+
+
+def _detectable_between(history: Sequence[float], margin: float, named: bool) -> str:
+    visible = 100 * max(margin, math.expm1(prediction_half_width(history, len(history), named)))
+    if visible <= 200 * margin:
+        return f" {visible:.1f} % was detectable"
+    smallest = f"{200 * margin:.1f} %"
+    counts = range(len(history) + 1, MOST_SESSIONS + 1)
+    needed = next(
+        (count for count in counts if prediction_half_width(history, count, named) <= math.log1p(2 * margin)), None
+    )
+    if needed is None:
+        return f" {visible:.1f} % was detectable; these sessions vary too much for {smallest}: --perf-against"
+    return f" {visible:.1f} % was detectable; {needed} stored sessions detect {smallest}"
 
 
 def ratio_of_sessions(current: Sequence[float], stored: Sequence[float], seed: int | str = 0) -> Interval:

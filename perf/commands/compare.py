@@ -10,7 +10,7 @@ from perf.analysis.statistics import MIN_SESSIONS, margin
 from perf.analysis.verdicts import ExitCode, exit_code
 from perf.commands.show import flags, print_table
 from perf.report.text import seconds
-from perf.runs.baselines import Choice, Judgement, candidates, judge, judge_foreign, why_foreign
+from perf.runs.baselines import Choice, Judgement, candidates, compare_counts, judge, judge_foreign, why_foreign
 from perf.runs.saved_run import BaselineError, SavedRun, read, shown
 
 
@@ -96,6 +96,9 @@ def _print_comparison(baseline: SavedRun, current: SavedRun, judgement: Judgemen
         before = seconds(old[id].session_median if id in old else None)
         rows.append([id, before, seconds(new[id].session_median), str(decision)])
     print_table(["configuration", f"A: {baseline.name}", f"B: {current.name}", "verdict"], rows)
+    for id, compared in compare_counts(current, baseline).items():
+        if compared.changes:
+            print(f"{id}: {compared}")
     for session in (baseline, current):
         for flag in flags(session):
             print(f"{session.name} is {flag}")

@@ -1,9 +1,10 @@
 """`python -m perf battery`: measure the false alarms and misses of the regression gate on this machine.
 
-Each session measures one configuration under four labels: unchanged, unchanged again (A/A), with a busy loop in its sampler
-that slows it by a known fraction, and the control arm. It runs the code of `--perf-against`: the same loading, order, looks
-and rules. A difference between the first two is a false alarm; the third must be SLOWER. Sessions are appended to a file as
-they end, so an interrupted battery can be resumed. `--simulate` judges recorded launches drawn again instead.
+Each session measures one configuration under five labels: unchanged, unchanged again (A/A), with a busy loop in its sampler
+that slows it by a known fraction, with a smaller one, and the control arm. It runs the code of `--perf-against`: the same
+loading, order, looks and rules. A difference between the first two is a false alarm; the third must be SLOWER. Sessions are
+appended to a file as they end, so an interrupted battery can be resumed. `--simulate` judges recorded launches drawn again
+instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from perf.session.settings import Settings
 from perf.session.workers import Launches, compile_cache
 from perf.worker.wire import WorkerError
 
-LABELS = (None, "aa", "slow", CONTROL)
+SLOWDOWNS = (0.05, 0.03)
 SIMULATED_CHANGES = (0.0, 0.02, 0.03, 0.05)
 MOST_ALARMS, MOST_INVALID, LEAST_DETECTED = 1 / 40, 1 / 40, 0.95
 
@@ -50,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looks = ", ".join(map(str, LOOKS))
     add("--launches", type=int, help=f"fresh processes per label (default: looks after {looks}, as the gate)")
     add("--rounds", type=int, default=8, help="timed rounds per launch (default: 8)")
-    add("--slowdown", type=float, default=0.05, help="the injected fraction (default: 0.05)")
+    help = "an injected fraction; several may be given, and the largest must be detected (default: 0.05 and 0.03)"
+    add("--slowdown", type=float, action="append", help=help)
     add("--interference", choices=KINDS, default="none", help="load on every core beside the sessions (default: none)")
     add("--model", default="tiny", help="model preset (default: tiny)")
     add("--attention", default="sdpa", help="attention implementation (default: sdpa)")
@@ -66,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the missing sessions and print the rates.
 
     Exit status: 0; 1 if more than 1 in 40 A/A comparisons are false alarms, more than 1 in 40 sessions are INVALID, or
-    fewer than 95 % of the slowdowns are detected; 4 for a usage error.
+    the largest slowdown is detected in fewer than 95 % of its comparisons; 4 for a usage error.
     """
     try:
         configuration = _configuration(arguments)
@@ -81,8 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         return ExitCode.REFUSED
     gpu = open_visible_device()
     device, clock, threads = ("cpu", "cpu", 1) if isinstance(gpu, NoTelemetry) else ("cuda", "wall", None)
-    facts, looks = stack(device, gpu), _looks(arguments)
-    protocol = {"looks": list(looks), "rounds": arguments.rounds, "slowdown": arguments.slowdown}
+    facts, looks, slowdowns = stack(device, gpu), _looks(arguments), _slowdowns(arguments)
+    protocol = {"looks": list(looks), "rounds": arguments.rounds, "slowdowns": list(slowdowns)}
     header = {"schema": 2, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
     header["interference"] = arguments.interference
     settings = Settings(
@@ -93,7 +96,6 @@ def run(arguments: argparse.Namespace) -> int:
         launches=looks[0],
         looks=looks,
         rounds=arguments.rounds,
-        slowdown=arguments.slowdown,
     )
     try:
         sessions = _earlier(arguments.output, header)
@@ -101,14 +103,24 @@ def run(arguments: argparse.Namespace) -> int:
             watch = no_watch if isinstance(gpu, NoTelemetry) else Watch(gpu)
             while len(sessions) < arguments.sessions:
                 with interference(arguments.interference, len(sessions)):
-                    sessions.append(measure_session(settings, configuration, Launches(settings, cache), watch, gpu))
+                    launches = Launches(settings, cache)
+                    sessions.append(measure_session(settings, slowdowns, configuration, launches, watch, gpu))
                 write_atomically(arguments.output, {**header, "sessions": sessions})
-                summary = _summary(sessions[-1], looks, settings.slowdown)
+                summary = _summary(sessions[-1], looks, slowdowns)
                 print(f"{len(sessions)}/{arguments.sessions}: {summary}", flush=True)
     except (DeviceBusy, ValueError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.FAILED
-    return report(sessions, looks, arguments.slowdown)
+    return report(sessions, looks, slowdowns)
+
+
+def _slowdowns(arguments: argparse.Namespace) -> tuple[float, ...]:
+    return tuple(sorted(set(arguments.slowdown or SLOWDOWNS), reverse=True))
+
+
+def label_of(slowdown: float) -> str:
+    """The label of the arm with an injected slowdown, a fraction."""
+    return f"slow{100 * slowdown:g}"
 
 
 def _looks(arguments: argparse.Namespace) -> tuple[int, ...]:
@@ -120,8 +132,8 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
     few = arguments.launches is not None and arguments.launches < MIN_LAUNCHES
     if few or arguments.sessions < 1 or arguments.draws < 1:
         raise ValueError(f"at least {MIN_LAUNCHES} launches, without which there is no interval, 1 session and 1 draw")
-    if arguments.rounds < 1 or not 0 < arguments.slowdown < 1:
-        raise ValueError("at least 1 round, and a slowdown between 0 and 1")
+    if arguments.rounds < 1 or not all(0 < slowdown < 1 for slowdown in _slowdowns(arguments)):
+        raise ValueError("at least 1 round, and slowdowns between 0 and 1")
     return replace(usual(arguments.model), attention=arguments.attention, steps=arguments.steps)
 
 
@@ -157,10 +169,13 @@ def _document(path: Path) -> dict:
     return document
 
 
-def measure_session(settings: Settings, configuration: Configuration, launches: Launches, watch, gpu) -> dict:
+def measure_session(
+    settings: Settings, slowdowns: Sequence[float], configuration: Configuration, launches: Launches, watch, gpu
+) -> dict:
     """Measure the labels as the gate does. Raises WorkerError if one of them cannot be measured."""
     begin = time.monotonic()
-    slots = tuple(Slot(configuration, label) for label in LABELS)
+    slowed = {label_of(slowdown): slowdown for slowdown in slowdowns}
+    slots = tuple(Slot(configuration, label) for label in (None, "aa", *slowed, CONTROL))
     choice, _ = loading.choose(slots, free_bytes(settings, gpu), "memory")
     looks = settings.looks if len(settings.looks) > 1 else ()
     plan = Plan(slots, settings.launches, settings.rounds, choice, random.randrange(2**32), looks)
@@ -168,7 +183,7 @@ def measure_session(settings: Settings, configuration: Configuration, launches: 
     runner = Runner(
         plan,
         open_launch=launches.open,
-        load=lambda slot: {**launches.load_arguments(slot), "slowdown": settings.slowdown * (slot.variant == "slow")},
+        load=lambda slot: {**launches.load_arguments(slot), "slowdown": slowed.get(slot.variant, 0.0)},
         references=lambda slot, seed: None,
         watch=watch,
         write=lambda event, content: None,
@@ -176,14 +191,14 @@ def measure_session(settings: Settings, configuration: Configuration, launches: 
         loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
     )
     id = configuration.id
-    judge = Judge(plan, [Pair(label, f"{id}@{label}", id, label) for label in ("aa", "slow")], settings.margin)
+    judge = Judge(plan, [Pair(label, f"{id}@{label}", id, label) for label in ("aa", *slowed)], settings.margin)
     pairs.measure(runner, measurements, judge, lambda line: None)
     for slot in plan.slots:
         failure = measurements.by_name[slot.name].failure
         if failure:
             raise WorkerError(*failure)
     return {
-        "rounds": _rounds(measurements, id),
+        "rounds": {slot.variant or "plain": _rounds(measurements, slot.name, id) for slot in slots},
         "drift": measurements.drift(),
         "invalid": judge.invalid(measurements),
         "order_seed": plan.seed,
@@ -191,47 +206,61 @@ def measure_session(settings: Settings, configuration: Configuration, launches: 
     }
 
 
-def _rounds(measurements: Measurements, id: str) -> dict[str, list[list[float]]]:
-    """Seconds by label, launch and cycle, of the rounds that are valid under the label and unchanged."""
-    rounds = {}
-    for label in LABELS:
-        name = f"{id}@{label}" if label else id
-        rounds[label or "plain"], _ = paired_rounds(measurements.by_name[name], measurements.by_name[id])
-    return rounds
+def _rounds(measurements: Measurements, name: str, plain: str) -> list[list[float]]:
+    """Seconds by launch and cycle, of the rounds that are valid under this label and unchanged."""
+    return paired_rounds(measurements.by_name[name], measurements.by_name[plain])[0]
 
 
-def judge_session(session: dict, looks: tuple[int, ...], slowdown: float, margin: float) -> tuple[Decision, Decision]:
-    """(verdict of the A/A comparison, verdict of the injected slowdown)."""
+def judge_session(
+    session: dict, looks: tuple[int, ...], slowdowns: Sequence[float], margin: float
+) -> tuple[Decision, list[Decision]]:
+    """(verdict of the A/A comparison, verdict of each injected slowdown)."""
     if session.get("invalid"):
         invalid = Decision(Verdict.INVALID, session["invalid"])
-        return invalid, invalid
-    plain, again, slow = (session["rounds"][label] for label in ("plain", "aa", "slow"))
-    same, _ = decide_looks(launch_effects(again, plain), margin, looks, "itself")
-    slowed, _ = decide_looks(launch_effects(slow, plain), margin, looks, f"slowed by {100 * slowdown:g} %")
-    return same, slowed
+        return invalid, [invalid] * len(slowdowns)
+    rounds = session["rounds"]
+
+    def decide(label: str, against: str) -> Decision:
+        return decide_looks(launch_effects(rounds[label], rounds["plain"]), margin, looks, against)[0]
+
+    slowed = [decide(label_of(slowdown), f"slowed by {100 * slowdown:g} %") for slowdown in slowdowns]
+    return decide("aa", "itself"), slowed
 
 
-def _summary(session: dict, looks: tuple[int, ...], slowdown: float) -> str:
-    same, slow = judge_session(session, looks, slowdown, MARGIN_FLOOR)
-    return f"A/A {same}; slowed {slow}; reference workload drift {100 * (session['drift'] or 0):.1f} %"
+def _summary(session: dict, looks: tuple[int, ...], slowdowns: Sequence[float]) -> str:
+    same, slowed = judge_session(session, looks, slowdowns, MARGIN_FLOOR)
+    drift = 100 * (session["drift"] or 0)
+    return f"A/A {same}; {'; '.join(map(str, slowed))}; drift {drift:.1f} %; {session['seconds']:.0f} s"
 
 
-def report(sessions: list[dict], looks: tuple[int, ...], slowdown: float) -> int:
-    """Print the rates at the smallest margin; returns the exit status."""
-    decisions = [judge_session(session, looks, slowdown, MARGIN_FLOOR) for session in sessions]
+def report(sessions: list[dict], looks: tuple[int, ...], slowdowns: Sequence[float]) -> int:
+    """Print the rates at the smallest margin; returns the exit status. slowdowns: the largest first."""
+    decisions = [judge_session(session, looks, slowdowns, MARGIN_FLOOR) for session in sessions]
     count = len(sessions)
     alarms = sum(same.verdict in (Verdict.SLOWER, Verdict.FASTER) for same, _ in decisions)
     invalid = sum(same.verdict is Verdict.INVALID for same, _ in decisions)
-    detected = sum(slow.verdict is Verdict.SLOWER for _, slow in decisions)
+    detected = [sum(slowed[i].verdict is Verdict.SLOWER for _, slowed in decisions) for i in range(len(slowdowns))]
+    found = [f"{100 * slow:g} % slowdown detected in {hits} of {count}" for slow, hits in zip(slowdowns, detected)]
     print(
         f"margin {100 * MARGIN_FLOOR:.2f} %: {alarms} false alarms in {count} A/A comparisons, "
-        f"{100 * slowdown:g} % slowdown detected in {detected} of {count}, {invalid} INVALID"
+        f"{', '.join(found)}, {invalid} INVALID"
     )
-    launches = [decision.launches for pair in decisions for decision in pair if decision.launches]
+    launches = [decision.launches for same, slowed in decisions for decision in (same, *slowed) if decision.launches]
     if launches:
         print(f"{statistics.median(launches):g} launches a comparison in the median, {max(launches)} at most")
     times = [session["seconds"] for session in sessions if session.get("seconds")]
     if times:
         print(f"{statistics.median(times):.0f} s a session in the median, {max(times):.0f} s at most")
+        alone = [seconds for session in sessions for seconds in _comparison_seconds(session, looks)]
+        print(f"about {statistics.median(alone):.0f} s a comparison in the median, {max(alone):.0f} s at most")
     failed = alarms > max(1, MOST_ALARMS * count) or invalid > max(1, MOST_INVALID * count)
-    return ExitCode.FAILED if failed or detected < LEAST_DETECTED * count else ExitCode.OK
+    return ExitCode.FAILED if failed or detected[0] < LEAST_DETECTED * count else ExitCode.OK
+
+
+def _comparison_seconds(session: dict, looks: tuple[int, ...]) -> Iterator[float]:
+    """Yield the seconds that each comparison of a session would take alone: two labels and the control arm, all launches alike."""
+    rounds = session["rounds"]
+    launch = session["seconds"] / sum(len(launches) for launches in rounds.values())
+    for label in rounds.keys() - {"plain", CONTROL}:
+        decision, _ = decide_looks(launch_effects(rounds[label], rounds["plain"]), MARGIN_FLOOR, looks)
+        yield 3 * launch * (decision.launches or 0)

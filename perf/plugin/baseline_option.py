@@ -41,11 +41,16 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
         raise pytest.UsageError("--benchmark-compare: the value is empty; is a variable unset?")
     compare, paired = option.benchmark_compare, any(map(config.getoption, PAIRED))
     strict, failing = config.getoption("perf_strict"), option.benchmark_compare_fail
+    fail_on_counts = config.getoption("perf_fail_on_counts")
     if disabled(config):
         option.benchmark_compare = []
         return Comparison()
     if not compare:
-        for name, value in (("--benchmark-compare-fail", failing), ("--perf-strict", strict and not paired)):
+        for name, value in (
+            ("--benchmark-compare-fail", failing),
+            ("--perf-strict", strict and not paired),
+            ("--perf-fail-on-counts", fail_on_counts and not paired),
+        ):
             if value:
                 raise pytest.UsageError(f"{name} needs --benchmark-compare: there is nothing to compare with")
         if paired and folder is not None:  # the margin still comes from stored A/A comparisons
@@ -64,6 +69,8 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
         choice = replace(choice, plain=(named,)) if named.plain else replace(choice, named=named, plain=())
         if named.why_no_candidate:
             notices.append(f"the baseline {named.path.name} is {named.why_no_candidate}")
+    if fail_on_counts and not paired and not (choice.named or choice.counted):
+        raise pytest.UsageError(f"--perf-fail-on-counts: {folder} has no session with counts of this software")
     plain = choice.plain if isinstance(compare, str) else (*choice.history, *choice.plain)
     if choice.newest is not None:
         option.benchmark_compare = str(choice.newest.path)
@@ -71,6 +78,8 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
     refused = "".join(f"\n  {path.name}: {reason}" for path, reason in choice.refused)
     message = f"there is no baseline in {folder} for this machine; save one with --benchmark-autosave{refused}"
     gate = bool(failing or strict)
+    if choice.counted is not None:
+        notices.append(f"counts are compared with {choice.counted.name}")
     if plain:
         option.benchmark_compare = str(plain[-1].path)
         return Comparison(choice, choice.margin, tuple(notices), plain, missing=message, gate=gate)

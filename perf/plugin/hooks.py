@@ -172,6 +172,12 @@ def measured(request, benchmark, configuration, perf_session):
             # The fixture record_property does the same, and warns with the default family of --junitxml.
             request.node.user_properties.append(("verdict", str(decision)))
         _fail_if_invalid(perf_session, configuration.id, decision)
+        compared = state.results.counts.get(configuration.id)
+        if request.config.getoption("perf_fail_on_counts") and not (compared and compared.same):
+            failures = [str(compared or "counts are not compared: the baseline lacks this configuration"), *regressions]
+            if decision is not None and decision.verdict is Verdict.SLOWER:
+                failures.append(str(decision))
+            pytest.fail("\n".join(f"{configuration.id}: {reason}" for reason in failures), pytrace=False)
         if decision is not None and decision.verdict is Verdict.SLOWER:
             regressions.insert(0, str(decision))
         if regressions:

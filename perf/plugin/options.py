@@ -136,6 +136,8 @@ def add_options(parser) -> None:
     add("--perf-resume", nargs="?", const=True, default=False, type=_session_name, metavar="NAME", help=help)
     help = "exit 21 if a comparison is inconclusive; refuse to run without a baseline"
     add("--perf-strict", action="store_true", help=help)
+    help = "fail a configuration whose operators, bytes, kernels, graph breaks, recompiles or host waits changed"
+    add("--perf-fail-on-counts", action="store_true", help=help)
     add("--perf-foreign", action="store_true", help="compare with another machine's run, without verdicts")
     help = "write plots, tables and one page of this run and the stored ones"
     add("--perf-report", type=_text, metavar="DIR", help=help)
@@ -221,6 +223,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         compile_cache=Path(cache) if cache else None,
         margin=margin,
         trace=Path(trace) if trace else None,
+        counting=not disabled(config),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from perf.analysis.counts import CountsComparison
 from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
 from perf.configurations.configuration import Configuration
@@ -33,6 +34,7 @@ class Results:
     infos: dict[str, dict] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     judgement: baselines.Judgement | None = None  # against stored sessions
+    counts: dict[str, CountsComparison] = field(default_factory=dict)
 
     @property
     def regressed(self) -> set[str]:
@@ -51,9 +53,11 @@ def evaluate(session: Session, comparison: Comparison) -> Results:
     ids = [one.slot.configuration.id for one in measured if one.failure is None and one.rounds()]
     infos = {id: record.extra_info(session, id) for id in ids}
     decisions, judgement = dict(session.decisions), None
-    baseline = comparison.choice.newest
-    if baseline is not None and infos:
-        current = record.saved_run(session, infos)
+    baseline, counted = comparison.choice.newest, comparison.choice.named or comparison.choice.counted
+    current = record.saved_run(session, infos) if infos and (baseline or counted) else None
+    counts = baselines.compare_counts(current, counted) if current and counted else {}
+    counts |= {id: record.compare_counts(session, id) for id in infos if session.settings.variant}
+    if baseline is not None and current is not None:
         if baselines.why_foreign(baseline.machine, current.machine):
             judgement = baselines.judge_foreign(current, baseline)
         else:
@@ -64,7 +68,9 @@ def evaluate(session: Session, comparison: Comparison) -> Results:
             infos[id]["verdict"] = decision.as_dict()
     for id, info in infos.items():
         info["marks"] = record.marks(session, info, decisions.get(id))
-    return Results(session, infos, decisions, judgement)
+    for id, compared in counts.items():
+        infos[id]["counts_comparison"] = compared.as_dict()
+    return Results(session, infos, decisions, judgement, counts)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perf.analysis import ranking
+from perf.analysis.paired import LOOKS
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict, percent
 from perf.configurations.configuration import images_per_round, is_reference, name_of_work, sampling
@@ -189,8 +190,10 @@ def lines(results: Results, partial: str | None) -> list[str]:
     if partial:
         text.append(f"partial run ({partial}): never chosen as a baseline")
     text += [f"{id}: {decision}" for id, decision in decisions.items()]
+    text += _counts_lines(results)
     if decisions:
         text.append(_error_rate(decisions))
+    text += _without_interval(results)
     if judgement and judgement.missing:
         text.append(f"in the baseline, but not measured: {', '.join(judgement.missing)}")
     if judgement and judgement.new:
@@ -215,6 +218,32 @@ def _stage_shares(id: str, info: dict) -> str:
         name: statistics.median(100 * stages[name] / sum(stages.values()) for stages in rounds) for name in rounds[0]
     }
     return f"{id}: {', '.join(f'{name} {max(share, 0):.1f} %' for name, share in shares.items())} of a round"
+
+
+def _without_interval(results: Results) -> list[str]:
+    """What finds a difference where comparisons with stored sessions have no interval of their own."""
+    judged = results.judgement.decisions if results.judgement else {}
+    inconclusive = [decision for decision in judged.values() if decision.verdict is Verdict.INCONCLUSIVE]
+    bare = [decision for decision in inconclusive if " was detectable" not in decision.reason]
+    if not bare:
+        return []
+    session = results.session
+    launches = sum(len(measured.launches) for measured in session.measurements.by_name.values())
+    minutes = [max(1, round(2 * look * session.seconds / max(1, launches) / 60)) for look in (LOOKS[0], LOOKS[-1])]
+    return [
+        f"{len(bare)} comparison(s) with stored sessions could not have found any difference; --perf-against COMMIT needs no "
+        f"stored session and takes about {minutes[0]} to {minutes[1]} min for each configuration"
+    ]
+
+
+def _counts_lines(results: Results) -> list[str]:
+    """One line for each configuration whose counts changed or could not be compared, and one for all others."""
+    different = [f"{id}: {compared}" for id, compared in results.counts.items() if not compared.same]
+    same = {compared.against for compared in results.counts.values() if compared.same}
+    if not same:
+        return different
+    count = len(results.counts) - len(different)
+    return [*different, f"counts of {count} configuration(s) are those of {', '.join(sorted(same))}"]
 
 
 def _protocol(session: Session) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from perf.analysis.counts import CountsComparison, compare
 from perf.analysis.statistics import MIN_SESSIONS, Interval, margin
 from perf.analysis.verdicts import REASONS, Decision, Verdict, decide_against_history, ratio_of_sessions
 from perf.runs.saved_run import IDENTITY, NUMBERED, BaselineError, SavedBenchmark, SavedRun, identity, read, shown
@@ -22,6 +23,7 @@ class Choice:
     refused: tuple[tuple[Path, str], ...] = ()
     named: SavedRun | None = None  # the run that the user named, whether or not it is in `history`
     plain: tuple[SavedRun, ...] = ()  # runs of this machine without a configuration, for pytest-benchmark's comparison
+    counted: SavedRun | None = None  # the newest complete run with counts of the same software, on whatever machine
 
     @property
     def newest(self) -> SavedRun | None:
@@ -89,7 +91,7 @@ def candidates(
     an empty history; raises BaselineError for a folder that cannot be listed.
     """
     here = {**stack, "clock": clock, "threads": threads, "isolated": isolated}
-    history, refused, plain = [], [], []
+    history, refused, plain, counted = [], [], [], []
     for path in _numbered_files(Path(folder)):
         try:
             run = read(path)
@@ -98,6 +100,8 @@ def candidates(
             continue
         if run.plain and not why_plain_foreign(run.machine, here):
             plain.append(run)
+        if has_comparable_counts(run, here) and not run.partial and not run.regressed:
+            counted.append(run)
         foreign = why_foreign(run.machine, here)
         reason = run.why_no_candidate or (foreign and f"foreign: {foreign}")
         if reason:
@@ -105,13 +109,19 @@ def candidates(
         else:
             history.append(run)
     # Start times order the sessions, so that a merged storage keeps its order; the number breaks ties within a second.
-    history.sort(key=lambda run: (run.started_unix_seconds or 0.0, run.path.name))
+    for runs in (history, counted):
+        runs.sort(key=lambda run: (run.started_unix_seconds or 0.0, run.path.name))
     # A copy, or a resumed session that was saved twice, counts once: duplicates would narrow the prediction interval.
     for run, later in itertools.pairwise(history):
         if run.started_unix_seconds is not None and run.started_unix_seconds == later.started_unix_seconds:
             refused.append((run.path, f"the same session as {later.path.name}"))
     duplicates = {path for path, _ in refused}
-    return Choice(tuple(run for run in history if run.path not in duplicates), tuple(refused), plain=tuple(plain))
+    return Choice(
+        tuple(run for run in history if run.path not in duplicates),
+        tuple(refused),
+        plain=tuple(plain),
+        counted=counted[-1] if counted else None,
+    )
 
 
 def _numbered_files(folder: Path) -> list[Path]:
@@ -154,6 +164,26 @@ def judge_foreign(current: SavedRun, baseline: SavedRun) -> Judgement:
         ratio = Interval.point(benchmark.session_median / old[id].session_median) if id in old else None
         decisions[id] = Decision(Verdict.INCONCLUSIVE, "foreign_machine", ratio, against=baseline.name)
     return Judgement(decisions, _missing(baseline, current), tuple(id for id in new if id not in old))
+
+
+def has_comparable_counts(run: SavedRun, here: Mapping[str, object]) -> bool:
+    """Whether a run has counts, and of the same kind of device and software; the machine itself does not matter.
+
+    The code for a GPU depends on its model, and that for a CPU on the number of threads.
+    """
+    keys = ("device", "torch", "triton", "xformers", *(("name",) if here["device"] == "cuda" else ("threads",)))
+    same = all(run.machine.get(key) == here.get(key) for key in keys)
+    return same and any(benchmark.counts for benchmark in run.benchmarks)
+
+
+def compare_counts(current: SavedRun, baseline: SavedRun) -> dict[str, CountsComparison]:
+    """Compare the counts of each configuration that both runs have, with equal work."""
+    stored = baseline.by_id
+    return {
+        id: compare(benchmark.counts, stored[id].counts, baseline.name)
+        for id, benchmark in current.by_id.items()
+        if id in stored and _same_work(benchmark.configuration, stored[id].configuration)
+    }
 
 
 def _missing(baseline: SavedRun, current: SavedRun) -> tuple[str, ...]:

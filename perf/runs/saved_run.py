@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from perf.analysis.counts import TOTALS
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import REASONS, Decision, Verdict
 
@@ -52,6 +53,7 @@ class SavedBenchmark:
     peak_bytes: float | None = None
     joules_per_image: float | None = None
     decision: Decision | None = None
+    counts: Mapping[str, object] | None = None
 
     @property
     def launch_medians(self) -> tuple[float, ...]:
@@ -151,6 +153,9 @@ class _Node:
 
     def optional_text(self) -> str | None:
         return None if self.value is None else self.text()
+
+    def optional_count(self) -> int | None:
+        return None if self.value is None else int(self.number(0, 1e18))
 
     def optional_number(self, low: float = 0.0, high: float = 1e18) -> float | None:
         return None if self.value is None else self.number(low, high)
@@ -339,6 +344,7 @@ def _benchmark(node: _Node) -> SavedBenchmark:
         peak_bytes=next((peak for peak in peak_bytes or () if peak is not None), None),
         joules_per_image=info["joules_per_image"].optional_number(),
         decision=_decision(info["verdict"]),
+        counts=_counts(info["counts"]),
     )
 
 
@@ -363,6 +369,23 @@ def _launches(info: _Node) -> tuple[tuple[tuple[float, ...], ...], tuple[float, 
             if valid:
                 anchored.append(statistics.median(seconds[index] / reference[index] for index in valid))
     return tuple(launches), None if anchors is None else tuple(anchored)
+
+
+def _counts(node: _Node) -> dict[str, object] | None:
+    """The exact counts of a round; None in a file of an earlier version."""
+    if node.value is None:
+        return None
+    operators = node["operators"]
+    return {
+        "torch": node["torch"].text(),
+        "operators": None
+        if operators.value is None
+        else {
+            _Node(operators.path, operators.place, name).text(): int(operators[name].number(0, 1e12))
+            for name in operators.object()
+        },
+        **{key: node[key].optional_count() for key in ("bytes", *TOTALS)},
+    }
 
 
 def _image_failure(image: _Node) -> str | None:

@@ -44,12 +44,13 @@ class Launch:
 
 @dataclass
 class SlotMeasurements:
-    """Measurements of one slot. discarded: number of invalid rounds, retries included."""
+    """Measurements of one slot. discarded: number of invalid rounds, retries included. counts: of the worker's `count`."""
 
     slot: Slot
     launches: dict[int, Launch] = field(default_factory=dict)
     failure: Failure | None = None
     discarded: int = 0
+    counts: dict[str, Any] | None = None
 
     def add(self, event: dict[str, Any]) -> None:
         """Apply an event, newly measured or read from a journal."""
@@ -58,6 +59,8 @@ class SlotMeasurements:
             self.failure = Failure(FORMER_FAILURE_KINDS.get(event["kind"], event["kind"]), event["message"])
         elif event["event"] == "load":
             self.launches.setdefault(number, Launch(event["answer"]))
+        elif event["event"] == "counts":
+            self.counts = event["answer"]
         elif event["round"] is None:
             self.launches[number].first_call_seconds = event["answer"]["wall_seconds"]
         else:
@@ -118,7 +121,7 @@ class Measurements:
         self.plan = plan
         self.by_name = {slot.name: SlotMeasurements(slot) for slot in plan.slots}
         for event in events:
-            if event["event"] in ("load", "round", "failure"):
+            if event["event"] in ("load", "counts", "round", "failure"):
                 self._check(event)
                 self.by_name[event["slot"]].add(event)
         for measured in self.by_name.values():

@@ -7,7 +7,7 @@ from perf.machine.facts import CpuFacts
 
 QUIET_LOAD_PER_CORE = 0.25
 # Standard deviation of the log ratio of one launch, two identical configurations side by side, 8 rounds, embedded model:
-# the recorded sessions of perf/baselines/battery_two_cpu_cores.json, and two sessions with bursts on both cores.
+# the recorded sessions of perf/baselines/battery_two_cpu_cores.json, and with bursts those of *_bursts.json beside it.
 QUIET_DEVIATION = 0.022
 LOADED_DEVIATION = 0.038
 

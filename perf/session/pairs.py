@@ -14,6 +14,7 @@ from perf.session.runner import Runner
 # A session without a fault is INVALID by its control arm in at most 2 of 1000, so that other verdicts are not lost.
 CONTROL_LEVEL = 0.002
 CONTROL_LAUNCHES = 2  # fewer have no interval
+UNPAIRED_CONTROL_LAUNCHES = 6  # of a session without pairs
 
 
 @dataclass(frozen=True)

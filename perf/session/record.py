@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perf.analysis import ranking
+from perf.analysis.counts import CountsComparison, compare
 from perf.analysis.paired import MIN_LAUNCHES, break_even, launch_effects, ratio_of_effects
 from perf.analysis.statistics import launch_interval, self_comparison
 from perf.analysis.verdicts import Decision, Verdict
@@ -52,6 +53,8 @@ def extra_info(session: Session, id: str) -> dict:
         "first_call_seconds": _cold_and_warm([launch.first_call_seconds for launch in launches], session),
         "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches)), session),
         "compile": _compile(measured),
+        "counts": counts(measured),
+        "counts_comparison": None,
         "images_to_amortise": amortisation(session, id),
         "seconds_per_image": seconds / images,
         "images_per_second": images / seconds,
@@ -137,6 +140,22 @@ def _compile(measured: SlotMeasurements) -> dict | None:
         return None
     counts = [round_["compile"] for round_ in measured.rounds()]
     return {key: max(count[key] for count in counts) for key in ("graphs", "graph_breaks", "recompiles")}
+
+
+def counts(measured: SlotMeasurements) -> dict | None:
+    """Exact counts of a round, with the torch that made them; None if the first launch has not counted."""
+    if measured.counts is None or not measured.rounds():
+        return None
+    first = measured.launches[min(measured.launches)].load
+    compiled = _compile(measured) or {"graphs": 0, "graph_breaks": 0, "recompiles": 0}
+    return {"torch": first["facts"]["torch"], **measured.counts, **compiled}
+
+
+def compare_counts(session: Session, id: str) -> CountsComparison:
+    """The counts of a configuration compared with those of its second label in this session."""
+    measured = session.measurements.by_name
+    name = session.settings.other_name(id) or "itself"
+    return compare(counts(measured[id]), counts(measured[f"{id}@{session.settings.variant}"]), name)
 
 
 def amortisation(session: Session, id: str) -> dict | None:

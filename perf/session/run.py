@@ -84,6 +84,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
                 progress=progress,
                 limits=settings.limits,
                 loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
+                counting=settings.counting,
             )
 
             def planned(further: Plan, first: int, last: int) -> None:
@@ -124,8 +125,7 @@ def _plan(
 ) -> Plan:
     """The slots with their control arm, loaded together where memory allows."""
     slots = [slot for configuration in configurations for slot in settings.slots(configuration)]
-    # The second labels of --perf-aa are control arms themselves; a single launch has no interval.
-    if settings.isolated and settings.launches >= pairs.CONTROL_LAUNCHES and len(slots) > 1 and not settings.aa:
+    if len(slots) > 1 and _needs_control(settings):
         control = pairs.control_slot(slots)
         last = max(i for i, slot in enumerate(slots) if slot.id == control.id)
         slots.insert(last + 1, control)
@@ -135,6 +135,15 @@ def _plan(
         log(f"perf: {reason}")
     looks = settings.looks if len(settings.looks) > 1 else ()
     return Plan(tuple(slots), settings.launches, settings.rounds, choice, random.randrange(2**32), looks)
+
+
+def _needs_control(settings: Settings) -> bool:
+    """Whether a control arm is measured. The second labels of --perf-aa are control arms themselves.
+
+    Without pairs few launches are cheap first impressions, and their control arm would show gross faults only.
+    """
+    fewest = pairs.CONTROL_LAUNCHES if settings.variant else pairs.UNPAIRED_CONTROL_LAUNCHES
+    return settings.isolated and settings.launches >= fewest and not settings.aa
 
 
 def free_bytes(settings: Settings, gpu: Device | NoTelemetry | None) -> int | None:

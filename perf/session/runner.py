@@ -40,6 +40,7 @@ class Runner:
     watch(pid): context with `telemetry` and `invalid` (a reason or None) once it has exited.
     write(event, content): stores a journal event. progress(launch, slot, round): called when a launch starts to load
     (round None) and before each timed round. loaded(pid): called with the process of each launch, before any is timed.
+    counting: whether the first launch counts the operators of an untimed round.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class Runner:
     progress: Callable[[int, Slot, int | None], None]
     limits: Limits = Limits()
     loaded: Callable[[int], None] = lambda pid: None
+    counting: bool = False
 
     def run(self, measurements: Measurements, first: int = 0, last: int | None = None) -> None:
         """Measure the missing rounds of the launches from `first` up to, but without, `last` (default: all)."""
@@ -104,6 +106,9 @@ class Runner:
             answer = worker.ask("round", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
             hashes = [answer["image"]["sha256"]]
             self._record("round", measured, launch, {"round": None, "answer": answer})
+            if self.counting and launch == 0 and measured.counts is None:
+                counts = worker.ask("count", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
+                self._record("counts", measured, launch, {"answer": counts})
             while not self._complete(launch, measured):
                 yield
                 number, attempt = measured.next_round(launch)

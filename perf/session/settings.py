@@ -33,7 +33,7 @@ class Settings:
     one with, by id. slowdown: fraction by which the working tree is slowed, to test the verdicts. margin: the smallest
     relevant change, as a fraction. folder: of the journal and the reference images. trace: folder for profiler traces,
     None for none. compile_cache: a folder that persists between sessions; without one the first launch of each
-    configuration compiles from scratch.
+    configuration compiles from scratch. counting: whether to count operators, which takes one untimed round.
     """
 
     device: str
@@ -54,6 +54,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     trace: Path | None = None
     compile_cache: Path | None = None
+    counting: bool = True
 
     @property
     def variant(self) -> str | None:

@@ -6,6 +6,7 @@ only. A worker computes only during a request, so it never works while another w
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -14,6 +15,8 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterator
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +24,7 @@ from typing import Any
 from perf.worker import clock
 from perf.worker.wire import PROTOCOL, WorkerError
 
-OPERATIONS = ("ping", "probe", "load", "round", "trace", "write_reference")
+OPERATIONS = ("ping", "probe", "load", "round", "count", "trace", "write_reference")
 RATE_DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32",)}  # of the matmul rates of `probe`
 
 
@@ -34,7 +37,8 @@ class Worker:
         self.reference_workload: Any = None
         self.output: Any = None
         self.clock = clock.wall_clock
-        self.graphs_before, self.graphs_after_first = compiled_graphs(), None
+        self.compiled: Counter[str] = Counter()  # compile_counts of this worker's loads and rounds
+        self.graphs_after_first: int | None = None
 
     def handle(self, request: dict) -> dict:
         """The response to one request; an exception becomes an error response."""
@@ -63,7 +67,8 @@ class Worker:
         self.clock = CLOCKS[clock]
         self.configuration = SimpleNamespace(**configuration)
         loading = time.perf_counter()
-        self.engine = open_engine(self.configuration, device, BusyLoop(slowdown, self.clock) if slowdown else None)
+        with self._compiling():
+            self.engine = open_engine(self.configuration, device, BusyLoop(slowdown, self.clock) if slowdown else None)
         synchronize()
         end = time.perf_counter()
         self.reference_workload = reference_workload.ReferenceWorkload(torch.device(device))
@@ -93,16 +98,16 @@ class Worker:
         gc.collect()
         if isinstance(getattr(self.engine, "after_step", None), BusyLoop):
             self.engine.after_step.start()
-        started = time.time()
-        wall, begin = time.perf_counter(), self.clock()
-        output = self.engine.round(seed)
-        seconds = self.clock() - begin
-        wall = time.perf_counter() - wall
+        with self._compiling():
+            started = time.time()
+            wall, begin = time.perf_counter(), self.clock()
+            output = self.engine.round(seed)
+            seconds = self.clock() - begin
+            wall = time.perf_counter() - wall
         reference_seconds = self.reference_workload.seconds(self.clock)
         self.output = output
-        graphs = {name: count - self.graphs_before[name] for name, count in compiled_graphs().items()}
         if self.graphs_after_first is None:
-            self.graphs_after_first = graphs["graphs"]
+            self.graphs_after_first = self.compiled["graphs"]
         return {
             "started_unix_seconds": started,
             "seconds": seconds,
@@ -115,8 +120,25 @@ class Worker:
             "peak_bytes": peak_bytes(),
             "image": images.examine(output, check),
             "kernels": self.engine.kernels(),
-            "compile": {**graphs, "recompiles": graphs["graphs"] - self.graphs_after_first},
+            "compile": {
+                **{name: self.compiled[name] for name in ("graphs", "graph_breaks")},
+                "recompiles": self.compiled["graphs"] - self.graphs_after_first,
+            },
         }
+
+    def count(self, seed: int) -> dict:
+        """Exact counts of one more round, untimed, and of the kernels that the compiler has generated."""
+        from perf.worker import counts
+
+        self.output = None
+        return {**counts.of_round(self.engine, seed), "generated_kernels": self.compiled["generated_kernels"]}
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Add what torch.compile does in this context to `compiled`; other workers may share the process."""
+        before = compile_counts()
+        yield
+        self.compiled.update({name: count - before[name] for name, count in compile_counts().items()})
 
     def write_reference(self, path: str) -> dict:
         """Store the output of the last round as a reference."""
@@ -258,13 +280,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def compiled_graphs() -> dict[str, int]:
-    """Graphs and graph breaks of torch.compile in this process so far."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    if dynamo is None:
-        return {"graphs": 0, "graph_breaks": 0}
-    counters = dynamo.counters
-    return {"graphs": counters["stats"].get("unique_graphs", 0), "graph_breaks": sum(counters["graph_break"].values())}
+def compile_counts() -> dict[str, int]:
+    """Graphs, graph breaks and generated kernels of torch.compile in this process so far, also those from its cache."""
+    dynamo, metrics = (sys.modules.get(f"torch.{name}") for name in ("_dynamo.utils", "_inductor.metrics"))
+    counters = dynamo.counters if dynamo else {"stats": {}, "graph_break": {}}
+    return {
+        "graphs": counters["stats"].get("unique_graphs", 0),
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "generated_kernels": metrics.generated_kernel_count if metrics else 0,
+    }
 
 
 def peak_bytes() -> dict[str, int | None]:

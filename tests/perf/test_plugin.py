@@ -91,8 +91,8 @@ def test_interrupted(inner):
     inner.prints("perf: resuming from")
     assert partial(inner) is None
     assert [len(one["stats"]["data"]) for one in inner.last()["benchmarks"]] == [4, 4]
-    # Of 18 rounds with the control arm 8 were measured, and 3 processes warm up again.
-    assert inner.machine.rounds - before <= 13, "measured rounds were repeated"
+    # Of 12 rounds 8 were measured, and 2 processes warm up again.
+    assert inner.machine.rounds - before <= 6, "measured rounds were repeated"
     assert inner.run("--benchmark-compare", what=TWO).ret == 0
     inner.prints("against 0002_rest")
     for _ in range(2):  # resumes the run before

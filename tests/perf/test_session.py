@@ -105,13 +105,22 @@ def test_a_whole_session(fake, tmp_path):
     assert session.stack["matmul_flops_per_second"] == {"float32": 1e9}
     assert session.stack["copy_bytes_per_second"] == 1e8
     loaded = [event["slot"] for event in events(tmp_path) if event["event"] == "load"]
-    assert sorted(loaded[:3]) == sorted(loaded[3:]) == sorted([A.id, f"{A.id}@{CONTROL}", B.id])
-    assert session.plan.loading == "all" and session.control.verdict is Verdict.SAME
+    assert sorted(loaded[:2]) == sorted(loaded[2:]) == sorted([A.id, B.id])
+    assert session.plan.loading == "all" and session.control is None  # below 6 launches without pairs
+    counted = [event["slot"] for event in events(tmp_path) if event["event"] == "counts"]
+    assert sorted(counted) == sorted([A.id, B.id])  # in the first launch only
     plan = journal.read(journal.newest(tmp_path / "journal")).plan
     assert plan["order_seed"] == session.plan.seed and plan["loading"] == "all"
     assert events(tmp_path)[-1] == {"event": "end"}
     assert session.measurements.by_name[B.id].launches[1].rounds[0]["image"]["latent_relative_error"] == 1e-6
     assert not list(tmp_path.glob("sd-perf-compile-*"))
+
+
+def test_a_session_of_six_launches_has_a_control_arm(fake, tmp_path):
+    session, _ = measure(tmp_path, launches=6)
+    loaded = [event["slot"] for event in events(tmp_path) if event["event"] == "load"]
+    assert sorted(loaded[:3]) == sorted([A.id, f"{A.id}@{CONTROL}", B.id]) and len(loaded) == 18
+    assert session.control.verdict is Verdict.SAME
 
 
 def test_references_are_made_once_and_shared(fake, tmp_path, capsys):

@@ -14,7 +14,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf.analysis.statistics import Interval, prediction_ratio
+from perf.analysis.statistics import Interval, prediction_half_width, prediction_ratio
 from perf.analysis.verdicts import (
     REASONS,
     Decision,
@@ -91,8 +91,24 @@ def test_history_rule_in_a_quiet_storage():
 def test_history_rule_in_a_storage_too_noisy_to_tell():
     history = [24.0, 26.0, 22.0, 25.0, 23.0, 24.0]
     decision = decide_against_history(24.0 * 1.05, history, 0.01)
-    assert (decision.verdict, decision.reason) == (INCONCLUSIVE, "interval_too_wide")
+    assert (decision.verdict, decision.code) == (INCONCLUSIVE, "interval_too_wide")
+    assert decision.reason.endswith("these sessions vary too much for 2.0 %: --perf-against")
     assert decide_against_history(24.0 * 1.5, history, 0.01).verdict is SLOWER
+
+
+@pytest.mark.parametrize("named, wander", [(False, 1.5), (True, 1.1)])
+def test_history_rule_states_what_it_could_have_found(named, wander):
+    """The detectable slowdown is on the edge of SLOWER, and the proposed number of sessions detects twice the margin."""
+    history = [24.0 + wander * offset for offset in (0, 0.2, -0.2, 0.1, -0.1, 0)]
+    base = 24.0 if named else None
+    decision = decide_against_history(24.0 * 1.012, history, 0.01, base=base)
+    found = re.fullmatch(r"\w+ ([\d.]+) % was detectable; (\d+) stored sessions detect 2.0 %", decision.reason)
+    assert found, decision
+    visible, needed = float(found[1]) / 100, int(found[2])
+    assert decide_against_history(24.0 * (1 + visible + 0.001), history, 0.01, base=base).verdict is SLOWER
+    assert decide_against_history(24.0 * (1 + visible - 0.001), history, 0.01, base=base).verdict is not SLOWER
+    assert prediction_half_width(history, needed, named) <= math.log(1.02)
+    assert prediction_half_width(history, needed - 1, named) > math.log(1.02)
 
 
 @pytest.mark.parametrize("sessions", range(1, 6))

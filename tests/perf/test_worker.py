@@ -93,6 +93,25 @@ def test_a_round_is_timed_examined_and_compared(worker, tmp_path):
     json.dumps(first, allow_nan=False)
 
 
+@pytest.mark.skipif(not has("sdpa"), reason="torch 1.12 has another API of dispatch modes")
+def test_a_round_is_counted_exactly(worker):
+    first, again = (ok(worker.handle({"op": "count", "seed": seed})) for seed in (1, 2))
+    assert first == again
+    assert first["operators"]["convolution"] > 20 * TINY.steps and "view" not in first["operators"]
+    assert first["bytes"] > 1e7 and first["generated_kernels"] == 0
+    assert first["host_waits"] == 2  # for whether the image is finite and not black
+    fused = Worker()
+    ok(fused.handle(loading(replace(TINY, attention="sdpa", optimise="fused_qkv"))))
+    counted = ok(fused.handle({"op": "count", "seed": 1}))
+    assert sum(counted["operators"].values()) < 0.9 * sum(first["operators"].values())
+    assert counted["bytes"] < first["bytes"]
+
+
+@pytest.mark.skipif(has("sdpa"), reason="this torch counts operators")
+def test_old_torch_reports_no_counts(worker):
+    assert set(ok(worker.handle({"op": "count", "seed": 1})).values()) == {None, 0}
+
+
 def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
     plain = ok(worker.handle({"op": "round", "seed": 1}))
     merged = Worker()

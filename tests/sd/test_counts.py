@@ -1,4 +1,4 @@
-"""Operators, bytes, copies and synchronisations of a UNet call by technique, for the embedded UNet and one of 34 M."""
+"""Operators, bytes, copies and host waits of a UNet call by technique, for the embedded UNet and one of 34 M."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_channels_last_copies_no_layout(case, fields):
 @needs_fused_attention
 @pytest.mark.parametrize("row", ROWS)
 def test_no_call_synchronises(case, row):
-    assert case.count(**ROWS[row]).synchronisations == 0
+    assert case.count(**ROWS[row]).host_waits == 0
 
 
 @pytest.mark.slow

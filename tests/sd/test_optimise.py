@@ -162,7 +162,7 @@ class TestSamplingLoop:
     @pytest.mark.parametrize("fields", [{}, EXACT["all"]], ids=["plain", "fast"])
     def test_neither_synchronises_nor_copies(self, model, monkeypatch, sampler, eta, fields):
         counting = self._loop(model, monkeypatch, sampler, eta=eta, **fields)
-        assert counting.synchronisations == 0
+        assert counting.host_waits == 0
         if fields:
             assert counting.made == 0
             assert counting.ops["_to_copy"] == counting.ops["copy_"] == 0
@@ -193,7 +193,7 @@ class TestSamplingLoop:
         model.optimise(Optimisations(attention="original", original_steps=True))
         _run(model, steps=self.STEPS, sampler=sampler)
         updates = self.STEPS + (sampler == "plms")  # its first step has two UNet calls
-        assert counting.synchronisations == 3 * updates
+        assert counting.host_waits == 3 * updates
         assert counting.ops["arange"] == updates  # the frequencies, once for each UNet call
 
     @pytest.mark.parametrize("sampler", ["dpm_solver", "euler"])
