@@ -8,18 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from sd.checkpoint import layouts
-from sd.checkpoint.contents import summary
-from sd.checkpoint.detect import reject_other_models, text_kind
-from sd.checkpoint.diffusers_folder import write_folder
-from sd.checkpoint.file_formats import index, write_ckpt, write_safetensors
-from sd.checkpoint.load import load, read_checkpoint
-from sd.checkpoint.spellings import V_PREDICTION_MARKERS, original_names
 from sd.choices import EMBEDDED_WEIGHTS, SAMPLERS
+from sd.cli.startup import add_parts, exit_on_interrupt
 from sd.errors import ConfigError, SDError, checkpoint_warnings_as_lines, printable
 
+# Functions import what imports torch, which Ctrl-C may interrupt.
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
 
 
@@ -31,14 +24,19 @@ def convert(
     force: bool = False,
     progress: bool | None = None,
     sampler: str | None = None,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    ignore_unknown_keys: bool = False,
 ) -> list[str]:
     """Write the model `source` in another layout to `target`, completely or not at all.
 
     source: a .ckpt or .safetensors file in any layout, a diffusers folder, or `tiny`. target: a new .ckpt or .safetensors
     file, or with to="diffusers" a new folder. to: one of LAYOUTS; `safetensors` is the original layout in a .safetensors
     file. config: preset or YAML file, only for to="diffusers", and required only for models that are no preset or
-    predict v. force: replace an existing target. sampler: that of a folder's scheduler. Returns the names of the entries
-    that the target cannot hold. Raises CheckpointError or ConfigError.
+    predict v. force: replace an existing target. sampler: that of a folder's scheduler. vae, text_encoder: files or folders
+    of these networks, in place of those in `source`. ignore_unknown_keys: leave out unknown weights inside the networks of
+    a folder. Returns the names of the entries that the target cannot hold. Raises CheckpointError or ConfigError.
     """
     target = Path(target)
     if to not in LAYOUTS:
@@ -53,9 +51,9 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.absolute().parent) as scratch:
         output = Path(scratch) / target.name
         if to == "diffusers":
-            dropped = _to_folder(source, output, config, progress, sampler)
+            dropped = _to_folder(source, output, config, progress, sampler, vae, text_encoder, ignore_unknown_keys)
         else:
-            dropped = _to_file(source, output, to, progress)
+            dropped = _to_file(source, output, to, progress, vae, text_encoder, ignore_unknown_keys)
         _replace(target, output, Path(scratch))
     return dropped
 
@@ -91,8 +89,24 @@ def _replace(target: Path, output: Path, scratch: Path) -> None:
         raise
 
 
-def _to_file(source: str | Path, output: Path, to: str, progress: bool | None) -> list[str]:
-    checkpoint = read_checkpoint(source, progress)
+def _to_file(
+    source: str | Path,
+    output: Path,
+    to: str,
+    progress: bool | None,
+    vae: str | Path | None,
+    text_encoder: str | Path | None,
+    ignore_unknown_keys: bool,
+) -> list[str]:
+    import torch
+
+    from sd.checkpoint import layouts
+    from sd.checkpoint.detect import reject_other_models, text_kind
+    from sd.checkpoint.file_formats import write_ckpt, write_safetensors
+    from sd.checkpoint.load import read_checkpoint
+    from sd.checkpoint.spellings import V_PREDICTION_MARKERS
+
+    checkpoint = read_checkpoint(source, progress, vae=vae, text_encoder=text_encoder, strict=not ignore_unknown_keys)
     state = checkpoint.state
     reject_other_models(source, state, checkpoint.names)
     if layouts.text_kind(state) == "clip" and text_kind(source, state) == "openclip":
@@ -113,17 +127,36 @@ def _to_file(source: str | Path, output: Path, to: str, progress: bool | None) -
 
 
 def _to_folder(
-    source: str | Path, output: Path, config: str | Path | None, progress: bool | None, sampler: str | None
+    source: str | Path,
+    output: Path,
+    config: str | Path | None,
+    progress: bool | None,
+    sampler: str | None,
+    vae: str | Path | None,
+    text_encoder: str | Path | None,
+    ignore_unknown_keys: bool,
 ) -> list[str]:
-    from sd.pipeline import resolve_config  # imports the samplers, which the other layouts do not need
+    from sd.checkpoint import layouts
+    from sd.checkpoint.diffusers_folder import write_folder
+    from sd.checkpoint.file_formats import index
+    from sd.checkpoint.load import load
+    from sd.checkpoint.spellings import V_PREDICTION_MARKERS, original_names
+    from sd.pipeline import resolve_config
 
     names: dict[str, str] = {}  # of the file: in the original layout
     if not Path(source).is_dir():
         file_index = index(source)
         step = ["global_step"] if file_index.global_step is not None else []
         names = {name: name for name in (*file_index.others, *step)}
-        names.update(original_names(file_index.tensors))
-    model, networks = load(source, resolve_config(config), progress)
+        names.update(original_names(file_index.tensors, strict=not ignore_unknown_keys))
+    model, networks = load(
+        source,
+        resolve_config(config),
+        progress,
+        vae=vae,
+        text_encoder=text_encoder,
+        ignore_unknown_keys=ignore_unknown_keys,
+    )
     written = layouts.join_networks(networks, model.text.kind)
     write_folder(output, networks, model, sampler)
     known = {*written, *layouts.original_to_native(written), *layouts.join_networks(networks, "clip")}
@@ -147,13 +180,28 @@ def main(argv: list[str] | None = None) -> int:
         help="whose steps the scheduler of a folder takes, for --to diffusers (default: plms, and ddim for models of v)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
+    add_parts(parser.add_argument)
     options = parser.parse_args(argv)
+    with exit_on_interrupt():
+        from sd.checkpoint.contents import summary
     try:
         with checkpoint_warnings_as_lines():
             dropped = convert(
-                options.input, options.output, options.to, options.config, options.force, None, options.sampler
+                options.input,
+                options.output,
+                options.to,
+                options.config,
+                options.force,
+                None,
+                options.sampler,
+                vae=options.vae,
+                text_encoder=options.text_encoder,
+                ignore_unknown_keys=options.ignore_unknown_keys,
             )
             written = summary(options.output)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except SDError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from sd.choices import EMBEDDED_WEIGHTS
+from sd.cli.startup import add_parts, exit_on_interrupt
 from sd.errors import SDError, checkpoint_warnings_as_lines, printable
 
 
@@ -17,19 +18,24 @@ def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0 if the checkpoint can be loaded, 2 with one line on stderr if not."""
     parser = argparse.ArgumentParser(prog="python -m sd.inspect", description="Show the contents of a checkpoint.")
     parser.add_argument("checkpoint", help="a .ckpt or .safetensors file, a diffusers folder, or tiny")
-    parser.add_argument("--vae", metavar="FILE", help="as for txt2img")
-    parser.add_argument("--text-encoder", metavar="FILE", help="as for txt2img")
+    add_parts(parser.add_argument)
     options = parser.parse_args(argv)
     path = str(EMBEDDED_WEIGHTS) if options.checkpoint == "tiny" else options.checkpoint
-    # Imported after the options are valid: torch takes seconds.
-    from sd.checkpoint.contents import describe_prediction, summary
-    from sd.checkpoint.load import load
+    with exit_on_interrupt():  # after the options are valid: torch takes seconds
+        from sd.checkpoint.contents import describe_prediction, summary
+        from sd.checkpoint.load import load
 
     try:
         for line in summary(path):
             print(printable(line))
         with checkpoint_warnings_as_lines():
-            config, _ = load(path, vae=options.vae, text_encoder=options.text_encoder, shapes_only=True)
+            config, _ = load(
+                path,
+                vae=options.vae,
+                text_encoder=options.text_encoder,
+                ignore_unknown_keys=options.ignore_unknown_keys,
+                shapes_only=True,
+            )
     except SDError as error:
         print("cannot be loaded: " + printable(str(error)), file=sys.stderr)
         return 2

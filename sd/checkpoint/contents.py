@@ -36,7 +36,12 @@ def describe_prediction(path: str | Path, config: ModelConfig) -> str:
     if recorded is not None:
         return f"predicts {config.parameterization}, by its {recorded.source}"
     other = config_with(config, "v" if config.parameterization == "eps" else "eps")
-    return f"assumed to predict {config.parameterization}, which the file does not record; if the images are noise, pass {other}"
+    beside = Path(path).with_suffix(".yaml")  # which A1111 reads
+    settings = f"; {beside.name} beside it is read only as --config {beside}" if beside.is_file() else ""
+    return (
+        f"assumed to predict {config.parameterization}, which the file does not record; "
+        f"if the images are noise, pass {other}{settings}"
+    )
 
 
 def summary(path: str | Path) -> list[str]:

@@ -26,12 +26,26 @@ _OTHER_UNETS = (  # a name that only this model type has, and its description
     (r"(model\.diffusion_model\.)?joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "is a Flux checkpoint"),
     (r"(model\.diffusion_model\.)?label_emb\.", "has class embeddings, like unCLIP and Stable Diffusion XL"),
+    (r"((model\.diffusion_model|unet)\.)?add_embedding\.", "has the UNet of Stable Diffusion XL"),
+    (r"lora_controlnet$|(input_hint_block|zero_convs)\.", "is a ControlNet, which extends a model"),
+)
+_EMBEDDING = "is a textual inversion embedding, which extends a prompt (--embedding FILE)"
+_AVERAGES = (
+    r"model_ema\.diffusion_model",
+    "has no UNet but the averages of its weights (model_ema), which are not used",
 )
 _PARTS = (  # of files without a UNet
     (r"conditioner\.embedders\.", "is a Stable Diffusion XL checkpoint"),
-    (r"(.*\.(lora_(up|down|A|B)\.|hada_w)|lora_)", "is a LoRA, which modifies a model"),
+    (r".*\.(hada_w|lokr_w|oft_blocks)", "is a LoHa, LoKr or OFT, which modifies a model, and is not supported"),
+    (r"(.*\.lora_(up|down|A|B)\.|lora_)", "is a LoRA, which modifies a model (--lora FILE)"),
     (r"(control_model\.|controlnet_cond_embedding\.)", "is a ControlNet, which extends a model"),
-    (r"emb_params$", "is a textual inversion embedding, which extends a prompt"),
+    (r"emb_params$", _EMBEDDING),
+    (r".*motion_modules\.", "is a motion module of AnimateDiff, which extends a model"),
+    (r"(image_proj|ip_adapter)\.", "is an IP-Adapter, which extends a model"),
+    (r".*_custom_diffusion\.", "is of Custom Diffusion, which modifies a model"),
+    (r"(adapter\.)?body\.\d", "is a T2I-Adapter, which extends a model"),
+    (r"(en|de)coder\.(layers\.)?\d+\.", "is a tiny autoencoder (TAESD), which is not supported"),
+    (r"(.*\.)?(concept|special_care)_embeds$", "is a safety checker"),
     (r"(down_blocks|time_embedding)\.", "is the UNet of a diffusers folder, and incomplete: give the folder itself"),
     (r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(down|up|mid|conv_in)", "is an autoencoder alone, for --vae"),
     (r"(\w+\.)*(text_model|resblocks|token_embedding)\.", "is a text encoder alone, for --text-encoder"),
@@ -70,9 +84,11 @@ def recorded_prediction(file_index: FileIndex) -> Prediction | None:
     for name in V_PREDICTION_MARKERS:
         if name in names:
             return Prediction("v", f"entry {name}")
-    key = "modelspec.prediction_type"  # Stability's ModelSpec
-    predicted = _MODELSPEC.get(file_index.metadata.get(key, ""))
-    return None if predicted is None else Prediction(predicted, f"metadata {key}")
+    for key in ("modelspec.prediction_type", "modelspec.predict_key"):  # Stability's ModelSpec, ComfyUI
+        predicted = _MODELSPEC.get(file_index.metadata.get(key, ""))
+        if predicted is not None:
+            return Prediction(predicted, f"metadata {key}")
+    return None
 
 
 def config_with(config: ModelConfig, parameterization: Parameterization) -> str:
@@ -88,7 +104,11 @@ def reject_other_models(path: str | Path, state: Mapping[str, Tensor], names: Co
     """
     names = [*state, *names]
     whole = "only whole Stable Diffusion 1 and 2 models can be loaded"
-    for pattern, description in _OTHER_UNETS + (() if _FIRST_CONV in state else _PARTS):
+    patterns: tuple[tuple[str, str], ...] = _OTHER_UNETS
+    if _FIRST_CONV not in state:
+        alone = len(_missing_parts(state)) > 0
+        patterns = (*_OTHER_UNETS, _AVERAGES, *(_PARTS if alone else ()))
+    for pattern, description in patterns:
         if any(re.match(pattern, name) for name in names):
             raise CheckpointError(f"{path}: {description}; {whole}")
     if _FIRST_CONV not in state:
@@ -96,16 +116,19 @@ def reject_other_models(path: str | Path, state: Mapping[str, Tensor], names: Co
             tensor.is_floating_point() and tensor.dim() in (1, 2) and tensor.shape[-1] in (*_FAMILIES, 1280)
             for tensor in state.values()
         ):
-            raise CheckpointError(f"{path}: is a textual inversion embedding, which extends a prompt; {whole}")
+            raise CheckpointError(f"{path}: {_EMBEDDING}; {whole}")
         raise CheckpointError(f"{path}: has no Stable Diffusion UNet ({_FIRST_CONV} is missing); give a whole model")
     if state[_FIRST_CONV].dim() != 4:
         raise CheckpointError(f"{path}: {_FIRST_CONV} is not a convolution; download the file again")
 
 
+def _missing_parts(names: Collection[str]) -> list[str]:
+    return [part for part in _MISSING if not any(name.startswith(prefixes(part)) for name in names)]
+
+
 def require_parts(path: str | Path, names: Collection[str]) -> None:
     """Raise CheckpointError, with the option that adds it, if a checkpoint has no autoencoder or no text encoder."""
-    missing = [part for part in _MISSING if not any(name.startswith(prefixes(part)) for name in names)]
-    if missing:
+    if missing := _missing_parts(names):
         parts, options = (
             " and no ".join(_MISSING[part][0] for part in missing),
             [_MISSING[part][1] for part in missing],

@@ -44,6 +44,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "plms": {"skip_prk_steps": False},
     "dpm_solver": {"final_sigmas_type": "zero"},
 }
+_OTHER_FRAMEWORKS = (".onnx", ".msgpack", ".h5", ".xml", ".mlmodelc", ".engine")
 SHARDS = 1000  # the highest number of shards of a network that is read
 
 
@@ -91,9 +92,25 @@ def _index_network(folder: Path, network: str) -> list[FileIndex]:
         )
         raise CheckpointError(
             f"{folder}: is no diffusers folder of a whole model, {name}/{stem}.safetensors is missing; "
-            f"give a folder with unet, vae and text_encoder in it, or a single file{option}"
+            + (
+                _instead(folder, name)
+                or f"give a folder with unet, vae and text_encoder in it, or a single file{option}"
+            )
         )
     return [index(file) for file in files]
+
+
+def _instead(folder: Path, network: str) -> str | None:
+    """Advice from what a folder contains in place of a network's weights."""
+    if any((folder / "snapshots").glob("*/")):
+        return f"give a folder in {folder / 'snapshots'}, since this is one of the cache of Hugging Face"
+    if (folder / "config.json").is_file():
+        return "give the folder around it, since this is the folder of one network"
+    other = sorted(path.name for path in (folder / network).glob("*") if path.suffix in _OTHER_FRAMEWORKS)
+    if other:
+        return f"give weights of PyTorch, since {network}/{other[0]} is of another framework"
+    files = sorted(path.name for path in folder.glob("*") if path.suffix in (".ckpt", ".safetensors"))
+    return f"give one of its files: {', '.join(files[:5])}" if files else None
 
 
 def read_folder(
@@ -152,9 +169,12 @@ def read_network(
     folder: Path, network: str, progress: bool | None = None, strict: bool = True, read: Reader = read_tensors
 ) -> layouts.State:
     """Read `autoencoder` or `text_encoder` from the folder of a whole model, or from its own folder, in the original layout."""
-    if not _weight_files(folder, network):
-        return read_folder(folder, progress, [network], strict, read)
-    state = _read_shards([index(file) for file in _weight_files(folder, network)], progress, read)
+    name = WEIGHT_FILES[network][0]
+    files = _weight_files(folder, network) or _weight_files(folder / name, network)
+    if not files:
+        noun = network.replace("_", " ")
+        raise CheckpointError(f"{folder}: contains no {noun}, in it or in {name}; give another folder, or a file")
+    state = _read_shards([index(file) for file in files], progress, read)
     try:
         return _to_original({network: state}, folder, strict)
     except CheckpointError as error:
@@ -190,7 +210,7 @@ def parameterization(folder: Path) -> Parameterization | None:
     """Prediction type in the folder's scheduler settings: eps, v, or None if absent."""
     value = _config(folder, SCHEDULER).get("prediction_type")
     if value is not None and str(value) not in PREDICTION_TYPES:
-        raise _unsupported(folder, SCHEDULER, "prediction_type", value, " and ".join(PREDICTION_TYPES))
+        raise _unsupported(folder / SCHEDULER, "prediction_type", value, " and ".join(PREDICTION_TYPES))
     return PREDICTION_TYPES.get(str(value))
 
 
@@ -266,29 +286,38 @@ def scheduler_note(folder: Path) -> str | None:
     return f"its scheduler is not selected by loading: for the images of diffusers select {scheduler}"
 
 
-def require_settings(folder: Path, config: ModelConfig) -> None:
+def require_settings(
+    folder: Path, config: ModelConfig, vae: str | Path | None = None, text_encoder: str | Path | None = None
+) -> None:
     """Raise CheckpointError if a setting in the folder differs from `config`; absent settings are accepted.
 
-    The weights do not show these settings, and other values would give wrong images without an error.
+    folder: of a whole model, or the path of a file. vae, text_encoder: files or folders in place of the folder's. The
+    weights do not show these settings, and other values would give wrong images without an error.
     """
     schedule, scheduler = config.schedule, SCHEDULER
-    expected: dict[tuple[str, str], Any] = {
-        (scheduler, "num_train_timesteps"): schedule.timesteps,
-        (scheduler, "beta_start"): schedule.linear_start,
-        (scheduler, "beta_end"): schedule.linear_end,
-        (scheduler, "beta_schedule"): "scaled_linear",
-        (scheduler, "rescale_betas_zero_snr"): False,
-        ("vae/config.json", "scaling_factor"): config.scale_factor,
+    expected: dict[tuple[Path, str], Any] = {
+        (folder / scheduler, "num_train_timesteps"): schedule.timesteps,
+        (folder / scheduler, "beta_start"): schedule.linear_start,
+        (folder / scheduler, "beta_end"): schedule.linear_end,
+        (folder / scheduler, "beta_schedule"): "scaled_linear",
+        (folder / scheduler, "rescale_betas_zero_snr"): False,
+        (_settings_of("autoencoder", vae or folder), "scaling_factor"): config.scale_factor,
+        # Fewer than the weights have: later layers are skipped in diffusers ("clip skip").
+        (_settings_of("text_encoder", text_encoder or folder), "num_hidden_layers"): config.text.layers,
     }
     for (file, key), required in expected.items():
-        value: Any = _config(folder, file).get(key)
+        value: Any = _config(file.parent, file.name).get(key)
         numeric = type(value) in (int, float) and type(required) in (int, float)
         equal = math.isclose(value, required, rel_tol=1e-6) if numeric else value == required
         if value is not None and not equal:
-            raise _unsupported(folder, file, key, value, required)
+            raise _unsupported(file, key, value, required)
 
 
-def _unsupported(folder: Path, file: str, key: str, value: Any, supported: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{folder / file}: {key} {str(value)[:80]!r} is not supported, only {supported}: use other weights"
-    )
+def _settings_of(network: str, path: str | Path) -> Path:
+    """File of a network's settings in the folder of a whole model, or in its own folder."""
+    path, name = Path(path), WEIGHT_FILES[network][0]
+    return path / "config.json" if _weight_files(path, network) else path / name / "config.json"
+
+
+def _unsupported(file: Path, key: str, value: Any, supported: Any) -> CheckpointError:
+    return CheckpointError(f"{file}: {key} {str(value)[:80]!r} is not supported, only {supported}: use other weights")

@@ -54,6 +54,10 @@ UNSUPPORTED_FORMATS = {  # first bytes of the file
     b"Rar!": "is a RAR archive: unpack it first",
     b"\x80": "is a pickle but no torch file: use the .safetensors of the model",
 }
+SETTINGS_FILES = {  # by the end of the name
+    (".json",): "is a file of settings: give the folder of the model, with unet, vae and text_encoder in it",
+    (".yaml", ".yml"): "is a file of settings: pass it as --config, and the weights as --ckpt",
+}
 TORCHSCRIPT = "is a TorchScript archive, which is a program: use the .safetensors or .ckpt of the model"
 DAMAGED = "is damaged or its download is incomplete: download it again"
 
@@ -135,6 +139,8 @@ def index(path: str | Path) -> FileIndex:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from None
+    for suffixes, reason in SETTINGS_FILES.items():
+        _check(Path(path).suffix.lower() not in suffixes, f"{path}: {reason}")
     content = _without_byte_order_mark(head).lstrip()
     for start, reason in UNSUPPORTED_FORMATS.items():
         _check(not content.startswith(start), f"{path}: {reason}")
@@ -285,9 +291,11 @@ def _index_legacy(path: Path, file: IO[bytes], size: int) -> FileIndex:
 
 def _state_dict(loaded: Any) -> dict[Any, Any]:
     if type(loaded) is dict:
-        # A textual-inversion embedding has its vectors in a dict of their own.
-        nested = loaded.get("state_dict", loaded.get("string_to_param"))
-        return nested if type(nested) is dict else loaded
+        # Some tools wrap a file a second time. A textual-inversion embedding has its vectors in a dict of their own.
+        for key in ("state_dict", "state_dict", "string_to_param"):
+            nested = loaded.get(key)
+            loaded = nested if type(nested) is dict else loaded
+        return loaded
     raise CheckpointError("contains no state dict: use the .safetensors of the model")
 
 
@@ -306,10 +314,20 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
     step = step if type(step) is int else None
     embedding = "string_to_param" in loaded and not tensors
     _check(not embedding, "is a textual inversion embedding in a form that cannot be read: save it as .safetensors")
+    nested = [str(name)[:40] for name, value in state.items() if not tensors and _has_tensors(value)]
+    _check(
+        not nested,
+        f"has its tensors in the entries {', '.join(nested[:5])}, as trainers and extensions of models save them: "
+        f"save the entry of a whole model as a file, or give such a file",
+    )
     others = tuple(
         str(name) for name in loaded if name not in {*tensors, "state_dict", "string_to_param", "global_step"}
     )
     return _check_total(FileIndex(path, tensors, step, others, file_format="torch"), size)
+
+
+def _has_tensors(value: Any) -> bool:
+    return type(value) is dict and any(type(tensor) is PickledTensor for tensor in value.values())
 
 
 def _check_total(file_index: FileIndex, size: int) -> FileIndex:

@@ -246,7 +246,10 @@ _BLOCK = re.compile(
 
 
 def _unknown(name: str) -> CheckpointError:
-    return CheckpointError(f"{name} is no part of a Stable Diffusion 1 or 2 network; download the file again")
+    return CheckpointError(
+        f"{name} is no part of a Stable Diffusion 1 or 2 network: give a model of these, "
+        f"or leave such weights out with --ignore-unknown-keys"
+    )
 
 
 def _rename(name: str, table: dict[str, str], strict: bool = True) -> str:

@@ -48,8 +48,10 @@ from sd.features import has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
+from sd.sampling.schedule import Schedule
 
 _OPENCLIP_H_LAYERS = 24  # of which 23 run; files with transformers' names show neither projection nor scale
+_SCHEDULE = "alphas_cumprod"  # stored in the released files
 LISTED = 10  # names in a message, before "and N more"
 
 _SCHEDULE_BUFFERS = (
@@ -364,7 +366,7 @@ def load(
         path,
         progress,
         # A second set of weights (model_ema) and other unused entries are not read.
-        lambda name: name.startswith(used) or not _IGNORABLE.match(name),
+        lambda name: name == _SCHEDULE or name.startswith(used) or not _IGNORABLE.match(name),
         vae=vae,
         text_encoder=text_encoder,
         strict=not ignore_unknown_keys,
@@ -379,9 +381,7 @@ def load(
         config = replace(config, image_size=size or config.image_size)
     config = _with_guidance_embedding(state, config)
     reject_contradiction(path, state, config, predicted)
-    if Path(path).is_dir():
-        require_settings(Path(path), config)
-    _report_unused(path, checkpoint, used, ignore_unknown_keys)
+    _report_unused(path, checkpoint, config, used, ignore_unknown_keys)
     released, hf = any(name in state for name in _RELEASED_OPENCLIP), layouts.text_kind(state) == "clip"
     try:
         networks, _ = layouts.split_networks(state)
@@ -390,6 +390,7 @@ def load(
     state.clear()
     layers = _text_layers(path, networks["text_encoder"], config, released)
     config = replace(config, text=replace(config.text, layers=layers))
+    require_settings(Path(path), config, vae, text_encoder)
     _validate(path, networks, config, hf, ignore_unknown_keys)
     return config, networks
 
@@ -401,7 +402,15 @@ def _with_guidance_embedding(state: layouts.State, config: ModelConfig) -> Model
     return replace(config, unet=replace(config.unet, guidance_embedding=channels))
 
 
-def _report_unused(path: str | Path, checkpoint: Checkpoint, used: tuple[str, ...], ignore_unknown_keys: bool) -> None:
+def _differs(alphas: Tensor, config: ModelConfig) -> bool:
+    """Whether the alphas_cumprod of a file, in any precision, are others than those of the config's schedule."""
+    expected = Schedule(config.schedule).alphas_cumprod
+    return alphas.shape != expected.shape or not torch.allclose(alphas.to(expected), expected, rtol=0, atol=0.01)
+
+
+def _report_unused(
+    path: str | Path, checkpoint: Checkpoint, config: ModelConfig, used: tuple[str, ...], ignore_unknown_keys: bool
+) -> None:
     """Remove the markers from the state and warn of other entries outside the networks; reject zero terminal SNR."""
     state = checkpoint.state
     zero_snr = [name for name in ZERO_SNR_MARKERS if name in state or name in checkpoint.others]
@@ -415,6 +424,9 @@ def _report_unused(path: str | Path, checkpoint: Checkpoint, used: tuple[str, ..
     extra = [name for name in state if not name.startswith(used) and not _IGNORABLE.match(name)]
     if extra:
         _warn(f"{path}: {len(extra)} entries are of none of its networks and are not used: {_list(extra)}")
+    alphas = state.pop(_SCHEDULE, None)
+    if alphas is not None and not alphas.is_meta and _differs(alphas, config):
+        _warn(f"{path}: its {_SCHEDULE} is of another noise schedule than that of {config.name}, and is not used")
     if checkpoint.ignored:
         _warn(f"{path}: {checkpoint.ignored}")
 

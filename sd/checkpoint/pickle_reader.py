@@ -42,7 +42,18 @@ NEW_DTYPE_NAMES = (
 ).split()
 
 # Packages whose objects training frameworks leave in checkpoints. They are neither imported nor executed.
-INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy", "torchmetrics")
+INERT_PACKAGES = (
+    "pytorch_lightning lightning lightning_fabric omegaconf numpy torchmetrics diffusers transformers ldm sgm"
+).split()
+# Names of tensors that are refused, and what these are; and packages of quantised ones.
+_OTHER_TENSORS = {
+    "_rebuild_qtensor": "a quantised tensor",
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_meta_tensor_no_storage": "a tensor without its data",
+    **{f"{name}Storage": "a quantised tensor" for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
+    **{f"Complex{name}Storage": "complex numbers" for name in ("Float", "Double")},
+}
+_QUANTISERS = ("torchao", "bitsandbytes", "optimum", "quanto", "hqq", "auto_gptq", "gptqmodel")
 _INERT_BUILTINS = (
     "bool bytearray bytes complex dict float frozenset int list long object range set slice str tuple unicode"
 )
@@ -173,6 +184,7 @@ CALLS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_new_dtype,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch", "Size"): _size,
 }
@@ -194,6 +206,9 @@ def _global(module: Any, name: Any) -> Global:
     _check(type(module) is str and type(name) is str, "a name that is not text")
     if (module, name) in CALLS or (module, name) in UNCALLED_NAMES or _is_inert(module, name):
         return Global(module, name)
+    quantised = "quantised weights" if module.split(".")[0] in _QUANTISERS else None
+    if contents := _OTHER_TENSORS.get(name) if module in ("torch", "torch._utils") else quantised:
+        raise CheckpointError(f"contains {contents} ({f'{module}.{name}'[:200]}): use the model in fp32, fp16 or bf16")
     if module.startswith("torch.nn.modules."):
         raise CheckpointError(
             f"contains {f'{module}.{name}'[:200]!r}, a pickled module instead of weights, and it was not loaded: "

@@ -27,6 +27,7 @@ _ALIASES = (  # prefix in the file, prefix in the original layout
     ("text_encoder.", CLIP),  # state dicts of a whole diffusers pipeline
     ("vae.", AUTOENCODER),
     ("unet.", UNET),
+    ("diffusion_model.", UNET),
 )
 _HF_IN_OPENCLIP = (
     f"{OPENCLIP}transformer.text_model."  # an old converter of diffusers renamed a part of the tower alone
@@ -70,7 +71,7 @@ def original_names(names: Collection[str], network: str | None = None, strict: b
     if network is not None and not any(name.startswith(_known_prefixes(network)) for name in plain):
         openclip = any(".resblocks." in name for name in plain)
         prefix = layouts.PREFIXES.get(network, OPENCLIP if openclip else CLIP)
-    whole = any(name.startswith((UNET, "unet.")) for name in plain) or network is not None
+    whole = any(name.startswith(_known_prefixes("unet")) for name in plain) or network is not None
     resblocks = any(name.startswith(f"{OPENCLIP}transformer.resblocks.") for name in plain)
     renamed = {name: _rename(prefix + new, whole, resblocks) for name, new in renamed.items()}
     for prefix, convert in (

@@ -33,6 +33,7 @@ from sd.choices import (
     SIGMAS,
     TIMESTEP_SPACINGS,
 )
+from sd.cli.startup import add_parts
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import ConfigError, SDWarning, Unavailable
@@ -155,11 +156,7 @@ def _add_model(add: Callable[..., object]) -> None:
         default=[],
         help="textual-inversion embedding, with its word in prompts (default: the file's own); may be repeated",
     )
-    add("--vae", metavar="FILE", help="autoencoder, in place of the checkpoint's, if it has one: a file or a folder")
-    add("--text-encoder", metavar="FILE", help="text encoder, in place of the checkpoint's: a file or a folder")
-    add(
-        "--ignore-unknown-keys", action="store_true", help="leave out weights of the checkpoint that belong to no layer"
-    )
+    add_parts(add)
     add("--C", type=positive, help="latent channels; must be those of the model")
     add("--f", type=positive, help="pixels per latent cell; must be those of the model")
 

@@ -29,6 +29,14 @@ A1111_SAMPLERS = {
 }
 SAMPLING = ("--sampler", "--timestep-spacing", "--sigmas")
 UNSCHEDULED = ("ddim", "plms")  # of which A1111 has no other timesteps and sigmas
+# Options of files that change the model, and their keys in our metadata.
+FILES = {"--lora": "lora", "--embedding": "embeddings", "--vae": "vae", "--text-encoder": "text_encoder"}
+OTHER_TOOLS = {  # key of the metadata: the tool that writes it
+    "workflow": "ComfyUI",
+    "invokeai_metadata": "InvokeAI",
+    "sd-metadata": "InvokeAI",
+    "Dream": "InvokeAI",
+}
 EMBEDDED = "tiny (embedded)"  # `checkpoint` of the embedded model
 # Keys of A1111 that are repeated, or that do not change the image.
 REPEATED = (
@@ -64,6 +72,7 @@ def a1111_parameters(text: Mapping[str, object]) -> str:
         "Eta DDIM": text["eta"] or None,
         "RNG": "CPU" if text["rng"] == "per-image" else None,  # A1111's CPU noise has one generator per image too
         "Prompt chunks": text["prompt_chunks"],
+        **{key: text.get(key) for key in FILES.values()},
         "Version": f"sd-perf {__version__}",
     }
     negative = f"\nNegative prompt: {text['negative_prompt']}" if text["negative_prompt"] else ""
@@ -87,7 +96,7 @@ class Recorded:
     """Settings of an image. options: by flag. execution: those of attention, precision and optimisations, by flag.
 
     checkpoint: file name, or only its stem, None for the embedded model. config: its preset. machine: device and torch.
-    notes: what cannot be repeated.
+    files: those of FILES, by flag. notes: what cannot be repeated.
     """
 
     options: dict[str, str]
@@ -96,6 +105,7 @@ class Recorded:
     config: str | None = None
     machine: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def read(path: str) -> Recorded:
@@ -120,6 +130,10 @@ def read(path: str) -> Recorded:
         raise ConfigError(f"--from-png {path}: {reason}") from None
     if {"seed", "checkpoint"} <= text.keys():
         raise ConfigError(f"--from-png {path}: is a grid; pass an image of the folder samples")
+    if tool := next((tool for key, tool in OTHER_TOOLS.items() if key in text), None):
+        raise ConfigError(
+            f"--from-png {path}: is an image of {tool}, whose settings are not read; pass them as options"
+        )
     raise ConfigError(f"--from-png {path}: has no settings of txt2img; an editor may have removed them")
 
 
@@ -161,6 +175,7 @@ def _read_ours(text: Mapping[str, str]) -> Recorded:
         text["config"] if checkpoint and text["config"] in MODELS else None,
         (text["device"], text["torch"]),
         notes,
+        {flag: text[key] for flag, key in FILES.items() if key in text},
     )
 
 
@@ -226,6 +241,17 @@ def _sampling(name: str, schedule: str | None) -> dict[str, str]:
     return {"--sampler": ours, **({"--sigmas": "karras"} if karras else {})}
 
 
+def files_of(args: Namespace) -> dict[str, str]:
+    """Names of the files of options that change the model, by flag."""
+    files = {
+        "--lora": " ".join(f"{path.name}:{scale:g}" for path, scale in args.lora),
+        "--embedding": " ".join(path.name for path, _ in args.embedding),
+        "--vae": Path(args.vae or "").name,
+        "--text-encoder": Path(args.text_encoder or "").name,
+    }
+    return {flag: names for flag, names in files.items() if names}
+
+
 def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tuple[Namespace, Recorded]:
     """Parse again with the recorded options of --from-png before those of the command line, which replace them.
 
@@ -238,6 +264,12 @@ def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tupl
     recorded = read(path)
     if recorded.checkpoint is not None and args.ckpt is None:
         raise ConfigError(f"--from-png {path}: was generated with {recorded.checkpoint}: pass it with --ckpt")
+    files = files_of(args)
+    for flag, names in recorded.files.items():
+        if flag not in files:
+            raise ConfigError(f"--from-png {path}: was generated with {names}: pass it with {flag}")
+        if files[flag] != names:
+            _warn(f"--from-png {path}: was generated with {flag} {names}, not with {files[flag]}")
     disabled = [name for name in vars(args) if name.startswith("disable_") and getattr(args, name)]
     chosen = [args.attention, args.sdpa_kernels, args.attention_precision, args.precision, args.compile, args.aot]
     options = {**recorded.options, **({} if any([*chosen, args.optimise, *disabled]) else recorded.execution)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sd.cli.arguments import RANDOM_SEED, check_latents, prompt_batches, setup
-from sd.cli.metadata import a1111_parameters
+from sd.cli.metadata import FILES, a1111_parameters, files_of
 from sd.cli.output import GridFile, OutputFolder
 from sd.config.presets import ScheduleConfig
 from sd.errors import ConfigError, SDError, SDWarning, printable
@@ -152,12 +152,8 @@ class Command:
             for name, value in chosen.changed().items()
             if name not in listed
         ]
-        files = {
-            "lora": " ".join(f"{path.name}:{scale:g}" for path, scale in self.args.lora),
-            "embeddings": " ".join(path.name for path, _ in self.args.embedding),
-        }
         return {
-            **{name: value for name, value in files.items() if value},
+            **{FILES[flag]: names for flag, names in files_of(self.args).items()},
             "config": self.model.config.name,
             "checkpoint": self.checkpoint.name if self.checkpoint else "tiny (embedded)",
             "attention": attention.implementation + kernels + upcast,

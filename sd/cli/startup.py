@@ -1,4 +1,4 @@
-"""Interrupts while a command line imports torch, which takes seconds."""
+"""Parts of the command lines that work without torch, whose import takes seconds: interrupts, options of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -29,3 +29,12 @@ def exit_on_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def add_parts(add: Callable[..., object]) -> None:
+    """Add the options for networks from other files, and for unknown weights."""
+    add("--vae", metavar="FILE", help="autoencoder, in place of the checkpoint's, if it has one: a file or a folder")
+    add("--text-encoder", metavar="FILE", help="text encoder, in place of the checkpoint's: a file or a folder")
+    add(
+        "--ignore-unknown-keys", action="store_true", help="leave out weights of the checkpoint that belong to no layer"
+    )

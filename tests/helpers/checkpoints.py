@@ -10,6 +10,7 @@ import torch
 from sd.checkpoint import layouts
 from sd.checkpoint.load import expected_shapes
 from sd.config.presets import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from sd.sampling.schedule import Schedule
 
 UNET = {
     "context_dim": 64,
@@ -59,13 +60,13 @@ def original(config: ModelConfig, dtype=torch.float32, released: bool = True) ->
         state[f"{layouts.CLIP}text_model.embeddings.position_ids"] = torch.arange(77)[None]
     for name in (
         "betas",
-        "alphas_cumprod",
         "posterior_mean_coef2",
         "sqrt_recipm1_alphas_cumprod",
         "lvlb_weights",
         "logvar",
     ):
         state[name] = torch.rand(1000, generator=generator)
+    state["alphas_cumprod"] = Schedule().alphas_cumprod.float()
     state["model_ema.decay"] = torch.tensor(0.9999)
     state["model_ema.num_updates"] = torch.tensor(7)
     state["model_ema.diffusion_modelinput_blocks00weight"] = torch.rand(3, 3, generator=generator)
@@ -98,3 +99,12 @@ class Calls:
 def torch_file_calling(path, function, *args, protocol: int = 2, **options) -> None:
     """Write a torch zip file whose state dict calls `function(*args)`."""
     write_pickle(path, pickle.dumps({"state_dict": {"x": Calls(function, *args, **options)}}, protocol=protocol))
+
+
+def stack_global(module: str, name: str) -> bytes:
+    """The start of a pickle that puts a name on the stack."""
+
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    return b"\x80\x04" + text(module) + text(name) + b"\x93"

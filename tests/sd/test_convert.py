@@ -10,7 +10,6 @@ import pytest
 import torch
 from checkpoints import original, random_networks, same, small
 
-import sd.convert
 from sd.checkpoint import layouts
 from sd.checkpoint.file_formats import index, write_ckpt, write_safetensors
 from sd.checkpoint.load import load, read
@@ -250,7 +249,7 @@ def test_no_partial_output_remains(tmp_path, monkeypatch):
         path.write_bytes(b"partial")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sd.convert, "write_safetensors", fail)
+    monkeypatch.setattr("sd.checkpoint.file_formats.write_safetensors", fail)
     assert main([str(source), str(tmp_path / "b.safetensors"), "--to", "safetensors"]) == 2
     assert list(tmp_path.iterdir()) == [source]
 

@@ -56,6 +56,33 @@ def test_convert_prints_what_it_wrote(tmp_path, capsys):
     assert "--sampler ddim: is only for --to diffusers" in capsys.readouterr().err
 
 
+def test_parts_and_unknown_weights_in_sd_convert(tmp_path, state, monkeypatch, capsys):
+    monkeypatch.setattr("sd.checkpoint.diffusers_folder.write_tokenizer", lambda *_: None)
+    path, tiny = tmp_path / "a.safetensors", str(EMBEDDED_WEIGHTS)
+    incomplete = {n: w for n, w in state.items() if not n.startswith(layouts.AUTOENCODER)}
+    write_safetensors(path, {**incomplete, f"{layouts.UNET}x": torch.zeros(1)}, {})
+    parts = ["--vae", tiny, "--ignore-unknown-keys"]
+    for command, arguments in (
+        (sd.inspect.main, [str(path)]),
+        (sd.convert.main, [str(path), str(tmp_path / "folder"), "--to", "diffusers"]),
+    ):
+        assert command(arguments) == 2 and "pass --vae FILE" in capsys.readouterr().err
+        assert command([*arguments, *parts[:2]]) == 2 and "--ignore-unknown-keys" in capsys.readouterr().err
+        assert command([*arguments, *parts]) == 0
+    assert sd.convert.main([str(path), str(tmp_path / "b.ckpt"), "--to", "original", *parts]) == 0
+    written = read(tmp_path / "b.ckpt")
+    assert all(torch.equal(written[name], weight) for name, weight in state.items())
+
+
+def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd.checkpoint.file_formats.write_ckpt", interrupt)
+    assert sd.convert.main(["tiny", str(tmp_path / "a.ckpt"), "--to", "original"]) == 130
+    assert capsys.readouterr().err == "interrupted\n" and not list(tmp_path.iterdir())
+
+
 def test_v_of_a_folder_survives_in_a_file(tmp_path, state, monkeypatch):
     monkeypatch.setattr("sd.checkpoint.diffusers_folder.write_tokenizer", lambda *_: None)
     sd.convert.convert("tiny", tmp_path / "folder", "diffusers")

@@ -22,11 +22,15 @@ except BaseException as error:  # as libraries do
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("module", ["txt2img", "img2img", "inpaint"])
-def test_interrupt_gives_one_line_and_no_traceback(module, tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [["txt2img"], ["img2img"], ["inpaint"], ["inspect", "tiny"], ["convert", "tiny", "a.ckpt", "--to", "original"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_interrupt_gives_one_line_and_no_traceback(arguments, tmp_path):
     (tmp_path / "torch.py").write_text(SLOW_TORCH)
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", f"sd.{module}"]
+    command = [sys.executable, "-m", f"sd.{arguments[0]}", *arguments[1:]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environ, cwd=tmp_path, **pipes) as process:
         assert process.stdout.readline() == "importing\n"

@@ -10,8 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 from txt2img_runs import calls_fixture, checkpoints_fixture, clean_fixture, run  # noqa: F401
 
 from sd import txt2img
-from sd.cli.metadata import a1111_parameters, read
-from sd.errors import ConfigError
+from sd.cli import metadata
+from sd.cli.metadata import a1111_parameters, files_of, read
+from sd.errors import ConfigError, SDWarning
 
 SAMPLE = "outputs/txt2img-samples/samples/00000.png"
 A1111 = "a fox, (red:1.3)\nsecond line\nNegative prompt: dull, \nblue\nSteps: 20, Sampler: Euler, Schedule type: Automatic, "
@@ -149,6 +150,33 @@ def test_checkpoint_is_required_and_compared(checkpoints, calls, capsys):
     assert "was generated with" not in captured.err and "no --config" not in captured.out
     assert repeat(SAMPLE, "--ckpt", str(checkpoints / "model_native_mha.ckpt")) == 0
     assert "was generated with model.ckpt, not with model_native_mha.ckpt" in capsys.readouterr().err
+
+
+def test_files_that_change_the_model_are_required_and_compared(calls, capsys):
+    text = {"lora": "style.safetensors:0.8", "vae": "vae.safetensors", "embeddings": "a.pt", "text_encoder": "text"}
+    assert run() == 0
+    recorded = Image.open(SAMPLE).text
+    for key, names in text.items():
+        flag = f"--{key.replace('_', '-').replace('embeddings', 'embedding')}"
+        path = png("files.png", **{**recorded, key: names})
+        assert repeat(path) == 2
+        assert f"was generated with {names}: pass it with {flag}" in capsys.readouterr().err
+    assert a1111_parameters({**recorded, **text}).count("style.safetensors:0.8") == 1
+    args = txt2img.parser().parse_args(["--lora", "style.safetensors:0.5"])
+    assert files_of(args) == {"--lora": "style.safetensors:0.5"}
+    path = png("files.png", **{**recorded, "lora": "style.safetensors:0.8"})
+    argv = ["--from-png", path, "--lora", "style.safetensors:0.5"]
+    with pytest.warns(SDWarning, match=r"with --lora style.safetensors:0.8, not with style.safetensors:0.5"):
+        metadata.repeat(txt2img.parser(), txt2img.parser().parse_args(argv), argv)
+
+
+@pytest.mark.parametrize(
+    ("key", "tool"),
+    [("workflow", "ComfyUI"), ("invokeai_metadata", "InvokeAI"), ("Dream", "InvokeAI")],
+)
+def test_images_of_other_tools_are_named(key, tool):
+    with pytest.raises(ConfigError, match=f"is an image of {tool}"):
+        read(png("other.png", **{key: "{}", "prompt": "{}"}))
 
 
 def test_another_machine_is_reported(calls, capsys):

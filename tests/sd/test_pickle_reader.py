@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from checkpoints import Calls, same, torch_file_calling, write_pickle
+from checkpoints import Calls, same, stack_global, torch_file_calling, write_pickle
 
 from sd.checkpoint.load import read
 from sd.checkpoint.pickle_reader import Inert, PickledTensor, unpickle
@@ -98,13 +98,6 @@ def test_setstate_is_not_called(tmp_path):
     write_pickle(tmp_path / "a.ckpt", pickle.dumps({"x": Stateful(str(created))}))
     assert "Stateful" in rejected(tmp_path / "a.ckpt")
     assert not created.exists()
-
-
-def stack_global(module: str, name: str) -> bytes:
-    def text(value: str) -> bytes:
-        return b"\x8c" + bytes([len(value)]) + value.encode()
-
-    return b"\x80\x04" + text(module) + text(name) + b"\x93"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ OLDER = [
         pytest.param([(f"^{OPENCLIP}", "conditioner.embedders.0.model.")], id="generative-models"),
         pytest.param([("^", "module.")], id="DistributedDataParallel"),
         pytest.param([(f"^{re.escape(UNET)}", f"{UNET}_orig_mod.")], id="torch.compile"),
+        pytest.param([(f"^{re.escape(UNET)}", "diffusion_model.")], id="diffusion_model."),
         pytest.param(NEWER, id="attention of newer diffusers"),
         pytest.param(OLDER, id="attention of older diffusers"),
         pytest.param(
@@ -220,10 +221,30 @@ def test_marker_of_the_prediction_type(tmp_path, marker, suffix):
     assert describe_prediction(path, config) == f"predicts v, by its entry {marker}"
 
 
-def test_prediction_type_in_metadata(tmp_path):
-    path = file(tmp_path, STATE, {"modelspec.prediction_type": "v"})
-    assert "metadata modelspec.prediction_type" in refused(path)
-    assert "assumed to predict eps" in describe_prediction(file(tmp_path, STATE), SD2)
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
+def test_prediction_type_in_metadata(tmp_path, key):
+    assert f"metadata {key}" in refused(file(tmp_path, STATE, {key: "v"}))
+    path = file(tmp_path, STATE, {key: "epsilon"})
+    assert describe_prediction(path, SD2) == f"predicts eps, by its metadata {key}"
+
+
+def test_yaml_beside_a_file_is_named_where_the_prediction_type_is_assumed(tmp_path):
+    path = file(tmp_path, STATE)
+    described = describe_prediction(path, SD2)
+    assert "assumed to predict eps" in described and ".yaml beside" not in described
+    path.with_suffix(".yaml").write_text("")
+    assert f"--config {path.with_suffix('.yaml')}" in describe_prediction(path, SD2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_another_noise_schedule_is_reported(tmp_path, dtype):
+    alphas = STATE["alphas_cumprod"]
+    loads_equal(file(tmp_path, {**STATE, "alphas_cumprod": alphas.to(dtype)}))
+    roots = alphas.sqrt() - alphas[-1].sqrt()  # zero terminal SNR (arXiv 2305.08891)
+    zero_snr = (roots / roots[0]) ** 2 * alphas[0]
+    for other in (zero_snr, alphas[:500], torch.zeros(1000)):
+        with pytest.warns(CheckpointWarning, match="alphas_cumprod is of another noise schedule"):
+            loads_equal(file(tmp_path, {**STATE, "alphas_cumprod": other.to(dtype).contiguous()}))
 
 
 def test_zero_terminal_snr_is_refused(tmp_path):
@@ -358,6 +379,36 @@ def test_variants_and_bin_files_are_read(tmp_path, variant):
         name = "pytorch_model.bin" if weights.parent.name == "text_encoder" else "diffusion_pytorch_model.bin"
         torch.save(checkpoint.read_tensors(checkpoint.index(weights)), weights.parent / name)
         weights.unlink()
+    loads_equal(path)
+
+
+def change(settings: Path, **values) -> None:
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **values}))
+
+
+def test_settings_of_the_parts_that_are_used_are_compared(tmp_path):
+    path = folder(tmp_path)
+    change(path / "vae" / "config.json", scaling_factor=0.13025)  # of Stable Diffusion XL
+    change(path / "text_encoder" / "config.json", num_hidden_layers=1)  # clip skip
+    whole = file(tmp_path, STATE)
+    for vae in (path, path / "vae"):
+        assert_refuses("scaling_factor '0.13025'", whole, vae=vae)
+    for text_encoder in (path, path / "text_encoder"):
+        assert_refuses("num_hidden_layers '1'", whole, text_encoder=text_encoder)
+    assert_refuses("num_hidden_layers '1'", path, vae=whole)
+    loads_equal(path, vae=whole, text_encoder=whole)
+
+
+def assert_refuses(text: str, path: Path, **options) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        load(path, SD2, **options)
+
+
+def test_text_encoder_of_a_folder_without_text_model(tmp_path):
+    path = folder(tmp_path)
+    weights = path / "text_encoder" / "model.safetensors"
+    state = checkpoint.read_tensors(checkpoint.index(weights))
+    write_safetensors(weights, {name.replace("text_model.", ""): tensor for name, tensor in state.items()}, {})
     loads_equal(path)
 
 
