@@ -177,11 +177,6 @@ def reject_contradiction(
     path: str | Path, state: Mapping[str, Tensor], config: ModelConfig, predicted: Prediction | None
 ) -> None:
     """Raise CheckpointError if the checkpoint shows that `config` describes another model."""
-    if predicted is not None and predicted.parameterization != config.parameterization:
-        raise CheckpointError(
-            f"{path}: its {predicted.source} is for a UNet that predicts {predicted.parameterization}, but the config "
-            f"{config.name} is for {config.parameterization}: pass {config_with(config, predicted.parameterization)}"
-        )
     channels, inputs = state[_FIRST_CONV].shape[1], config.unet.in_channels
     if channels != inputs:
         supported = {config.unet.out_channels: "a text-to-image", INPAINTING_CHANNELS: "an inpainting"}
@@ -201,4 +196,9 @@ def reject_contradiction(
             f"but the config {config.name} describes {_FAMILIES.get(expected, 'a custom')} model (context of {expected}, "
             f"{config.text.kind} text encoder): "
             f"{remedies.get(width, 'pass the YAML file of the model')}, or no config"
+        )
+    if predicted is not None and predicted.parameterization != config.parameterization:
+        raise CheckpointError(
+            f"{path}: its {predicted.source} is for a UNet that predicts {predicted.parameterization}, but the config "
+            f"{config.name} is for {config.parameterization}: pass {config_with(config, predicted.parameterization)}"
         )

@@ -58,6 +58,8 @@ def _join(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise CheckpointError(f"{name} differs from its k and v in shape; download the file again")
     # Some tools store a part of the matrices in half precision; the widest dtype holds all of them exactly.
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if q.is_meta:  # the first torch.cat of meta tensors imports modules for a second
+        return torch.empty(3 * len(q), *q.shape[1:], dtype=dtype, device="meta")
     return torch.cat([q.to(dtype), k.to(dtype), v.to(dtype)])
 
 

@@ -88,6 +88,12 @@ def test_matrices_of_different_dtypes_are_joined_in_the_widest():
     assert joined.dtype == torch.float32 and torch.equal(joined.chunk(3)[2], half.float())
 
 
+def test_shapes_without_data_are_joined_like_tensors():
+    parts = [torch.zeros(4, 6, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.float16)]
+    joined, shapes = (layouts._join("x", *(part.to(device) for part in parts)) for device in ("cpu", "meta"))
+    assert shapes.is_meta and (shapes.shape, shapes.dtype) == (joined.shape, joined.dtype)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("native", [False, True])
 def test_networks_round_trip(kind, native):

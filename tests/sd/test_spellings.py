@@ -439,6 +439,10 @@ def test_prediction_type_of_a_folder_decides(preset, channels):
         with pytest.raises(CheckpointError) as error:
             reject_contradiction("a", state, other, recorded)
         assert "no config" not in str(error.value) and "pass " in str(error.value)
+        # Of another architecture: advice on the prediction type would lead to the next error.
+        wrong = replace(PRESETS["sd2" if preset == "sd1" else "sd1"], parameterization=other.parameterization)
+        with pytest.raises(CheckpointError, match=f"the config {wrong.name} describes"):
+            reject_contradiction("a", state, wrong, recorded)
 
 
 @pytest.mark.parametrize(
