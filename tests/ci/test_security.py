@@ -256,8 +256,8 @@ def test_terminal_control_characters_are_escaped(capsys, monkeypatch):
     assert cli.guarded(refuse) == 2
     monkeypatch.setattr(convert, "convert", refuse)
     assert convert.main(["a", "b", "--to", "original"]) == 2
-    monkeypatch.setattr(convert, "convert", lambda *_: ["callbacks\x1b[2J"])
-    monkeypatch.setattr(convert, "summary", lambda _: ["other entries: \x1b[2J"])
+    monkeypatch.setattr(convert, "convert", lambda *_, **__: ["callbacks\x1b[2J"])
+    monkeypatch.setattr("sd.checkpoint.contents.summary", lambda _: ["other entries: \x1b[2J"])
     assert convert.main(["a", "b", "--to", "original"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == ["b", r"  other entries: \x1b[2J"]

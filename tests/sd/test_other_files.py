@@ -76,22 +76,24 @@ def test_weights_in_another_entry_are_named(tmp_path, entry):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "contents"),
+    ("module", "name", "contents"),
     [
-        (lambda: torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8), "quantised"),
-        (lambda: torch.zeros(2).to_sparse(), "sparse"),
-        (lambda: torch.zeros(2, dtype=torch.complex64), "complex"),
+        ("torch._utils", "_rebuild_qtensor", "a quantised tensor"),
+        ("torch", "QInt8Storage", "a quantised tensor"),
+        ("torch._utils", "_rebuild_sparse_tensor", "a sparse tensor"),
+        ("torch", "ComplexFloatStorage", "complex numbers"),
+        ("torchao.dtypes.affine_quantized_tensor", "AffineQuantizedTensor", "quantised weights"),
+        ("bitsandbytes.nn.modules", "Params4bit", "quantised weights"),
     ],
 )
-def test_tensors_that_are_not_dense_floats_are_named(tmp_path, tensor, contents):
-    torch.save({"state_dict": {"x": tensor()}}, tmp_path / "a.ckpt")
-    assert contents in refused(tmp_path / "a.ckpt")
+def test_tensors_that_are_not_dense_floats_are_named(tmp_path, module, name, contents):
+    write_pickle(tmp_path / "a.ckpt", stack_global(module, name) + b").")
+    assert f"contains {contents} ({module}.{name})" in refused(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("module", ["torchao.dtypes.affine_quantized_tensor", "bitsandbytes.nn.modules"])
-def test_weights_of_quantisers_are_named(tmp_path, module):
-    write_pickle(tmp_path / "a.ckpt", stack_global(module, "Weights") + b").")
-    assert "quantised weights" in refused(tmp_path / "a.ckpt")
+def test_sparse_tensors_are_named(tmp_path):
+    torch.save({"state_dict": {"x": torch.zeros(2).to_sparse()}}, tmp_path / "a.ckpt")
+    assert "contains a sparse tensor" in refused(tmp_path / "a.ckpt")
 
 
 def test_objects_of_libraries_beside_the_weights_are_ignored(tmp_path):
