@@ -1,4 +1,7 @@
-"""Convert a checkpoint to another layout or file format: `python -m sd.convert INPUT OUTPUT --to LAYOUT`."""
+"""Convert a checkpoint to another layout or file format: `python -m sd.convert INPUT OUTPUT --to LAYOUT`.
+
+Functions import what imports torch, which Ctrl-C may interrupt.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from sd.choices import EMBEDDED_WEIGHTS, SAMPLERS
 from sd.cli.startup import add_parts, exit_on_interrupt
 from sd.errors import ConfigError, SDError, checkpoint_warnings_as_lines, printable
 
-# Functions import what imports torch, which Ctrl-C may interrupt.
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
 
 
