@@ -1,4 +1,4 @@
-"""Initial images and masks: their sizes, and their conversion from PIL."""
+"""Images and masks: their sizes, and their conversion from PIL and to uint8."""
 
 from __future__ import annotations
 
@@ -121,6 +121,16 @@ def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
     if mask.any() and not cells.any():
         raise ConfigError("mask: is thinner than a latent cell and would repaint nothing; make its strokes wider")
     return cells
+
+
+def uint8_images(pixels: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """Convert decoded pixels [B, 3, H, W] to uint8 [B, H, W, 3] on the CPU; also return the fault of each unusable image."""
+    finite = torch.isfinite(pixels).flatten(1).all(dim=1)
+    # Truncated as in the original scripts, where other implementations round.
+    images = ((pixels + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    finite = finite.cpu()
+    faults = {i: "all black" if finite[i] else "not a number" for i in range(len(images))}
+    return images, {i: fault for i, fault in faults.items() if not (finite[i] and images[i].any())}
 
 
 def _multiples(size: tuple[int, int]) -> tuple[int, int]:

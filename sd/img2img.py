@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may inter
     from torch import Tensor
 
     from sd.config.presets import ModelConfig
-    from sd.pipeline import Noise, Progress, Result
+    from sd.pipeline import Progress, Result
+    from sd.sampling.noise import NoiseSource
 
 REFUSED = {
     "--fixed_code": "img2img starts from the image, not from noise: omit it, or use --rng",
@@ -93,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
         "rng": args.rng,
     }
 
-    def generate(prompts: list[str], noise: Noise, latents: Tensor | None, progress: Progress) -> Result:
+    def generate(prompts: list[str], noise: NoiseSource, latents: Tensor | None, progress: Progress) -> Result:
         return model.img2img(
             prompts,
             image,

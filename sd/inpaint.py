@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may inter
     from torch import Tensor
 
     from sd.config.presets import ModelConfig
-    from sd.pipeline import Noise, Progress, Result
+    from sd.pipeline import Progress, Result
+    from sd.sampling.noise import NoiseSource
 
 REFUSED = {
     "--fixed_code": "inpainting has noise of its own for every image: omit it, or repeat --seed",
@@ -105,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         "rng": args.rng,
     }
 
-    def generate(prompts: list[str], noise: Noise, latents: Tensor | None, progress: Progress) -> Result:
+    def generate(prompts: list[str], noise: NoiseSource, latents: Tensor | None, progress: Progress) -> Result:
         return model.inpaint(
             prompts,
             image,

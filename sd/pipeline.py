@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import secrets
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,32 +18,31 @@ from sd.checkpoint.load import factories, load, materialise, read
 from sd.checkpoint.lora import Merged, read_lora, targets
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import ModelConfig, preset
-from sd.errors import BadImage, CheckpointError, ConfigError, SDWarning, printable
+from sd.errors import BadImage, CheckpointError, ConfigError
 from sd.features import has
-from sd.images import image_tensor, image_with_mask, latent_mask, require_pixels, require_size
+from sd.images import image_tensor, image_with_mask, latent_mask, require_pixels, require_size, uint8_images
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
-from sd.models.tokenizer import CHUNK, Tokens, tokenize, tokenize_chunks
+from sd.models.tokenizer import Tokens, tokenize, tokenize_chunks
 from sd.models.unet import UNet
 from sd.optimise.apply import apply, float32_precision
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.optimise.packed import pack, unpack
+from sd.prompts import PromptChunks, number_of_chunks, prompts_of_images, warn_of_dropped, warn_of_unused_negative
 from sd.sampling import original_loop
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
-from sd.sampling.noise import OriginalNoise, PerImageNoise, noise_source
+from sd.sampling.noise import NoiseSource, chosen_noise
 from sd.sampling.plan import Plan
 from sd.sampling.samplers import sampler as sampler_by_name
 from sd.sampling.schedule import Schedule
+from sd.stage_clock import StageClock
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Noise = PerImageNoise | OriginalNoise
 Progress = Callable[[int, int], None]
-PromptChunks = int | Literal["auto"]
 ORIGINAL_SPACINGS = (None, "leading")  # of ddim and plms: the timesteps of the original scripts
-MAX_QUOTED = 300  # characters of dropped text in a warning
 
 
 @dataclass(frozen=True)
@@ -326,8 +322,8 @@ class StableDiffusion:
 
         prompt_chunks: as in `txt2img`. Warns of prompts that are too long.
         """
-        tokens = tokenize_chunks(prompts, self.config.text.kind, _chunks(prompt_chunks), self._added_tokens)
-        _warn_of_dropped(prompts, [], tokens)
+        tokens = tokenize_chunks(prompts, self.config.text.kind, number_of_chunks(prompt_chunks), self._added_tokens)
+        warn_of_dropped(prompts, [], tokens)
         return self._encode(tokens.ids)
 
     def _encode(self, ids: Tensor) -> Tensor:
@@ -368,7 +364,7 @@ class StableDiffusion:
         latents: Tensor | None = None,
         negative_prompt: str | list[str] | None = "",
         eta: float = 0.0,
-        rng: str | Noise = "per-image",
+        rng: str | NoiseSource = "per-image",
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_chunks: PromptChunks = 1,
@@ -398,9 +394,9 @@ class StableDiffusion:
         """
         self._require_text_to_image("txt2img")
         plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas)
-        prompts, negatives = _prompts(prompt, negative_prompt, batch)
+        prompts, negatives = prompts_of_images(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), height, width)
-        noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
+        noise, reported_seed = chosen_noise(rng, seed, generator, len(prompts), self.device)
         start = None if latents is None else self._initial(latents, shape)
         clock = StageClock(self.device)
         with clock.stage("text"):
@@ -422,7 +418,7 @@ class StableDiffusion:
         batch: int = 1,
         negative_prompt: str | list[str] | None = "",
         eta: float = 0.0,
-        rng: str | Noise = "per-image",
+        rng: str | NoiseSource = "per-image",
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_chunks: PromptChunks = 1,
@@ -444,10 +440,10 @@ class StableDiffusion:
         if not isinstance(image, Tensor):
             image = image_tensor(image)
         require_pixels(image)
-        prompts, negatives = _prompts(prompt, negative_prompt, batch)
+        prompts, negatives = prompts_of_images(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *image.shape[1:])
         plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas, strength)
-        noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
+        noise, reported_seed = chosen_noise(rng, seed, generator, len(prompts), self.device)
         clock = StageClock(self.device)
         with clock.stage("encode"):
             x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
@@ -478,7 +474,7 @@ class StableDiffusion:
         latents: Tensor | None = None,
         negative_prompt: str | list[str] | None = "",
         eta: float = 0.0,
-        rng: str | Noise = "per-image",
+        rng: str | NoiseSource = "per-image",
         progress: Progress | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_chunks: PromptChunks = 1,
@@ -499,14 +495,14 @@ class StableDiffusion:
         if not 0.0 < strength <= 1.0:
             raise ConfigError(f"strength {strength}: must be above 0 and at most 1")
         pixels, pixel_mask = image_with_mask(image, mask)
-        prompts, negatives = _prompts(prompt, negative_prompt, batch)
+        prompts, negatives = prompts_of_images(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), *pixels.shape[1:])
         whole = strength == 1.0
         plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas, None if whole else strength)
         if not plan.evaluations:
             raise ConfigError(f"strength {strength} of {steps} steps is less than 1 step: increase one of them")
         start = None if latents is None else self._initial(latents, shape)
-        noise, reported_seed = self._noise(rng, seed, generator, len(prompts))
+        noise, reported_seed = chosen_noise(rng, seed, generator, len(prompts), self.device)
         clock = StageClock(self.device)
         with clock.stage("encode"):
             blend, condition = self._encode_inpainting(pixels, pixel_mask, shape, noise, start, not whole)
@@ -523,7 +519,7 @@ class StableDiffusion:
         image: Tensor,
         mask: Tensor,
         shape: tuple[int, ...],
-        noise: Noise,
+        noise: NoiseSource,
         start: Tensor | None,
         starts_from_image: bool,
     ) -> tuple[Blend, Tensor | None]:
@@ -588,28 +584,6 @@ class StableDiffusion:
             raise ConfigError(f"latents of shape {tuple(latents.shape)}: the shape must be {shape}")
         return latents.to(self.device, torch.float32)
 
-    def _noise(
-        self, rng: str | Noise, seed: int | None, generator: torch.Generator | list[torch.Generator] | None, batch: int
-    ) -> tuple[Noise, int | list[int]]:
-        """Return the noise source and the seed to report."""
-        if generator is not None:
-            if rng != "per-image":
-                raise ConfigError("generator: cannot be combined with rng; pass one of them")
-            shared = isinstance(generator, torch.Generator)
-            generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
-            if len(generators) != batch:
-                raise ConfigError(f"generator: {len(generators)} generators for {batch} images; pass one for each")
-            if any(g.device.type != "cpu" for g in generators):
-                raise ConfigError("generator: noise is drawn on the CPU; pass torch.Generator('cpu')")
-            seeds = [g.initial_seed() for g in generators]
-            return PerImageNoise.from_generators(generators), seeds[0] if shared else seeds
-        if isinstance(rng, PerImageNoise):
-            return rng, [g.initial_seed() for g in rng.generators]
-        if isinstance(rng, OriginalNoise):
-            return rng, rng.generator.initial_seed()
-        seed = secrets.randbits(32) if seed is None else seed
-        return noise_source(rng, seed, batch, self.device), seed
-
     def _contexts(
         self, prompts: list[str], negatives: list[str], scale: float, prompt_chunks: PromptChunks
     ) -> tuple[tuple[Tensor, Tensor | None], Tokens]:
@@ -620,13 +594,13 @@ class StableDiffusion:
         if embedded and self.optimisations.original_steps:
             raise ConfigError("original_steps: the original scripts have no guidance embedding; leave it out")
         guided = scale != 1.0 and not embedded
-        if not guided and any(negatives):
-            _warn(f"negative prompt {next(filter(None, negatives))!r}: not used, since guidance is off at scale 1")
+        if not guided:
+            warn_of_unused_negative(negatives)
         negatives, count = negatives if guided else [], len(prompts)
         tokens = tokenize_chunks(
-            [*prompts, *negatives], self.config.text.kind, _chunks(prompt_chunks), self._added_tokens
+            [*prompts, *negatives], self.config.text.kind, number_of_chunks(prompt_chunks), self._added_tokens
         )
-        _warn_of_dropped(prompts, negatives, tokens)
+        warn_of_dropped(prompts, negatives, tokens)
         if not guided:
             return (self._encode(tokens.ids), None), tokens
         # The original encodes them apart. On a CPU one call saves nothing, and on some torch changes the last bits.
@@ -643,7 +617,7 @@ class StableDiffusion:
         x: Tensor,
         contexts: tuple[Tensor, Tensor | None],
         scale: float,
-        noise: Noise,
+        noise: NoiseSource,
         eta: float,
         progress: Progress | None,
         condition: Tensor | None = None,
@@ -673,15 +647,8 @@ class StableDiffusion:
 
     def _finish(self, x: Tensor, clock: StageClock, unet_calls: int, seed: int | list[int], tokens: Tokens) -> Result:
         with clock.stage("vae"):
-            pixels = self.decode(x)
-            finite = torch.isfinite(pixels).flatten(1).all(dim=1)
-            # Truncated as in the original scripts, where other implementations round.
-            images = ((pixels + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-            finite = finite.cpu()
-        for i, image in enumerate(images):
-            if finite[i] and image.any():
-                continue
-            fault = "all black" if finite[i] else "not a number"
+            images, faults = uint8_images(self.decode(x))
+        for i, fault in faults.items():
             advice = "try precision full or bf16, or attention_precision fp32"
             if self.optimisations.precision == "full":  # intact weights do not overflow fp32
                 advice = "lower the guidance scale, or load the weights from their source again"
@@ -704,70 +671,5 @@ def resolve_config(config: ModelConfig | str | Path | None) -> ModelConfig | Non
     return preset(str(config))
 
 
-def _prompts(prompt: str | list[str], negative: str | list[str] | None, batch: int) -> tuple[list[str], list[str]]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or batch < 1:
-        raise ConfigError("at least one prompt and a batch of at least 1")
-    negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-    if len(negatives) != len(prompts):
-        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one, or one for each")
-    return [p for p in prompts for _ in range(batch)], [n for n in negatives for _ in range(batch)]
-
-
-def _chunks(prompt_chunks: PromptChunks) -> int | None:
-    if prompt_chunks == "auto":
-        return None
-    if not isinstance(prompt_chunks, int) or prompt_chunks < 1:
-        raise ConfigError(f"prompt_chunks {prompt_chunks}: must be at least 1, or auto")
-    return prompt_chunks
-
-
-def _warn_of_dropped(prompts: list[str], negatives: list[str], tokens: Tokens) -> None:
-    labels = ["prompt"] * len(prompts) + ["negative prompt"] * len(negatives)
-    limit = CHUNK * tokens.ids.shape[1]
-    for label, length, dropped in dict.fromkeys(zip(labels, tokens.lengths, tokens.dropped)):
-        if dropped:
-            shown = dropped if len(dropped) <= MAX_QUOTED else dropped[:MAX_QUOTED] + " ..."
-            _warn(
-                f"{label} of {length} tokens: the last {length - limit} are not used: {printable(shown)!r}; "
-                "prompt_chunks auto uses all (--prompt-chunks auto)"
-            )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, SDWarning, stacklevel=3)
-
-
 def _no_progress(step: int, steps: int) -> None:
     pass
-
-
-class StageClock:
-    """Seconds by stage, which may recur; on CUDA measured with events, so that no stage waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, Any, Any]] = []
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Context of one run of a stage."""
-        start = self._now()
-        yield
-        self.marks.append((name, start, self._now()))
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each stage, after waiting for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        sums: dict[str, float] = {}
-        for name, start, end in self.marks:
-            sums[name] = sums.get(name, 0.0) + (start.elapsed_time(end) / 1e3 if self.cuda else end - start)
-        return sums

@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may inter
     from torch import Tensor
 
     from sd.config.presets import ModelConfig
-    from sd.pipeline import Noise, Progress, Result
+    from sd.pipeline import Progress, Result
+    from sd.sampling.noise import NoiseSource
 
 REFUSED = {
     "--torchscript": "not supported: use --compile",
@@ -91,7 +92,7 @@ def _run(argv: list[str]) -> None:
         "rng": args.rng + (" with fixed code" if args.fixed_code else ""),
     }
 
-    def generate(prompts: list[str], noise: Noise, latents: Tensor | None, progress: Progress) -> Result:
+    def generate(prompts: list[str], noise: NoiseSource, latents: Tensor | None, progress: Progress) -> Result:
         return model.txt2img(
             prompts,
             **sampled,

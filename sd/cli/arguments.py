@@ -41,7 +41,8 @@ from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
 from sd.optimise.presets import TECHNIQUES, parse
-from sd.pipeline import PromptChunks, StableDiffusion, resolve_config
+from sd.pipeline import StableDiffusion, resolve_config
+from sd.prompts import PromptChunks
 
 PROMPT = "a professional photograph of an astronaut riding a triceratops"  # of the original scripts
 TINY_PROMPT = "a red circle on a blue background"

@@ -24,13 +24,13 @@ from sd.cli.output import GridFile, OutputFolder
 from sd.config.presets import ScheduleConfig
 from sd.errors import ConfigError, SDError, SDWarning, printable
 from sd.optimise.compile_cache import open_compile_cache, save_compile_cache
-from sd.pipeline import Noise, Progress, Result, StableDiffusion
-from sd.sampling.noise import OriginalNoise, PerImageNoise
+from sd.pipeline import Progress, Result, StableDiffusion
+from sd.sampling.noise import NoiseSource, OriginalNoise, PerImageNoise
 from sd.sampling.samplers import sampler as sampler_by_name
 from sd.sampling.schedule import Schedule
 
 # (prompts, noise source, x_T or None, progress) -> Result
-Generate = Callable[[list[str], Noise, Tensor | None, Progress], Result]
+Generate = Callable[[list[str], NoiseSource, Tensor | None, Progress], Result]
 
 
 class Command:
@@ -174,7 +174,7 @@ class Noises:
         if fixed_shape is not None:  # drawn before the loop, as in the original scripts
             self.fixed = (self.original or PerImageNoise(seed, fixed_shape[0])).initial(fixed_shape, device)
 
-    def take(self, first: int, count: int) -> tuple[Noise, Tensor | None]:
+    def take(self, first: int, count: int) -> tuple[NoiseSource, Tensor | None]:
         """Return the noise source and x_T, or None, of images `first` to `first + count` of the run."""
         fixed = None if self.fixed is None else self.fixed[:count]
         if self.original:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -89,12 +90,36 @@ class OriginalNoise:
 NoiseSource = PerImageNoise | OriginalNoise
 
 
-def noise_source(rng: str | NoiseSource, seed: int, batch: int, device: torch.device | str) -> NoiseSource:
-    """The source named `per-image` or `original`, or `rng` itself if it is a source. Raises ConfigError for other names."""
-    if isinstance(rng, (PerImageNoise, OriginalNoise)):
-        return rng
+def chosen_noise(
+    rng: str | NoiseSource,
+    seed: int | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    batch: int,
+    device: torch.device | str,
+) -> tuple[NoiseSource, int | list[int]]:
+    """Return the noise source of a call and the seed to report.
+
+    rng: `per-image`, `original`, or a source. seed: None for a random one. generator: CPU generators in place of the seed,
+    one for each image, or one that draws for all in turn. Raises ConfigError.
+    """
+    if generator is not None:
+        if rng != "per-image":
+            raise ConfigError("generator: cannot be combined with rng; pass one of them")
+        shared = isinstance(generator, torch.Generator)
+        generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != batch:
+            raise ConfigError(f"generator: {len(generators)} generators for {batch} images; pass one for each")
+        if any(g.device.type != "cpu" for g in generators):
+            raise ConfigError("generator: noise is drawn on the CPU; pass torch.Generator('cpu')")
+        seeds = [g.initial_seed() for g in generators]
+        return PerImageNoise.from_generators(generators), seeds[0] if shared else seeds
+    if isinstance(rng, PerImageNoise):
+        return rng, [g.initial_seed() for g in rng.generators]
+    if isinstance(rng, OriginalNoise):
+        return rng, rng.generator.initial_seed()
+    seed = secrets.randbits(32) if seed is None else seed
     if rng == "per-image":
-        return PerImageNoise(seed, batch)
+        return PerImageNoise(seed, batch), seed
     if rng == "original":
-        return OriginalNoise(seed, device)
+        return OriginalNoise(seed, device), seed
     raise ConfigError(f"rng {rng!r}: choose one of {', '.join(RNGS)}")

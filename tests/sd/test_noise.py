@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sd.errors import ConfigError
-from sd.sampling.noise import OriginalNoise, PerImageNoise, noise_source
+from sd.sampling.noise import OriginalNoise, PerImageNoise, chosen_noise
 from sd.sampling.samplers import SAMPLERS
 from sd.sampling.schedule import Schedule
 
@@ -33,7 +33,7 @@ def test_noise_of_many_steps_equals_successive_draws():
 
 def test_unknown_source_raises():
     with pytest.raises(ConfigError, match="per-image, original"):
-        noise_source("philox", 1, 1, "cpu")
+        chosen_noise("philox", 1, None, 1, "cpu")
 
 
 def scripted(name: str, steps: int, iterations: int, eta: float):

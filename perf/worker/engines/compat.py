@@ -16,7 +16,7 @@ MODULES = {
     "PerImageNoise": ("sd.sampling.noise", "sd.noise"),
     "layouts": ("sd.checkpoint.layouts", "sd.layouts"),
     "training": ("sd.training",),
-    "StageClock": ("sd.pipeline",),
+    "StageClock": ("sd.stage_clock",),
     "Attention": ("sd.attention.functions", "sd.attention"),
     "diffusers_folder": ("sd.checkpoint.diffusers_folder", "sd.diffusers_folder"),
 }
