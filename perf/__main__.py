@@ -8,20 +8,7 @@ import os
 import sys
 
 from perf.analysis.verdicts import ExitCode
-
-# name -> (module with `add_arguments(parser)` and `run(arguments) -> exit status`, summary)
-COMMANDS = {
-    "submit": ("perf.commands.submit", "send the tasks of a fleet to Slurm"),
-    "doctor": ("perf.commands.doctor", "check whether this machine is fit to measure"),
-    "battery": ("perf.commands.selftest", "test the regression gate on this machine: A/A and an injected slowdown"),
-    "gpu-run": ("perf.commands.gpu_run", "run the planned GPU measurements within a time budget"),
-    "unfinished": ("perf.commands.unfinished", "list the interrupted sessions, or drop them by name"),
-    "compare": ("perf.commands.compare", "judge one saved run against another"),
-    "history": ("perf.commands.history", "find the sessions from which on a configuration is slower or faster"),
-    "show": ("perf.commands.show", "print saved runs"),
-    "merge": ("perf.commands.merge", "join the saved runs of many machines in one folder"),
-    "report": ("perf.commands.report", "write plots, tables and one page from saved runs"),
-}
+from perf.commands import COMMANDS
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,10 +22,10 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None) -> int:
     """Run a command; returns its exit status (perf.analysis.verdicts.ExitCode)."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="python -m perf", description="The commands beside `pytest perf`.")
+    parser = Parser(prog="sd-perf", description="The commands beside `pytest perf`.")
     version = importlib.import_module("sd").__version__  # by name: perf imports sd statically in the worker only
     parser.add_argument("--version", action="version", version=f"sd-perf {version}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:
@@ -46,6 +33,9 @@ def main(argv=None) -> int:
     if empty := _empty_value(argv):
         parser.error(f"{empty}: the value is empty; is a variable unset?")
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return ExitCode.OK
     try:
         return importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
     except BrokenPipeError:  # stdout was closed by the reader

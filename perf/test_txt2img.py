@@ -14,9 +14,9 @@ clock = ReplayClock()
 
 
 @pytest.mark.benchmark(timer=clock)
-def test_txt2img(measured, configuration: Configuration):
+def test_txt2img(replayed, configuration: Configuration):
     """Time one call of the workload per round, without loading, compilation and the warm-up round."""
     workload = {"txt2img": "", "inpaint": ", inpainting", "train": ", training"}.get(
         configuration.workload, f", {configuration.workload} alone"
     )
-    measured(clock, f"{configuration.model}, batch {configuration.batch}{workload}")
+    replayed(clock, f"{configuration.model}, batch {configuration.batch}{workload}")

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 from perf.analysis.paired import ratio_of_effects
@@ -143,7 +142,7 @@ class Replica:
         if threads:
             torch.set_num_threads(threads)
         self.clock, self.examine = wall_clock, images.examine
-        self.engine = open_engine(SimpleNamespace(**configuration.as_dict()), device, None)
+        self.engine = open_engine(configuration.as_dict(), device)
         self.facts = {**server.torch_facts(device), "host": platform.node(), "rank": rank}
         self.seed = configuration.seed + rank * configuration.batch  # images of their own
 

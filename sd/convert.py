@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sd import __version__
 from sd.choices import EMBEDDED_WEIGHTS, SAMPLERS
 from sd.cli.startup import add_parts, exit_on_interrupt
 from sd.errors import ConfigError, SDError, checkpoint_warnings_as_lines, printable
@@ -183,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     add_parts(parser.add_argument)
+    parser.add_argument("--version", action="version", version=f"sd-convert of sd-perf {__version__}")
     options = parser.parse_args(argv)
     with exit_on_interrupt():
         from sd.checkpoint.contents import summary

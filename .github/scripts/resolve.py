@@ -1,8 +1,8 @@
 """Resolve the event that started a workflow to a measurement: `python3 resolve.py perf` or `canary`.
 
-Writes the outputs run, sha, labels (JSON), sets, batch, against, promote, pull_request and timeout_minutes. Foreign text, such as
-a comment or the inputs of a dispatch, is split, and every part is looked up or matched as a whole; nothing is evaluated. Only
-maintainers are accepted, and only commits named by all 40 hex digits.
+Writes the outputs run, sha, labels (JSON), sets, batch, against, promote, pull_request, timeout_minutes and refusal. Foreign
+text, such as a comment or the inputs of a dispatch, is split, and every part is looked up or matched as a whole; nothing is
+evaluated. Only maintainers are accepted, and only commits named by all 40 hex digits.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def of_comment(event: dict) -> Request:
     issue, comment = event.get("issue") or {}, event.get("comment") or {}
     if not issue.get("pull_request"):
         raise Refusal("the comment is on no pull request")
-    login = str((comment.get("user") or {}).get("login"))
-    if comment.get("author_association") not in MAINTAINERS or not re.fullmatch(r"[A-Za-z0-9-]{1,39}", login):
+    if not _of_maintainer(comment):
         raise Refusal("only a maintainer may start a measurement")
+    login = comment["user"]["login"]
     words = str(comment.get("body")).split()
     if len(words) < 2 or words[0] != "/perf":
         raise Refusal("give /perf SHA [set=NAME] [batch=1,2] [labels=LABEL]")
@@ -112,6 +112,11 @@ def of_comment(event: dict) -> Request:
     if requested.sha not in _github(f"pulls/{number}/commits?per_page=100", ".[].sha", "--paginate"):
         raise Refusal(f"{requested.sha} is no commit of pull request {number}")
     return replace(requested, pull_request=number)
+
+
+def _of_maintainer(comment: dict) -> bool:
+    login = str((comment.get("user") or {}).get("login"))  # that of a bot has brackets
+    return comment.get("author_association") in MAINTAINERS and bool(re.fullmatch(r"[A-Za-z0-9-]{1,39}", login))
 
 
 def _github(path: str, query: str, *options: str) -> list[str]:
@@ -157,7 +162,14 @@ def run() -> int:
         labels = request("published", labels=str((event.get("inputs") or {}).get("labels") or "")).labels
         output("labels", json.dumps(labels or tuple(fleet())))
         return 0
-    requested = of_event(setting("GITHUB_EVENT_NAME"), event)
+    try:
+        requested = of_event(setting("GITHUB_EVENT_NAME"), event)
+    except Refusal as refusal:
+        issue = event.get("issue") or {}
+        if issue.get("pull_request") and _of_maintainer(event.get("comment") or {}):  # answer.py posts it there
+            output("pull_request", str(int(issue["number"])))
+            output("refusal", " ".join(str(refusal).split()))
+        raise
     baselines = Path(setting("BASELINES", "baselines"))
     labels = requested.labels or tuple(fleet())
     if requested.skip_known:

@@ -19,9 +19,9 @@ from perf.machine.stack import package_version
 from perf.machine.telemetry import THROTTLE_REASONS
 from sd.choices import cpp_compiler
 
-OK, WARNING, CANNOT = "ok", "warning", "cannot"
+OK, WARNING, BUSY, CANNOT = "ok", "warning", "busy", "cannot"
 GIB = 1 << 30
-LOAD_PER_CORE = 0.25
+LOAD_PER_CORE, BUSY_LOAD_PER_CORE = 0.25, 1.0  # at 1 a measurement shares its core
 STEAL_FRACTION = 0.01  # the smallest margin of a verdict
 MEMORY_BYTES, MEMORY_LEAST_BYTES = 8 * GIB, GIB  # SD2 in fp32 during loading; the tiny model
 DISK_BYTES, DISK_LEAST_BYTES = GIB, GIB // 16
@@ -34,7 +34,10 @@ PYTEST_BENCHMARK = Version("5.1")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. `status` is ok, warning or cannot; `advice` is empty if nothing needs to be done."""
+    """One line of the diagnosis.
+
+    `status` is ok, warning, busy (of the load) or cannot; `advice` is empty if nothing needs to be done.
+    """
 
     name: str
     status: str
@@ -240,7 +243,8 @@ def _load(cpu: CpuFacts) -> Check:
     if load is None or not cores:
         return _unreadable("load")
     fact = f"{load:.2f} on {cores} cores in the last minute"
-    return _check("load", load <= LOAD_PER_CORE * cores, fact, "end other processes, or wait")
+    failure = BUSY if load >= BUSY_LOAD_PER_CORE * cores else WARNING
+    return _check("load", load <= LOAD_PER_CORE * cores, fact, "end other processes, or wait", failure)
 
 
 def _steal(before: CpuFacts, after: CpuFacts) -> Check:

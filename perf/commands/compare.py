@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from perf.analysis.statistics import MIN_SESSIONS, margin
 from perf.analysis.verdicts import ExitCode, exit_code
-from perf.commands.show import flags, print_table
+from perf.commands.show import SCHEMA, as_dict, flags, print_table
 from perf.report.text import seconds
 from perf.runs.baselines import Choice, Judgement, candidates, compare_counts, judge, judge_foreign, why_foreign
 from perf.runs.saved_run import BaselineError, SavedRun, read, shown
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "the smallest change that counts (default: from stored A/A comparisons, at least 1)"
     add("--margin", type=_percentage, metavar="PERCENT", help=help)
     add("--foreign", action="store_true", help="show ratios between different machines, without verdicts")
+    add("--json", action="store_true", help="print JSON")
     add("--strict", action="store_true", help=f"exit with {ExitCode.INCONCLUSIVE:d} if a comparison is inconclusive")
 
 
@@ -53,11 +55,29 @@ def run(args: argparse.Namespace) -> int:
     history = choice.history if choice else ()
     limit = args.margin or margin([ratio for session in (baseline, current, *history) for ratio in session.aa_ratios])
     judgement = judge_foreign(current, baseline) if foreign else judge(current, choice or baseline, limit)
+    status = exit_code(judgement.decisions.values(), failed=bool(judgement.missing), strict=args.strict)
+    if args.json:
+        print(
+            json.dumps({**_as_dict(baseline, current, judgement), "margin": limit, "foreign": foreign, "exit": status})
+        )
+        return status
     _print_comparison(baseline, current, judgement)
     print(_caveat(foreign, choice, limit))
     for path, reason in choice.refused if choice else ():
         print(f"not used: {shown(path)}: {reason}")
-    return exit_code(judgement.decisions.values(), failed=bool(judgement.missing), strict=args.strict)
+    return status
+
+
+def _as_dict(baseline: SavedRun, current: SavedRun, judgement: Judgement) -> dict:
+    """A comparison as `--json` prints it: decisions as in a saved run, by configuration."""
+    return {
+        "schema": SCHEMA,
+        "baseline": as_dict(baseline),
+        "current": as_dict(current),
+        "decisions": {id: decision.as_dict() for id, decision in judgement.decisions.items()},
+        "missing": list(judgement.missing),
+        "new": list(judgement.new),
+    }
 
 
 def _stored(folder: Path, baseline: SavedRun, current: SavedRun) -> Choice:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from perf.commands import checks
-from perf.commands.checks import CANNOT, WARNING, Check
+from perf.commands.checks import BUSY, CANNOT, WARNING, Check
 from perf.commands.torch_probe import compile_trial, stack_facts
 from perf.machine.facts import cpu_facts
 from perf.machine.nvml import NoTelemetry, open_device, open_visible_device
@@ -30,16 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per check. Returns 1 if a check has the status `cannot`, else 0."""
+    """Print one line per check. Returns 1 if a check has the status `cannot`, else 0, also on a busy machine."""
     results = examine(args)
+    busy = any(check.name == "load" and check.status == BUSY for check in results)
     impossible = [check.name for check in results if check.status == CANNOT]
     if args.json:
-        print(json.dumps({"schema": SCHEMA, "fit": not impossible, "checks": [asdict(check) for check in results]}))
+        fit = {"fit": not impossible and not busy, "busy": busy}
+        print(json.dumps({"schema": SCHEMA, **fit, "checks": [asdict(check) for check in results]}))
         return 1 if impossible else 0
     for check in results:
         print(check)
-    warnings = sum(check.status == WARNING for check in results)
-    verdict = f"not fit to measure: {', '.join(impossible)}" if impossible else "fit to measure"
+    warnings = sum(check.status in (WARNING, BUSY) for check in results)
+    verdict = "busy: it can measure, but small differences will not be visible" if busy else "fit to measure"
+    verdict = f"not fit to measure: {', '.join(impossible)}" if impossible else verdict
     print(f"{verdict} ({warnings} warning{'' if warnings == 1 else 's'})")
     return 1 if impossible else 0
 

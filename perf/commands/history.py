@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from perf.analysis.verdicts import ExitCode
+from perf.report.text import counted
 from perf.runs import history
 from perf.runs.saved_run import BaselineError, SavedRun, read, shown
 from perf.runs.storage import saved_runs_in
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         for change in history.find_changes(one):
             print(f"{one.machine}, {one.id}: {change}")
             changes += 1
-    print(f"{changes} change point(s) in {len(long)} series of {history.MIN_POINTS} sessions or more")
+    print(f"{counted(changes, 'change point')} in {len(long)} series of {history.MIN_POINTS} sessions or more")
     if len(long) < len(series):
         print(f"{len(series) - len(long)} series have fewer sessions")
     return ExitCode.OK

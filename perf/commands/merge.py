@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from perf.analysis.verdicts import ExitCode
+from perf.report.text import counted
 from perf.runs.saved_run import NUMBERED, BaselineError, SavedRun, content_of, document_in, load, parse, shown
 from perf.runs.storage import of_another_kind, save_numbered, saved_runs_in, storage_name
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     skipped = f", {counts['skipped']} other JSON files skipped" if counts["skipped"] else ""
     print(
         f"merge: {counts['added']} added, {counts['present']} already present, {counts['not taken']} not taken, "
-        f"{len(folders)} machine folder(s){skipped}"
+        f"{counted(len(folders), 'machine folder')}{skipped}"
     )
     if not counts["added"] + counts["present"]:
         print("merge: no saved run could be read", file=sys.stderr)

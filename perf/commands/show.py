@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -14,6 +15,7 @@ from perf.analysis.verdicts import ExitCode
 from perf.report.text import seconds, size
 from perf.runs.saved_run import BaselineError, SavedBenchmark, SavedRun, read
 
+SCHEMA = 1
 COLUMNS = (
     "configuration",
     "launches",
@@ -30,18 +32,56 @@ COLUMNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `show`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="A.json", help="saved runs to print")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every readable run. Returns 4 if one cannot be read, else 0."""
-    status = ExitCode.OK
+    status, sessions = ExitCode.OK, []
     for path in args.runs:
         try:
-            _show(read(path))
+            sessions.append(read(path))
         except BaselineError as error:
             print(error, file=sys.stderr)
             status = ExitCode.REFUSED
+    if args.json:
+        print(json.dumps({"schema": SCHEMA, "runs": list(map(as_dict, sessions))}))
+        return status
+    for session in sessions:
+        _show(session)
     return status
+
+
+def as_dict(session: SavedRun) -> dict:
+    """A saved run as `--json` prints it: times in seconds, sizes in bytes, unknown values null."""
+    return {
+        "name": session.name,
+        "machine": dict(session.machine),
+        "started_unix_seconds": session.started_unix_seconds,
+        "total_rounds": session.total_rounds,
+        "invalid_rounds": session.invalid_rounds,
+        "drift": session.anchor_drift,
+        "flags": flags(session),
+        "configurations": [_benchmark_as_dict(benchmark) for benchmark in session.benchmarks],
+    }
+
+
+def _benchmark_as_dict(benchmark: SavedBenchmark) -> dict:
+    medians = benchmark.launch_medians
+    interval = launch_interval(medians) if len(medians) >= 2 else None
+    return {
+        "id": benchmark.id,
+        "variant": benchmark.variant,
+        "launches": len(medians),
+        "median_seconds": benchmark.session_median,
+        "interval_seconds": [interval.low, interval.high] if interval else None,
+        "seconds_per_image": benchmark.seconds_per_image,
+        "first_call_seconds": benchmark.first_call_seconds,
+        "peak_bytes": benchmark.peak_bytes,
+        "joules_per_image": benchmark.joules_per_image,
+        "image_failure": benchmark.image_failure,
+        "verdict": benchmark.decision.as_dict() if benchmark.decision else None,
+    }
 
 
 def _show(session: SavedRun) -> None:

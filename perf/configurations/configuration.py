@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
@@ -10,10 +11,17 @@ from typing import Any
 from sd import choices
 from sd.choices import APPROXIMATE, OPTIMISE_PRESETS
 
+ENGINES = ("sd", "diffusers")  # of this package; any other is the user's own
+# MODULE:NAME, FILE.py:NAME, FILE.py (its functions `load` and `round`), or FILE.py::TEST
+OWN_ENGINE = re.compile(r"[^:]+\.py::.+|(?:[^:]+\.py|[A-Za-z_][\w.]*(?=:))(?::[A-Za-z_][\w.]*)?")
+OWN_MODEL = "own"  # the model of such an engine, which chooses it itself
+# Fields that describe the measurement of an engine, and which no engine needs to read.
+OF_THE_SESSION = ("model", "engine", "workload", "device", "interpreter", "prompt", "seed")
+REFERENCE = "reference"
 PROMPT = "A photo"  # from the published experiment, like the default seed, sampler and steps
 CHOICES = {
     "model": choices.MODELS,
-    "engine": ("sd", "diffusers"),
+    "engine": ENGINES,
     "workload": ("txt2img", "inpaint", "text", "unet", "vae", "train"),
     "attention": choices.ATTENTION,
     "sdpa_kernels": choices.SDPA_KERNELS,
@@ -72,8 +80,12 @@ class Configuration:
     sigmas: str = "schedule"
 
     def __post_init__(self) -> None:
+        if self.own:
+            object.__setattr__(self, "model", OWN_MODEL)
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
+            if self.own and name in ("engine", "model"):
+                continue
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if item not in allowed and not (name in ("device", "timestep_spacing") and item is None):
                     raise UnknownChoice(f"{name.replace('_', '-')} {item!r}: choose from {', '.join(allowed)}")
@@ -100,6 +112,23 @@ class Configuration:
             object.__setattr__(self, name, value)
 
     @property
+    def own(self) -> bool:
+        """Whether the engine is the user's own."""
+        return is_own(self.engine)
+
+    @property
+    def test(self) -> bool:
+        """Whether the engine is a test of the user's suite, which requests `measured`."""
+        return self.own and "::" in self.engine
+
+    @property
+    def given(self) -> list[str]:
+        """Fields with another value than the default, which an engine must read to have the effect that the id names."""
+        plain = Configuration(engine=self.engine)
+        names = [field.name for field in fields(self) if field.name not in OF_THE_SESSION]
+        return [name for name in names if getattr(self, name) != getattr(plain, name)]
+
+    @property
     def preset(self) -> str | None:
         """The preset at the start of `optimise`, if any."""
         return preset_of(self.optimise)
@@ -114,9 +143,12 @@ class Configuration:
         """For example `sd2-mha-mem_efficient-compile-b1`; default values are omitted.
 
         xFormers attention is `original-xformers`, as in the published experiment: the original code with that kernel.
+        An engine of the user's own is FILE.NAME or MODULE.NAME, without the folder of the file.
         """
-        parts = [self.model] if self.checkpoint is None else [self.model, PurePath(self.checkpoint).stem]
-        if self.engine != "sd":
+        parts = [engine_name(self.engine) if self.own else self.model]
+        if self.checkpoint is not None:
+            parts.append(PurePath(self.checkpoint).stem)
+        if self.engine != "sd" and not self.own:
             parts.append(self.engine)
         if self.workload != "txt2img":
             # The models tuned for it are called `sd1-inpaint`, which must differ from this workload of `sd1`.
@@ -125,12 +157,12 @@ class Configuration:
         if self.workload == "train":
             parts.append(f"{self.steps}updates")
         elif (self.sampler, self.steps) != ("plms", 50):
-            parts.append(f"{self.sampler}{self.steps}")
+            parts.append(f"steps{self.steps}" if self.own and self.sampler == "plms" else f"{self.sampler}{self.steps}")
         parts += sampling(self.timestep_spacing, self.sigmas, self.scale)
         if self.height or self.width:
             parts.append(f"{self.height or 'native'}x{self.width or 'native'}")
         parts += [part for part in (self.device, self.interpreter) if part]
-        return "-".join([*parts, f"b{self.batch}"])
+        return "-".join([*parts, *([] if self.own and self.batch == 1 else [f"b{self.batch}"])])
 
     def __str__(self) -> str:
         return self.id
@@ -140,7 +172,12 @@ class Configuration:
         return {**asdict(self), "sdpa_kernels": list(self.sdpa_kernels), "id": self.id}
 
     def reference(self) -> Configuration:
-        """The configuration of the reference image: fp32, original attention, not compiled, batch 1."""
+        """The configuration of the reference image: fp32, original attention, not compiled, batch 1.
+
+        Of an engine of the user's own: the same configuration with the engine's attribute `reference`.
+        """
+        if self.own:
+            return replace(self, engine=f"{self.engine}{'.' if ':' in self.engine else ':'}{REFERENCE}")
         return replace(
             self,
             engine="sd",
@@ -157,6 +194,18 @@ class Configuration:
 def images_per_round(values: Mapping[str, Any]) -> int:
     """The images that a round of a configuration with these fields makes, or trains on."""
     return int(values["batch"]) * (int(values["steps"]) if values.get("workload") == "train" else 1)
+
+
+def is_own(engine: object) -> bool:
+    """Whether an engine is the user's own: MODULE:NAME or FILE.py[:NAME]."""
+    return isinstance(engine, str) and engine not in ENGINES and OWN_ENGINE.fullmatch(engine) is not None
+
+
+def engine_name(engine: str) -> str:
+    """The name of an engine in ids and tables: `module_engine.Engine` of `examples/module_engine.py:Engine`."""
+    module, _, name = engine.partition(":")
+    name = re.sub(r"[^\w.\[\],=+-]+", "_", name.lstrip(":").replace("::", "."))  # a part of file names
+    return ".".join(filter(None, (PurePath(module).name.removesuffix(".py"), name)))
 
 
 def preset_of(optimise: str) -> str | None:
@@ -183,7 +232,8 @@ def technique(values: Mapping[str, Any]) -> list[str]:
     """
     ours, preset = values["engine"] == "sd", preset_of(values["optimise"])
     parts = []
-    if not preset or not ours:  # a preset of engine `sd` includes its attention
+    unread = is_own(values["engine"]) and values["attention"] == "sdpa" and not values["sdpa_kernels"]  # the defaults
+    if (not preset or not ours) and not unread:  # a preset of engine `sd` includes its attention
         xformers = ours and values["attention"] == "xformers"
         parts += ["original-xformers" if xformers else values["attention"], *values["sdpa_kernels"]]
     if values["optimise"]:
@@ -233,7 +283,7 @@ def from_dict(values: dict[str, Any]) -> Configuration:
 
 def usual_precision(model: str) -> str:
     """The default precision: autocast, as in the published experiment; fp32 for the embedded model, which is for CPUs."""
-    return "full" if model in ("tiny", "tiny-inpaint") else "autocast"
+    return "full" if model in ("tiny", "tiny-inpaint", OWN_MODEL) else "autocast"
 
 
 def usual(model: str) -> Configuration:

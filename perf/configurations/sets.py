@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from perf.configurations.configuration import CHOICES, Configuration, usual, usual_precision
+from perf.configurations.configuration import CHOICES, Configuration, sampling, usual, usual_precision
 from sd.choices import APPROXIMATE, INDUCTOR_OPTIONS
 
 
@@ -36,6 +36,7 @@ def _variants(model: str, choices: Sequence[dict[str, Any]], batches: Sequence[i
     return [replace(usual(model), batch=batch, **choice) for batch in batches for choice in choices]
 
 
+GENERATIONS = ("txt2img", "inpaint")  # workloads with a sampler
 PUBLISHED_FIVE: list[dict[str, Any]] = [
     {"attention": "original"},
     {"attention": "xformers"},
@@ -177,3 +178,35 @@ SUMMARIES = {
 def suiting(device: str) -> str:
     """The name of the default set of a device."""
     return "batches" if device == "cuda" else "smoke"
+
+
+def describe(configuration: Configuration) -> str:
+    """A sentence about a configuration, such as `SDPA attention, fp16, compiled, batch 4, 50 PLMS steps`."""
+    engine = {"sd": "", "diffusers": "diffusers"}.get(configuration.engine, configuration.engine)
+    if configuration.own:
+        parts = [f"engine {engine}", *(f"{name} {getattr(configuration, name)}" for name in configuration.given)]
+        return ", ".join(parts)
+    attention = f"{configuration.attention} attention"
+    if configuration.sdpa_kernels:
+        attention += f" with the SDPA kernel {' or '.join(configuration.sdpa_kernels)}"
+    preset = configuration.preset is not None
+    return ", ".join(
+        filter(
+            None,
+            (
+                configuration.model,
+                engine,
+                configuration.workload if configuration.workload != "txt2img" else "",
+                "" if preset and not engine else attention,
+                "" if preset and not engine else configuration.precision,
+                f"optimisations {configuration.optimise}" if configuration.optimise else "",
+                f"LoRA of rank {configuration.lora_rank}" if configuration.lora_rank else "",
+                f"torch.compile in mode {configuration.compile}" if configuration.compile != "none" else "",
+                f"batch {configuration.batch}",
+                f"{configuration.steps} {configuration.sampler} steps" if configuration.workload in GENERATIONS else "",
+                f"{configuration.steps} updates" if configuration.workload == "train" else "",
+                "gradient checkpointing" if configuration.checkpointing else "",
+                *sampling(configuration.timestep_spacing, configuration.sigmas, configuration.scale),
+            ),
+        )
+    )

@@ -34,12 +34,14 @@ class Interpreter:
     """The Python of a launch and the `sd` to measure.
 
     source: a folder that contains `sd`; `perf` always comes from this tree, so that two commits are measured by the same
-    code. environment: variables to set.
+    code. environment: variables to set. tree: (the root of a repository, another commit of it), where
+    the user's own engines of that commit are.
     """
 
     python: str = sys.executable
     source: Path = ROOT
     environment: tuple[tuple[str, str], ...] = ()
+    tree: tuple[Path, Path] | None = None
 
     def command(self) -> list[str]:
         """The command line of a worker."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perf.report import build
+from perf.report.text import counted
 from perf.runs.saved_run import BaselineError, read
 from perf.runs.storage import saved_runs_in, write_atomically
 
@@ -40,7 +41,7 @@ def write(
     except (BaselineError, OSError, ValueError) as error:
         say(f"perf: no report: {error}")
         return
-    say(f"perf: report of {len(report.sessions)} session(s): {written[0]}")
+    say(f"perf: report of {counted(len(report.sessions), 'session')}: {written[0]}")
 
 
 def _other_sessions(paths: list[Path], started: float | None) -> list[Path]:

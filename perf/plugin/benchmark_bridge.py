@@ -23,6 +23,22 @@ def benchmark_session(config):
     return getattr(config, "_benchmarksession", None)
 
 
+def folder(config) -> Path | None:
+    """The folder in which pytest-benchmark saves runs of this machine; None for a storage that is no folder."""
+    session = benchmark_session(config)
+    return Path(session.storage.get("")) if hasattr(session.storage, "_next_num") else None
+
+
+def save_rounds(config) -> None:
+    """Save all rounds, after pytest-benchmark has read its options."""
+    benchmark_session(config).save_data = True
+
+
+def set_clock(benchmark, clock: ReplayClock) -> None:
+    """Let a benchmark read recorded durations."""
+    benchmark._timer = clock
+
+
 def take_over(config) -> None:
     """Replace the session's storage by atomic writes, and its errors about regressions by log lines."""
     session = benchmark_session(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from perf.analysis.verdicts import Decision, ExitCode, Verdict
 from perf.machine.stack import torch_version
 from perf.plugin import after_run, benchmark_bridge, options, preflight, selection, terminal
 from perf.plugin.benchmark_bridge import ReplayClock
-from perf.plugin.state import STATE, RunState, create, evaluate, exit_status, prepare_session, set_storage
+from perf.plugin.serve import SERVE
+from perf.plugin.state import STATE, RunState, create, create_late, evaluate, exit_status, prepare_session, set_storage
 from perf.session import record
 from perf.session.journal import JournalError
 from perf.session.lock import DeviceBusy
@@ -33,7 +35,9 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Validate the options, before pytest-benchmark reads its own."""
-    for line in selection.markers():
+    if SERVE in config.stash or not (config.pluginmanager.hasplugin("perf.plugin") or options.any_given(config)):
+        return
+    for line in selection.markers(options.project(config)):
         config.addinivalue_line("markers", line)
     if not hasattr(config.option, "benchmark_save_data"):
         return
@@ -74,7 +78,18 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Keep the selected configurations; drop all of them in a pytest-xdist worker."""
+    tests = [item for item in items if selection.test_of(item)]
+    if config.getoption("codspeed", False) and (tests or any(map(selection.configuration_of, items))):
+        raise pytest.UsageError(
+            "--codspeed times a function in this process, and these tests report rounds of other processes: "
+            "leave it out, or deselect them"
+        )
     state = _state(config)
+    if state is None and tests and _measures(config):
+        state = create_late(config)
+        benchmark_bridge.take_over(config)
+        for notice in state.comparison.notices:
+            config.get_terminal_writer().line(f"perf: {notice}", yellow=True)
     if state is None:
         return
     items[:] = selection.select(config, items, state.values, state.device)
@@ -88,6 +103,19 @@ def pytest_collection_modifyitems(config, items):
         if state.comparison.gate:
             raise pytest.UsageError(state.comparison.missing)
         config.get_terminal_writer().line(f"perf: {state.comparison.missing}", yellow=True)
+
+
+def _measures(config) -> bool:
+    """Whether benchmarks are timed, in this process."""
+    option = config.option
+    return not (
+        SERVE in config.stash
+        or hasattr(config, "workerinput")
+        or option.collectonly
+        or not hasattr(option, "benchmark_disable")
+        or options.disabled(config)
+        or getattr(option, "numprocesses", None)
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -131,7 +159,8 @@ def perf_session(request) -> Session:
 
 
 def _measure(request, state: RunState) -> Session:
-    configurations = list(dict.fromkeys(filter(None, map(selection.configuration_of, request.session.items))))
+    selected = [selection.configuration_of(item) or selection.test_of(item) for item in request.session.items]
+    configurations = list(dict.fromkeys(filter(None, selected)))
     if state.folder is None:
         state.folder = Path(tempfile.mkdtemp(prefix="sd-perf-"))
     second = {configuration.id: state.seconds[configuration] for configuration in configurations if state.seconds}
@@ -149,42 +178,72 @@ def _measure(request, state: RunState) -> Session:
 
 
 @pytest.fixture
-def measured(request, benchmark, configuration, perf_session):
+def measured(request, benchmark):
+    """`measured(function, *arguments, **keywords)`: as `benchmark`, with rounds of fresh processes that run this test.
+
+    All tests that request it are measured in one session, in turns. Returns the result of one more call.
+    """
+
+    def measure(function, /, *arguments, **keywords):
+        call = functools.partial(function, *arguments, **keywords)
+        config, configuration = request.config, selection.test_of(request.node)
+        if SERVE in config.stash:
+            config.stash[SERVE](call)
+        state = _state(config)
+        if state is None or not _measures(config):
+            return benchmark(call)  # pytest-benchmark is disabled, and calls once
+        if not state.settings.isolated:
+            return benchmark.pedantic(call, rounds=state.settings.rounds, warmup_rounds=1)
+        clock = ReplayClock()
+        benchmark_bridge.set_clock(benchmark, clock)
+        _report(request, benchmark, clock, configuration.id, request.getfixturevalue("perf_session"))
+        return call()
+
+    return measure
+
+
+@pytest.fixture
+def replayed(request, benchmark, configuration, perf_session):
     """Pass a configuration's recorded rounds to `benchmark`, or skip or fail with the reason why there are none.
 
-    Use `measured(clock, group)` in a test marked `benchmark(timer=clock)` with a ReplayClock.
+    Use `replayed(clock, group)` in a test marked `benchmark(timer=clock)` with a ReplayClock.
     """
-    state = request.config.stash[STATE]
 
     def replay(clock: ReplayClock, group: str) -> None:
-        rounds = _rounds(perf_session, configuration.id, benchmark)
-        state.reported.add(configuration.id)
         benchmark.group = group
-        benchmark.extra_info.update(state.results.infos[configuration.id])
-        clock.load(rounds)
-        benchmark.pedantic(clock.advance, rounds=len(rounds))
-        history = state.comparison.choice.history
-        regressions = benchmark_bridge.regressions(request.config, benchmark, configuration.id, history)
-        if regressions:
-            state.regressed.add(configuration.id)
-        decision = state.results.decisions.get(configuration.id)
-        if decision is not None:
-            # The fixture record_property does the same, and warns with the default family of --junitxml.
-            request.node.user_properties.append(("verdict", str(decision)))
-        _fail_if_invalid(perf_session, configuration.id, decision)
-        compared = state.results.counts.get(configuration.id)
-        if request.config.getoption("perf_fail_on_counts") and not (compared and compared.same):
-            failures = [str(compared or "counts are not compared: the baseline lacks this configuration"), *regressions]
-            if decision is not None and decision.verdict is Verdict.SLOWER:
-                failures.append(str(decision))
-            pytest.fail("\n".join(f"{configuration.id}: {reason}" for reason in failures), pytrace=False)
-        if decision is not None and decision.verdict is Verdict.SLOWER:
-            regressions.insert(0, str(decision))
-        if regressions:
-            state.slower.add(request.node.nodeid)
-            pytest.fail("\n".join(f"{configuration.id}: {reason}" for reason in regressions), pytrace=False)
+        _report(request, benchmark, clock, configuration.id, perf_session)
 
     return replay
+
+
+def _report(request, benchmark, clock: ReplayClock, id: str, session: Session) -> None:
+    """Pass recorded rounds to `benchmark`; fail if the configuration is slower or its rounds are invalid."""
+    state = request.config.stash[STATE]
+    rounds = _rounds(session, id, benchmark)
+    state.reported.add(id)
+    benchmark.extra_info.update(state.results.infos[id])
+    clock.load(rounds)
+    benchmark.pedantic(clock.advance, rounds=len(rounds))
+    history = state.comparison.choice.history
+    regressions = benchmark_bridge.regressions(request.config, benchmark, id, history)
+    if regressions:
+        state.regressed.add(id)
+    decision = state.results.decisions.get(id)
+    if decision is not None:
+        # The fixture record_property does the same, and warns with the default family of --junitxml.
+        request.node.user_properties.append(("verdict", str(decision)))
+    _fail_if_invalid(session, id, decision)
+    compared = state.results.counts.get(id)
+    if request.config.getoption("perf_fail_on_counts") and not (compared and compared.same):
+        failures = [str(compared or "counts are not compared: the baseline lacks this configuration"), *regressions]
+        if decision is not None and decision.verdict is Verdict.SLOWER:
+            failures.append(str(decision))
+        pytest.fail("\n".join(f"{id}: {reason}" for reason in failures), pytrace=False)
+    if decision is not None and decision.verdict is Verdict.SLOWER:
+        regressions.insert(0, str(decision))
+    if regressions:
+        state.slower.add(request.node.nodeid)
+        pytest.fail("\n".join(f"{id}: {reason}" for reason in regressions), pytrace=False)
 
 
 def _rounds(session: Session, id: str, benchmark) -> list[float]:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from perf.configurations.configuration import CHOICES
+from perf.configurations.configuration import CHOICES, ENGINES, is_own
+from perf.configurations.project import Project, ProjectError, read_project
 from perf.launch.process import Interpreter
 from perf.machine.nvml import NoTelemetry
+from perf.session.loading import DESCRIPTIONS
 from perf.session.pairs import looks_of
 from perf.session.settings import CLOCKS, Settings
 
@@ -34,6 +36,24 @@ def _member(field: str, text: str) -> str:
 
 def _choice(field: str):
     return lambda text: _member(field, _text(text))
+
+
+def _engine(text: str) -> str:
+    """An engine; the path of a file is relative to the working directory if the file is below it."""
+    if _text(text) in ENGINES:
+        return text
+    path, colon, name = text.partition(":")
+    if text.isidentifier():  # of the configuration file, which is read later
+        return text
+    if not is_own(text):
+        known = ", ".join(ENGINES)
+        raise ArgumentTypeError(f"{text!r}: choose from {known}, or name your own as FILE.py:NAME or MODULE:NAME")
+    if not path.endswith(".py"):
+        return text
+    if not Path(path).is_file():
+        raise ArgumentTypeError(f"{path}: there is no such file")
+    below = Path(path).resolve().is_relative_to(Path.cwd())
+    return Path(os.path.relpath(path) if below else path).as_posix() + colon + name
 
 
 def _kernels(text: str) -> tuple[str, ...]:
@@ -80,6 +100,7 @@ def _size(text: str) -> tuple[int, int]:
 # (option, field of a configuration, conversion of a value, help)
 MATRIX = (
     ("--model", "model", _choice("model"), "model preset; without --ckpt the full-size ones have random weights"),
+    ("--engine", "engine", _engine, "sd, diffusers, or your own: FILE.py:NAME or MODULE:NAME"),
     ("--attention", "attention", _choice("attention"), "attention implementation"),
     ("--sdpa-kernels", "sdpa_kernels", _kernels, "SDPA kernels of mha and sdpa, several with commas: math,flash"),
     ("--compile", "compile", _choice("compile"), "mode of torch.compile"),
@@ -103,18 +124,40 @@ MATRIX = (
 PAIRED = ("perf_against", "perf_aa", "perf_a")  # options that compare within a session
 
 
-def add_options(parser) -> None:
-    """Define the options of `pytest perf`."""
-    matrix = parser.getgroup("perf-matrix", "what to measure; each may be given several times, and all are crossed")
+def add_short_options(parser) -> None:
+    """Define the matrix options under their short names, such as `--model`, which other plugins and suites may have too."""
     for option, field, read, help in MATRIX:
-        choices = f" ({', '.join(CHOICES[field])})" if field in CHOICES and field != "device" else ""
-        settings = {"dest": f"perf_{field}", "metavar": field.upper(), "help": help + choices}
-        matrix.addoption(option, action="append", type=read, **settings)
+        _matrix_group(parser).addoption(option, action="append", type=read, **_described(field, help))
+
+
+def _matrix_group(parser):
+    return parser.getgroup("perf-matrix", "what to measure; each may be given several times, and all are crossed")
+
+
+def _described(field: str, help: str) -> dict[str, str]:
+    choices = f" ({', '.join(CHOICES[field])})" if field in CHOICES and field not in ("device", "engine") else ""
+    return {"dest": f"perf_{field}", "metavar": field.upper(), "help": help + choices}
+
+
+def any_given(config) -> bool:
+    """Whether an option of this plugin has another value than its default."""
+    names = [name for name in vars(config.option) if name.startswith("perf_")]
+    return any(getattr(config.option, name) not in (None, False, [], 0.0, "auto") for name in names)
+
+
+def add_options(parser) -> None:
+    """Define the options of `pytest perf`, all of whose names begin with `--perf-`."""
+    for option, field, read, _ in MATRIX:
+        help = f"as {option}, which only `pytest perf` and `-p perf.plugin` know"
+        settings = {"dest": f"perf_{field}", "metavar": field.upper(), "help": help}
+        _matrix_group(parser).addoption(f"--perf-{option[2:]}", action="append", type=read, **settings)
     add = parser.getgroup("perf", "how to measure").addoption
     help = "fresh processes per configuration (CPU: 4, GPU: 10, pairs: 8, and up to 24 while they are undecided)"
     add("--perf-launches", type=_count, metavar="L", help=help)
     help = "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 4, pairs on a CPU: 8)"
     add("--perf-rounds", type=_count, metavar="R", help=help)
+    help = "what is loaded together, so that its rounds alternate (default: as much as an estimate of memory allows)"
+    add("--perf-loading", choices=tuple(DESCRIPTIONS), help=help)
     add("--perf-inprocess", action="store_true", help="everything in this process: quick, without launch variance")
     add("--perf-clock", choices=("auto", *CLOCKS), default="auto", help="wall or CPU time (auto: CPU time on a CPU)")
     add(
@@ -150,14 +193,41 @@ def add_options(parser) -> None:
 def matrix_values(config) -> dict[str, list]:
     """The configuration fields that options set, each with its values. Raises pytest.UsageError."""
     options = {field: config.getoption(f"perf_{field}", None) for _, field, *_ in MATRIX}
-    values = require_weights({field: list(given) for field, given in options.items() if given})
+    values = require_weights({field: list(given) for field, given in options.items() if given}, project(config))
     if len(set(values.get("device", ()))) == 1:  # a single device belongs to the session, not to the configurations
         del values["device"]
     return values
 
 
-def require_weights(values: dict[str, list]) -> dict[str, list]:
-    """The values with absolute paths of weights. Raises pytest.UsageError for absent files and for missing options."""
+def _named(engine: str, project: Project) -> str:
+    """The engine that a name stands for. Raises pytest.UsageError."""
+    if engine in ENGINES or is_own(engine):
+        return engine
+    if engine not in project.engines:
+        known = ", ".join((*ENGINES, *project.engines))
+        raise pytest.UsageError(
+            f"--engine: {engine!r}: choose from {known}, or name your own as FILE.py:NAME or MODULE:NAME"
+        )
+    return project.engines[engine]
+
+
+def project(config) -> Project:
+    """The configuration file of the rootdir. Raises pytest.UsageError."""
+    try:
+        return read_project(config.rootpath)
+    except ProjectError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def require_weights(values: dict[str, list], project: Project) -> dict[str, list]:
+    """The values with absolute paths of weights and the engines that names of the configuration file stand for.
+
+    Raises pytest.UsageError for absent files, unknown names and missing options.
+    """
+    values = {
+        **values,
+        **({"engine": [_named(each, project) for each in values["engine"]]} if "engine" in values else {}),
+    }
     for option, field in (("--ckpt", "checkpoint"), ("--config", "config")):
         for path in values.get(field, ()):
             if not Path(path).exists():
@@ -165,7 +235,10 @@ def require_weights(values: dict[str, list]) -> dict[str, list]:
         values |= {field: [str(Path(path).resolve()) for path in values[field]]} if field in values else {}
     if "config" in values and "checkpoint" not in values:
         raise pytest.UsageError("--config describes the weights of --ckpt: give both")
-    if "checkpoint" in values and "model" not in values:
+    own = [engine for engine in values.get("engine", ()) if is_own(engine)]
+    if own and "model" in values and len(own) == len(values["engine"]):
+        raise pytest.UsageError(f"--model: {own[0]} is an engine of your own, which chooses its model itself")
+    if "checkpoint" in values and "model" not in values and not own:
         models = ", ".join(CHOICES["model"])
         raise pytest.UsageError(f"--ckpt needs --model beside it: which of {models} the weights are")
     return values
@@ -214,6 +287,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         threads=threads,
         launches=launches,
         looks=looks,
+        loading=option("perf_loading"),
         rounds=rounds,
         isolated=isolated,
         resume=option("perf_resume"),
@@ -224,6 +298,10 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         margin=margin,
         trace=Path(trace) if trace else None,
         counting=not disabled(config),
+        rootpath=config.rootpath,
+        pytest_arguments=tuple(
+            str(argument) for argument in config.invocation_params.args if str(argument) not in config.args
+        ),
     )
 
 
@@ -249,8 +327,13 @@ def interpreter(text: str) -> tuple[str, Interpreter]:
     return label, Interpreter(python)
 
 
-def other_commit(reference: str, root: Path) -> tuple[str, Interpreter, tempfile.TemporaryDirectory]:
-    """Extract the `sd/` of a commit: (its short hash, an interpreter that imports it, the temporary folder)."""
+def other_commit(
+    reference: str, root: Path, engines: bool = False
+) -> tuple[str, Interpreter, tempfile.TemporaryDirectory]:
+    """Extract the `sd/` of a commit: (its short hash, an interpreter that imports it, the temporary folder).
+
+    engines: extract the whole commit too, for engines of the user's own; its repository need not have an `sd/`.
+    """
 
     def git(*arguments: str) -> bytes:
         try:
@@ -264,7 +347,15 @@ def other_commit(reference: str, root: Path) -> tuple[str, Interpreter, tempfile
 
     # With --quiet git prints nothing for an unknown revision and only sets its exit status.
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}").decode().strip()
-    archive = git("archive", "--format=tar", commit, "sd")
     folder = tempfile.TemporaryDirectory(prefix="sd-perf-base-")
-    subprocess.run(["tar", "-x", "-C", folder.name], input=archive, check=True)
-    return commit[:12], Interpreter(sys.executable, Path(folder.name)), folder
+    trees = None
+    if engines:
+        top = git("rev-parse", "--show-toplevel").decode().rstrip("\n")
+        tree = Path(folder.name, "tree")
+        tree.mkdir()
+        subprocess.run(["tar", "-x", "-C", tree], input=git("-C", top, "archive", "--format=tar", commit), check=True)
+        trees = Path(top), tree
+    if not engines or git("ls-tree", "-d", commit, "sd"):
+        archive = git("archive", "--format=tar", commit, "sd")
+        subprocess.run(["tar", "-x", "-C", folder.name], input=archive, check=True)
+    return commit[:12], Interpreter(sys.executable, Path(folder.name), tree=trees), folder

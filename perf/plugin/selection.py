@@ -7,26 +7,27 @@ from pathlib import Path
 import pytest
 
 from perf.configurations.configuration import Configuration, UnknownChoice, usual
+from perf.configurations.project import Project
 from perf.configurations.sets import SETS, SUMMARIES, cross, suiting
 from perf.plugin.options import disabled
 
 MATRIX = "matrix"  # the marker of the configurations that options alone describe
 
 
-def markers() -> list[str]:
+def markers(project: Project = Project()) -> list[str]:
     """Lines for pytest's list of markers."""
-    lines = [f"{name}: {SUMMARIES[name]}" for name in SETS]
+    lines = [f"{name}: {summary}" for name, summary in {**SUMMARIES, **project.summaries}.items()]
     lines.append("overhead: measures the harness itself; runs only if its file is named")
     return [*lines, f"{MATRIX}: the configurations that --model, --attention and the other matrix options describe"]
 
 
-def parameters(values: dict[str, list], device: str) -> list:
+def parameters(values: dict[str, list], device: str, project: Project = Project()) -> list:
     """Every configuration of every set as a pytest.param, with its sets as marks.
 
     Options replace the fields that they name in every set: `-m published --model tiny` is the article's five on the
     embedded model. Raises pytest.UsageError for contradictory values.
     """
-    sets = dict(SETS)
+    sets = {**SETS, **project.sets}
     if values:
         model = values.get("model", ["sd2" if device == "cuda" else "tiny"])[0]
         sets[MATRIX] = [usual(model)]
@@ -79,6 +80,11 @@ def select(config, items: list, values: dict[str, list], device: str) -> list:
 def named_tests(config) -> set[str]:
     """The tests named by id on the command line (`FILE::test_txt2img[ID]`), without the file."""
     return {argument.partition("::")[2] for argument in config.args if "::" in argument and "[" in argument}
+
+
+def test_of(item) -> Configuration | None:
+    """The configuration of a test of the user's own suite that requests `measured`, or None for any other test."""
+    return Configuration(engine=item.nodeid) if "measured" in getattr(item, "fixturenames", ()) else None
 
 
 def configuration_of(item) -> Configuration | None:

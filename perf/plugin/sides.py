@@ -10,6 +10,7 @@ from typing import NoReturn
 import pytest
 
 from perf.configurations.configuration import Configuration, UnknownChoice, usual
+from perf.configurations.project import Project
 from perf.configurations.sets import cross
 from perf.launch.process import Interpreter
 from perf.plugin import options
@@ -38,11 +39,12 @@ def read(config) -> tuple[Side, Side] | None:
     for option, text in texts.items():
         if not text:
             raise pytest.UsageError(f"{option} is missing: --perf-a and --perf-b are the two sides of one comparison")
-    first, second = (_side(option, text) for option, text in texts.items())
+    project = options.project(config)
+    first, second = (_side(option, text, project) for option, text in texts.items())
     return first, second
 
 
-def _side(option: str, text: str) -> Side:
+def _side(option: str, text: str, project: Project) -> Side:
     parser = _Parser(prog=option, add_help=False, allow_abbrev=False)
     for name, field, convert, _ in options.MATRIX:
         parser.add_argument(name, dest=field, action="append", type=convert)
@@ -58,7 +60,7 @@ def _side(option: str, text: str) -> Side:
     interpreters = dict(map(options.interpreter, given.get("interpreter", ())))
     return Side(
         option,
-        options.require_weights(given | ({"interpreter": [*interpreters]} if interpreters else {})),
+        options.require_weights(given | ({"interpreter": [*interpreters]} if interpreters else {}), project),
         interpreters,
     )
 

@@ -11,10 +11,11 @@ import pytest
 from perf.analysis.counts import CountsComparison
 from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
-from perf.configurations.configuration import Configuration
+from perf.configurations.configuration import Configuration, is_own
+from perf.configurations.project import Project
 from perf.machine.nvml import open_visible_device
 from perf.machine.stack import stack
-from perf.plugin import options, preflight, selection, sides
+from perf.plugin import benchmark_bridge, options, preflight, selection, sides
 from perf.plugin.baseline_option import Comparison, choose
 from perf.runs import baselines
 from perf.runs.storage import storage_name
@@ -22,6 +23,7 @@ from perf.session import record
 from perf.session.journal import Recorded, unfinished
 from perf.session.run import Session
 from perf.session.settings import Settings
+from perf.worker.wire import NO_REFERENCE
 
 DEFAULT_STORAGE = "file://./.benchmarks"
 
@@ -78,6 +80,7 @@ class RunState:
     """The state that the hooks of one pytest run share.
 
     values: configuration fields set by options. parameters: a pytest.param for every configuration of every set.
+    project: the configuration file.
     sides: the options of --perf-a and --perf-b. seconds: the configuration of --perf-b for each one of --perf-a.
     folder: the storage, None if it is no folder. parallel: a pytest-xdist worker collected measurements. error: the
     reason why the session could not be measured. problems: reasons why the run is not the whole suite. failed, slower:
@@ -89,6 +92,7 @@ class RunState:
     stack: dict
     values: dict[str, list]
     parameters: list
+    project: Project = field(default_factory=Project)
     sides: tuple[sides.Side, sides.Side] | None = None
     seconds: dict[Configuration, Configuration] = field(default_factory=dict)
     folder: Path | None = None
@@ -112,7 +116,8 @@ class RunState:
         if self.results:
             session, unreported = self.results.session, set(self.results.infos) - self.reported
             problems += ["interrupted"] if session.interrupted else []
-            problems += [f"{len(session.unchecked)} without a reference image"] if session.unchecked else []
+            unchecked = [id for id, reason in session.unchecked.items() if reason != NO_REFERENCE]
+            problems += [f"{len(unchecked)} without a reference image"] if unchecked else []
             problems += ["slowed down on purpose"] if session.settings.slowdown else []
             problems += [f"{len(unreported)} measured, but not reported"] if unreported else []  # -x, --maxfail
         return ", ".join(problems) or None
@@ -125,17 +130,18 @@ def create(config) -> RunState:
     """The state after reading the options. Raises pytest.UsageError for options that cannot work."""
     gpu = open_visible_device()
     device = options.machine_device(config, gpu)
+    project = options.project(config)
     labels = [text.partition("=")[0] for text in config.getoption("perf_python")]
     values = selection.with_interpreters(options.matrix_values(config), labels)
     pair = sides.read(config)
     if pair is None:
-        return RunState(device, stack(device, gpu), values, selection.parameters(values, device))
+        return RunState(device, stack(device, gpu), values, selection.parameters(values, device, project), project)
     seconds = sides.pairs(*pair, values, device)
     parameters = [
         pytest.param(first, id=first.id, marks=getattr(pytest.mark, selection.MATRIX)) for first, _ in seconds
     ]
     values = values or {"model": [seconds[0][0].model]}  # options select the set `matrix`
-    return RunState(device, stack(device, gpu), values, parameters, sides=pair, seconds=dict(seconds))
+    return RunState(device, stack(device, gpu), values, parameters, project, sides=pair, seconds=dict(seconds))
 
 
 def set_storage(config, state: RunState) -> None:
@@ -151,6 +157,17 @@ def set_storage(config, state: RunState) -> None:
         config.option.benchmark_save = "aa"
 
 
+def create_late(config) -> RunState:
+    """The state of a suite that is found to request `measured`, after pytest-benchmark has chosen its storage."""
+    state = config.stash[STATE] = create(config)
+    state.folder = benchmark_bridge.folder(config)
+    benchmark_bridge.save_rounds(config)
+    compare = config.option.benchmark_compare
+    prepare_session(config, state)
+    config.option.benchmark_compare = compare
+    return state
+
+
 def prepare_session(config, state: RunState) -> None:
     """Validate the settings, the baseline and the other commit before collection, so that no error costs a measurement."""
     preflight.check_outputs(config)
@@ -160,11 +177,14 @@ def prepare_session(config, state: RunState) -> None:
     if state.sides:
         state.settings = sides.add_interpreters(state.settings, state.sides)
     state.comparison = choose(config, state.folder, state.stack, state.settings)
+    margin = max(state.comparison.margin, state.project.margin or 0.0)
+    state.comparison = replace(state.comparison, margin=margin)
     if not state.settings.resume and state.folder is not None:
         state.unfinished = unfinished(state.folder / "journal")
     reference = config.getoption("perf_against")
     if reference:
-        name, interpreter, folder = options.other_commit(reference, config.rootpath)
+        own = any(map(is_own, state.values.get("engine", ())))
+        name, interpreter, folder = options.other_commit(reference, config.rootpath, engines=own)
         state.cleanup.callback(folder.cleanup)
         state.settings = replace(state.settings, against=(name, interpreter))
 

@@ -15,7 +15,7 @@ from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict, percent
 from perf.configurations.configuration import images_per_round, is_reference, name_of_work, sampling
 from perf.plugin.state import Results
-from perf.report.text import interval_seconds, size
+from perf.report.text import counted, interval_seconds, size
 from perf.session import record
 from perf.session.run import Session
 
@@ -179,7 +179,9 @@ def lines(results: Results, partial: str | None) -> list[str]:
     text = [_protocol(session)]
     text += [_compiling(id, info) for id, info in results.infos.items() if info["compile"]]
     text += [_stage_shares(id, info) for id, info in results.infos.items() if _few_steps(info)]
-    text += [f"{id}: its image was not checked: {reason}" for id, reason in session.unchecked.items()]
+    tests = {slot.id for slot in session.plan.slots if slot.configuration.test}  # which check their results themselves
+    unchecked = {id: reason for id, reason in session.unchecked.items() if id not in tests}
+    text += [f"{id}: its output was not checked: {reason}" for id, reason in unchecked.items()]
     invalid, total = session.measurements.counts()
     if invalid:
         text.append(f"{invalid} of {total} rounds were invalid and measured again")
@@ -249,7 +251,7 @@ def _counts_lines(results: Results) -> list[str]:
 def _protocol(session: Session) -> str:
     settings = session.settings
     clock = "CPU time" if settings.clock == "cpu" else "wall time"
-    threads = f" of {settings.threads} thread(s)" if settings.threads else ""
+    threads = f" of {counted(settings.threads, 'thread')}" if settings.threads else ""
     processes = {"all": "all alternating", "variants": "both sides alternating", "single": "in turns"}[
         session.plan.loading
     ]
@@ -259,12 +261,12 @@ def _protocol(session: Session) -> str:
     reference = "" if drift is None else f", reference workload drift {100 * drift:.1f} %"
     counts = [len(measured.launches) for measured in session.measurements.by_name.values()]
     fewest, most = min(counts, default=0), max(counts, default=0)
-    launches = f"{most}" if fewest == most else f"{fewest} to {most}"
+    launches = counted(most, "launch", "launches") if fewest == most else f"{fewest} to {most} launches"
     control = ""
     if session.control is not None and session.control.ratio is not None:
         control = f", control arm {percent(session.control.ratio.estimate):+.1f} %"
     return (
-        f"{clock}{threads}, {launches} launches of {settings.rounds} rounds, {processes}{reference}{control}; "
+        f"{clock}{threads}, {launches} of {counted(settings.rounds, 'round')}, {processes}{reference}{control}; "
         f"{session.seconds:.0f} s in all"
     )
 
@@ -272,7 +274,9 @@ def _protocol(session: Session) -> str:
 def _error_rate(decisions: dict[str, Decision]) -> str:
     margins = [decision.margin for decision in decisions.values() if decision.margin]
     margin = f", margin {100 * max(margins):.1f} %" if margins else ""
-    return f"{len(decisions)} comparison(s){margin}; without a change at most 1 in 40 is wrong in each direction"
+    return (
+        f"{counted(len(decisions), 'comparison')}{margin}; without a change at most 1 in 40 is wrong in each direction"
+    )
 
 
 def _compiling(id: str, info: dict) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 
+from perf.configurations.configuration import is_own
 from perf.report.results import Result, SavedSession
 
 # field of a configuration -> option of `pytest perf`
 OPTIONS = {
     "model": "--model",
+    "engine": "--engine",
     "attention": "--attention",
     "sdpa_kernels": "--sdpa-kernels",
     "compile": "--compile",
@@ -26,7 +28,7 @@ OPTIONS = {
     "config": "--config",
     "device": "--device",
 }
-DEFAULTS = {"lora_rank": 0, "sigmas": "schedule", "scale": 7.5}  # not repeated in a command
+DEFAULTS = {"engine": "sd", "lora_rank": 0, "sigmas": "schedule", "scale": 7.5}  # not repeated in a command
 # The other options tell the members of a set apart.
 OF_THE_WORK = (
     "model",
@@ -58,7 +60,9 @@ def command(result: Result) -> str:
     """A shell command with every value quoted. Configurations without options (another engine, a stage) are selected with -k."""
     configuration = result.benchmark.configuration
     arguments, fields = ["pytest", "perf"], tuple(OPTIONS)
-    if configuration.get("engine", "sd") != "sd" or result.workload != "txt2img":
+    if is_own(configuration.get("engine")):
+        configuration = {name: value for name, value in configuration.items() if name != "model"}
+    elif configuration.get("engine", "sd") != "sd" or result.workload != "txt2img":
         name = {"txt2img": "peers", "inpaint": "inpaint", "train": "training"}.get(result.workload, "stages")
         arguments += ["-m", name, "-k", result.id]
         fields = OF_THE_WORK

@@ -17,6 +17,7 @@ from pathlib import Path
 from perf.analysis import ranking
 from perf.analysis.statistics import Interval
 from perf.configurations.configuration import (
+    engine_name,
     images_per_round,
     is_approximate,
     is_reference,
@@ -290,7 +291,7 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         model=model,
         technique="-".join(
             [
-                *([] if technique_options["engine"] == "sd" else [technique_options["engine"]]),
+                *([] if technique_options["engine"] == "sd" else [engine_name(technique_options["engine"])]),
                 *technique(technique_options),
                 *filter(None, (configuration[key].optional_text() for key in ("device", "interpreter"))),
             ]

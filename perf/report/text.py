@@ -28,6 +28,11 @@ def interval_seconds(value: float, low: float | None = None, high: float | None 
     return f"{middle} [{', '.join(bounds)}] {unit}" if bounds else f"{middle} {unit}"
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 image`, `2 images`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def size(value: float | None) -> str:
     """Bytes in GiB, or in MiB below one; empty for None."""
     if value is None:

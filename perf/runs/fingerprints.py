@@ -11,9 +11,11 @@ from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 
 
 def identity(configuration: Configuration) -> dict[str, str | None]:
-    """The origin and hash of the weights: `kind` is "tiny", "random" or "file". Raises OSError for an unreadable file."""
+    """The origin and hash of the weights: `kind` is "tiny", "random", "file" or "own". Raises OSError for an unreadable file."""
     if configuration.checkpoint is not None:
         return {"kind": "file", "sha256": sha256(Path(configuration.checkpoint))}
+    if configuration.own:  # in its code, or where that finds them
+        return {"kind": "own", "sha256": None}
     if configuration.model == "tiny":
         return {"kind": "tiny", "sha256": sha256(EMBEDDED_WEIGHTS)}
     if configuration.model == "tiny-inpaint":

@@ -10,6 +10,7 @@ from pathlib import Path
 from perf.analysis import ranking
 from perf.analysis.counts import CountsComparison, compare
 from perf.analysis.paired import MIN_LAUNCHES, break_even, launch_effects, ratio_of_effects
+from perf.analysis.ranking import work_of
 from perf.analysis.statistics import launch_interval, self_comparison
 from perf.analysis.verdicts import Decision, Verdict
 from perf.configurations.configuration import Configuration, images_per_round, is_approximate, usual_precision
@@ -177,8 +178,13 @@ def amortisation(session: Session, id: str) -> dict | None:
 
 
 def speedup(session: Session, id: str) -> dict | None:
-    """The speed-up over the `original` attention for the same work in this session, by paired rounds."""
+    """The speed-up over the `original` attention for the same work in this session, by paired rounds.
+
+    Engines of the user's own are compared with the first of them.
+    """
     measured = session.measurements.by_name[id]
+    if measured.slot.configuration.own:
+        return _speedup_over(session, measured, _first_own(session, measured.slot.configuration))
     original = replace(
         measured.slot.configuration,
         engine="sd",
@@ -191,6 +197,16 @@ def speedup(session: Session, id: str) -> dict | None:
     )
     if original.id not in session.measurements.by_name:  # else `original` at the model's default precision
         original = replace(original, precision=usual_precision(original.model))
+    return _speedup_over(session, measured, original)
+
+
+def _first_own(session: Session, configuration: Configuration) -> Configuration:
+    """The first configuration of the session with an engine of the user's own and the same work."""
+    own = [slot.configuration for slot in session.plan.own_slots if slot.configuration.own]
+    return next(each for each in own if work_of(each.as_dict()) == work_of(configuration.as_dict()))
+
+
+def _speedup_over(session: Session, measured: SlotMeasurements, original: Configuration) -> dict | None:
     other = _other(session, measured, original)
     if other is None:
         return None

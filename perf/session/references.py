@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perf.configurations.configuration import Configuration
 from perf.launch.process import Interpreter
+from perf.report.text import counted
 from perf.runs import fingerprints
 from perf.session.image_check import image_failure
 from perf.session.measurements import Measurements
@@ -17,14 +18,17 @@ from perf.session.plan import Slot
 from perf.session.runner import Limits
 from perf.session.settings import SessionError
 from perf.session.workers import Launches
-from perf.worker.wire import WorkerError
+from perf.worker.wire import NO_REFERENCE, WorkerError
 
 WRITE_SECONDS = 60.0
 
 
 def image_seeds(configuration: Configuration, seed: int) -> list[int]:
-    """The seeds of a round's references: image i has seed + i, at any batch size; a loss trace is of the whole batch."""
-    if configuration.workload == "train":
+    """The seeds of a round's references: image i has seed + i, at any batch size.
+
+    A loss trace and the output of a user's own engine are compared as a whole.
+    """
+    if configuration.workload == "train" or configuration.own:
         return [seed]
     return [seed + i for i in range(configuration.batch)]
 
@@ -49,7 +53,8 @@ def reference_path(folder: Path, configuration: Configuration, seed: int, weight
 class References:
     """The reference images of a session. unchecked: configurations without one, with the reason.
 
-    facts: name and torch version of `device`. interpreters: as in perf.session.settings.Settings.
+    facts: name and torch version of `device`. interpreters: as in perf.session.settings.Settings. own_folder: of this
+    session alone, for references of the user's own engines, whose code is not known to be unchanged.
     """
 
     folder: Path
@@ -59,6 +64,7 @@ class References:
     interpreters: dict[str, Interpreter]
     limits: Limits
     unchecked: dict[str, str] = field(default_factory=dict)
+    own_folder: Path = Path()
 
     def files(self, slot: Slot, seed: int) -> list[str] | None:
         """The reference files of a round's images, or None if there are none."""
@@ -75,6 +81,9 @@ class References:
         missing: dict[Configuration, dict[Path, int]] = {}
         users: dict[Configuration, list[str]] = {}
         for configuration in dict.fromkeys(slot.configuration for slot in slots):
+            if configuration.test:  # which checks its own result
+                self.unchecked[configuration.id] = NO_REFERENCE
+                continue
             try:
                 seeds = image_seeds(configuration, configuration.seed)
                 paths = {self._path(configuration, seed): seed for seed in seeds}
@@ -88,7 +97,7 @@ class References:
         for reference, paths in missing.items():
             if not paths:
                 continue
-            log(f"perf: rendering {len(paths)} reference image(s) with {reference.id}")
+            log(f"perf: rendering {counted(len(paths), 'reference output')} with {reference.id}")
             try:
                 self._render(reference, paths)
             except WorkerError as error:
@@ -106,12 +115,13 @@ class References:
         label = configuration.interpreter
         torch = self.interpreters[label].python if label else self.facts["torch"]
         origin = {"device": f"{configuration.device or self.device} {self.facts['name']}", "torch": torch}
-        return reference_path(self.folder, configuration, seed, fingerprints.identity(configuration), origin)
+        folder = self.own_folder if configuration.own else self.folder
+        return reference_path(folder, configuration, seed, fingerprints.identity(configuration), origin)
 
     def _reference(self, configuration: Configuration) -> Configuration:
         """The reference configuration; it runs in this interpreter unless random weights depend on their own one."""
         reference = configuration.reference()
-        if fingerprints.identity(configuration)["kind"] == "random":
+        if fingerprints.identity(configuration)["kind"] in ("random", "own"):
             return reference
         return replace(reference, interpreter=None)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from perf.analysis.verdicts import Decision
 from perf.configurations.configuration import Configuration
@@ -62,7 +64,11 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
     facts = stack(settings.device, gpu)
     log(noise.expectation(cpu_facts(), settings.launches))
     plan = _plan(settings, configurations, gpu, log)
-    with _device_lock(facts, log), compile_cache(settings.compile_cache) as cache:
+    with (
+        _device_lock(facts, log),
+        compile_cache(settings.compile_cache) as cache,
+        tempfile.TemporaryDirectory(prefix="sd-perf-references-") as own_references,
+    ):
         launches = Launches(settings, cache)
         probed = launches.probe([slot.configuration for slot in plan.slots])
         facts.update({name: probed[name] for name in PEAK_RATES})
@@ -72,7 +78,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
         judge = _judge(settings, plan)
         with opened.journal as journal, SessionProgress() as progress:
             progress.plan(plan.turns(), plan.rounds)
-            references = _references(settings, launches, facts)
+            references = _references(settings, launches, facts, Path(own_references))
             references.prepare(plan.slots, progress.log)
             runner = Runner(
                 plan,
@@ -131,6 +137,8 @@ def _plan(
         slots.insert(last + 1, control)
     what = "GPU memory" if settings.device == "cuda" else "memory"
     choice, reason = loading.choose(slots, free_bytes(settings, gpu), what)
+    if settings.loading:
+        choice, reason = settings.loading, loading.DESCRIPTIONS[settings.loading]
     if reason:
         log(f"perf: {reason}")
     looks = settings.looks if len(settings.looks) > 1 else ()
@@ -197,9 +205,11 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
     return resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
 
 
-def _references(settings: Settings, launches: Launches, facts: dict) -> References:
+def _references(settings: Settings, launches: Launches, facts: dict, own_folder: Path) -> References:
     folder = settings.folder / "references"
-    return References(folder, launches, settings.device, facts, settings.interpreters, settings.limits)
+    return References(
+        folder, launches, settings.device, facts, settings.interpreters, settings.limits, own_folder=own_folder
+    )
 
 
 def _judge(settings: Settings, plan: Plan) -> Judge:

@@ -29,6 +29,7 @@ class Limits:
     load: float = 1800.0
     first_round: float = 3600.0  # includes torch.compile
     round: float = 1800.0
+    release: float = 60.0
 
 
 @dataclass
@@ -99,9 +100,12 @@ class Runner:
         """Load and warm up on the first step, then run one timed round a step."""
         slot = measured.slot
         self.progress(launch, slot, None)
-        with self.open_launch(slot) as worker:
+        with contextlib.ExitStack() as stack:
+            worker = stack.enter_context(self.open_launch(slot))
             self.loaded(worker.pid)
             loaded = worker.ask("load", self.limits.load, **self.load(slot))
+            if loaded.get("releases"):
+                stack.callback(_release, worker, self.limits.release)
             self._record("load", measured, launch, {"answer": loaded})
             answer = worker.ask("round", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
             hashes = [answer["image"]["sha256"]]
@@ -132,6 +136,13 @@ class Runner:
         failure = image_check.image_failure(
             image, loaded["precision"], device, configuration.approximate, configuration.workload
         )
-        if failure or configuration.workload == "text":  # the text workload has the same input in every round
+        # The text workload has the same input in every round, and so may an engine of the user's own.
+        if failure or configuration.workload == "text" or configuration.own:
             return failure
         return image_check.repeated_output(hashes)
+
+
+def _release(worker: Any, seconds: float) -> None:
+    """Let an engine release what it holds; an error has no effect on what was measured."""
+    with contextlib.suppress(WorkerError):
+        worker.ask("release", seconds)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perf.configurations.configuration import Configuration
 from perf.launch.process import Interpreter
-from perf.session.plan import Slot
+from perf.session.plan import Loading, Slot
 from perf.session.runner import Limits
 
 CLOCKS = ("wall", "cpu")  # perf.worker.clock.CLOCKS
@@ -26,7 +26,8 @@ class Settings:
     """The options of a session, independent of the configurations to measure.
 
     launches: of each configuration. looks: for pairs, numbers of launches after which they are judged; more than the first
-    are measured only where a pair is undecided. clock: `wall` or `cpu`. threads: torch's CPU threads, None for its
+    are measured only where a pair is undecided. loading: which slots are loaded together, None to choose by memory.
+    clock: `wall` or `cpu`. threads: torch's CPU threads, None for its
     default. isolated: each launch in a fresh process. resume: the name of the unfinished session to resume, True for the
     one whose plan matches. interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of
     another commit. aa: measure every configuration against itself. second: the configuration of --perf-b to compare each
@@ -34,6 +35,8 @@ class Settings:
     relevant change, as a fraction. folder: of the journal and the reference images. trace: folder for profiler traces,
     None for none. compile_cache: a folder that persists between sessions; without one the first launch of each
     configuration compiles from scratch. counting: whether to count operators, which takes one untimed round.
+    directory: where engines of the user's own run and are found.
+    rootpath, pytest_arguments: the root of the user's suite and the options of pytest, for its tests.
     """
 
     device: str
@@ -42,6 +45,7 @@ class Settings:
     threads: int | None = None
     launches: int = 10
     looks: tuple[int, ...] = ()
+    loading: Loading | None = None
     rounds: int = 2
     isolated: bool = True
     resume: bool | str = False
@@ -55,6 +59,9 @@ class Settings:
     trace: Path | None = None
     compile_cache: Path | None = None
     counting: bool = True
+    directory: Path = field(default_factory=Path.cwd)
+    rootpath: Path = field(default_factory=Path.cwd)
+    pytest_arguments: tuple[str, ...] = ()
 
     @property
     def variant(self) -> str | None:

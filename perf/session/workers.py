@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -36,7 +37,12 @@ class Launches:
         """Return the worker of a slot, as a context. Raises WorkerError."""
         if not self.settings.isolated:
             return InProcessLaunch()
-        return ProcessLaunch(self.interpreter(slot))
+        interpreter = self.interpreter(slot)
+        if slot.configuration.test:
+            folder, test = self._folder(slot), slot.configuration.engine
+            arguments = [str(folder), test, *self.settings.pytest_arguments]
+            return ProcessLaunch(interpreter, [interpreter.python, "-m", "perf.plugin.serve", *arguments])
+        return ProcessLaunch(interpreter)
 
     def interpreter(self, slot: Slot) -> Interpreter:
         """The interpreter of a slot, with the path of its `sd` and its environment."""
@@ -62,12 +68,33 @@ class Launches:
         """What a slot's worker is asked to load."""
         slowed = self.settings.slowdown if slot.variant is None else 0.0
         return {
+            **self._own(slot),
             "configuration": slot.configuration.as_dict(),
             "device": slot.configuration.device or self.settings.device,
             "clock": self.settings.clock,
             "threads": self.settings.threads,
             "slowdown": slowed,
         }
+
+    def _own(self, slot: Slot) -> dict:
+        """What the worker of an engine of the user's own needs besides: folders, and the fields that must have an effect."""
+        configuration = slot.configuration
+        if not configuration.own:
+            return {}
+        # The engine of a reference may ignore fields, such as the precision.
+        given = [] if configuration.engine.endswith((".reference", ":reference")) else configuration.given
+        folder = self._folder(slot)
+        directory = folder if configuration.test else self.settings.directory
+        return {"own": {"directory": str(directory), "folder": str(folder), "given": given}}
+
+    def _folder(self, slot: Slot) -> Path:
+        """Where the code of an engine of the user's own is, or the root of the suite of a test."""
+        settings = self.settings
+        folder = settings.rootpath if slot.configuration.test else settings.directory
+        if slot.variant != "base" or settings.against is None or settings.against[1].tree is None:
+            return folder
+        top, tree = settings.against[1].tree
+        return tree / os.path.relpath(folder, top)
 
     def probe(self, configurations: list[Configuration]) -> dict:
         """Return the facts of torch and the device, from a process of its own, and validate the `optimise` values.

@@ -30,18 +30,28 @@ def examine(output: Output, references: list[str] | None) -> dict[str, Any]:
     errors, ratios = [], []
     for i, path in enumerate(references or ()):
         expected_latents, expected_image = _read(path)
-        norm = np.linalg.norm(latents[i].numpy() - expected_latents)
+        own_latents = _like(latents, i, expected_latents)
+        norm = np.linalg.norm(own_latents - expected_latents)
         errors.append(float(norm / max(np.linalg.norm(expected_latents), 1e-30)))
         if output.images is not None:
-            ratios.append(_psnr(output.images[i].numpy(), expected_image))
+            ratios.append(_psnr(_like(output.images, i, expected_image), expected_image))
     worst = max(errors, default=math.inf)
     return {
         "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
         "finite": bool(latents.isfinite().all()),
-        "constant": any(bool((image == image.flatten()[0]).all()) for image in pixels),
+        "constant": output.varied and any(bool((image == image.flatten()[0]).all()) for image in pixels),
         "latent_relative_error": worst if math.isfinite(worst) else None,
         "psnr_db": min(ratios, default=None),
     }
+
+
+def _like(batch: Any, i: int, expected: np.ndarray | None) -> np.ndarray:
+    """Entry i of a batch, or all of it where the reference has all. Raises ValueError for a reference of another shape."""
+    for array in (batch.numpy(), batch[i].numpy()):
+        if expected is not None and array.shape == expected.shape:
+            return array
+    shape = None if expected is None else expected.shape
+    raise ValueError(f"the output has the shape {tuple(batch.shape)}, and that of its reference is {shape}")
 
 
 def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -60,11 +70,13 @@ def _psnr(image: np.ndarray, expected: np.ndarray) -> float:
     return IDENTICAL_DB if error == 0 else min(IDENTICAL_DB, 10 * math.log10(255**2 / error))
 
 
-def write(output: Output, path: str) -> None:
-    """Store the single image of a reference run, atomically."""
-    arrays = {"latents": output.latents[0].detach().float().cpu().numpy()}
+def write(output: Output, path: str, whole: bool = False) -> None:
+    """Store the output of a reference run, atomically: its single image, or the `whole` of a user's engine."""
+    arrays = {"latents": output.latents.detach().float().cpu().numpy()}
     if output.images is not None:
-        arrays["image"] = output.images[0].numpy()
+        arrays["image"] = output.images.numpy()
+    if not whole:
+        arrays = {name: array[0] for name, array in arrays.items()}
     temporary = f"{path}.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:

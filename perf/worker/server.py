@@ -24,14 +24,16 @@ from typing import Any
 from perf.worker import clock
 from perf.worker.wire import PROTOCOL, WorkerError
 
-OPERATIONS = ("ping", "probe", "load", "round", "count", "trace", "write_reference")
+OPERATIONS = ("ping", "probe", "load", "round", "count", "trace", "write_reference", "release")
 RATE_DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32",)}  # of the matmul rates of `probe`
 
 
 class Worker:
     """State of a worker: at most one engine. Also used without a process of its own (perf.launch.in_process)."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Any = None) -> None:
+        """function: the round of the only engine that can be loaded, instead of the one that a configuration names."""
+        self.function = function
         self.engine: Any = None
         self.configuration: Any = None
         self.reference_workload: Any = None
@@ -39,6 +41,8 @@ class Worker:
         self.clock = clock.wall_clock
         self.compiled: Counter[str] = Counter()  # compile_counts of this worker's loads and rounds
         self.graphs_after_first: int | None = None
+        self.own: dict[str, Any] = {}
+        self.busy_loop: BusyLoop | None = None
 
     def handle(self, request: dict) -> dict:
         """The response to one request; an exception becomes an error response."""
@@ -51,24 +55,46 @@ class Worker:
         except Exception as error:
             return {"error": self._error(error)}
 
+    def answer(self, line: str) -> dict:
+        """The response to a request as a line of JSON."""
+        return self.handle(json.loads(line))
+
     def ping(self) -> dict:
         """No work: the cost of a round trip."""
         return {}
 
-    def load(self, configuration: dict, device: str, clock: str, threads: int | None, slowdown: float = 0.0) -> dict:
-        """Import torch, load the model, allocate the reference workload. configuration: fields, validated by the session."""
+    def load(
+        self,
+        configuration: dict,
+        device: str,
+        clock: str,
+        threads: int | None,
+        slowdown: float = 0.0,
+        own: dict | None = None,
+    ) -> dict:
+        """Import torch, load the model, allocate the reference workload. configuration: fields, validated by the session.
+
+        own: of an engine of the user's own: the working directory, the `folder` with its modules, and the `given` fields,
+        which the engine must read.
+        """
         begin = time.perf_counter()
         torch = _torch(device, threads)
 
         from perf.worker import reference_workload
-        from perf.worker.clock import CLOCKS, synchronize
+        from perf.worker.clock import CLOCKS, cpu_clock_with_children, synchronize
         from perf.worker.engines import open_engine
 
-        self.clock = CLOCKS[clock]
+        self.clock, self.own = CLOCKS[clock], own or {}
+        if self.own:
+            os.chdir(self.own["directory"])
+            self.clock = cpu_clock_with_children if clock == "cpu" else self.clock
         self.configuration = SimpleNamespace(**configuration)
         loading = time.perf_counter()
         with self._compiling():
-            self.engine = open_engine(self.configuration, device, BusyLoop(slowdown, self.clock) if slowdown else None)
+            self.engine = open_engine(configuration, device, self.own.get("folder"), self.function)
+        self.busy_loop = BusyLoop(slowdown, self.clock) if slowdown else None
+        if self.busy_loop and not self.own:
+            self.engine.engine.after_step = self.busy_loop
         synchronize()
         end = time.perf_counter()
         self.reference_workload = reference_workload.ReferenceWorkload(torch.device(device))
@@ -81,7 +107,8 @@ class Worker:
             "anchor": reference_workload.NAME,
             "precision": self.engine.precision,
             "compiles": self.engine.compiles,
-            "sd": os.path.dirname(os.path.abspath(sys.modules["sd"].__file__ or "")),
+            "releases": self.engine.releases,
+            "sd": os.path.dirname(os.path.abspath(sys.modules["sd"].__file__ or "")) if "sd" in sys.modules else None,
             "facts": torch_facts(device),
             "pid": os.getpid(),
         }
@@ -96,23 +123,27 @@ class Worker:
         self.output = None
         self.engine.prepare(seed)
         gc.collect()
-        if isinstance(getattr(self.engine, "after_step", None), BusyLoop):
-            self.engine.after_step.start()
+        if self.busy_loop:
+            self.busy_loop.start()
         with self._compiling():
             started = time.time()
             wall, begin = time.perf_counter(), self.clock()
             output = self.engine.round(seed)
+            if self.busy_loop and self.own:  # which has no steps to slow down
+                self.busy_loop(1, 1)
             seconds = self.clock() - begin
             wall = time.perf_counter() - wall
         reference_seconds = self.reference_workload.seconds(self.clock)
         self.output = output
+        self._require_read_fields()
         if self.graphs_after_first is None:
             self.graphs_after_first = self.compiled["graphs"]
+        timed_by_events = clock.uses_cuda() and output.stages and not self.own
         return {
             "started_unix_seconds": started,
             "seconds": seconds,
             "wall_seconds": wall,
-            "device_seconds": sum(output.stages.values()) if clock.uses_cuda() and output.stages else None,
+            "device_seconds": sum(output.stages.values()) if timed_by_events else None,
             "anchor_seconds": reference_seconds,
             "stages": output.stages,
             "unet_calls": output.unet_calls,
@@ -144,8 +175,13 @@ class Worker:
         """Store the output of the last round as a reference."""
         from perf.worker import images
 
-        images.write(self.output, path)
+        images.write(self.output, path, whole=bool(self.own))
         return {"path": path}
+
+    def release(self) -> dict:
+        """Let the engine release what outlives this process."""
+        self.engine.release()
+        return {}
 
     def trace(self, stem: str, seed: int) -> dict:
         """Profile one more round into files whose names begin with `stem`."""
@@ -176,9 +212,22 @@ class Worker:
         copy_rate = copy_bytes_per_second(where, read_clock)
         return {**torch_facts(device), "matmul_flops_per_second": rates, "copy_bytes_per_second": copy_rate}
 
-    def _work(self, unet_calls: int) -> dict[str, int]:
+    def _require_read_fields(self) -> None:
+        """Raise WorkerError for an option that the user's engine ignores: two ids would name the same measurement."""
+        unread = [name for name in self.own.get("given", ()) if name not in self.engine.fields.read]
+        if unread:
+            name = unread[0]
+            raise WorkerError(
+                "usage",
+                f"{self.configuration.engine} does not read configuration.{name}, so --{name.replace('_', '-')} has no "
+                "effect: leave it out, or use the field in the engine",
+            )
+
+    def _work(self, unet_calls: int) -> dict[str, int] | None:
         from perf.analysis import flops
 
+        if self.engine.config is None:
+            return None
         item_bytes = 4 if self.engine.precision == "full" else 2  # autocast computes in fp16 or bf16
         shape = self.configuration, self.engine.config, unet_calls
         return {"flops": flops.of_round(*shape), "minimum_bytes": flops.minimum_bytes_of_round(*shape, item_bytes)}
@@ -189,8 +238,15 @@ class Worker:
         if kind == "out_of_memory":
             message = self._out_of_memory(error)
         elif kind == "failed":
-            message = f"{type(error).__name__}: {message}"
+            message = f"{type(error).__name__}: {message}{self._where(error)}"
         return {"kind": kind, "message": message}
+
+    def _where(self, error: Exception) -> str:
+        if not self.own:
+            return ""
+        from perf.worker.engines import where
+
+        return where(error, self.own["folder"])
 
     def _out_of_memory(self, error: Exception) -> str:
         """Release the model, for what shares this process or device; return the advice."""
@@ -333,8 +389,8 @@ def _end_with_the_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)
 
 
-def main() -> None:
-    """Answer requests until the pipe closes."""
+def open_pipes() -> tuple[Any, Any]:
+    """(requests, responses) of a worker process, after its greeting; output of libraries goes to stderr from now on."""
     _end_with_the_parent()
     responses = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not be taken for a response
@@ -342,9 +398,20 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)  # and a library that reads stdin must not take a request
     os.close(nothing)
-    print(json.dumps({"ok": {"protocol": PROTOCOL, "pid": os.getpid()}}), file=responses, flush=True)
+    respond(responses, {"ok": {"protocol": PROTOCOL, "pid": os.getpid()}})
+    return requests, responses
+
+
+def respond(responses: Any, response: dict) -> None:
+    """Send a response."""
+    print(json.dumps(response), file=responses, flush=True)
+
+
+def main() -> None:
+    """Answer requests until the pipe closes."""
+    requests, responses = open_pipes()
     worker = Worker()
     for line in requests:
-        print(json.dumps(worker.handle(json.loads(line))), file=responses, flush=True)
+        respond(responses, worker.answer(line))
     sys.stderr.flush()
     os._exit(0)  # every response is out; a regular exit of PyTorch takes 0.5 s, with its compiler more than 1 s

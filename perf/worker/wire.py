@@ -11,6 +11,7 @@ PROTOCOL = 1
 # Kinds of error that a worker reports itself; a launch adds `died`, `hung` and `invalid_response`, and the session
 # `wrong_image` (a failed image check).
 KINDS = ("unavailable", "usage", "out_of_memory", "bad_image", "failed")
+NO_REFERENCE = "its engine has no `reference(configuration)`"  # a user's own need not have one
 MAX_MESSAGE_CHARACTERS = 2000
 
 

@@ -104,7 +104,10 @@ class Command:
         if args.compile_cache is not None:
             save_compile_cache(Path(args.compile_cache))
         print("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in self.seconds.items()))
-        print(f"{count} images in {total:.3f} s, {total / count:.3f} s each" + ", without warm-up" * args.skip_first)
+        print(
+            f"{count} image{'s' if count > 1 else ''} in {total:.3f} s, {total / count:.3f} s each"
+            + ", without warm-up" * args.skip_first
+        )
         print(f"attention kernels that ran: {_kernels(model)}")
         print(f"peak memory: {_peak_memory(model.device)}")
 

@@ -41,10 +41,11 @@ SHELL = [block for block in ALL if block.language in SHELLS]
 SECONDS = 120  # timeout of one block
 # Options of external programs.
 FOREIGN_OPTIONS = {
+    "--codspeed",  # pytest-codspeed
     *("--notest", "--check"),  # tox, ruff
     *("--gres", "--exclusive"),  # sbatch
-    *("--for", "--timeout"),  # kubectl
     *("--nproc-per-node", "--nnodes"),  # torchrun
+    *("--build-arg", "--rm", "--gpus"),  # docker
 }
 
 

@@ -91,6 +91,48 @@ def test_task_collects_its_configurations(tmp_path):
     assert len(ids) == 5 and all(id.startswith("sd2-") and id.endswith("-b2") for id in ids), done.stdout
 
 
+def test_slurm_task_opens_its_log_in_a_folder_that_it_creates(tmp_path):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    numbers = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}
+    done = start("slurm.sh", SLURM_SUBMIT_DIR=str(tmp_path), SD_PERF_DRY_RUN="1", **numbers)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "-m pytest perf" in (tmp_path / "fleet" / "77_2.log").read_text()
+    done = start("slurm.sh", SLURM_SUBMIT_DIR=str(tmp_path), **{**numbers, "SLURM_ARRAY_TASK_ID": "99"})
+    assert done.returncode == 4 and "no index from 0" in (tmp_path / "fleet" / "77_99.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "answers, seconds, expected",
+    [
+        (["", "Complete"], "60", 0),
+        (["", "FailureTarget Failed"], "60", 1),
+        (["SuccessCriteriaMet Complete"], "60", 0),
+        ([""] * 9, "0", 124),
+        (["error"], "60", 3),
+    ],
+)
+def test_waiting_for_a_kubernetes_job_ends_with_it(tmp_path, answers, seconds, expected):
+    """A fake kubectl gives one answer per call, the last one for ever."""
+    for number, answer in enumerate(answers):
+        (tmp_path / f"{number:02d}").write_text(answer)
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\ncd {tmp_path}; set -- $(ls [0-9]*); answer=$(cat "$1"); [ $# -gt 1 ] && rm "$1"\n'
+        '[ "$answer" != error ] || exit 3\necho "$answer"\n'
+    )
+    kubectl.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", str(FLEET / "wait.sh"), "sd-perf", seconds],
+        env={**os.environ, "PATH": path, "SD_PERF_POLL_SECONDS": "0.6" if seconds == "0" else "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == expected, done
+    assert expected == 0 or expected == 3 or "wait.sh: sd-perf" in done.stderr
+
+
 def test_slurm_requests_one_gpu_per_line():
     text = (FLEET / "slurm.sh").read_text(encoding="utf-8")
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))

@@ -18,7 +18,18 @@ from documents import ROOT
 
 import sd
 
-BUILT = ("sd", "perf", "tests", "docs", "constraints", "conftest.py", "pyproject.toml", "tox.ini", "MANIFEST.in")
+BUILT = (
+    "sd",
+    "perf",
+    "tests",
+    "docs",
+    "examples",
+    "constraints",
+    "conftest.py",
+    "pyproject.toml",
+    "tox.ini",
+    "MANIFEST.in",
+)
 BUILT += ("README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", ".github")
 LARGEST_BYTES = 15_000_000
 BACKEND = "import sys, setuptools.build_meta as made; print(getattr(made, sys.argv[1])(sys.argv[2]))"

@@ -185,9 +185,44 @@ def post(runner: Runner, **more: str):
 def test_comment_is_posted_on_its_pull_request(tmp_path):
     runner = Runner(tmp_path)
     assert post(runner).returncode == 0
-    assert runner.log == [
-        f"gh api --method POST repos/octo-org/sd-perf/issues/12/comments -F body=@{tmp_path / 'comment.md'}"
-    ]
+    listed, posted = runner.log
+    assert "repos/octo-org/sd-perf/issues/12/comments?per_page=100" in listed and 'user.type == "Bot"' in listed
+    assert posted.startswith("gh api --method POST repos/octo-org/sd-perf/issues/12/comments -F body=@")
+    assert runner.posted == "<!-- sd-perf results -->\n# perf: SLOWER\n"
+
+
+def test_former_comment_is_replaced(tmp_path):
+    runner = Runner(tmp_path)
+    assert post(runner, FAKE_COMMENT="77\n78").returncode == 0
+    assert runner.log[-1].startswith("gh api --method PATCH repos/octo-org/sd-perf/issues/comments/78 -F body=@")
+    assert post(runner, FAKE_COMMENT="77/../../secrets").returncode == ExitCode.REFUSED
+    assert post(runner, COMMENT_KEY="--> x").returncode == ExitCode.REFUSED
+
+
+ANSWER = {"GITHUB_SERVER_URL": "https://example.org", "GITHUB_RUN_ID": "5", "PULL_REQUEST": "12", "RESULT": "success"}
+
+
+def test_perf_comment_is_acknowledged(tmp_path):
+    runner = Runner(tmp_path)
+    done = runner.run(
+        "answer.py", **ANSWER, SHA="b" * 40, LABELS='["h200", "a10"]', SETS="published ladder", REFUSAL=""
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Measuring bbbbbbbbbbbb against main on `h200`, `a10`: published, ladder." in runner.posted
+    assert "[Log](https://example.org/octo-org/sd-perf/actions/runs/5)" in runner.posted
+
+
+def test_perf_comment_is_refused_with_the_reason(tmp_path):
+    runner = Runner(tmp_path)
+    done = runner.on_event("comment_injected", "issue_comment")
+    assert done.returncode == ExitCode.REFUSED and "there is no set" in runner.outputs["refusal"]
+    assert runner.outputs["pull_request"] == "12"
+    answered = {**ANSWER, "RESULT": "failure", "REFUSAL": runner.outputs["refusal"] + " <img> @all"}
+    assert runner.run("answer.py", **answered, SHA="", LABELS="", SETS="").returncode == 0
+    assert "`/perf` is refused: there is no set" in runner.posted
+    assert "<img>" not in runner.posted and "@all" not in runner.posted
+    assert runner.run("answer.py", **{**ANSWER, "RESULT": "failure"}, REFUSAL="").returncode == 0
+    assert "could not be resolved: see the log" in runner.posted
 
 
 @pytest.mark.parametrize("number", ["12/../13", "$(id)", "0", "main", "1 2"])

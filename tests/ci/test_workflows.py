@@ -162,6 +162,7 @@ def test_jobs_with_write_permissions():
     }
     assert {name: rights for name, rights in writing.items() if rights} == {
         "perf/promote": {"contents"},
+        "perf/answer": {"pull-requests"},
         "perf/publish": {"pages", "id-token", "pull-requests"},
         "publish-report/pages": {"pages", "id-token"},
         "publish-report/comment": {"pull-requests"},

@@ -18,16 +18,17 @@ COMMENTS = {
     "not run": re.compile(rf"not run: (?P<reason>{'|'.join(REASONS)})\b.*"),
     "run with": re.compile(r"run with (?P<arguments>-.*?): .+"),
     "may exit": re.compile(r"may exit (?P<status>\d+): .+"),
-    "extra": re.compile(r"needs the extra (?P<extra>report)"),
+    "extra": re.compile(r"needs the extra (?P<extra>report|peers)"),
     "put into": re.compile(r"put into (?P<file>\S+) before `(?P<before>.+)`"),
 }
-EXTRAS = {"report": ("jinja2", "matplotlib")}
+EXTRAS = {"report": ("jinja2", "matplotlib"), "peers": ("diffusers", "transformers")}
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-COPIED = ("sd", "perf", "tests", "docs", "constraints", "conftest.py", "pyproject.toml", "README.md")
+COPIED = ("sd", "perf", "tests", "docs", "examples", "constraints", "conftest.py", "pyproject.toml", "README.md")
 PROGRAMS = {
     "pytest": "pytest",
+    "pytest-benchmark": "pytest_benchmark",
     "txt2img": "sd.txt2img",
     "img2img": "sd.img2img",
     "inpaint": "sd.inpaint",

@@ -58,9 +58,11 @@ class Machine:
         self.more: dict[str, int] = {}
         self.rounds = 0  # including warm-up rounds
         self.opened: list = []  # the interpreter of every process
+        self.commands: list = []  # its command, None for that of a worker
 
-    def __call__(self, interpreter) -> _Launch:
+    def __call__(self, interpreter, command: list[str] | None = None) -> _Launch:
         self.opened.append(interpreter)
+        self.commands.append(command)
         return _Launch(self, interpreter)
 
 
@@ -89,7 +91,7 @@ class _Launch:
             raise WorkerError("unavailable", self.machine.no_device)
         return {"uuid": None, "matmul_flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e10}
 
-    def _load(self, configuration, device, clock, threads, slowdown=0.0):
+    def _load(self, configuration, device, clock, threads, slowdown=0.0, own=None):
         self.configuration, self.slowdown = from_dict(configuration), slowdown
         refusal = self.machine.refused.get(self.configuration.id + ("@base" if self.base else ""))
         if refusal:

@@ -37,7 +37,11 @@ echo "gh $*" >>"$FAKE_LOG"
 case "$*" in
 */permission*) printf '%s\\n' "$FAKE_PERMISSION" ;;
 */commits*) printf '%s\\n' "$FAKE_COMMITS" ;;
-*) exit "${FAKE_STATUS:-0}" ;;
+*--paginate*/comments*) printf '%s\\n' "$FAKE_COMMENT"; exit "${FAKE_STATUS:-0}" ;;
+*)
+    for argument; do case "$argument" in body=@*) cat "${argument#body=@}" >"$FAKE_LOG.body" ;; esac; done
+    exit "${FAKE_STATUS:-0}"
+    ;;
 esac
 """,
 }
@@ -68,6 +72,7 @@ class Runner:
             "FAKE_LOG": str(self.path / "log"),
             "FAKE_GPU": GPU,
             "FAKE_PERMISSION": "write",
+            "FAKE_COMMENT": "",
             "FAKE_COMMITS": REVIEWED,
             "RUNNER_TEMP": str(self.path / "temp"),
             "GITHUB_OUTPUT": str(self.path / "output"),
@@ -113,6 +118,11 @@ class Runner:
         """The summary page of the job."""
         path = self.path / "summary"
         return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    @property
+    def posted(self) -> str:
+        """The text of the last comment."""
+        return (self.path / "log.body").read_text(encoding="utf-8")
 
     @property
     def log(self) -> list[str]:

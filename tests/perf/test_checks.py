@@ -9,7 +9,7 @@ import pytest
 from fake_machine import GIB, H200, HELD, LATER, QUIET, STACK
 
 from perf.commands import checks
-from perf.commands.checks import CANNOT, OK, WARNING
+from perf.commands.checks import BUSY, CANNOT, OK, WARNING
 from perf.commands.torch_probe import StackFacts
 from perf.machine.facts import CpuFacts
 from perf.machine.nvml import GpuFacts
@@ -147,6 +147,8 @@ def test_unreadable_machine_facts_are_warnings():
         ("governor", {"governors": ("performance", "powersave")}, WARNING, "cpupower"),
         ("load", {"load_average_1_minute": 2.0}, OK, "2.00 on 8 cores"),
         ("load", {"load_average_1_minute": 2.1}, WARNING, "2.10 on 8 cores"),
+        ("load", {"load_average_1_minute": 7.9}, WARNING, "7.90 on 8 cores"),
+        ("load", {"load_average_1_minute": 8.0}, BUSY, "8.00 on 8 cores"),
         ("cpu limit", {"cgroup_cpus": 2.5}, WARNING, "OMP_NUM_THREADS=2"),
         ("cpu limit", {"cgroup_cpus": 0.5}, WARNING, "OMP_NUM_THREADS=1"),
         ("cpu limit", {"cgroup_cpus": 8.0}, OK, "8 CPUs"),

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fake_machine import LATER, QUIET, fake_torch_fixture  # noqa: F401
 from fake_nvml import LIBRARY_NOT_FOUND, FakeNvml
 
 from perf.commands import checks, doctor
-from perf.commands.checks import CANNOT, OK, WARNING
+from perf.commands.checks import BUSY, CANNOT, OK, WARNING
 
 
 @pytest.fixture
@@ -42,6 +43,20 @@ def test_a_fit_machine_line_by_line(command, capsys):
     assert any(line.startswith("ok       architecture      compute capability 9.0") for line in lines)
     assert any(line.startswith("ok       torch.compile     a small function in 0.0 s") for line in lines)
     assert library.users == 0
+
+
+@pytest.mark.parametrize("load, cores", [(5.9, 2), (2.0, 2)])
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_busy_machine_is_not_called_fit(command, monkeypatch, capsys, load, cores, options):
+    busy = iter([replace(facts, load_average_1_minute=load, cores=cores) for facts in (QUIET, LATER)])
+    monkeypatch.setattr("perf.commands.doctor.cpu_facts", lambda: next(busy))
+    assert command(FakeNvml(), "--device", "cpu", "--no-compile", *options) == 0
+    out = capsys.readouterr().out
+    if options:
+        assert (json.loads(out)["fit"], json.loads(out)["busy"]) == (False, True)
+        return
+    assert f"busy     load              {load:.2f} on {cores} cores in the last minute; end other processes" in out
+    assert "fit to measure" not in out and "busy: it can measure, but small differences will not be visible (" in out
 
 
 def test_unfit_machine_exits_1(command, capsys):
@@ -98,4 +113,4 @@ def test_this_machine_has_facts():
     """On any machine, every check has a fact and a known status."""
     cpu = doctor.cpu_facts()
     for check in [*checks.cpu_checks(cpu, cpu), *checks.suite_checks(Path(os.curdir)), checks.compiler_check()]:
-        assert check.status in (OK, WARNING, CANNOT) and check.fact and "\n" not in str(check)
+        assert check.status in (OK, WARNING, BUSY, CANNOT) and check.fact and "\n" not in str(check)

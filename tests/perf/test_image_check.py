@@ -6,7 +6,6 @@ import math
 import random
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,7 @@ from perf.configurations.configuration import Configuration
 from perf.session.image_check import BOUNDS, computing_type, image_failure, repeated_output
 from perf.session.references import image_seeds, reference_path
 from perf.worker import images
+from perf.worker.engines.interface import Output
 
 RIGHT = {"sha256": "0", "finite": True, "constant": False, "latent_relative_error": 1e-6, "psnr_db": 90.0}
 
@@ -25,7 +25,7 @@ def output(batch: int = 1, seed: int = 0, with_images: bool = True):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((batch, 4, 8, 8), generator=generator)
     drawn = torch.randint(0, 256, (batch, 16, 16, 3), generator=generator).to(torch.uint8)
-    return SimpleNamespace(latents=latents, images=drawn if with_images else None)
+    return Output(latents, drawn if with_images else None, {}, 0)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def references(tmp_path):
     """(output of three images, their references)"""
     made, paths = output(3), [str(tmp_path / f"{i}.npz") for i in range(3)]
     for i, path in enumerate(paths):
-        images.write(SimpleNamespace(latents=made.latents[i : i + 1], images=made.images[i : i + 1]), path)
+        images.write(Output(made.latents[i : i + 1], made.images[i : i + 1], {}, 0), path)
     return made, paths
 
 

@@ -54,7 +54,7 @@ def fleet(tmp_path) -> Path:
 
 def test_runs_are_copied_byte_for_byte_by_device_and_stack(fleet, tmp_path, capsys):
     assert merge(tmp_path / "all", fleet) == ExitCode.OK
-    assert "merge: 8 added, 0 already present, 0 not taken, 3 machine folder(s)" in capsys.readouterr().out
+    assert "merge: 8 added, 0 already present, 0 not taken, 3 machine folders" in capsys.readouterr().out
     assert files(tmp_path / "all") == [
         *(
             f"NVIDIA-A100-SXM4-80GB_570.86_torch2.0.1+cu118/{name}"
@@ -128,7 +128,7 @@ def test_damaged_runs_are_reported_and_left_in_place(tmp_path, capsys):
     (runs / "state.json").write_text("{}")  # of gpu-run
     assert merge(tmp_path / "all", runs, tmp_path / "absent.json") == ExitCode.FAILED
     out, err = capsys.readouterr()
-    assert "merge: 1 added, 0 already present, 6 not taken, 1 machine folder(s), 1 other JSON files skipped" in out
+    assert "merge: 1 added, 0 already present, 6 not taken, 1 machine folder, 1 other JSON files skipped" in out
     for name in (*DAMAGED, "absent.json"):
         assert sum(name in line for line in err.splitlines()) == 1, err
     assert all((runs / name).read_bytes() == content for name, content in DAMAGED.items())

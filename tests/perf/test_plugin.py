@@ -169,7 +169,7 @@ def test_failing_reference_image(inner):
     """Without a reference image the timing is kept, and the run is no baseline."""
     inner.machine.refused = {ORIGINAL: ("out_of_memory", "out of memory at a peak of 1 GiB")}
     assert inner.run("--benchmark-save=a").ret == 0
-    inner.prints(f"{SDPA}: its image was not checked: out of memory")
+    inner.prints(f"{SDPA}: its output was not checked: out of memory")
     assert partial(inner) == "1 without a reference image"
     assert inner.last()["benchmarks"][0]["extra_info"]["image"]["verdict"] == "unchecked"
 

@@ -184,7 +184,7 @@ def test_run_from_the_folder_of_the_tests(inner, monkeypatch):
 def test_unchanged_is_the_same(inner):
     inner.store(STORED)
     assert inner.run("--benchmark-compare", "--benchmark-save=now", launches=6).ret == 0, inner.output
-    inner.prints(f"{SDPA}: SAME", "against 0008_nightly (within_margin)", "1 comparison(s), margin 1.0 %")
+    inner.prints(f"{SDPA}: SAME", "against 0008_nightly (within_margin)", "1 comparison, margin 1.0 %")
     assert verdict(inner.last())["verdict"] == "SAME"
     assert inner.last()["perf"]["regressed"] == []
 

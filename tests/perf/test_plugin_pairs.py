@@ -26,9 +26,9 @@ def test_aa_saves_the_noise_and_the_next_comparison_uses_it(inner):
     paired = document["benchmarks"][0]["extra_info"]["paired"]
     assert paired["variant"] == "aa" and len(paired["launches"]) == 6
     inner.run("--benchmark-compare", launches=6, what=TWO)
-    inner.prints(f"comparison(s), margin {100 * noise:.1f} %")
+    inner.prints(f"comparisons, margin {100 * noise:.1f} %")
     inner.run("--perf-aa", launches=6, what=TWO)
-    inner.prints(f"comparison(s), margin {100 * noise:.1f} %")
+    inner.prints(f"comparisons, margin {100 * noise:.1f} %")
 
 
 def test_aa_of_a_quiet_machine_is_the_same(inner):
@@ -62,7 +62,7 @@ def other_commit(monkeypatch, inner):
 
     folder = Folder()
     commit = ("0123456789ab", Interpreter(sys.executable, inner.path), folder)
-    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root: commit)
+    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root, engines: commit)
     return folder
 
 

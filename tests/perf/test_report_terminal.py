@@ -171,7 +171,7 @@ def test_report_after_a_run(tmp_path):
     synthetic_runs.write(storage / "Linux-CPython-3.11-64bit", nights, "nightly")  # as pytest-benchmark does
     (storage / "0009_bad.json").write_text("{")
     after_run.write(nights[2], tmp_path / "out", storage, None, printed.append)
-    assert printed[-1] == f"perf: report of 3 session(s): {tmp_path / 'out' / 'index.html'}", (
+    assert printed[-1] == f"perf: report of 3 sessions: {tmp_path / 'out' / 'index.html'}", (
         "not twice the one just saved"
     )
     assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8")) == nights[2]

@@ -124,11 +124,11 @@ def test_a_session_of_six_launches_has_a_control_arm(fake, tmp_path):
 
 
 def test_references_are_made_once_and_shared(fake, tmp_path, capsys):
-    assert "rendering 1 reference image(s) with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
+    assert "rendering 1 reference output with tiny-original-plms2-b1" in _stderr_of(capsys, tmp_path)
     made = list((tmp_path / "references").iterdir())
     assert [path.suffix for path in made] == [".npz"]
     assert "reference" not in _stderr_of(capsys, tmp_path)
-    assert "rendering 2 reference image(s)" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
+    assert "rendering 2 reference outputs" in _stderr_of(capsys, tmp_path, [replace(B, batch=3)])
     assert len(list((tmp_path / "references").iterdir())) == 3
 
 

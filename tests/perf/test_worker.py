@@ -185,12 +185,10 @@ def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
 @pytest.mark.parametrize("model", ["tiny", "tiny-inpaint"])
 def test_diffusers_inpaints_the_same_image(model):
     pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-    from types import SimpleNamespace
-
     from perf.worker.engines import open_engine
 
     ours, theirs = (
-        open_engine(SimpleNamespace(**configuration.as_dict()), "cpu", None).round(3)
+        open_engine(configuration.as_dict(), "cpu").round(3)
         for configuration in (
             Configuration(model, workload="inpaint", sampler="ddim", steps=4, batch=2, engine=engine)
             for engine in ("sd", "diffusers")

@@ -272,3 +272,9 @@ def test_entries_left_out_are_listed(tmp_path, capsys):
     assert main([str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors"), "--to", "safetensors"]) == 0
     assert "optimizer_states, epoch" in capsys.readouterr().err
     assert same(read(tmp_path / "b.safetensors"), state)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith("sd-convert of sd-perf ")

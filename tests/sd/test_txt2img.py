@@ -90,7 +90,7 @@ def test_skip_options_write_no_files(calls, capsys):
     assert [path.name for path in Path("b").iterdir()] == ["samples"]
     assert run("--skip_grid", "--skip_save", "--outdir", "c") == 0
     assert not Path("c").exists()
-    assert "1 images in" in capsys.readouterr().out
+    assert "1 image in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, size", [([], (2, 2)), (["--n_rows", "3"], (3, 2)), (["--n_rows", "1"], (1, 4))])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ SCHEDULERS = {
 class DiffusersEngine:
     """StableDiffusionPipeline of the installed diffusers."""
 
-    def __init__(self, configuration: SimpleNamespace, device: str):
+    def __init__(self, configuration: Any):
         diffusers = _require_diffusers()
         if configuration.workload not in ("txt2img", "inpaint") or configuration.sdpa_kernels:
             raise Unavailable("diffusers is measured by whole images, with the SDPA kernel that PyTorch chooses")
@@ -40,10 +39,10 @@ class DiffusersEngine:
             raise Unavailable("the engine diffusers is measured without LoRA: leave out --lora-rank, or use engine sd")
         if configuration.attention == "mha":
             raise Unavailable("diffusers has no nn.MultiheadAttention: choose original, xformers or sdpa")
-        self.configuration, self.device = configuration, torch.device(device)
+        self.configuration, self.device = configuration, torch.device(configuration.device)
         self.precision, self.compiles = configuration.precision, configuration.compile != "none"
         plain = Optimisations(attention="original", precision="full")
-        self.model = load_model(configuration, device, plain)
+        self.model = load_model(configuration, configuration.device, plain)
         self.config = self.model.config
         if configuration.sampler == "plms" and self.config.parameterization == "v":
             raise Unavailable(
@@ -78,9 +77,6 @@ class DiffusersEngine:
             part.to(memory_format=torch.channels_last)
         self.pipe.unet = torch.compile(self.pipe.unet, mode=mode, fullgraph=True)
         self.pipe.vae.decode = torch.compile(self.pipe.vae.decode, mode=mode, fullgraph=True)
-
-    def prepare(self, seed: int) -> None:
-        """See perf.worker.engines.interface.Engine: no round changes the model."""
 
     @torch.no_grad()
     def round(self, seed: int) -> Output:
@@ -119,12 +115,8 @@ class DiffusersEngine:
             "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
         }
 
-    def kernels(self) -> dict[str, list[str]]:
-        """Not observed: diffusers' modules are not wrapped."""
-        return {}
 
-
-def _steps(configuration: SimpleNamespace, scheduler: type) -> dict[str, Any]:
+def _steps(configuration: Any, scheduler: type) -> dict[str, Any]:
     """Settings of a scheduler for timestep spacing and sigmas. Raises Unavailable for those that it does not have."""
     settings: dict[str, Any] = {}
     if configuration.timestep_spacing is not None:
@@ -139,7 +131,7 @@ def _steps(configuration: SimpleNamespace, scheduler: type) -> dict[str, Any]:
     return settings
 
 
-def training_unet(unet, config, configuration: SimpleNamespace, device: torch.device):
+def training_unet(unet, config, configuration: Any, device: torch.device):
     """(diffusers' UNet with the weights of ours, its call), prepared as examples/text_to_image/train_text_to_image.py does."""
     diffusers = _require_diffusers()
     if configuration.attention == "mha" or configuration.sdpa_kernels:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # those that diffusers' tra
 UNET_TIMESTEP = 501.0  # of the workload `unet`
 
 
-def optimisations(configuration: SimpleNamespace, device: str) -> Optimisations:
+def optimisations(configuration: Any, device: str) -> Optimisations:
     """The Optimisations of a configuration. Fields at their defaults are not passed, so that older `sd` takes the rest."""
     names = configuration.optimise
     if names.split(",")[0] in compat.OPTIMISE_PRESETS:
@@ -51,7 +51,7 @@ def parse_techniques(names: str, device: str, model: str = "") -> Optimisations:
     return parse(names, torch.device(device))
 
 
-def load_model(configuration: SimpleNamespace, device: str, chosen: Optimisations) -> StableDiffusion:
+def load_model(configuration: Any, device: str, chosen: Optimisations) -> StableDiffusion:
     """The model of a configuration on `device`."""
     if configuration.checkpoint is not None:
         config = configuration.config or configuration.model
@@ -82,7 +82,7 @@ def load_random_lora(model: StableDiffusion, rank: int) -> None:
         model.load_lora(Path(folder) / "lora.pt")
 
 
-def initial_latents(model: StableDiffusion, configuration: SimpleNamespace, seed: int) -> Tensor:
+def initial_latents(model: StableDiffusion, configuration: Any, seed: int) -> Tensor:
     """float32 [B, 4, h, w]: the initial noise of txt2img, image i with seed + i."""
     size = configuration.height or None, configuration.width or None
     shape = model.latent_shape(configuration.batch, *size)
@@ -100,10 +100,10 @@ def gradient_with_hole(height: int, width: int) -> tuple[Tensor, Tensor]:
 class SDEngine:
     """Our own model."""
 
-    def __init__(
-        self, configuration: SimpleNamespace, device: str, after_step: Callable[[int, int], None] | None = None
-    ):
-        self.configuration, self.after_step = configuration, after_step
+    after_step: Callable[[int, int], None] | None = None  # progress callback of each sampler step
+
+    def __init__(self, configuration: Any):
+        self.configuration, device = configuration, configuration.device
         chosen = optimisations(configuration, device)
         if configuration.lora_rank:  # merged first: some optimisations make the weights constants
             self.model = load_model(configuration, device, Optimisations(precision=chosen.precision))
@@ -133,9 +133,6 @@ class SDEngine:
             "scale": configuration.scale,
             **{name: value for name, value in added.items() if value not in (None, "schedule")},
         }
-
-    def prepare(self, seed: int) -> None:
-        """See perf.worker.engines.interface.Engine: no round changes the model."""
 
     def _txt2img(self, seed: int) -> Output:
         result = self.model.txt2img(

@@ -7,7 +7,6 @@ not encoded in a round: the input of a UNet in training is noise of any images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,12 +25,13 @@ RATE = 1e-4  # of AdamW, from the first step on; the original's, after its warm-
 class TrainingEngine:
     """Optimiser steps of one UNet."""
 
-    def __init__(
-        self, configuration: SimpleNamespace, device: str, after_step: Callable[[int, int], None] | None = None
-    ):
+    after_step: Callable[[int, int], None] | None = None  # progress callback of each update
+
+    def __init__(self, configuration: Any):
         if configuration.optimise or configuration.lora_rank or configuration.compile_scope != "unet":
             raise Unavailable("workload train: --optimise, --lora-rank and --compile-scope are of inference: omit them")
-        self.configuration, self.device, self.after_step = configuration, torch.device(device), after_step
+        self.configuration, device = configuration, configuration.device
+        self.device = torch.device(device)
         self.training = compat.load("training")
         attention = compat.load("Attention")
         kernels = {"kernels": tuple(configuration.sdpa_kernels)} if configuration.sdpa_kernels else {}
@@ -97,7 +97,3 @@ class TrainingEngine:
                 self.after_step(i + 1, len(self.batches))
         trace = torch.stack(traced).T.flatten().float().cpu()
         return Output(trace[None], None, clock.seconds(), len(self.batches))
-
-    def kernels(self) -> dict[str, list[str]]:
-        """Not observed in training."""
-        return {}

@@ -1,0 +1,30 @@
+# docker build -t sd-perf .                          the newest torch with CUDA; run with --gpus all
+# docker build -t sd-perf --build-arg DEVICE=cpu .   a tenth of the size, without CUDA
+# docker run --rm sd-perf                            measures the default set of the machine
+ARG PYTHON=3.11
+FROM python:${PYTHON}-slim
+
+# cuda: the wheels of torch contain CUDA; the host has only the driver. cpu: the wheels without it.
+ARG DEVICE=cuda
+# A file of constraints/; torch112 needs --build-arg PYTHON=3.10.
+ARG TORCH=torch215
+ARG EXTRAS=test,report
+
+# torch.compile calls a compiler, and a saved run names the commit. The image is named by its digest, not by these versions.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ git \
+    && rm -rf /var/lib/apt/lists/* \
+    && pip install --no-cache-dir uv==0.13.9 \
+    && useradd --create-home --uid 1000 perf
+
+WORKDIR /sd-perf
+COPY --chown=perf:perf . .
+RUN case "$DEVICE" in cuda) backend= ;; cpu) backend=--torch-backend=cpu ;; *) echo "DEVICE is cuda or cpu" >&2; exit 4 ;; esac \
+    && uv pip install --system --no-cache $backend -c "constraints/$TORCH.txt" -e ".[$EXTRAS]" \
+    && chown perf:perf .
+
+# The user of docs/fleet/kubernetes.yaml
+USER 1000
+ENV PYTHONUNBUFFERED=1
+CMD ["pytest", "perf", "--benchmark-autosave"]

@@ -1,0 +1,60 @@
+"""`python -m perf completion SHELL`: a script that completes commands, options and sets in a shell."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping
+
+from perf.analysis.verdicts import ExitCode
+from perf.commands import COMMANDS
+from perf.configurations.sets import SETS
+
+# A word that begins with - is an option, and the rest are files, except for the sets of `list` and `run`.
+BASH = """_sd_perf() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" words=""
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands}"
+    else
+        case "${{COMP_WORDS[1]}}" in
+{cases}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _sd_perf sd-perf
+"""
+ZSH = "autoload -U +X bashcompinit && bashcompinit\n" + BASH
+FISH = "complete -c sd-perf -n __fish_use_subcommand -f -a '{commands}'\n{lines}\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `completion`."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help='for bash: eval "$(sd-perf completion bash)"')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the script."""
+    words = {name: _words(name, module) for name, (module, _) in COMMANDS.items()}
+    print(script(args.shell, words), end="")
+    return ExitCode.OK
+
+
+def _words(name: str, module: str) -> list[str]:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(module).add_arguments(parser)
+    options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    return [*options, *(SETS if name in ("list", "run") else ())]
+
+
+def script(shell: str, words: Mapping[str, list[str]]) -> str:
+    """The completion script of a shell. words: what may follow each command."""
+    commands = " ".join(words)
+    if shell == "fish":
+        lines = [
+            f"complete -c sd-perf -n '__fish_seen_subcommand_from {name}' -a '{' '.join(after)}'"
+            for name, after in words.items()
+        ]
+        return FISH.format(commands=commands, lines="\n".join(lines))
+    cases = "\n".join(f'            {name}) words="{" ".join(after)}" ;;' for name, after in words.items())
+    return (ZSH if shell == "zsh" else BASH).format(commands=commands, cases=cases)

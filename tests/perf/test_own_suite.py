@@ -1,0 +1,149 @@
+"""The fixture `measured` in a user's own suite: sessions, verdicts, real processes, and an inert plugin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from inner_session import inner_fixture, machine_fixture  # noqa: F401
+
+from perf.analysis.verdicts import ExitCode
+from perf.launch.process import ROOT
+
+SUITE = """
+    import pytest
+
+    CALLS = []
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_mine(measured, n):
+        assert measured(lambda: CALLS.append(n) or n) == n
+
+    def test_plain(benchmark):
+        benchmark.pedantic(sum, ([1, 2],), rounds=1)
+"""
+FIRST, SECOND = "test_mine.test_mine[1]", "test_mine.test_mine[2]"
+
+
+@pytest.fixture
+def suite(inner, monkeypatch):
+    """A suite with the plugin as its entry point loads it, without a conftest of ours."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (inner.path / "suite" / "test_measured.py").unlink()
+    inner.pytester.makeconftest("")
+    (inner.path / "suite" / "test_mine.py").write_text(textwrap.dedent(SUITE))
+
+    def run(*arguments):
+        result = inner.pytester.runpytest_inprocess("suite", "-p", "perf.plugin.hooks", *arguments)
+        inner.output = result.stdout.str() + result.stderr.str()
+        return result
+
+    inner.call = run
+    return inner
+
+
+def test_rounds_of_fresh_processes_with_saved_launches(suite):
+    suite.machine.slow = {SECOND: 2.0}
+    suite.call("--benchmark-save=a").assert_outcomes(passed=3)
+    saved = {each["fullname"]: each for each in suite.last()["benchmarks"]}
+    first = saved["suite/test_mine.py::test_mine[1]"]
+    assert first["extra_info"]["configuration"]["engine"] == "suite/test_mine.py::test_mine[1]"
+    assert len(first["extra_info"]["launches"]) == 4 and len(first["stats"]["data"]) == 16
+    assert (
+        0.19 < first["stats"]["median"] < 0.21 and saved["suite/test_mine.py::test_mine[2]"]["stats"]["median"] > 0.39
+    )
+    assert "extra_info" in saved["suite/test_mine.py::test_plain"], "plain benchmarks are measured by pytest-benchmark"
+    command = next(filter(None, suite.machine.commands))
+    assert command[1:5] == ["-m", "perf.plugin.serve", str(suite.path), "suite/test_mine.py::test_mine[1]"]
+    assert "suite" not in command[5:], "its other tests are not run there"
+    suite.prints(FIRST)
+    suite.prints_no("was not checked", "partial run")
+
+
+def test_stored_sessions_of_the_suite_are_baselines(suite):
+    """With storage and comparison as pytest-benchmark has them: no option of ours is given."""
+    for _ in range(2):
+        suite.call("--benchmark-save=a").assert_outcomes(passed=3)
+    assert len({path.parent for path in suite.saved()}) == 1
+    suite.machine.slow = {FIRST: 1.5}
+    result = suite.call("--benchmark-compare", "-k", "not plain")
+    suite.prints(f"{FIRST}", "+50")
+    assert result.ret == 0, suite.output  # fewer than six sessions give no verdict
+
+
+def test_pairs_within_the_session(suite):
+    assert suite.call("--perf-aa", "--perf-launches=6", "-k", "not plain").ret == 0, suite.output
+    assert [each["extra_info"]["verdict"]["verdict"] for each in suite.last()["benchmarks"]] == ["SAME", "SAME"]
+
+
+@pytest.mark.parametrize("option", ["--benchmark-disable", "--collect-only"])
+def test_nothing_is_measured(suite, option):
+    assert suite.call(option).ret == 0, suite.output
+    assert suite.machine.opened == []
+
+
+def test_in_process(suite):
+    suite.call("--perf-inprocess", "-k", "not plain").assert_outcomes(passed=2)
+    assert suite.machine.opened == []
+
+
+def test_installed_plugin_is_inert_without_measured(suite, monkeypatch):
+    """No option name of ours without the prefix, no header, no other storage, no rounds in saved files."""
+    (suite.path / "suite" / "test_mine.py").write_text("def test_plain(benchmark):\n    benchmark(sum, [1])\n")
+    suite.pytester.makeconftest("def pytest_addoption(parser):\n    parser.addoption('--model', default='theirs')\n")
+    monkeypatch.setattr("perf.plugin.hooks.create", None)
+    monkeypatch.setattr("perf.plugin.hooks.create_late", None)
+    suite.call("--model=mine", "--benchmark-save=a").assert_outcomes(passed=1)
+    suite.prints_no("perf:", "perf: torch")
+    assert "perf" not in suite.last() and "data" not in suite.last()["benchmarks"][0]["stats"]
+    assert suite.saved()[0].parent.parent == suite.path / ".benchmarks"
+
+
+def test_prefixed_and_short_names_are_the_same_option(inner):
+    both = ("--attention=sdpa", "--perf-attention=original", "--perf-steps=2")
+    assert inner.run("--collect-only", "-q", what=both).ret == 0, inner.output
+    inner.prints("test_txt2img[tiny-sdpa-plms2-b1]", "test_txt2img[tiny-original-plms2-b1]")
+
+
+def test_codspeed_is_refused_by_name(suite, inner):
+    plugin = "def pytest_addoption(parser):\n    parser.addoption('--codspeed', action='store_true')\n"
+    inner.pytester.makeconftest(plugin)
+    assert suite.call("--codspeed").ret == ExitCode.REFUSED
+    suite.prints("--codspeed times a function in this process")
+    assert inner.machine.opened == []
+
+
+REAL = """
+    import pytest
+
+    @pytest.fixture
+    def numbers():
+        return list(range(200_000))
+
+    def test_sum(measured, numbers):
+        assert measured(sum, numbers) == sum(numbers)
+
+    def test_skipped(measured):
+        pytest.skip("no numbers today")
+
+    def test_without_a_call(measured):
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_real_processes(tmp_path):
+    (tmp_path / "test_real.py").write_text(textwrap.dedent(REAL))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "perf.plugin.hooks", "--perf-launches=2", "--perf-rounds=2", "-rs"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed, 1 skipped" in done.stdout and "no numbers today" in done.stdout
+    assert "test_real.test_sum" in done.stdout
