@@ -271,6 +271,8 @@ def details(row: Row) -> list[tuple[str, str]]:
         "commit": session.commit or "",
         "device": str(session.facts.get("name") or ""),
         "torch": result.torch,
+        "driver": str(session.facts.get("driver") or ""),
+        "CUDA": str(session.facts.get("cuda") or ""),
         "drifted": session.saved.drifted or "",
         "synthetic": session.synthetic or "",
         "command": command(result),

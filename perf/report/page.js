@@ -181,7 +181,7 @@
     for (const row of rows) row.classList.toggle("picked", state.picked.includes(row));
     element("compare").hidden = state.picked.length < 2;
     if (state.picked.length < 2) return;
-    const { records, pairs } = await more();
+    const { records, details, pairs } = await more();
     const [i, j] = state.picked.map((row) => Number(row.dataset.row)), [first, second] = [records[i], records[j]];
     const body = document.querySelector("#compare .body");
     body.replaceChildren();
@@ -200,7 +200,21 @@
       for (const record of [first, second]) made("td", (record[key] * factor).toPrecision(4), line, { className: "number" });
       made("td", key === "psnr_db" ? "" : (first[key] / second[key]).toFixed(3), line, { className: "number" });
     }
+    const [ours, theirs] = [i, j].map((number) => new Map(details[number]));
+    for (const name of ["command", "attention kernels", "device", "driver", "torch", "CUDA", "commit", "session"]) {
+      if (ours.get(name) === theirs.get(name)) continue;
+      const line = made("tr", "", lines);
+      made("th", name, line);
+      for (const [values, others] of [[ours, theirs], [theirs, ours]])
+        made("td", only(values.get(name) ?? "unknown", others.get(name) ?? ""), line, { className: "text" });
+      made("td", "", line);
+    }
   }
+  // The options of a command that the other does not have; other values whole.
+  const only = (text, other) => {
+    const options = (command) => command.split(/ (?=--)/).filter((option) => option.startsWith("--"));
+    return text.includes(" --") ? options(text).filter((option) => !options(other).includes(option)).join(" ") : text;
+  };
   const inverse = (ratio) => ratio && [1 / ratio[0], 1 / ratio[2], 1 / ratio[1]];
 
   function sentence(first, second, ratio) {
@@ -290,6 +304,9 @@
     });
   // The address keeps its filters when a link leads to a row or a section.
   document.addEventListener("click", (event) => {
+    const term = event.target.closest("abbr[title], .chip[title]");
+    element("hint").hidden = !term; // a finger has no hover
+    if (term) element("hint").textContent = term.title;
     const link = event.target.closest("a[href^='#']");
     if (!link) return;
     event.preventDefault();

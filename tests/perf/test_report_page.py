@@ -491,6 +491,7 @@ def test_two_rows_are_compared_by_their_paired_ratio(judged):
         low, high = 100 * (1 - ratio.high), 100 * (1 - ratio.low)
         assert text.startswith(f"{ours} takes {100 * (1 - ratio.estimate):.1f} % less time than {theirs}")
         assert f"95 % interval {low:.1f} % to {high:.1f} %" in text
+        assert "--sdpa-kernels mem_efficient" in browser.run("document.getElementById('compare').innerText")
         other = ours.replace("sd2", "sd2-short")
         browser.run(f"{pick.format(other)}; report.more()")
         assert "did different work" in browser.run("document.querySelector('.answer').textContent")
@@ -552,6 +553,13 @@ def test_terms_are_explained_on_hover(judged):
         terms = "[...document.querySelectorAll('abbr, .chip')].filter((term) => !term.title)"
         assert browser.run(f"{terms}.length") == 0
         assert browser.run("document.querySelectorAll('header abbr, main abbr').length") > 8
+    with chromium.Page(width=390, height=844) as browser:
+        browser.open(judged)
+        browser.ask("Emulation.setTouchEmulationEnabled", enabled=True)
+        browser.run("document.querySelector('abbr').click()")
+        assert browser.run("document.getElementById('hint').textContent").endswith("a regression.")
+        browser.run("document.querySelector('h1').click()")
+        assert browser.run("document.getElementById('hint').hidden")
 
 
 @needs_browser
