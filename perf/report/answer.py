@@ -76,6 +76,11 @@ class Row:
         return is_reference(self.result.benchmark.configuration or {})
 
     @property
+    def counts(self) -> str:
+        """What changed in the exact counts, empty if nothing did or they were not compared."""
+        return str(self.result.counts) if self.result.counts and self.result.counts.changes else ""
+
+    @property
     def explanation(self) -> str:
         """The verdict in full and the meaning of its reason code."""
         decision = self.result.benchmark.decision
@@ -209,8 +214,10 @@ def cards(rows: Sequence[Row]) -> list[Card]:
     for verdict, name in CARDS.items():
         members = [row for row in rows if row.code == verdict.value]
         made.append(Card(verdict.value, name, tuple(sorted(members, key=size))))
+    counted = tuple(row for row in rows if row.counts)
     others = tuple(row for row in rows if not row.code)
-    return [*made, Card("", "not compared", others)] if others else made
+    more = [Card("COUNTS", "other counts", counted), Card("", "not compared", others)]
+    return [*made, *(card for card in more if card.rows)]
 
 
 def asked(last: SavedSession, results: Sequence[Result], sessions: int) -> list[str]:
@@ -257,6 +264,7 @@ def details(row: Row) -> list[tuple[str, str]]:
     cold, warm = result.first_call
     values = {
         "verdict": row.explanation,
+        "counts": str(result.counts or ""),
         "interval": f"{text.interval_seconds(result.seconds_per_image, *result.interval)} ({result.interval_name})",
         "images per second": f"{1 / result.seconds_per_image:.3g}",
         "launches, valid rounds": f"{len(benchmark.launch_medians)}, {sum(map(len, benchmark.launches))}",

@@ -62,6 +62,7 @@ TERMS = {
     "SAME": "The whole interval lies within twice the margin around no change.",
     "INCONCLUSIVE": "The interval allows both a change and none: measure more launches.",
     "INVALID": "The times are no evidence: a wrong image, throttling, another process, or a control arm that differs.",
+    "COUNTS": "Operators, bytes, kernels, graph breaks, recompiles or host waits differ: exact, without noise.",
     "drifted": "The reference workload changed its speed within the session: absolute times are approximate, ratios are not.",
     "approximate": "A technique that changes the image by design: never called the fastest.",
     "fastest": "The interval of the ratio to the second fastest excludes no change.",

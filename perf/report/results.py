@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perf.analysis import ranking
+from perf.analysis.counts import CountsComparison
 from perf.analysis.statistics import Interval
 from perf.configurations.configuration import (
     engine_name,
@@ -136,6 +137,7 @@ class Result:
     kernels: tuple[str, ...] = ()  # of attention, as recorded during the run
     trace: Mapping[str, float] = field(default_factory=dict)  # seconds of one round by kernel class
     joules: Estimate | None = None  # per image
+    counts: CountsComparison | None = None
 
     @property
     def images(self) -> int:
@@ -324,10 +326,18 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         image_reference=image["reference"].optional_text(),
         kernels=_kernels(info["kernel"]),
         trace=_numbers(info["trace"]["seconds"]) if isinstance(info["trace"].value, dict) else {},
+        counts=_counts(info["counts_comparison"]),
         joules=_joules(
             benchmark, info["telemetry"], images_per_round({"batch": batch, "steps": steps, "workload": workload})
         ),
     )
+
+
+def _counts(node) -> CountsComparison | None:
+    if node.value is None:
+        return None
+    changes = tuple(change.text() for change in node["changes"].items())
+    return CountsComparison(node["against"].text(), changes, node["not_compared"].optional_text())
 
 
 def _numbers(node, keys: Sequence[str] = ()) -> dict[str, float]:

@@ -84,6 +84,11 @@ def markdown_summary(sessions: Sequence[SavedSession], results: Sequence[Result]
         _verdict_table(alarming) if alarming else "",
         f"**drifted**: {markdown(last.saved.drifted)}: absolute times are approximate.\n" if last.saved.drifted else "",
         f"Partial run ({markdown(last.saved.partial)}): never a baseline by itself.\n" if last.saved.partial else "",
+        *(
+            f"- {markdown(result.id)}: {markdown(str(result.counts))}\n"
+            for result in members
+            if result.counts and result.counts.changes
+        ),
         markdown(line[0].upper() + line[1:]) + ".\n" if line else "",
         ", ".join(f"{name} {markdown(str(value))}" for name, value in facts if value is not None) + "\n",
         f"<details><summary>All {len(members)} configurations</summary>\n\n" + "\n".join(folded) + "\n</details>\n",

@@ -319,6 +319,7 @@ def result_record(result: Result) -> dict[str, object]:
         "ratio_low": ratio.low if ratio and ratio.bounded else None,
         "ratio_high": ratio.high if ratio and ratio.bounded else None,
         "reason": result.reason or None,
+        "counts_changes": "; ".join(result.counts.changes) if result.counts else None,
         "invalid": session.saved.invalid,
         "drifted": session.saved.drifted,
         "session": session.name,

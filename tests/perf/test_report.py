@@ -217,6 +217,19 @@ def test_summary_of_an_invalid_session():
     assert summary.headline(ones[0].session, ones) == "INVALID session: anchor_drift 4.1 %"
 
 
+def test_changed_counts_stand_in_summary_and_csv():
+    made = synthetic_runs.published_run("T4")
+    counts = {"against": "abc1234", "changes": ["graph breaks 0 -> 1"], "not_compared": None}
+    made["benchmarks"][0]["extra_info"]["counts_comparison"] = counts
+    results = results_of(made)
+    text = summary.markdown_summary([results[0].session], results)
+    assert f"- {results[0].id}: COUNTS graph breaks 0 -&gt; 1 against abc1234".replace("_", "\\_") in text
+    cells = {
+        row["configuration"]: row["counts_changes"] for row in csv.DictReader(tables.results_csv(results).splitlines())
+    }
+    assert cells.pop(results[0].id) == "graph breaks 0 -> 1" and set(cells.values()) == {""}
+
+
 # --- the command
 
 

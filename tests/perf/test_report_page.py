@@ -344,6 +344,8 @@ def compared() -> list[dict]:
         configuration = benchmark["extra_info"]["configuration"]
         configuration.update(steps=25, id=configuration["id"].replace("sd2", "sd2-short"))
     second["perf"]["drifted"] = "anchor_drift 4.1 %"
+    counts = {"against": "abc1234", "changes": ["operators 4310 -> 4330 (addmm +20)"], "not_compared": None}
+    first["benchmarks"][2]["extra_info"]["counts_comparison"] = counts
     first["commit_info"]["id"] = "0123456789" * 4
     return [second, first]
 
@@ -363,7 +365,9 @@ def test_cards_count_every_verdict_and_link_to_its_rows(judged):
         count = "card.querySelector('.count').textContent"
         cards = f"[...document.querySelectorAll('.card')].map((card) => [card.classList[1], {count}])"
         expected = [[name, "3"] for name in ("SLOWER", "FASTER", "SAME", "INCONCLUSIVE", "INVALID")]
-        assert browser.run(cards) == expected
+        assert browser.run(cards) == [*expected, ["COUNTS", "1"]]
+        chip = "document.querySelector('#row-sd2-mha-math-b1 .COUNTS')"
+        assert browser.run(f"{chip}.title") == "COUNTS operators 4310 -> 4330 (addmm +20) against abc1234"
         assert (
             browser.run("document.querySelector('h1').textContent")
             == "3 INVALID, 3 SLOWER, 3 INCONCLUSIVE, 3 FASTER, 3 SAME of 15"
@@ -373,7 +377,7 @@ def test_cards_count_every_verdict_and_link_to_its_rows(judged):
         for card in expected:
             link = f"document.querySelector('.card.{card[0]} a')"
             browser.run(f"{link}.click()")
-            row = browser.run("document.querySelector('tr.at').querySelector('.chip:not(.fastest)').textContent")
+            row = browser.run("document.querySelector('tr.at td.verdict .chip').textContent")
             assert row == card[0] and browser.run("location.hash").endswith(browser.run(f"{link}.hash.slice(1)"))
         assert browser.errors == []
 
