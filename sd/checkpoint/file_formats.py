@@ -292,10 +292,11 @@ def _index_legacy(path: Path, file: IO[bytes], size: int) -> FileIndex:
 def _state_dict(loaded: Any) -> dict[Any, Any]:
     if type(loaded) is dict:
         # Some tools wrap a file a second time. A textual-inversion embedding has its vectors in a dict of their own.
+        state: dict[Any, Any] = loaded
         for key in ("state_dict", "state_dict", "string_to_param"):
-            nested = loaded.get(key)
-            loaded = nested if type(nested) is dict else loaded
-        return loaded
+            nested = state.get(key)
+            state = nested if type(nested) is dict else state
+        return state
     raise CheckpointError("contains no state dict: use the .safetensors of the model")
 
 
