@@ -142,8 +142,8 @@ def _to_folder(
     from sd.checkpoint import layouts
     from sd.checkpoint.diffusers_folder import write_folder
     from sd.checkpoint.file_formats import index
-    from sd.checkpoint.load import load
-    from sd.checkpoint.spellings import V_PREDICTION_MARKERS, original_names
+    from sd.checkpoint.load import load, names_of
+    from sd.checkpoint.spellings import V_PREDICTION_MARKERS
     from sd.pipeline import resolve_config
 
     names: dict[str, str] = {}  # of the file: in the original layout
@@ -151,7 +151,7 @@ def _to_folder(
         file_index = index(source)
         step = ["global_step"] if file_index.global_step is not None else []
         names = {name: name for name in (*file_index.others, *step)}
-        names.update(original_names(file_index.tensors, strict=not ignore_unknown_keys))
+        names.update(names_of(file_index, strict=not ignore_unknown_keys))
     model, networks = load(
         source,
         resolve_config(config),

@@ -67,7 +67,16 @@ _MISSING = {  # part, option
     "autoencoder": ("autoencoder (first_stage_model.*)", "--vae FILE"),
     "text_encoder": ("text encoder (cond_stage_model.*)", "--text-encoder FILE"),
 }
-_MODELSPEC: dict[str, Parameterization] = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+# Metadata of Stability's ModelSpec, of which the second key is ComfyUI's, and their values.
+_METADATA = ("modelspec.prediction_type", "modelspec.predict_key", "modelspec.architecture")
+_PREDICTIONS: dict[str, Parameterization] = {
+    "epsilon": "eps",
+    "eps": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "stable-diffusion-v2-512": "eps",
+    "stable-diffusion-v2-768-v": "v",
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,8 @@ def recorded_prediction(file_index: FileIndex) -> Prediction | None:
     for name in V_PREDICTION_MARKERS:
         if name in names:
             return Prediction("v", f"entry {name}")
-    for key in ("modelspec.prediction_type", "modelspec.predict_key"):  # Stability's ModelSpec, ComfyUI
-        predicted = _MODELSPEC.get(file_index.metadata.get(key, ""))
+    for key in _METADATA:
+        predicted = _PREDICTIONS.get(file_index.metadata.get(key, ""))
         if predicted is not None:
             return Prediction(predicted, f"metadata {key}")
     return None

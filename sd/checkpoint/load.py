@@ -40,7 +40,7 @@ from sd.checkpoint.diffusers_reader import (
     require_settings,
     scheduler_note,
 )
-from sd.checkpoint.file_formats import index, read_tensors, require_path, shapes_of
+from sd.checkpoint.file_formats import FileIndex, index, read_tensors, require_path, shapes_of
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS, ZERO_SNR_MARKERS, original_names, prefixes
 from sd.config.presets import ModelConfig
 from sd.errors import CheckpointError, CheckpointWarning
@@ -68,11 +68,11 @@ _IGNORABLE = re.compile(
             r"ddim_\w+$",
             r"model_ema\.",
             r"loss\.",
-            r"first_stage_model\.(loss|model_ema)\.",
+            rf"first_stage_model\.((loss|model_ema)\.|({'|'.join(_SCHEDULE_BUFFERS)})$)",
             r"cond_stage_model\.model\.(visual\.|(attn_mask|text_projection|logit_scale)$)",
             r"cond_stage_model\.model\.(input_resolution|context_length|vocab_size)$",
             r"cond_stage_model\.(transformer\.)?(vision_model\.|(visual_projection\.weight|text_projection\.weight|logit_scale)$)",
-            r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids$",
+            r"cond_stage_model\.(transformer|model)\.(text_model\.)?embeddings\.position_ids$",
         ]
     )
 )
@@ -140,14 +140,19 @@ def read_checkpoint(
     return checkpoint
 
 
+def names_of(file_index: FileIndex, network: str | None = None, strict: bool = True) -> dict[str, str]:
+    """`original_names` of the tensors of a file, which errors name."""
+    try:
+        return original_names(file_index.tensors, network, strict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file_index.path}: {error}") from None
+
+
 def _read_file(
     path: Path, progress: bool | None, select: Callable[[str], bool], strict: bool, read: Reader
 ) -> Checkpoint:
     file_index = index(path)
-    try:
-        names = original_names(file_index.tensors, strict=strict)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    names = names_of(file_index, strict=strict)
     tensors = read(file_index, [name for name, new in names.items() if select(new)], progress)
     state = layouts.attention_as_convolutions({names[name]: tensor for name, tensor in tensors.items()})
     predicted = recorded_prediction(file_index)
@@ -160,10 +165,7 @@ def _read_network(path: str | Path, network: str, progress: bool | None, strict:
     if path.is_dir():
         return read_network(path, network, progress, strict, read)
     file_index, own = index(path), prefixes(network)
-    try:
-        names = original_names(file_index.tensors, network, strict)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    names = names_of(file_index, network, strict)
     needed = [name for name, new in names.items() if new.startswith(own) and not _IGNORABLE.match(new)]
     expected = {"autoencoder": "decoder.conv_in", "text_encoder": "token_embedding"}[network]
     if not any(expected in names[name] for name in needed):

@@ -254,6 +254,14 @@ def test_no_partial_output_remains(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_file_of_an_unknown_name_is_named(tmp_path, capsys):
+    path = tmp_path / "unet.safetensors"
+    write_safetensors(path, {"conv_in.weight": torch.zeros(3), "down_blocks.0.resnets.0.x.weight": torch.zeros(3)}, {})
+    for target, to in (("folder", "diffusers"), ("b.ckpt", "original")):
+        assert main([str(path), str(tmp_path / target), "--to", to]) == 2
+        assert capsys.readouterr().err.startswith(f"{path}: down_blocks.0.resnets.0.x.weight is no part")
+
+
 def test_invalid_inputs_are_rejected(tmp_path, capsys):
     for name, content in (("a.ckpt", None), ("b.ckpt", b"<html>"), ("c.ckpt", b"")):
         if content is not None:

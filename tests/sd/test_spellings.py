@@ -122,6 +122,11 @@ def test_text_encoder_of_sd2_may_have_names_of_transformers(tmp_path):
     assert "text_model.encoder.layers.1.mlp.fc1.bias" in refused(file(tmp_path, state))
 
 
+def test_position_ids_among_names_of_openclip_are_ignored(tmp_path):  # as in Waifu Diffusion 1.4
+    name = f"{layouts.OPENCLIP}transformer.text_model.embeddings.position_ids"
+    loads_equal(file(tmp_path, {**STATE, name: torch.arange(77)[None]}))
+
+
 def test_full_openclip_tower_under_names_of_transformers_has_23_layers():
     config = replace(SD2, text=replace(SD2.text, layers=0))
     for layers, used in ((24, 23), (23, 23), (2, 2)):
@@ -221,10 +226,17 @@ def test_marker_of_the_prediction_type(tmp_path, marker, suffix):
     assert describe_prediction(path, config) == f"predicts v, by its entry {marker}"
 
 
-@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
-def test_prediction_type_in_metadata(tmp_path, key):
-    assert f"metadata {key}" in refused(file(tmp_path, STATE, {key: "v"}))
-    path = file(tmp_path, STATE, {key: "epsilon"})
+@pytest.mark.parametrize(
+    ("key", "eps", "v"),
+    [
+        ("modelspec.prediction_type", "epsilon", "v"),
+        ("modelspec.predict_key", "epsilon", "v"),
+        ("modelspec.architecture", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_prediction_type_in_metadata(tmp_path, key, eps, v):
+    assert f"metadata {key}" in refused(file(tmp_path, STATE, {key: v}))
+    path = file(tmp_path, STATE, {key: eps})
     assert describe_prediction(path, SD2) == f"predicts eps, by its metadata {key}"
 
 
@@ -283,7 +295,7 @@ def test_autoencoder_from_another_file(tmp_path, layout):
             "prefixed": layouts.add_prefix(vae, VAE),
             "diffusers": layouts.autoencoder_to_diffusers(vae),
             "whole": STATE,
-            "training": {**vae, "loss.discriminator.main.0.weight": torch.zeros(2), "model_ema.decay": torch.zeros(1)},
+            "training": {**vae, **{name: torch.zeros(1) for name in ("global_step", "loss.logvar", "model_ema.decay")}},
         }[layout]
         write_safetensors(path, state, {})
     loads_equal(file(tmp_path, without("vae")), vae=path)
