@@ -254,12 +254,13 @@ def _unknown(name: str) -> CheckpointError:
     )
 
 
-def _rename(name: str, table: dict[str, str], strict: bool = True) -> str:
+def _rename(name: str, table: dict[str, str], strict: bool = True, whole: str | None = None) -> str:
+    """whole: the name in the file, of which `name` is the end."""
     module, _, leaf = name.rpartition(".")
     if module in table:
         return f"{table[module]}.{leaf}"
     if strict:
-        raise _unknown(name)
+        raise _unknown(whole or name)
     return name
 
 
@@ -277,7 +278,7 @@ def unet_to_diffusers(state: State) -> State:
             return _rename(name, _UNET_TOP)
         side, block, part, rest = match[1], int(match[2] or 0), int(match[3]), match[4]
         modules = "resnets" if part == 0 or (side == "middle_block" and part == 2) else "attentions"
-        renamed = _rename(rest, _RESNET) if modules == "resnets" and not rest.startswith("op.") else rest
+        renamed = _rename(rest, _RESNET, whole=name) if modules == "resnets" and not rest.startswith("op.") else rest
         if side == "middle_block":
             return f"mid_block.{modules}.{part // 2}.{renamed}"
         down = side == "input_blocks"
@@ -310,7 +311,7 @@ def unet_names_from_diffusers(names: Iterable[str], strict: bool = True) -> dict
             return _rename(name, _UNET_TOP_INVERSE, strict)
         side, level, modules, inner, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
         if modules == "resnets":
-            rest = _rename(rest, _RESNET_INVERSE, strict)
+            rest = _rename(rest, _RESNET_INVERSE, strict, name)
         if side == "mid_block":
             return f"middle_block.{2 * inner if modules == 'resnets' else 1}.{rest}"
         first = level * (count + 1)
