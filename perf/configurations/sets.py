@@ -88,6 +88,9 @@ FEW_STEPS: list[dict[str, Any]] = [
     {"optimise": "fast", "scale": 1.0, "steps": steps, **sampler}
     for sampler in ({"sampler": "euler", "timestep_spacing": "trailing"}, {"sampler": "lcm"})
     for steps in (1, 2, 4)
+] + [
+    {"engine": "diffusers", "scale": 1.0, "steps": steps, "sampler": "euler", "timestep_spacing": "trailing"}
+    for steps in (1, 2, 4)
 ]
 # From the original code's loop, each step adding one optimisation, to the preset.
 EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
@@ -164,7 +167,7 @@ SUMMARIES = {
     "inductor": "Inductor's options, one at a time",
     "approximate": "techniques that change the image, one at a time added to the preset",
     "lora": "without and with a merged LoRA of rank 16, eager and with the preset fast",
-    "few_step": "1, 2 and 4 steps without guidance, as of SD-Turbo and LCM, with the time of each stage",
+    "few_step": "1, 2 and 4 steps without guidance, as of SD-Turbo and LCM, with the time of each stage, compared with diffusers",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
     "inpaint": "inpainting models and blending compared with txt2img on SD1",
