@@ -1,11 +1,13 @@
 """Step of the composite action: run the suite on another repository's checkpoint. Inputs are INPUT_* in the environment.
 
 Outputs: verdict (the worst of SLOWER, FASTER, SAME, INCONCLUSIVE and INVALID; `measured` without a comparison; `could not
-measure`), exit-code (perf.analysis.verdicts.ExitCode) and run, the path of the saved run. The step exits as pytest does.
+measure`), exit-code (perf.analysis.verdicts.ExitCode), reason (of a failure), run, the path of the saved run, and report, the
+folder of the page. The step exits as pytest does.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,8 +15,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from measure import pytest_perf
-from outcomes import PYTEST_FAILURES, STATUS, UNMEASURED, decisions
+from measure import LOG, pytest_perf, reasons_of
+from outcomes import STATUS, UNMEASURED, decisions
 from resolve import request
 from workflow import NAME, Refusal, add_to_summary, main, output, setting
 
@@ -24,7 +26,7 @@ from perf.report.summary import WORST_FIRST, markdown_summary
 from perf.report.text import markdown
 from perf.runs.fingerprints import sha256
 from perf.runs.saved_run import BaselineError
-from perf.runs.storage import save_numbered
+from perf.runs.storage import save_numbered, write_atomically
 
 
 def inputs() -> tuple[list[str], bool]:
@@ -42,6 +44,16 @@ def inputs() -> tuple[list[str], bool]:
         options += ["--model", model]
     if checkpoint:
         options += ["--ckpt", str(verified(workspace() / checkpoint))]
+    if config := setting("INPUT_CONFIG", ""):
+        options += ["--config", str(existing("config", config))]
+    if steps := setting("INPUT_STEPS", ""):
+        options += ["--steps", steps]
+    options += [part for name in setting("INPUT_ATTENTION", "").split() for part in ("--attention", name)]
+    if engine := setting("INPUT_ENGINE", ""):
+        path, colon, name = engine.partition(":")
+        options += ["--engine", f"{existing('engine', path)}{colon}{name}" if path.endswith(".py") else engine]
+    if setting("INPUT_REPORT", "true") == "true":
+        options.append(f"--perf-report={folder() / 'report'}")
     options += [part for batch in requested.batches for part in ("--batch", str(batch))]
     compare = setting("INPUT_COMPARE", "false")
     if not NAME.fullmatch(compare):
@@ -70,6 +82,27 @@ def verified(path: Path) -> Path:
     return path
 
 
+def existing(name: str, path: str) -> Path:
+    """The path of a file of the workspace. Raises Refusal."""
+    file = (workspace() / path).resolve()
+    if not file.is_file():
+        raise Refusal(f"the input {name}: there is no {file}")
+    return file
+
+
+def folder() -> Path:
+    """The folder of what the step writes."""
+    return Path(setting("RUNNER_TEMP")).absolute() / "sd-perf"
+
+
+def with_commit(file: Path) -> None:
+    """Write the commit of the calling repository into a saved run, where pytest has put that of the action."""
+    from perf.plugin.preflight import commit_of
+
+    document = json.loads(file.read_text(encoding="utf-8"))
+    write_atomically(file, {**document, "commit_info": commit_of(workspace())})
+
+
 def workspace() -> Path:
     """Return the checkout of the calling repository."""
     return Path(setting("GITHUB_WORKSPACE")).absolute()
@@ -77,28 +110,39 @@ def workspace() -> Path:
 
 def run() -> int:
     """Measure, and write the outputs in every case."""
-    folder = Path(setting("RUNNER_TEMP")).absolute() / "sd-perf"
-    shutil.rmtree(folder, ignore_errors=True)
-    file, storage = folder / "run.json", workspace() / setting("INPUT_STORAGE", ".benchmarks")
-    code, verdict, text = 4, UNMEASURED, ""
+    shutil.rmtree(folder(), ignore_errors=True)
+    file, storage = folder() / "run.json", workspace() / setting("INPUT_STORAGE", ".benchmarks")
+    code, verdict, text, reason = 4, UNMEASURED, "", ""
     try:
         options, compared = inputs()
         code = pytest_perf(options, file, storage)
-        text = PYTEST_FAILURES.get(code, f"pytest exited with {code}")
         if code in STATUS:
+            with_commit(file)
             session, results = read_session(file)
             verdicts = {decision.verdict for decision in decisions(session.saved)}
             verdict = next((worst.value for worst in WORST_FIRST if worst in verdicts), "measured")
             text = markdown_summary([session], results)
             if not compared:  # a compared run must not become the next baseline
                 save_numbered(storage, setting("GITHUB_SHA", "run")[:12], file.read_text(encoding="utf-8"))
-    except BaselineError as error:
-        code, verdict, text = 1, UNMEASURED, str(error)
+        else:
+            reason = "; ".join(reasons_of(code, folder() / LOG))
+    except (BaselineError, Refusal) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, Refusal):
+            raise
+        code, verdict = 1, UNMEASURED
     finally:
+        if verdict == UNMEASURED:
+            text = f"## perf: {UNMEASURED}\n\n{markdown(reason)}\n"
+        folder().mkdir(parents=True, exist_ok=True)
+        (folder() / "comment.md").write_text(text, encoding="utf-8")
+        add_to_summary(text)
         output("verdict", verdict)
         output("exit-code", str(code))
+        output("reason", reason)
         output("run", str(file) if file.is_file() else "")
-    add_to_summary(text if verdict != UNMEASURED else f"## perf: {UNMEASURED}\n\n{markdown(text)}")
+        report = folder() / "report"
+        output("report", str(report) if (report / "index.html").is_file() else "")
     return code
 
 

@@ -7,6 +7,7 @@ options of pytest, in the quoting of a shell but without one. The exit status is
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,11 @@ from workflow import AA, ROOT, SHA, Refusal, main, out_folder, series, setting
 
 from perf.analysis.verdicts import ExitCode
 
+LOG = "pytest.log"
+REASONS = 3  # of a failure, at most
+# Usage errors, a refused session, an invalid configuration, and the last line of any other error.
+REASON = re.compile(r"^(?:ERROR: |! _pytest\.outcomes\.Exit: |(?=INVALID )|E   )(\S.*?)(?: !)?$", re.MULTILINE)
+
 
 def pytest_perf(options: list[str], run: Path, storage: Path) -> int:
     """Run one session and return its exit code. The run is written outside the storage: it is no baseline by itself."""
@@ -28,10 +34,24 @@ def pytest_perf(options: list[str], run: Path, storage: Path) -> int:
     command = [sys.executable, "-m", "pytest", "perf", "-p", "no:cacheprovider", *options]
     command += [f"--benchmark-storage=file://{storage}", f"--benchmark-json={run}"]
     print(f"$ {shlex.join(command)}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    with (run.parent / LOG).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            log.write(line)
+        code = process.wait()
     if run.is_file() and not run.stat().st_size:  # pytest creates it before it measures
         run.unlink()
     return code
+
+
+def reasons_of(code: int, log: Path) -> tuple[str, ...]:
+    """Why pytest has this exit code: what it said itself, else what the code means."""
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    said = [match[1].strip()[:300] for match in REASON.finditer(text)]
+    return tuple(dict.fromkeys(said))[:REASONS] or (PYTEST_FAILURES.get(code, f"pytest exited with {code}"),)
 
 
 def merge_base(reference: str) -> str:
@@ -70,7 +90,7 @@ def measure(name: str, batches: tuple[int, ...], out: Path, baselines: Path, aga
     options += shlex.split(os.environ.get("MORE", ""))
     options += ["--perf-against", against] if against else ["--benchmark-compare"]
     code = pytest_perf(options, folder / RUN, storage)
-    reasons = () if code in STATUS else (PYTEST_FAILURES.get(code, f"pytest exited with {code}"),)
+    reasons = () if code in STATUS else reasons_of(code, folder / LOG)
     outcome = Outcome(label, folder.name, setting("SHA"), code, reasons, against=against)
     return check(outcome, folder, None if against else stored)
 

@@ -60,8 +60,13 @@ def name_autosave(config) -> None:
 
 def commit_info(config) -> dict:
     """`commit_info` of a saved run, of the rootdir."""
-    with _working_in(config.rootpath):
-        return get_commit_info(config.getoption("benchmark_project_name", None))
+    return commit_of(config.rootpath, config.getoption("benchmark_project_name", None))
+
+
+def commit_of(folder: Path, project: str | None = None) -> dict:
+    """`commit_info` of a saved run, of the repository of a folder."""
+    with _working_in(folder):
+        return get_commit_info(project)
 
 
 @contextlib.contextmanager
