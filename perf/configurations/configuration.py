@@ -260,7 +260,7 @@ def sampling(timestep_spacing: str | None, sigmas: str, scale: float) -> list[st
 
 def name_of_work(model: str, workload: str, sampler: str, steps: int, size: Sequence[int], parts: Sequence[str]) -> str:
     """The work for titles, such as `sd2` or `tiny, ddim 20 steps`; PLMS with 50 steps is left out. parts: by `sampling`."""
-    names = [model] + ([workload] if workload != "txt2img" else [])
+    names = ["own engines" if model == OWN_MODEL else model] + ([workload] if workload != "txt2img" else [])
     if workload == "train":
         names.append(f"{steps} updates")
     elif (sampler, steps) != ("plms", 50):

@@ -66,6 +66,18 @@ class Row:
         return text.interval_seconds(self.result.seconds_per_image)
 
     @property
+    def interval(self) -> str:
+        """The time with its interval and the kind of interval."""
+        times = text.interval_seconds(self.result.seconds_per_image, *self.result.interval)
+        return f"{times} ({self.result.interval_name})"
+
+    @property
+    def advice(self) -> str:
+        """What an undecided comparison could have found, and what would find more; else empty."""
+        decision = self.result.benchmark.decision
+        return decision.reason.partition(" ")[2] if decision and self.code == Verdict.INCONCLUSIVE.value else ""
+
+    @property
     def memory(self) -> str:
         """Peak memory, empty if unknown."""
         return text.size(self.result.peak_bytes)
@@ -265,7 +277,7 @@ def details(row: Row) -> list[tuple[str, str]]:
     values = {
         "verdict": row.explanation,
         "counts": str(result.counts or ""),
-        "interval": f"{text.interval_seconds(result.seconds_per_image, *result.interval)} ({result.interval_name})",
+        "interval": row.interval,
         "images per second": f"{1 / result.seconds_per_image:.3g}",
         "launches, valid rounds": f"{len(benchmark.launch_medians)}, {sum(map(len, benchmark.launches))}",
         "energy, J per image": tables.joules_text(joules),
