@@ -148,10 +148,11 @@ class RatioTable:
 
 
 def ratio_tables(results: Sequence[Result]) -> list[RatioTable]:
-    """The published GPUs beside own machines as speed-ups over the original code, a table for each own batch."""
+    """Own machines beside the published GPUs as speed-ups over the original code, a table for each own batch."""
     made, every = [], ratios(results)
     for batch in sorted({ratio.batch for ratio in every}):
         members = [ratio for ratio in every if ratio.batch == batch]
+        members.sort(key=lambda ratio: ratio.result is None)  # the reader's machines first
         columns, rows = (tuple(dict.fromkeys(getattr(r, name) for r in members)) for name in ("column", "technique"))
         cells = {(ratio.technique, ratio.column): str(ratio) for ratio in members}
         lines = tuple(tuple(cells.get((row, column), "not run") for column in columns) for row in rows)

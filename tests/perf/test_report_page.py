@@ -414,6 +414,9 @@ def test_rows_are_cards_on_a_phone(judged):
             f"[...{row}.querySelectorAll('[data-label]')].map((cell) => getComputedStyle(cell, '::before').content)"
         )
         assert browser.run(labels) == ['"s per image"', '"speed-up"', '"verdict"', '"image, dB"', '"peak memory"']
+        browser.run(UNFOLD)
+        assert browser.run("document.documentElement.scrollWidth") <= 390, "with every section open"
+        assert browser.run("getComputedStyle(document.querySelector('.plain tbody tr')).display") == "block"
 
 
 @needs_browser
