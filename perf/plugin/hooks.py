@@ -329,9 +329,11 @@ def pytest_sessionfinish(session):
 
 
 def pytest_unconfigure(config):
-    """Remove the files of the other commit."""
+    """Print where the report is, after pytest's own last line; remove the files of the other commit."""
     state = _state(config)
     if state is not None:
+        for line in state.closing_lines:
+            config.get_terminal_writer().line(line)
         state.cleanup.close()
 
 
@@ -349,4 +351,4 @@ def pytest_terminal_summary(terminalreporter, config):
         if config.getoption("perf_report"):
             folder, traces = Path(config.getoption("perf_report")), state.results.session.settings.trace
             document = benchmark_bridge.document(config)
-            after_run.write(document, folder, state.folder, traces, terminalreporter.write_line)
+            after_run.write(document, folder, state.folder, traces, state.closing_lines.append)

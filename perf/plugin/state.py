@@ -85,7 +85,7 @@ class RunState:
     folder: the storage, None if it is no folder. parallel: a pytest-xdist worker collected measurements. error: the
     reason why the session could not be measured. problems: reasons why the run is not the whole suite. failed, slower:
     node ids. regressed: ids found slower by --benchmark-compare-fail. reported: ids whose test has run. unfinished: the
-    interrupted sessions of this machine.
+    interrupted sessions of this machine. closing_lines: about the report, printed last.
     """
 
     device: str
@@ -107,6 +107,7 @@ class RunState:
     regressed: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
     unfinished: list[Recorded] = field(default_factory=list)
+    closing_lines: list[str] = field(default_factory=list)
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property

@@ -58,6 +58,16 @@ def test_shares_of_the_stages_at_few_steps(inner, steps, printed):
     (inner.prints if printed else inner.prints_no)(line)
 
 
+@pytest.mark.report
+@pytest.mark.slow
+def test_the_last_line_names_the_page_of_the_result(inner):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    printed = inner.run("--perf-report=report", what=TWO).outlines
+    assert [line for line in printed if line][-1] == "perf: report of 1 session: report/index.html"
+    assert (inner.path / "report" / "index.html").is_file()
+
+
 def test_function_without_a_configuration_runs_the_default_set(inner):
     inner.run("suite/test_measured.py::test_txt2img", "--benchmark-save=a", what=TWO).assert_outcomes(passed=2)
     assert partial(inner) is None
