@@ -1,21 +1,27 @@
-"""UNet of `sd` against the UNet of diffusers: same weights, fp32, SDPA, one CPU thread.
+"""Our networks on a CPU against what a user would pick instead: same weights, same inputs, outputs compared, rounds alternated.
 
-    pytest perf/test_peers.py
+    pytest perf/test_peers.py                         UNet calls, against diffusers, OpenVINO and ONNX Runtime
+    pytest perf/test_peers.py -k "sd2 and threads1"   full size at 256 pixels, and the VAE's decoder: minutes a side
+    pytest perf/test_peers.py --peers-table           also print the table of docs/optimisations.md
 
-`sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")`; `diffusers-compiled` follows diffusers'
-documentation (channels_last, fused projections, torch.compile in the same mode). `pytest perf -m peers` compares whole
-images.
+`sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")` in fp32, `sd-fast-bf16` in bf16;
+`diffusers-compiled` follows diffusers' documentation (channels_last, fused projections, torch.compile in the same mode).
+OpenVINO and ONNX Runtime run our plain network; they come with the extra `peers-cpu`. `pytest perf -m peers_cpu` compares
+whole images.
 
 Rounds alternate between the sides, so that changes of the machine affect all of them, and then pass through `benchmark` by
-a replay clock. The clock is CPU time of the thread, which other load affects less than wall time.
+a replay clock. The clock is CPU time of the process, which other load affects less than wall time; wall time is beside it.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -32,6 +38,7 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.apply import apply
 from sd.optimise.optimisations import Optimisations
+from sd.optimise.runtimes import PACKAGES
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 ROUNDS, BLOCK = 30, 5
@@ -39,7 +46,165 @@ SD_TOPOLOGY_34M = UNetConfig(
     context_dim=256, model_channels=64, num_head_channels=32, use_linear_in_transformer=True
 )  # a fifth of SD2's width
 CASES = {"tiny": (preset("tiny").unet, 8), "sd-34M": (SD_TOPOLOGY_34M, 16)}  # (config, latent height and width)
-SIDES = ("sd", "sd-fast", "diffusers", "diffusers-compiled")
+# Full size at 256 pixels, which takes minutes and 16 GB: only where the name is selected.
+FULL_SIZE = {"sd2": (preset("sd2").unet, 32), "sd2-vae": (preset("sd2").autoencoder, 32)}
+SIDES = {  # and their bound of the relative error
+    "sd": 1e-5,
+    "sd-fast": 1e-5,
+    "sd-fast-bf16": 0.05,
+    "diffusers": 1e-5,
+    "diffusers-compiled": 1e-5,
+    "openvino": 1e-5,
+    "openvino-bf16": 0.08,
+    "onnxruntime": 1e-5,
+}
+CPU = torch.device("cpu")
+
+
+def optimisations(side: str) -> Optimisations:
+    """How a side runs our network."""
+    if side in ("openvino", "openvino-bf16", "onnxruntime"):
+        backend = "onnxrt" if side == "onnxruntime" else "openvino"
+        half = "bf16" if side.endswith("bf16") else "full"
+        chosen = Optimisations(compile="default", compile_backend=backend, precision=half)
+        return replace(chosen, compile_autoencoder="default", cache_context_kv=True, cache_time_embeddings=True)
+    if side == "sd":
+        return Optimisations()
+    fast = Optimisations.fast(CPU)
+    return replace(fast, precision="bf16" if side.endswith("bf16") else "full", compile_autoencoder=fast.compile)
+
+
+@dataclass(frozen=True)
+class Unet:
+    """One UNet call with guidance's batch of 2."""
+
+    config: UNetConfig
+    size: int
+
+    def network(self) -> UNet:
+        return UNet(self.config)
+
+    def flops(self) -> float:
+        return 2 * flops.total(flops.unet(self.config, self.size, self.size))
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        x = torch.randn(2, 4, self.size, self.size)
+        return x, torch.tensor([501.0, 501.0]), torch.randn(2, 77, self.config.context_dim)
+
+    def ours(self, unet: UNet, chosen: Optimisations, inputs) -> Callable[[], torch.Tensor]:
+        x, t, context = inputs
+        unused = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)
+        call = apply(unet, *unused, CPU, chosen).unet
+        x, context = x.contiguous(memory_format=chosen.memory_format()), context.to(unet.dtype)
+        # Computed once per run and once per prompt.
+        t = unet.time_table(t[:1]) if chosen.cache_time_embeddings else t
+        context = unet.project_context(context) if chosen.cache_context_kv else context
+        return lambda: call(x, t, context)
+
+    def diffusers(self, unet: UNet, inputs, compiled: bool) -> Callable[[], torch.Tensor]:
+        import diffusers
+
+        text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
+        config = replace(preset("sd2"), unet=unet.config, text=text)
+        peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(config)).eval()
+        peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()))
+        x, t, context = inputs
+        if compiled:
+            peer.to(memory_format=torch.channels_last).fuse_qkv_projections()
+            peer, x = torch.compile(peer, fullgraph=True, dynamic=False), x.to(memory_format=torch.channels_last)
+        return lambda: peer(x, t, context, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Decoder(Unet):
+    """One call of the VAE's decoder."""
+
+    def network(self) -> Autoencoder:
+        return Autoencoder(self.config)
+
+    def flops(self) -> float:
+        return flops.total(flops.decoder(self.config, self.size, self.size))
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(1, self.config.latent_channels, self.size, self.size),)
+
+    def ours(self, autoencoder: Autoencoder, chosen: Optimisations, inputs) -> Callable[[], torch.Tensor]:
+        unused = UNet(preset("tiny").unet), TextEncoder(preset("tiny").text)
+        decode = apply(unused[0], autoencoder, unused[1], CPU, chosen).decode
+        z = inputs[0].contiguous(memory_format=chosen.memory_format())
+        return lambda: decode(z)
+
+    def diffusers(self, autoencoder: Autoencoder, inputs, compiled: bool) -> Callable[[], torch.Tensor]:
+        import diffusers
+
+        config = replace(preset("sd2"), autoencoder=self.config)
+        peer = diffusers.AutoencoderKL.from_config(diffusers_folder.autoencoder_config(config)).eval()
+        peer.load_state_dict(layouts.autoencoder_to_diffusers(autoencoder.state_dict()))
+        decode = peer.decode
+        if compiled:
+            peer.to(memory_format=torch.channels_last)
+            decode = torch.compile(decode, fullgraph=True, dynamic=False)
+        return lambda: decode(inputs[0], return_dict=False)[0]
+
+
+TASKS: dict[str, Unet] = {
+    **{name: Unet(*case) for name, case in CASES.items()},
+    "tiny-vae": Decoder(preset("tiny").autoencoder, 8),
+    **{name: (Decoder if name.endswith("vae") else Unet)(*case) for name, case in FULL_SIZE.items()},
+}
+
+
+def missing(side: str) -> str | None:
+    """Why this interpreter cannot run a side, or None."""
+    packages = {"diffusers": ("diffusers",), "openvino": PACKAGES["openvino"], "onnxruntime": PACKAGES["onnxrt"]}
+    absent = [name for name in packages.get(side.split("-")[0], ()) if find_spec(name) is None]
+    if absent:
+        return f"needs {', '.join(absent)}, of the extra `{'peers' if 'diffusers' in absent else 'peers-cpu'}`"
+    if side == "sd-fast-bf16" and not has("packed"):
+        return "this torch has no packed weights"
+    return None
+
+
+def sides_of(name: str) -> list[str]:
+    """The sides that run here; at full size without those that the smaller sizes already order."""
+    small = name not in FULL_SIZE
+    return [side for side in SIDES if missing(side) is None and (small or side not in ("diffusers", "onnxruntime"))]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """CPU and wall seconds of each round of a side."""
+
+    cpu: list[float]
+    wall: list[float]
+
+
+def measure(name: str, threads: int) -> dict[str, Seconds]:
+    """Seconds by side, rounds alternated. Raises AssertionError where an output differs."""
+    task, sides = TASKS[name], sides_of(name)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    network, inputs = task.network().eval().requires_grad_(False), task.inputs()
+    calls = {}
+    with torch.no_grad():
+        reference = task.ours(network, Optimisations(), inputs)()
+        for side in sides:
+            if side.startswith("diffusers"):
+                calls[side] = task.diffusers(network, inputs, side.endswith("compiled"))
+            else:
+                calls[side] = task.ours(copy.deepcopy(network), optimisations(side), inputs)
+            error = ((calls[side]().float() - reference).norm() / reference.norm()).item()
+            assert error <= SIDES[side], f"{side}: different output (relative error {error:.1e})"
+            calls[side]()  # warm-up
+            gc.collect()
+        measured = {side: Seconds([], []) for side in sides}
+        for i in range(ROUNDS):
+            for side in sides if i % 2 == 0 else sides[::-1]:
+                cpu, wall = time.process_time(), time.perf_counter()
+                calls[side]()
+                measured[side].cpu.append(time.process_time() - cpu)
+                measured[side].wall.append(time.perf_counter() - wall)
+    return measured
 
 
 def _blocks(seconds: list[float]) -> list[list[float]]:
@@ -47,80 +212,29 @@ def _blocks(seconds: list[float]) -> list[list[float]]:
     return [seconds[start : start + BLOCK] for start in range(0, len(seconds), BLOCK)]
 
 
-def _diffusers_unet(unet: UNet):
-    diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-    text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
-    config = replace(preset("sd2"), unet=unet.config, text=text)
-    peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(config))
-    peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()))
-    return peer.eval()
+@pytest.fixture(scope="module")
+def alternated():
+    """A function that returns the seconds of a task's sides, measured once."""
+    threads_before, measured = torch.get_num_threads(), {}
 
+    def once(name: str, threads: int) -> dict[str, Seconds]:
+        if (name, threads) not in measured:
+            measured[name, threads] = measure(name, threads)
+        torch.set_num_threads(threads)
+        return measured[name, threads]
 
-def _calls(unet: UNet, x, t, context) -> dict:
-    """One UNet call of each side, with its own copy of the weights."""
-    peer = _diffusers_unet(unet)
-    compiled = copy.deepcopy(peer).to(memory_format=torch.channels_last)
-    compiled.fuse_qkv_projections()
-    compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
-    optimisations = Optimisations.fast("cpu")
-    fast = copy.deepcopy(unet)
-    unused = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)
-    call = apply(fast, *unused, torch.device("cpu"), optimisations).unet
-    nhwc = x.contiguous(memory_format=optimisations.memory_format())
-    # `fast` computes the first once per run and the second once per prompt.
-    row, contexts = fast.time_table(t[:1]), fast.project_context(context)
-    return {
-        "sd": lambda: unet(x, t, context),
-        "sd-fast": lambda: call(nhwc, row, contexts),
-        "diffusers": lambda: peer(x, t, context, return_dict=False)[0],
-        "diffusers-compiled": lambda: compiled(nhwc, t, context, return_dict=False)[0],
-    }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Limit torch to one CPU thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    yield once
+    torch.set_num_threads(threads_before)
 
 
 @pytest.fixture(scope="module")
 def peak_flops_per_second():
-    """FLOP/s of one thread in a large matrix product by the same clock: the upper bound of every call."""
-    return matmul_flops_per_second(torch.device("cpu"), torch.float32, time.thread_time)
-
-
-@pytest.fixture(scope="module")
-def alternated():
-    """A function that returns the CPU seconds of UNet calls with batch 2 (guidance) by side, measured in turns."""
-    measured = {}
-
-    def measure(case: str) -> dict[str, list[float]]:
-        if case in measured:
-            return measured[case]
-        config, size = CASES[case]
-        torch.manual_seed(0)
-        unet = UNet(config).eval().requires_grad_(False)
-        x, t = torch.randn(2, 4, size, size), torch.tensor([501.0, 501.0])
-        context = torch.randn(2, 77, config.context_dim)
-        with torch.no_grad():
-            calls = _calls(unet, x, t, context)
-            reference = calls["sd"]()
-            for side, call in calls.items():
-                error = (call() - reference).norm() / reference.norm()
-                assert error <= 1e-5, f"{side}: different output (relative error {error:.1e})"
-                call()  # warm-up
-            measured[case] = {side: [] for side in SIDES}
-            for i in range(ROUNDS):
-                for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-                    begin = time.thread_time()
-                    calls[side]()
-                    measured[case][side].append(time.thread_time() - begin)
-        return measured[case]
-
-    return measure
+    """FLOP/s of one thread in a large matrix product by dtype, by CPU time: the upper bound of every call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates = {dtype: matmul_flops_per_second(CPU, dtype, time.process_time) for dtype in (torch.float32, torch.bfloat16)}
+    torch.set_num_threads(threads)
+    return rates
 
 
 clock = ReplayClock()
@@ -128,20 +242,26 @@ clock = ReplayClock()
 
 @pytest.mark.skipif(not has("compile"), reason="both sides need SDPA and torch.compile")
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("threads", [1, 2], ids="threads{}".format)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.benchmark(timer=clock)
-def test_unet_forward(benchmark, alternated, peak_flops_per_second, case, side):
-    """CPU seconds of a UNet call; the saved run adds `ratio_to_...` with its 95 % interval and the fraction of peak FLOP/s."""
-    if benchmark.disabled and case != "tiny":
+def test_call(benchmark, alternated, peak_flops_per_second, request, task, threads, side):
+    """CPU seconds of a call; the saved run adds wall seconds, ratios to the peers with their 95 % intervals, and the
+    fraction of peak FLOP/s of that dtype."""
+    if task in FULL_SIZE and "sd2" not in request.config.option.keyword:
+        pytest.skip("full size: select it by -k sd2")
+    if benchmark.disabled and (task != "tiny" or threads > 1):
         pytest.skip("compiles for minutes; without timing the tiny case covers the same code")
-    benchmark.group = f"UNet forward, {case}, one thread, CPU time"
-    seconds = alternated(case)
-    clock.load(seconds[side])
+    if side not in sides_of(task):
+        pytest.skip(missing(side) or "not measured at full size")
+    benchmark.group = f"{task}, {threads} thread{'s' * (threads > 1)}, CPU time"
+    seconds = alternated(task, threads)
+    clock.load(seconds[side].cpu)
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
-    config, size = CASES[case]
-    benchmark.extra_info["flops_fraction"] = (
-        2 * flops.total(flops.unet(config, size, size)) / statistics.median(seconds[side]) / peak_flops_per_second
-    )
-    for peer in ("diffusers", "diffusers-compiled"):
-        ratio = paired_ratio(_blocks(seconds[side]), _blocks(seconds[peer]))
-        benchmark.extra_info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]
+    info, median = benchmark.extra_info, statistics.median(seconds[side].cpu)
+    info["wall_seconds"] = statistics.median(seconds[side].wall)
+    peak = peak_flops_per_second[torch.bfloat16 if side.endswith("bf16") else torch.float32]
+    info["flops_fraction"] = TASKS[task].flops() / median / peak
+    for peer in seconds:
+        ratio = paired_ratio(_blocks(seconds[side].cpu), _blocks(seconds[peer].cpu))
+        info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]

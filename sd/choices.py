@@ -38,7 +38,9 @@ RNGS = ("per-image", "original")
 
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE_SCOPES = ("unet", "blocks", "step")
-COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")  # the last two generate no code, for debugging
+RUNTIMES = ("openvino", "onnxrt")  # sd.optimise.runtimes
+COMPILE_BACKENDS = ("inductor", *RUNTIMES, "tensorrt", "cudagraphs", "aot_eager", "eager")
+DEBUGGING_BACKENDS = ("aot_eager", "eager")  # generate no code
 INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
     "conv_1x1_as_mm",
     "coordinate_descent_tuning",

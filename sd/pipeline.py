@@ -16,7 +16,7 @@ from sd.checkpoint.embedding import read_embedding, require_new_token
 from sd.checkpoint.layouts import UNET, State, native_to_original, with_prefix
 from sd.checkpoint.load import factories, load, materialise, read
 from sd.checkpoint.lora import Merged, read_lora, targets
-from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
+from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS, RUNTIMES
 from sd.config.presets import ModelConfig, preset
 from sd.errors import BadImage, CheckpointError, ConfigError
 from sd.features import has
@@ -258,8 +258,11 @@ class StableDiffusion:
 
     def _require_weights_in_use(self, caller: str) -> None:
         chosen = self.optimisations
-        if chosen.aot is not None or "freezing" in chosen.inductor or chosen.quantisation != "none":
-            raise ConfigError(f"{caller}: aot, freezing and quantisation keep the old weights; load before optimise()")
+        constants = chosen.aot is not None or "freezing" in chosen.inductor or chosen.compile_backend in RUNTIMES
+        if constants or chosen.quantisation != "none":
+            raise ConfigError(
+                f"{caller}: aot, freezing, quantisation and other runtimes keep the old weights; load before optimise()"
+            )
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA file into the weights, on top of those already merged.

@@ -27,6 +27,7 @@ CHOICES = {
     "sdpa_kernels": choices.SDPA_KERNELS,
     "compile": choices.COMPILE_MODES,
     "compile_scope": choices.COMPILE_SCOPES,
+    "compile_backend": tuple(x for x in choices.COMPILE_BACKENDS if x not in choices.DEBUGGING_BACKENDS),
     "precision": choices.PRECISIONS,
     "sampler": choices.SAMPLERS,
     "timestep_spacing": choices.TIMESTEP_SPACINGS,
@@ -78,6 +79,7 @@ class Configuration:
     seed: int = 1
     timestep_spacing: str | None = None
     sigmas: str = "schedule"
+    compile_backend: str = "inductor"
 
     def __post_init__(self) -> None:
         if self.own:
@@ -107,7 +109,7 @@ class Configuration:
         else:
             canonical["checkpointing"] = False
         if canonical.get("compile", self.compile) == "none":
-            canonical["compile_scope"] = "unet"
+            canonical.update(compile_scope="unet", compile_backend="inductor")
         for name, value in canonical.items():
             object.__setattr__(self, name, value)
 
@@ -246,6 +248,8 @@ def technique(values: Mapping[str, Any]) -> list[str]:
         parts.append("compile" if values["compile"] == "default" else f"compile-{values['compile']}")
         if values["compile_scope"] != "unet":
             parts.append(values["compile_scope"])
+        if values.get("compile_backend", "inductor") != "inductor":  # older files have no such key
+            parts.append(values["compile_backend"])
     if values["precision"] != usual_precision(values["model"]):
         parts.append(values["precision"])
     return parts

@@ -78,6 +78,17 @@ TRAINING: list[dict[str, Any]] = [
     {"engine": "diffusers"},
     {"engine": "diffusers", "compile": "default"},
 ]
+# What a user of a CPU would pick instead; whole images of the embedded model, on which alone it takes minutes.
+PEERS_CPU: list[dict[str, Any]] = [
+    {"optimise": "none"},
+    {"optimise": "fast"},
+    {"optimise": "fast,bf16"},
+    {"compile": "default", "compile_backend": "openvino"},
+    {"compile": "default", "compile_backend": "openvino", "precision": "bf16"},
+    {"compile": "default", "compile_backend": "onnxrt"},
+    {"engine": "diffusers"},
+    {"engine": "diffusers", "compile": "default"},
+]
 INPAINTING: list[dict[str, Any]] = [
     {"attention": "original"},
     {"attention": "sdpa"},
@@ -119,6 +130,7 @@ SETS: dict[str, list[Configuration]] = {
             {"engine": "diffusers", "attention": "sdpa", "precision": "bf16", "compile": "max-autotune"},
         ],
     ),
+    "peers_cpu": [replace(usual("tiny"), sampler="ddim", steps=20, **choice) for choice in PEERS_CPU],
     "ladder": _variants("sd2", LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
     "scopes": _variants("sd2", SCOPES),
@@ -161,6 +173,7 @@ SUMMARIES = {
     "published_sd1": "the companion article's two on SD1, batch 2",
     "sd1_compile": "compile on SD1, the article's first exercise",
     "peers": "diffusers' SD1 with xFormers and PyTorch's attention compared with ours, its second",
+    "peers_cpu": "OpenVINO, ONNX Runtime and diffusers beside ours on a CPU, with the embedded model",
     "ladder": "one optimisation at a time on SD2",
     "compile_modes": "every mode of torch.compile",
     "scopes": "compile the blocks, the UNet, the step or the whole loop",

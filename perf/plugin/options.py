@@ -105,6 +105,7 @@ MATRIX = (
     ("--sdpa-kernels", "sdpa_kernels", _kernels, "SDPA kernels of mha and sdpa, several with commas: math,flash"),
     ("--compile", "compile", _choice("compile"), "mode of torch.compile"),
     ("--compile-scope", "compile_scope", _choice("compile_scope"), "the part that is compiled as one graph"),
+    ("--compile-backend", "compile_backend", _choice("compile_backend"), "the compiler or runtime behind --compile"),
     ("--precision", "precision", _choice("precision"), "precision"),
     ("--optimise", "optimise", _text, "a preset (fast, original, none) or techniques, comma-separated, as in txt2img"),
     ("--lora-rank", "lora_rank", _rank, "rank of a LoRA with random factors merged into the weights, 0 for none"),

@@ -180,11 +180,9 @@ def _eager(members: Sequence[Result], compiled: Result) -> Result | None:
     """The same configuration without compilation."""
     if compiled.compile == "none":
         return None
-    eager = dict(compiled.benchmark.configuration, compile="none", compile_scope="unet", id=None)
-    return next(
-        (result for result in members if dict(result.benchmark.configuration, compile_scope="unet", id=None) == eager),
-        None,
-    )
+    plain = {"compile_scope": "unet", "compile_backend": "inductor", "id": None}
+    eager = dict(compiled.benchmark.configuration, compile="none", **plain)
+    return next((result for result in members if dict(result.benchmark.configuration, **plain) == eager), None)
 
 
 def break_even(result: Result) -> str:

@@ -15,6 +15,7 @@ OPTIONS = {
     "sdpa_kernels": "--sdpa-kernels",
     "compile": "--compile",
     "compile_scope": "--compile-scope",
+    "compile_backend": "--compile-backend",
     "precision": "--precision",
     "optimise": "--optimise",
     "lora_rank": "--lora-rank",

@@ -281,6 +281,7 @@ def _result(session: SavedSession, benchmark: SavedBenchmark, info) -> Result:
         "checkpointing": bool(configuration["checkpointing"].value),
         "compile": option("compile", "none"),
         "compile_scope": option("compile_scope", "unet"),
+        "compile_backend": option("compile_backend", "inductor"),
         "precision": option("precision", usual_precision(model)),
     }
     scale = configuration["scale"].optional_number(0, 1e6)

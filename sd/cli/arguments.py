@@ -24,6 +24,7 @@ from sd.choices import ATTENTION as IMPLEMENTATIONS
 from sd.choices import (
     ATTENTION_PRECISIONS,
     ATTENTION_WITH_KERNELS,
+    COMPILE_BACKENDS,
     COMPILE_MODES,
     OPTIMISE_PRESETS,
     PRECISIONS,
@@ -204,6 +205,12 @@ def _add_execution(add: Callable[..., object]) -> None:
         choices=COMPILE_MODES,
         metavar="MODE",
         help=f"torch.compile the UNet in a mode of {', '.join(COMPILE_MODES)} (without MODE: default)",
+    )
+    add(
+        "--compile-backend",
+        choices=COMPILE_BACKENDS,
+        metavar="BACKEND",
+        help=f"compile the UNet by {', '.join(COMPILE_BACKENDS)} (default: inductor)",
     )
     add(
         "--compile-cache",
@@ -441,6 +448,10 @@ def choose_optimisations(
         changes["precision"] = single("--precision", args.precision, None)
     if args.compile or args.aot:
         changes["compile"] = args.compile or "none"
+    if args.compile_backend:
+        changes["compile_backend"] = args.compile_backend
+        if not args.compile and not base.compilers():
+            changes["compile"] = "default"
     if args.aot:
         changes["aot"] = args.aot
     if args.enable_tf32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.cuda_graphs import cloned
+from sd.optimise.runtimes import Runtime, require_runtime
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser, predict_noise
 from sd.sampling.plan import HISTORY_LENGTH, Plan
@@ -62,7 +64,14 @@ class Compiler:
 
     def require(self, device: torch.device) -> None:
         """Raise Unavailable for features that this torch, or on a CPU this machine, lacks."""
+        if self.backend in choices.RUNTIMES:
+            require_runtime(self.backend, device)
+            return
         require("compile", f"compile mode {self.mode}")
+        if self.backend in ("tensorrt", "cudagraphs") and device.type != "cuda":
+            raise Unavailable(f"compile backend {self.backend}: needs an NVIDIA GPU, and the device is {device}")
+        if self.backend == "tensorrt" and importlib.util.find_spec("torch_tensorrt") is None:
+            raise Unavailable("compile backend tensorrt: needs the package torch_tensorrt: pip install torch-tensorrt")
         if self.backend == "inductor" and device.type == "cpu":
             require_cpp_compiler(f"compile mode {self.mode}")
         if self.inductor:
@@ -78,6 +87,10 @@ class Compiler:
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `function` as one graph for each set of argument shapes; a graph break is an error."""
+        if self.backend in choices.RUNTIMES:
+            return Runtime(function, self.backend)
+        if self.backend == "tensorrt":
+            import torch_tensorrt  # noqa: F401  registers the backend
         arguments: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": self.backend}
         if has("recompile_limit"):
             arguments["recompile_limit"] = MAX_GRAPHS

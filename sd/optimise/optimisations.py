@@ -19,6 +19,7 @@ from sd.choices import (
     CUDA_GRAPHS,
     PRECISIONS,
     QUANTISATIONS,
+    RUNTIMES,
     SDPA_KERNELS,
     cpp_compiler,
 )
@@ -57,7 +58,8 @@ class Optimisations:
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
     `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder), compile_text_encoder: their
-    modes. compile_backend: `inductor`, or `aot_eager` and `eager` for debugging. inductor: names of
+    modes. compile_backend: `inductor`; `openvino` and `onnxrt`, which run the networks on a CPU (sd.optimise.runtimes);
+    `tensorrt` and `cudagraphs` of a GPU; or `aot_eager` and `eager` for debugging. inductor: names of
     sd.optimise.compile.INDUCTOR_OPTIONS. aot: a .pt2 file of the UNet compiled ahead of time, written at the first call if
     absent (sd.optimise.aot). cuda_graph: `unet` records each UNet call, `loop` the whole sampling loop.
 
@@ -115,6 +117,18 @@ class Optimisations:
         quantised = self.quantisation != "none"
         if self.inductor and self.compile_backend != "inductor":
             yield f"inductor options {list(self.inductor)}: compile backend {self.compile_backend} has none"
+        backend = f"compile backend {self.compile_backend}"
+        if self.compile_backend != "inductor" and not self.compilers():
+            yield f"{backend}: nothing is compiled; choose a compile mode"
+        if self.compile_backend != "inductor" and any(x.mode != "default" for x in self.compilers().values()):
+            yield f"{backend}: the other modes are those of inductor; choose compile mode default"
+        if self.compile_backend in RUNTIMES:
+            if self.compile_scope != "unet" or self.compile_text_encoder != "none":
+                yield f"{backend}: runs the UNet and the decoder; choose compile_scope unet and no compile_text_encoder"
+            if self.packed or quantised or self.precision == "autocast" or self.feature_caching > 1:
+                yield f"{backend}: with packed, quantisation, autocast or feature_caching is not offered"
+            if self.compile_backend == "onnxrt" and self.precision != "full":
+                yield f"{backend}: has no convolutions in half precision on a CPU; choose precision full"
         if self.inductor and not self.compilers():
             yield f"inductor {list(self.inductor)}: nothing is compiled; choose a compile mode"
         if self.attention == "mha":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS
+from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS, RUNTIMES
 from sd.errors import ConfigError
 from sd.optimise.compile import CUDA_GRAPH_MODES
 from sd.optimise.optimisations import Optimisations
@@ -83,6 +83,10 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:
         resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
+    if fields.get("compile_backend", "inductor") in RUNTIMES:
+        resets.update(packed=False)
+        if fields["compile_backend"] == "onnxrt":
+            resets.update(precision="full")
     records_graphs = fields.get("compile") in CUDA_GRAPH_MODES
     if records_graphs or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
         resets.update(cuda_graph="none")

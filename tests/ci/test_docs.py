@@ -269,5 +269,5 @@ def test_extras_match_the_documents():
     text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("## Extras")[2].partition("## ")[0]
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(project["optional-dependencies"])
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == set(project["optional-dependencies"])
     assert "version" not in project and project["dynamic"] == ["version"]

@@ -86,13 +86,14 @@ def test_every_field_but_those_of_the_input_is_in_the_id():
         "sigmas": "karras",
         "scale": 1.0,
     }
-    # The last two are there when something is compiled, and in the workload train.
-    silent = {"prompt", "seed", "config", "compile_scope", "checkpointing"}
+    # The last three are there when something is compiled, and in the workload train.
+    silent = {"prompt", "seed", "config", "compile_scope", "compile_backend", "checkpointing"}
     assert {field.name for field in fields(Configuration)} == set(other) | silent
     ids = [Configuration().id, *(replace(Configuration(), **{name: value}).id for name, value in other.items())]
     assert len(set(ids)) == len(ids)
     compiled = Configuration(compile="default")
     assert replace(compiled, compile_scope="step").id != compiled.id
+    assert replace(compiled, compile_backend="openvino").id == "tiny-sdpa-compile-openvino-b1"
 
 
 def test_ids_differ_within_and_between_sets():
@@ -107,7 +108,7 @@ def test_equivalent_configurations_are_equal():
     assert Configuration(sdpa_kernels=("flash", "math")) == Configuration(sdpa_kernels=("math", "flash", "math"))
     assert Configuration(sdpa_kernels=kernels[::-1]) == Configuration()
     assert Configuration(attention="original", sdpa_kernels=("math",)) == Configuration(attention="original")
-    assert Configuration(compile_scope="step") == Configuration()
+    assert Configuration(compile_scope="step", compile_backend="openvino") == Configuration()
     assert hash(Configuration(sdpa_kernels=kernels)) == hash(Configuration())
     with pytest.raises(FrozenInstanceError):
         Configuration().batch = 2

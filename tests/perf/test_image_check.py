@@ -217,7 +217,7 @@ MATTERS = {
 DOES_NOT = {
     "engine": "diffusers", "attention": "mha", "sdpa_kernels": ("math",), "compile": "default", "compile_scope": "blocks",
     "precision": "bf16", "optimise": "fast", "batch": 4, "interpreter": "torch112",
-    "checkpointing": True,
+    "checkpointing": True, "compile_backend": "openvino",
 }  # fmt: skip
 BY_HASH = {"checkpoint": "elsewhere/model.ckpt", "config": "other.yaml"}  # their content is in the weights' hash
 IS_THE_SEED = {"seed"}  # of the configuration: replaced by the image's own
@@ -235,7 +235,8 @@ def test_every_field_is_accounted_for():
 def test_reference_name_depends_on_pixel_inputs_only(field):
     """50 random configurations per field, each changed in that field only."""
     changes = {**MATTERS, **DOES_NOT}
-    needed = {"compile_scope": {"compile": "default"}, "sdpa_kernels": {"attention": "mha"}}
+    compiled = {"compile": "default"}
+    needed = {"compile_scope": compiled, "compile_backend": compiled, "sdpa_kernels": {"attention": "mha"}}
     for seed in range(50):
         draw = random.Random(seed)
         others = [one for one in changes if one != field and draw.random() < 0.5]

@@ -34,6 +34,8 @@ def optimisations(configuration: Any, device: str) -> Optimisations:
         chosen["compile"] = configuration.compile
     if configuration.compile_scope != "unet":
         chosen["compile_scope"] = configuration.compile_scope
+    if configuration.compile_backend != "inductor":
+        chosen["compile_backend"] = configuration.compile_backend
     if names:
         named, plain = parse_techniques(names, device, configuration.model), Optimisations()
         values = {field.name: getattr(named, field.name) for field in fields(named)}

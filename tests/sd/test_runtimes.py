@@ -1,0 +1,105 @@
+"""OpenVINO and ONNX Runtime as compile backends: the same images, refused by name where they cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from models import relative_error, smallest
+
+from sd import Optimisations
+from sd.choices import RUNTIMES
+from sd.cli import arguments
+from sd.errors import ConfigError, Unavailable
+from sd.optimise import runtimes
+from sd.optimise.apply import require_available
+from sd.optimise.presets import parse
+from sd.txt2img import parser
+
+CPU = torch.device("cpu")
+
+
+def _run(model, **options):
+    return model.txt2img("a red star", **{"steps": 2, "seed": 1, **options})
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["openvino", pytest.param("onnxrt", marks=pytest.mark.slow)])
+def test_same_images(name):
+    for package in runtimes.PACKAGES[name]:
+        pytest.importorskip(package)
+    model = smallest()
+    expected = _run(model), _run(model, scale=1.0)
+    chosen = parse("none", CPU, {"compile": "default", "compile_backend": name, "compile_autoencoder": "default"})
+    model.optimise(chosen)
+    assert relative_error(_run(model).latents, expected[0].latents) <= 1e-5
+    images = _run(model).images.int()
+    assert (images - expected[0].images.int()).abs().max() <= 1
+    converted = vars(model.unet)["denoise"].converted
+    assert len(converted) == 1
+    assert relative_error(_run(model, scale=1.0).latents, expected[1].latents) <= 1e-5  # another batch of the UNet
+    assert len(converted) == 2
+    with pytest.raises(ConfigError, match="other runtimes keep the old weights"):
+        model.load_state_dict(model.state_dict())
+    model.optimise(Optimisations())
+    assert torch.equal(_run(model).latents, expected[0].latents)
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_bf16_of_openvino():
+    pytest.importorskip("openvino")
+    model = smallest()
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    with torch.no_grad():
+        expected = model.unet(x, torch.full((2,), 501.0), context)
+        model.optimise(Optimisations(precision="bf16", compile="default", compile_backend="openvino"))
+        out = model.unet(x, torch.full((2,), 501.0), context.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert 1e-4 < relative_error(out.float(), expected) <= 0.05
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_refused_by_name(name, monkeypatch):
+    chosen = Optimisations(compile="default", compile_backend=name)
+    with pytest.raises(Unavailable, match=f"{name}: runs on a CPU here"):
+        require_available(chosen, torch.device("cuda"))
+    monkeypatch.setattr(runtimes, "PACKAGES", {name: ("no_such_package",)})
+    with pytest.raises(Unavailable, match=f"{name}: needs no_such_package, of the extra `peers-cpu`"):
+        require_available(chosen, CPU)
+    for fields in ({"compile_scope": "blocks"}, {"precision": "autocast"}, {"feature_caching": 2}):
+        with pytest.raises(ConfigError, match=f"compile backend {name}"):
+            replace(chosen, **fields)
+    with pytest.raises(ConfigError, match="choose compile mode default"):
+        Optimisations(compile="max-autotune", compile_backend=name)
+    with pytest.raises(ConfigError, match="nothing is compiled"):
+        Optimisations(compile_backend=name)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "cudagraphs"])
+def test_backends_of_a_gpu_are_refused_on_a_cpu(name):
+    chosen = Optimisations(compile="default", compile_backend=name)
+    with pytest.raises(Unavailable, match=f"compile backend {name}: needs an NVIDIA GPU|torch.compile"):
+        require_available(chosen, CPU)
+
+
+@pytest.mark.skipif(find_spec("torch_tensorrt") is not None, reason="torch_tensorrt is installed")
+def test_tensorrt_without_its_package_is_refused():
+    with pytest.raises(Unavailable, match=r"pip install torch-tensorrt|torch\.compile"):
+        require_available(Optimisations(compile="default", compile_backend="tensorrt"), torch.device("cuda"))
+
+
+def test_half_precision_of_onnxruntime_is_refused():
+    with pytest.raises(ConfigError, match="no convolutions in half precision"):
+        Optimisations(compile="default", compile_backend="onnxrt", precision="bf16")
+    assert parse("fast", CPU, {"compile": "default", "compile_backend": "onnxrt"}).precision == "full"
+
+
+def test_the_option_implies_compilation(monkeypatch):
+    monkeypatch.setattr(runtimes, "PACKAGES", dict.fromkeys(RUNTIMES, ()))
+    chosen = arguments.setup(
+        parser().parse_args(["--device", "cpu", "--compile-backend", "openvino"]), {}
+    ).optimisations
+    assert (chosen.compile, chosen.compile_backend) == ("default", "openvino")
