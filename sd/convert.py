@@ -14,7 +14,7 @@ from pathlib import Path
 from sd import __version__
 from sd.choices import EMBEDDED_WEIGHTS, SAMPLERS
 from sd.cli.startup import add_parts, exit_on_interrupt
-from sd.errors import ConfigError, SDError, checkpoint_warnings_as_lines, printable
+from sd.errors import ConfigError, SDError, checkpoint_warnings_as_lines, listed, printable
 
 LAYOUTS = ("original", "native-mha", "diffusers", "safetensors")
 
@@ -213,8 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{options.output}: cannot be written ({error.strerror or error})", file=sys.stderr)
         return 2
     if dropped:
-        shown = ", ".join(dropped[:10]) + (f" and {len(dropped) - 10} more" if len(dropped) > 10 else "")
-        print(f"left out, which this layout cannot hold: {printable(shown)}", file=sys.stderr)
+        print(f"left out, which this layout cannot hold: {printable(listed(dropped))}", file=sys.stderr)
     print("\n  ".join([options.output, *map(printable, written)]))
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -43,6 +43,11 @@ class CheckpointWarning(SDWarning):
 def printable(text: str) -> str:
     """Escape unprintable characters, so that names from an untrusted file cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """The first names, separated by commas, and the number of the others."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from sd.checkpoint import layouts
 from sd.checkpoint.detect import Prediction, config_with, recorded_prediction
 from sd.checkpoint.diffusers_reader import SCHEDULER, parameterization, recorded_scheduler
 from sd.checkpoint.file_formats import index, itemsize
-from sd.checkpoint.load import LISTED, read_checkpoint
+from sd.checkpoint.load import read_checkpoint
 from sd.checkpoint.spellings import prefixes
 from sd.config.presets import ModelConfig
+from sd.errors import listed
 
 NETWORKS = ("unet", "autoencoder", "text_encoder")
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -66,8 +67,7 @@ def summary(path: str | Path) -> list[str]:
         lines.append(f"averaged weights (model_ema): {len(ema)} tensors, not used")
     own = ("model_ema.", *(prefix for network in NETWORKS for prefix in prefixes(network)))
     if extra := [*(name for name in state if not name.startswith(own)), *checkpoint.others]:
-        more = f" and {len(extra) - LISTED} more" if len(extra) > LISTED else ""
-        lines.append(f"other entries: {', '.join(extra[:LISTED])}{more}")
+        lines.append(f"other entries: {listed(extra)}")
     return lines
 
 

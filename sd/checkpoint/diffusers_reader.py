@@ -17,7 +17,7 @@ from sd.checkpoint import layouts
 from sd.checkpoint.diffusers_folder import SCHEDULERS, WEIGHT_FILES
 from sd.checkpoint.file_formats import FileIndex, index, read_tensors
 from sd.config.presets import ModelConfig, Parameterization, TextKind
-from sd.errors import CheckpointError
+from sd.errors import CheckpointError, listed
 from sd.sampling.samplers import SAMPLERS
 
 Reader = Callable[[FileIndex, Iterable[str], "bool | None"], layouts.State]
@@ -110,7 +110,7 @@ def _instead(folder: Path, network: str) -> str | None:
     if other:
         return f"give weights of PyTorch, since {network}/{other[0]} is of another framework"
     files = sorted(path.name for path in folder.glob("*") if path.suffix in (".ckpt", ".safetensors"))
-    return f"give one of its files: {', '.join(files[:5])}" if files else None
+    return f"give one of its files: {listed(files)}" if files else None
 
 
 def read_folder(

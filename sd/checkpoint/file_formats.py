@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sd.checkpoint.pickle_reader import MAX_PICKLE_BYTES, PickledTensor, Storage, unpickle
-from sd.errors import CheckpointError, printable
+from sd.errors import CheckpointError, listed, printable
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
 READ_BYTES = 16 << 20  # per call, between updates of the progress bar
@@ -318,7 +318,7 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
     nested = [str(name)[:40] for name, value in state.items() if not tensors and _has_tensors(value)]
     _check(
         not nested,
-        f"has its tensors in the entries {', '.join(nested[:5])}, as trainers and extensions of models save them: "
+        f"has its tensors in the entries {listed(nested)}, as trainers and extensions of models save them: "
         f"save the entry of a whole model as a file, or give such a file",
     )
     others = tuple(

@@ -43,7 +43,7 @@ from sd.checkpoint.diffusers_reader import (
 from sd.checkpoint.file_formats import FileIndex, index, read_tensors, require_path, shapes_of
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS, ZERO_SNR_MARKERS, original_names, prefixes
 from sd.config.presets import ModelConfig
-from sd.errors import CheckpointError, CheckpointWarning
+from sd.errors import CheckpointError, CheckpointWarning, listed
 from sd.features import has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
@@ -52,7 +52,6 @@ from sd.sampling.schedule import Schedule
 
 _OPENCLIP_H_LAYERS = 24  # of which 23 run; files with transformers' names show neither projection nor scale
 _SCHEDULE = "alphas_cumprod"  # stored in the released files
-LISTED = 10  # names in a message, before "and N more"
 
 _SCHEDULE_BUFFERS = (
     "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
@@ -188,10 +187,6 @@ def read(path: str | Path, progress: bool | None = None) -> dict[str, Tensor]:
     return read_folder(path, progress) if path.is_dir() else read_tensors(index(path), None, progress)
 
 
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
 # --- networks
 
 
@@ -313,11 +308,11 @@ def _validate(
                 unknown.append(full)
             del state[name]
     if unknown and ignore_unknown_keys:
-        _warn(f"{path}: --ignore-unknown-keys leaves out {len(unknown)} of its weights: {_list(unknown)}")
+        _warn(f"{path}: --ignore-unknown-keys leaves out {len(unknown)} of its weights: {listed(unknown)}")
         unknown = []
     faults = {"missing": missing, "of a wrong shape": shapes, "not floating point": dtypes, "unknown": unknown}
     if any(faults.values()):
-        summary = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
+        summary = "; ".join(f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names)
         only_unknown = (
             ", or leave them out with --ignore-unknown-keys" if list(filter(None, faults.values())) == [unknown] else ""
         )
@@ -425,7 +420,7 @@ def _report_unused(
         state.pop(name, None)
     extra = [name for name in state if not name.startswith(used) and not _IGNORABLE.match(name)]
     if extra:
-        _warn(f"{path}: {len(extra)} entries are of none of its networks and are not used: {_list(extra)}")
+        _warn(f"{path}: {len(extra)} entries are of none of its networks and are not used: {listed(extra)}")
     alphas = state.pop(_SCHEDULE, None)
     if alphas is not None and not alphas.is_meta and _differs(alphas, config):
         _warn(f"{path}: its {_SCHEDULE} is of another noise schedule than that of {config.name}, and is not used")

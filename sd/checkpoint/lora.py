@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sd.checkpoint import layouts
 from sd.checkpoint.file_formats import FileIndex, index, read_tensors
-from sd.errors import CheckpointError
+from sd.errors import CheckpointError, listed
 
 _PARTS = {  # end of the key: part of the update
     ".lora_down.weight": "down",
@@ -58,7 +58,6 @@ _OTHER_KINDS = {  # part of a key: the method that it belongs to
     ".diff": "full difference of weights",
 }
 _NETWORKS = {"lora_unet_": "unet_", "unet_": "unet_", "lora_te_": "text_encoder_", "text_encoder_": "text_encoder_"}
-_LISTED = 20  # names in a message
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def read_lora(path: str | Path, state: layouts.State) -> Updates:
             raise CheckpointError(f"{path}: is a {kind} file ({name}); only plain LoRA is supported: use one of those")
     lacking_tensor = [name for name in file_index.others if name.endswith(".alpha")]
     if lacking_tensor:
-        raise CheckpointError(f"{path}: {_list(lacking_tensor)} is no tensor; save it again as .safetensors")
+        raise CheckpointError(f"{path}: {listed(lacking_tensor)} is no tensor; save it again as .safetensors")
     weights, names = targets(state), _flat_names(state)
     parts: dict[str, dict[str, Tensor]] = {}
     unmatched = []
@@ -125,15 +124,10 @@ def read_lora(path: str | Path, state: layouts.State) -> Updates:
     if unmatched:
         raise CheckpointError(
             f"{path}: {len(unmatched)} of {len(file_index.tensors)} keys match no weight of this model: "
-            f"{_list(unmatched)}; use a LoRA of Stable Diffusion 1 or 2"
+            f"{listed(unmatched)}; use a LoRA of Stable Diffusion 1 or 2"
         )
     alphas = _metadata_alphas(path, file_index)
     return {name: _update(path, name, found, weights[name], alphas) for name, found in parts.items()}
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _flatten(module: str) -> str:

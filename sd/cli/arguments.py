@@ -37,7 +37,7 @@ from sd.choices import (
 from sd.cli.startup import add_parts
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
-from sd.errors import ConfigError, SDWarning, Unavailable
+from sd.errors import ConfigError, SDWarning, Unavailable, listed
 from sd.images import require_size
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import Optimisations
@@ -549,8 +549,9 @@ def prompt_batches(args: Namespace, default: str) -> list[list[str]]:
         raise ConfigError(f"--from-file {args.from_file}: is empty; write one prompt per line")
     blank = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]
     if blank:
-        shown = ", ".join(blank[:10]) + (f" and {len(blank) - 10} more" if len(blank) > 10 else "")
-        warnings.warn(f"--from-file {args.from_file}: blank lines are skipped: {shown}", SDWarning, stacklevel=2)
+        warnings.warn(
+            f"--from-file {args.from_file}: blank lines are skipped: {listed(blank)}", SDWarning, stacklevel=2
+        )
     prompts = [prompt for prompt in prompts for _ in range(args.repeat)]
     return [prompts[i : i + args.n_samples] for i in range(0, len(prompts), args.n_samples)]
 

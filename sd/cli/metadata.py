@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,9 @@ REPEATED = (
 )
 HARMLESS = ("Model hash", "Version", "Hashes")
 PARAMETER = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # `name: value, `; a value may be JSON
-WEIGHTS = re.compile(r"\([^()]*:\s*[\d.]+\)|<lora:|\bBREAK\b")  # syntax of A1111's prompts
+# Syntax of A1111's prompts: weights, networks and chunks that no other reader means; and emphasis and alternatives.
+SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\)|<\w+:[^<>]*>|\bBREAK\b")
+ANY_SYNTAX = re.compile(rf"{SYNTAX.pattern}|(?<!\\)(?:\([^()]*\)|\[[^][]*\])|\bAND\b")
 
 
 def a1111_parameters(text: Mapping[str, object]) -> str:
@@ -219,7 +221,8 @@ def _read_a1111(parameters: str) -> Recorded:
     notes = [f"{key}: {value}" for key, value in values.items() if key not in REPEATED + HARMLESS]
     if values.get("RNG") != "CPU":
         notes.append(f"noise of the generator {values.get('RNG', 'GPU')}")
-    notes += [f"{match[0]} in the prompt" for match in WEIGHTS.finditer(prompt + negative)]
+    if not values.get("Version", "").startswith("sd-perf"):
+        notes += [f"{match[0]} in the prompt" for match in ANY_SYNTAX.finditer(prompt + negative)]
     checkpoint = None if values.get("Model") == "tiny" else values.get("Model", "unknown")
     return Recorded({flag: value for flag, value in chosen.items() if value is not None}, checkpoint, notes=notes)
 
@@ -291,6 +294,12 @@ def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tupl
     if given is not None and recorded.checkpoint not in (given, Path(given).stem):
         _warn(f"--from-png {path}: was generated with {recorded.checkpoint or EMBEDDED}, not with {given}")
     return parser.parse_args([*flags, *argv]), recorded
+
+
+def warn_of_syntax(prompts: Iterable[str]) -> None:
+    """Warn of syntax of A1111 in prompts, which the text encoder gets as it is."""
+    if parts := list(dict.fromkeys(match[0] for prompt in prompts for match in SYNTAX.finditer(prompt))):
+        _warn(f"prompt: {', '.join(parts[:5])}: is used as text, unlike in A1111; for LoRA pass --lora FILE")
 
 
 def warn_of_other_machine(recorded: Recorded, device: torch.device) -> None:

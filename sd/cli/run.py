@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sd.cli.arguments import RANDOM_SEED, check_latents, prompt_batches, setup
-from sd.cli.metadata import FILES, a1111_parameters, files_of
+from sd.cli.metadata import FILES, a1111_parameters, files_of, warn_of_syntax
 from sd.cli.output import GridFile, OutputFolder
 from sd.config.presets import ScheduleConfig
 from sd.errors import ConfigError, SDError, SDWarning, printable
@@ -51,6 +51,8 @@ class Command:
             print(f"--seed {RANDOM_SEED}: the random seed {args.seed}")
         self.args, self.checkpoint = args, chosen.checkpoint
         self.batches = prompt_batches(args, chosen.default_prompt)
+        if getattr(args, "from_png", None) is None:  # whose prompt is reported with its other settings
+            warn_of_syntax([*(prompt for batch in self.batches for prompt in batch), args.negative_prompt])
         _append_line(args.time_file, "")
         self.output = OutputFolder(args.outdir, not args.skip_save, not args.skip_grid)
         if args.compile_cache is not None:

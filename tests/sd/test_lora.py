@@ -228,7 +228,7 @@ PAIR = {f"{PROJECTION}.lora_down.weight": DOWN, f"{PROJECTION}.lora_up.weight": 
             {**PAIR, "lora_unet_single_blocks_0.lora_down.weight": DOWN, "bundle_emb.a": DOWN},
             "2 of 4 keys match no weight of this model: lora_unet_single_blocks_0.lora_down.weight, bundle_emb.a;",
         ),
-        ({f"lora_unet_x{i}.lora_down.weight": DOWN for i in range(30)}, "30 of 30 keys .* and 10 more"),
+        ({f"lora_unet_x{i}.lora_down.weight": DOWN for i in range(30)}, "30 of 30 keys .* and 20 more"),
         ({f"{PROJECTION}.lora_down.weight": DOWN}, "has no up: the file is incomplete"),
         ({f"{PROJECTION}.alpha": torch.tensor(1.0)}, "has no down and no up"),
         ({**PAIR, f"{PROJECTION}.lora_down.weight": torch.ones(2, 48)}, r"does not fit this model .*\(2, 48\)"),

@@ -106,6 +106,25 @@ def test_options_of_the_command_replace_the_recorded(calls, capsys):
     assert calls[1]["model"].optimisations.attention == "original"
 
 
+@pytest.mark.parametrize("part", ["(a cat:1.3)", "<lora:style:0.8>", "BREAK"])
+def test_syntax_of_a1111_in_prompts_is_reported(calls, capsys, part):
+    for option in ("--prompt", "--negative-prompt"):
+        assert run(option, f"a star, {part}", "--n_iter", "2") == 0
+        assert f"warning: prompt: {part}: is used as text" in capsys.readouterr().err
+    assert run("--prompt", "a star (red), at 12:30 [b]") == 0
+    assert "is used as text" not in capsys.readouterr().err
+
+
+def test_emphasis_of_a1111_is_reported(calls, capsys):
+    text = A1111.replace("a fox, (red:1.3)", r"a (fox), [cat|dog] AND a bird \(blue\)")
+    assert repeat(png("a1111.png", parameters=text)) == 0
+    err = capsys.readouterr().err
+    assert all(f"not repeated: {part} in the prompt" in err for part in ("(fox)", "[cat|dog]", "AND"))
+    assert "(blue" not in err
+    assert repeat(png("ours.png", parameters=f"{text}, Version: sd-perf 0.1.0")) == 0
+    assert "in the prompt" not in capsys.readouterr().err
+
+
 def test_a1111_text_is_read(calls, capsys):
     assert repeat(png("a1111.png", parameters=A1111)) == 0
     expected = {"steps": 20, "sampler": "euler", "scale": 7.0, "height": 64, "width": 128, "prompt_chunks": "auto"}
