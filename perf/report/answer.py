@@ -52,9 +52,9 @@ class Row:
 
     @property
     def change(self) -> str:
-        """The compared change in percent with its interval, empty without one."""
+        """The compared change in percent with its interval, empty without one or if it is no evidence."""
         decision = self.result.benchmark.decision
-        if decision is None or decision.ratio is None:
+        if decision is None or decision.ratio is None or self.code == Verdict.INVALID.value:
             return ""
         ratio = decision.ratio
         bounds = f" [{percent(ratio.low):+.1f}, {percent(ratio.high):+.1f}]" if ratio.bounded else ""
@@ -73,8 +73,15 @@ class Row:
 
     @property
     def advice(self) -> str:
-        """What an undecided comparison could have found, and what would find more; else empty."""
+        """Why the row is INVALID, or what an undecided comparison could have found and what would find more; else empty."""
         decision = self.result.benchmark.decision
+        if self.code == Verdict.INVALID.value:
+            image = self.result.benchmark.image_failure
+            return (
+                f"wrong image: {image}"
+                if image
+                else self.result.session.saved.invalid or (decision.reason if decision else "")
+            )
         return decision.reason.partition(" ")[2] if decision and self.code == Verdict.INCONCLUSIVE.value else ""
 
     @property

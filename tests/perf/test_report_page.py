@@ -366,6 +366,9 @@ def test_cards_count_every_verdict_and_link_to_its_rows(judged):
         cards = f"[...document.querySelectorAll('.card')].map((card) => [card.classList[1], {count}])"
         expected = [[name, "3"] for name in ("SLOWER", "FASTER", "SAME", "INCONCLUSIVE", "INVALID")]
         assert browser.run(cards) == [*expected, ["COUNTS", "1"]]
+        assert "addmm +20" in browser.run("document.querySelector('.card.COUNTS').textContent")
+        invalid = browser.run("document.querySelector('.card.INVALID').textContent")
+        assert "invalid_rounds 30 %" in invalid and "+20.0" not in invalid, "no ratio where it is no evidence"
         chip = "document.querySelector('#row-sd2-mha-math-b1 .COUNTS')"
         assert browser.run(f"{chip}.title") == "COUNTS operators 4310 -> 4330 (addmm +20) against abc1234"
         assert (
