@@ -178,7 +178,7 @@ def lines(results: Results, partial: str | None) -> list[str]:
     session, decisions, judgement = results.session, results.decisions, results.judgement
     text = [_protocol(session)]
     text += [_compiling(id, info) for id, info in results.infos.items() if info["compile"]]
-    text += [_stage_shares(id, info) for id, info in results.infos.items() if _few_steps(info)]
+    text += [_stage_shares(id, info) for id, info in results.infos.items() if _shows_stages(info)]
     tests = {slot.id for slot in session.plan.slots if slot.configuration.test}  # which check their results themselves
     unchecked = {id: reason for id, reason in session.unchecked.items() if id not in tests}
     text += [f"{id}: its output was not checked: {reason}" for id, reason in unchecked.items()]
@@ -203,9 +203,11 @@ def lines(results: Results, partial: str | None) -> list[str]:
     return text + ranking.fastest_lines(entries(results))
 
 
-def _few_steps(info: dict) -> bool:
-    """Whether the UNet runs so few times that the other stages are of interest."""
-    return info["configuration"]["steps"] <= FEW_STEPS and any(launch["stage_seconds"] for launch in info["launches"])
+def _shows_stages(info: dict) -> bool:
+    """Whether the stages are of interest: in training, and where the UNet runs few times."""
+    configuration = info["configuration"]
+    wanted = configuration["workload"] == "train" or configuration["steps"] <= FEW_STEPS
+    return wanted and any(launch["stage_seconds"] for launch in info["launches"])
 
 
 def _stage_shares(id: str, info: dict) -> str:
@@ -219,7 +221,11 @@ def _stage_shares(id: str, info: dict) -> str:
     shares = {
         name: statistics.median(100 * stages[name] / sum(stages.values()) for stages in rounds) for name in rounds[0]
     }
-    return f"{id}: {', '.join(f'{name} {max(share, 0):.1f} %' for name, share in shares.items())} of a round"
+    text = ", ".join(f"{name} {max(share, 0):.1f} %" for name, share in shares.items())
+    if info["configuration"]["workload"] != "train":
+        return f"{id}: {text} of a round"
+    update = interval_seconds(info["seconds_per_image"] * info["configuration"]["batch"])
+    return f"{id}: {text} of an update, which takes {update}"
 
 
 def _without_interval(results: Results) -> list[str]:

@@ -97,7 +97,7 @@ class Source:
 
     @torch.no_grad()
     def _encode_images(self, numbers: list[int]) -> Tensor:
-        """Mean and log variance [2, ...] of the latents, by image [B, 2, C, h, w]."""
+        """Mean and log variance of the latents: [B, 2, C, h, w]."""
         images = torch.stack([self.examples.image(i, self.size) for i in numbers]).to(self.pipe.device)
         return torch.stack(self.pipe.autoencoder.encode(images), dim=1)
 
@@ -176,8 +176,10 @@ class Curve:
             if len(line) == len(COLUMNS) and line[0].isdigit() and int(line[0]) <= step:
                 loss, norm, rate = map(float, line[1:])
                 self.rows.append((int(line[0]), loss, norm, rate))
-        with open(self.folder / CURVE, "w", newline="", encoding="utf-8") as file:
+        partial_file = self.folder / (CURVE + ".partial")
+        with open(partial_file, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
+        os.replace(partial_file, self.folder / CURVE)
 
     def add(self, rows: list[tuple[int, float, float, float]]) -> None:
         """Append rows to the file."""
