@@ -31,7 +31,7 @@ from sd.choices import COMPILE_MODES, OPTIMISERS, PRECISIONS
 from sd.errors import CheckpointError, ConfigError
 from sd.features import has, require
 from sd.models.unet import UNet
-from sd.optimise.compile import Compiler, restore_unet
+from sd.optimise.compile import CUDA_GRAPH_MODES, Compiler, restore_unet
 
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[], Tensor]
@@ -67,6 +67,11 @@ class Recipe:
         for name, choices in (("precision", PRECISIONS), ("compile", COMPILE_MODES), ("optimiser", OPTIMISERS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.compile in CUDA_GRAPH_MODES:
+            raise ConfigError(
+                f"compile mode {self.compile}: its CUDA graphs reuse the memory of gradients, which training accumulates; "
+                "choose default or max-autotune-no-cudagraphs"
+            )
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """dtype of matrix products and convolutions."""

@@ -158,7 +158,7 @@ def _contents(report, rows: Sequence[answer.Row]) -> dict:
         "terms": TERMS,
         "rows_at_once": ROWS_AT_ONCE,
         "parts": {
-            "Stages": ("Wall time per image by stage", tables.STAGE_NAMES, tables.stage_rows(results)),
+            "Stages": ("Wall time per image by stage", *tables.stage_table(results)),
             "Kernels": (
                 "One traced round by kernel class",
                 classes,

@@ -343,13 +343,11 @@ def _bounds(estimate: Estimate | None) -> tuple:
     return (estimate.value, estimate.low, estimate.high) if estimate else (None, None, None)
 
 
-def stage_rows(results: Sequence[Result]) -> list[tuple[Result, list[str]]]:
-    """Seconds per image of each of STAGE_NAMES with intervals, for the results with stages."""
-    return [
-        (
-            result,
-            [result.stages[name].per(result.images).seconds() if name in result.stages else "" for name in STAGE_NAMES],
-        )
+def stage_table(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[Result, list[str]]]]:
+    """(the stages that a result has, seconds per image of each with intervals, for the results with stages)."""
+    names = tuple(name for name in STAGE_NAMES if any(name in result.stages for result in results))
+    return names, [
+        (result, [result.stages[name].per(result.images).seconds() if name in result.stages else "" for name in names])
         for result in results
         if result.stages
     ]

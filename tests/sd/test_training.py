@@ -285,11 +285,13 @@ def test_compiled_step_equals_the_eager_one(checkpointing):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=0)
 
 
-def test_half_weights_are_refused():
+def test_half_weights_and_unusable_options_are_refused():
     with pytest.raises(ConfigError, match=r"needs fp32 weights.*bfloat16"):
         prepare_unet(seeded(UNet, UNETS["sd2"]).bfloat16(), Recipe(), CPU)
     with pytest.raises(ConfigError, match="optimiser 'adam': choose one of auto, fused"):
         Recipe(optimiser="adam")
+    with pytest.raises(ConfigError, match="compile mode reduce-overhead: its CUDA graphs"):
+        Recipe(compile="reduce-overhead")
 
 
 # --- checkpoints

@@ -28,8 +28,10 @@ class TrainingEngine:
     after_step: Callable[[int, int], None] | None = None  # progress callback of each update
 
     def __init__(self, configuration: Any):
-        if configuration.optimise or configuration.lora_rank or configuration.compile_scope != "unet":
-            raise Unavailable("workload train: --optimise, --lora-rank and --compile-scope are of inference: omit them")
+        of_inference = {"optimise": "", "lora_rank": 0, "compile_scope": "unet", "compile_backend": "inductor"}
+        chosen = [name for name, default in of_inference.items() if getattr(configuration, name) != default]
+        if chosen:
+            raise Unavailable(f"workload train: {', '.join(chosen)} of the configuration is of inference: leave it out")
         self.configuration, device = configuration, configuration.device
         self.device = torch.device(device)
         self.training = compat.load("training")
