@@ -9,6 +9,7 @@ import torch
 
 from sd import StableDiffusion
 from sd.choices import EMBEDDED_WEIGHTS
+from sd.tiny import train, train_inpaint
 from sd.tiny.shapes import HELD_OUT, SUBJECTS, TRAINED, Subject, draw, recognise
 
 SCALE, STEPS = 4.0, 25
@@ -72,3 +73,35 @@ def test_negative_prompt_and_unknown_words():
     ).images
     assert not torch.equal(plain, negative)
     assert model.txt2img("A photo", steps=5, sampler="ddim", seed=3).images.float().std() > 5
+
+
+@pytest.fixture
+def few_subjects(monkeypatch):
+    """Three subjects with two images each, and no images to judge the result by."""
+    for module in (train, train_inpaint):
+        monkeypatch.setattr(module, "TRAINED", TRAINED[:3])
+    monkeypatch.setattr(train, "LATENT_BANK", 2)
+    monkeypatch.setattr(train_inpaint, "BANK", 2)
+    monkeypatch.setattr(train, "score", lambda *_, **__: "not judged")
+    monkeypatch.setattr(train_inpaint, "score", lambda *_: 0)
+
+
+@pytest.mark.slow
+def test_the_stages_of_its_training_run_and_resume(few_subjects, tmp_path, capsys):
+    steps = ("--autoencoder-steps", "2", "--text-steps", "2", "--unet-steps", "2")
+    output = ("--work", str(tmp_path), "--output", str(tmp_path / "model.safetensors"))
+    train.main([*output, *steps])
+    first = capsys.readouterr().out
+    assert all(f"{stage} 2/2 loss" in first for stage in ("autoencoder", "text", "unet"))
+    made = StableDiffusion.from_checkpoint(tmp_path / "model.safetensors", "tiny").state_dict()
+    train.main([*output, *steps])
+    assert "loss" not in capsys.readouterr().out.replace(str(tmp_path), "")
+    again = StableDiffusion.from_checkpoint(tmp_path / "model.safetensors", "tiny").state_dict()
+    assert all(torch.equal(weight, made[name]) for name, weight in again.items())
+
+
+def test_the_inpainting_model_is_tuned_from_it(few_subjects, tmp_path, capsys):
+    unet = train_inpaint.train(tmp_path, 2)
+    assert "unet-inpaint 2/2 loss" in capsys.readouterr().out
+    first = unet.input_blocks[0][0].weight
+    assert first.shape[1] == 9 and first[:, 4:].abs().max() > 0  # the new channels are trained
