@@ -95,7 +95,7 @@ def test_the_stages_of_its_training_run_and_resume(few_subjects, tmp_path, capsy
     assert all(f"{stage} 2/2 loss" in first for stage in ("autoencoder", "text", "unet"))
     made = StableDiffusion.from_checkpoint(tmp_path / "model.safetensors", "tiny").state_dict()
     train.main([*output, *steps])
-    assert "loss" not in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "loss" not in capsys.readouterr().out
     again = StableDiffusion.from_checkpoint(tmp_path / "model.safetensors", "tiny").state_dict()
     assert all(torch.equal(weight, made[name]) for name, weight in again.items())
 
