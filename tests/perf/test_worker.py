@@ -141,7 +141,7 @@ def test_a_round_of_training_is_compared_with_the_losses_of_its_reference(tmp_pa
     )
     assert rounds[0]["sha256"] == rounds[2]["sha256"]  # each round starts from the same weights
     # A step that does not update the weights has the same first loss, and no others.
-    loaded.engine.trainer.optimiser.step = lambda: None
+    loaded.engine.engine.trainer.optimiser.step = lambda: None
     frozen = ok(loaded.handle({"op": "round", "seed": 1, "check": [path]}))["image"]
     assert image_failure(frozen, "full", "cpu", workload="train").startswith(
         "losses and gradient norms: relative error"
@@ -151,13 +151,11 @@ def test_a_round_of_training_is_compared_with_the_losses_of_its_reference(tmp_pa
 @pytest.mark.peers
 def test_diffusers_trains_with_the_same_losses():
     pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-    from types import SimpleNamespace
-
     from perf.worker.engines import open_engine
 
     traces = []
     for engine in ("sd", "diffusers"):
-        opened = open_engine(SimpleNamespace(**replace(TRAINING, engine=engine).as_dict()), "cpu", None)
+        opened = open_engine(replace(TRAINING, engine=engine).as_dict(), "cpu")
         opened.prepare(3)
         traces.append(opened.round(3).latents)
     assert (traces[0] - traces[1]).norm() < 1e-4 * traces[0].norm()
