@@ -149,7 +149,7 @@ def perf_session(request) -> Session:
     if state.results is None:
         try:
             session = _measure(request, state)
-        except (SessionRefused, DeviceBusy) as error:
+        except (SessionRefused, DeviceBusy, pytest.UsageError) as error:
             pytest.exit(f"perf: {error}", returncode=ExitCode.REFUSED)
         except (SessionError, JournalError, OSError) as error:
             state.error = str(error)
@@ -161,6 +161,10 @@ def perf_session(request) -> Session:
 def _measure(request, state: RunState) -> Session:
     selected = [selection.configuration_of(item) or selection.test_of(item) for item in request.session.items]
     configurations = list(dict.fromkeys(filter(None, selected)))
+    if state.settings.against:
+        own = {configuration.own for configuration in configurations}
+        against = options.complete(state.settings.against, request.config.rootpath, True in own, False in own)
+        state.settings = replace(state.settings, against=against)
     if state.folder is None:
         state.folder = Path(tempfile.mkdtemp(prefix="sd-perf-"))
     second = {configuration.id: state.seconds[configuration] for configuration in configurations if state.seconds}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -328,35 +329,50 @@ def interpreter(text: str) -> tuple[str, Interpreter]:
     return label, Interpreter(python)
 
 
-def other_commit(
-    reference: str, root: Path, engines: bool = False
-) -> tuple[str, Interpreter, tempfile.TemporaryDirectory]:
+def other_commit(reference: str, root: Path) -> tuple[str, Interpreter, tempfile.TemporaryDirectory]:
     """Extract the `sd/` of a commit: (its short hash, an interpreter that imports it, the temporary folder).
 
-    engines: extract the whole commit too, for engines of the user's own; its repository need not have an `sd/`.
+    The repository of a user's own engines need not have an `sd/`.
     """
-
-    def git(*arguments: str) -> bytes:
-        try:
-            return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
-        except FileNotFoundError:
-            raise pytest.UsageError("--perf-against needs git, which is not installed") from None
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.decode("utf-8", "replace").strip().splitlines()
-            reason = lines[-1] if lines else "there is no such commit"
-            raise pytest.UsageError(f"--perf-against {reference}: {reason}") from None
-
     # With --quiet git prints nothing for an unknown revision and only sets its exit status.
-    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}").decode().strip()
+    revision = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}")
+    commit = _git(reference, root, *revision).decode().strip()
     folder = tempfile.TemporaryDirectory(prefix="sd-perf-base-")
-    trees = None
-    if engines:
-        top = git("rev-parse", "--show-toplevel").decode().rstrip("\n")
-        tree = Path(folder.name, "tree")
-        tree.mkdir()
-        subprocess.run(["tar", "-x", "-C", tree], input=git("-C", top, "archive", "--format=tar", commit), check=True)
-        trees = Path(top), tree
-    if not engines or git("ls-tree", "-d", commit, "sd"):
-        archive = git("archive", "--format=tar", commit, "sd")
-        subprocess.run(["tar", "-x", "-C", folder.name], input=archive, check=True)
-    return commit[:12], Interpreter(sys.executable, Path(folder.name), tree=trees), folder
+    if _git(reference, root, "ls-tree", "-d", commit, "sd"):
+        _extract(_git(reference, root, "archive", "--format=tar", commit, "sd"), Path(folder.name))
+    return commit[:12], Interpreter(sys.executable, Path(folder.name)), folder
+
+
+def complete(against: tuple[str, Interpreter], root: Path, own: bool, ours: bool) -> tuple[str, Interpreter]:
+    """The other commit with what the configurations need: all its files for the user's own, `sd/` for ours.
+
+    Raises pytest.UsageError for a commit without `sd/`: both sides would import that of this tree.
+    """
+    commit, interpreter = against
+    if ours and not (interpreter.source / "sd").is_dir():
+        raise pytest.UsageError(
+            f"--perf-against {commit}: that commit has no sd/, the model that these configurations measure"
+        )
+    if not own:
+        return against
+    top = Path(_git(commit, root, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
+    tree = interpreter.source / "tree"
+    tree.mkdir(exist_ok=True)
+    _extract(_git(commit, top, "archive", "--format=tar", commit), tree)
+    return commit, replace(interpreter, tree=(top, tree))
+
+
+def _extract(archive: bytes, folder: Path) -> None:
+    subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+
+
+def _git(reference: str, folder: Path, *arguments: str) -> bytes:
+    """The output of git. Raises pytest.UsageError about --perf-against."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        raise pytest.UsageError("--perf-against needs git, which is not installed") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines else "there is no such commit"
+        raise pytest.UsageError(f"--perf-against {reference}: {reason}") from None

@@ -11,7 +11,7 @@ import pytest
 from perf.analysis.counts import CountsComparison
 from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
-from perf.configurations.configuration import Configuration, is_own
+from perf.configurations.configuration import Configuration
 from perf.configurations.project import Project
 from perf.machine.nvml import open_visible_device
 from perf.machine.stack import stack
@@ -184,8 +184,7 @@ def prepare_session(config, state: RunState) -> None:
         state.unfinished = unfinished(state.folder / "journal")
     reference = config.getoption("perf_against")
     if reference:
-        own = any(map(is_own, state.values.get("engine", ())))
-        name, interpreter, folder = options.other_commit(reference, config.rootpath, engines=own)
+        name, interpreter, folder = options.other_commit(reference, config.rootpath)
         state.cleanup.callback(folder.cleanup)
         state.settings = replace(state.settings, against=(name, interpreter))
 

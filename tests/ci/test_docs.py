@@ -86,6 +86,14 @@ def test_commands_run(document, tmp_path):
         )
         assert done.returncode == 0, f"{block.where}:\n{block.text}\n{done.stdout[-4000:]}"
         print(done.stdout)
+    assert untracked(copy) == [], "a command leaves files that .gitignore does not name"
+
+
+def untracked(copy) -> list[str]:
+    """New files of a copy of the repository that git would list, below the folders that it was copied with."""
+    command = ["git", "-C", str(copy), "status", "--porcelain", "--untracked-files=normal"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line[3:] for line in lines if line.startswith("??")]
 
 
 def put(block: Block, copy) -> None:

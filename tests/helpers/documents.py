@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,18 @@ EXTRAS = {"report": ("jinja2", "matplotlib"), "peers": ("diffusers", "transforme
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-COPIED = ("sd", "perf", "tests", "docs", "examples", "constraints", "conftest.py", "pyproject.toml", "README.md")
+COPIED = (
+    "sd",
+    "perf",
+    "tests",
+    "docs",
+    "examples",
+    "constraints",
+    "conftest.py",
+    "pyproject.toml",
+    "README.md",
+    ".gitignore",
+)
 PROGRAMS = {
     "pytest": "pytest",
     "pytest-benchmark": "pytest_benchmark",
@@ -113,6 +125,10 @@ def copy_of_the_repository(folder: Path) -> Path:
         program = programs / name
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {f"-m {module}" if module else ""} "$@"\n')
         program.chmod(0o755)
+    (folder / "tmp").mkdir()
+    (folder / "tmp" / ".gitignore").write_text("*\n")
+    for command in (["init", "-q"], ["add", "-A"]):  # files that appear later are untracked
+        subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
     return folder
 
 

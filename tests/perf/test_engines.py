@@ -21,6 +21,7 @@ from perf.session.image_check import image_failure
 from perf.worker.clock import cpu_clock, cpu_clock_with_children
 from perf.worker.engines.interface import Output, output_of
 from perf.worker.server import Worker
+from perf.worker.wire import NO_REFERENCE
 
 ENGINES = """
     import subprocess, sys, torch
@@ -256,6 +257,19 @@ def test_engines_are_pairs_baselines_and_speedups_like_any_other(inner):
     assert inner.run(*sides, *saving, what=(), launches=6).ret == ExitCode.SLOWER, inner.output
     assert inner.last()["perf"]["loading"] == "all"
     inner.prints("mine.function: SLOWER")
+
+
+def test_engine_without_a_reference_is_a_baseline_all_the_same(inner):
+    """Nothing can be compared, which is said; a reference that fails is another matter."""
+    (inner.path / "mine.py").write_text(textwrap.dedent(ENGINES))
+    inner.machine.refused = {"mine.function.reference": ("unavailable", NO_REFERENCE)}
+    assert inner.run("--benchmark-save=a", what=("--engine=mine.py:function",)).ret == 0, inner.output
+    inner.prints("mine.function: its output was not checked: its engine has no `reference(configuration)`")
+    assert inner.last()["perf"]["partial"] is None
+    assert inner.last()["benchmarks"][0]["extra_info"]["image"]["verdict"] == "unchecked"
+    inner.machine.refused = {"mine.function.reference": ("failed", "KeyError: 'weights' (mine.py, line 3)")}
+    assert inner.run("--benchmark-save=a", what=("--engine=mine.py:function",)).ret == 0, inner.output
+    assert inner.last()["perf"]["partial"] == "1 without a reference image"
 
 
 # --- examples

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
-from inner_session import inner_fixture, machine_fixture  # noqa: F401
+from inner_session import MEASURED, inner_fixture, machine_fixture  # noqa: F401
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import ROOT
@@ -41,7 +42,7 @@ def suite(inner, monkeypatch):
         inner.output = result.stdout.str() + result.stderr.str()
         return result
 
-    inner.call = run
+    inner.call, inner.monkeypatch = run, monkeypatch
     return inner
 
 
@@ -60,7 +61,8 @@ def test_rounds_of_fresh_processes_with_saved_launches(suite):
     assert command[1:5] == ["-m", "perf.plugin.serve", str(suite.path), "suite/test_mine.py::test_mine[1]"]
     assert "suite" not in command[5:], "its other tests are not run there"
     suite.prints(FIRST)
-    suite.prints_no("was not checked", "partial run")
+    suite.prints_no("was not checked", "partial run", "speed-up over", "fastest")
+    assert all(each["extra_info"]["speedup"] is None for each in (first, saved["suite/test_mine.py::test_mine[2]"]))
 
 
 def test_stored_sessions_of_the_suite_are_baselines(suite):
@@ -77,6 +79,38 @@ def test_stored_sessions_of_the_suite_are_baselines(suite):
 def test_pairs_within_the_session(suite):
     assert suite.call("--perf-aa", "--perf-launches=6", "-k", "not plain").ret == 0, suite.output
     assert [each["extra_info"]["verdict"]["verdict"] for each in suite.last()["benchmarks"]] == ["SAME", "SAME"]
+
+
+def test_another_commit_of_the_suite(suite):
+    """Both sides run their own version of the test; a commit without the model of sd-perf is refused for our own sets."""
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=suite.path, check=True, capture_output=True)
+
+    git("init", "-q")
+    git("add", "suite", "tox.ini")
+    git("commit", "-q", "-m", "one")
+    (suite.path / "suite" / "test_mine.py").write_text(textwrap.dedent(SUITE) + "NEW = True\n")
+    versions = []
+
+    def opened(interpreter, command=None):
+        if command:
+            folder, test = command[3:5]
+            versions.append("NEW" in (Path(folder) / test.partition("::")[0]).read_text())
+        return suite.machine(interpreter, command)
+
+    suite.monkeypatch.setattr("perf.session.workers.ProcessLaunch", opened)
+    assert suite.call("--perf-against=HEAD", "--perf-launches=6", "-k", "not plain").ret == 0, suite.output
+    assert versions.count(False) == 12, "two tests, six launches"
+    assert versions.count(True) == 18, "and the control arm"
+    suite.prints("against ", "SAME")
+    (suite.path / "suite" / "test_measured.py").write_text(MEASURED)
+    assert (
+        suite.call("--perf-against=HEAD", "--perf-model=tiny", "--perf-steps=2", "-k", "txt2img").ret
+        == ExitCode.REFUSED
+    )
+    suite.prints("that commit has no sd/, the model that these configurations measure")
 
 
 @pytest.mark.parametrize("option", ["--benchmark-disable", "--collect-only"])

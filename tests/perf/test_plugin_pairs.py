@@ -61,8 +61,9 @@ def other_commit(monkeypatch, inner):
             self.removed = True
 
     folder = Folder()
+    (inner.path / "sd").mkdir()
     commit = ("0123456789ab", Interpreter(sys.executable, inner.path), folder)
-    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root, engines: commit)
+    monkeypatch.setattr("perf.plugin.options.other_commit", lambda reference, root: commit)
     return folder
 
 

@@ -15,6 +15,7 @@ from perf.analysis.verdicts import ExitCode
 from perf.commands import run_set
 from perf.configurations.project import SMALLEST_MARGIN, Project, ProjectError, read_project
 from perf.configurations.sets import SETS, SUMMARIES, describe
+from perf.launch.process import ROOT
 
 GOOD = """
 margin = 0.05
@@ -45,6 +46,14 @@ def test_sets_engines_and_margin(tmp_path, monkeypatch):
     ]
     monkeypatch.chdir(tmp_path.parent)
     assert read_project(tmp_path).engines["mine"] == f"{tmp_path.name}/engines.py:Engine", "relative to the file"
+
+
+def test_file_of_the_documents(tmp_path):
+    text = (ROOT / "docs" / "your-pipeline.md").read_text(encoding="utf-8")
+    (tmp_path / "perf.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    project = read_project(tmp_path)
+    assert project.margin == 0.02 and len(project.sets["layers"]) == 4
+    assert (ROOT / "examples" / "module_engine.py").is_file()
 
 
 def test_table_in_pyproject(tmp_path):
