@@ -35,6 +35,7 @@ from sd.choices import (
     TIMESTEP_SPACINGS,
 )
 from sd.cli.startup import add_parts
+from sd.cli.threads import set_threads
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import ConfigError, SDWarning, Unavailable, listed
@@ -363,6 +364,9 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     """Select model, device and optimisations without reading weights. Raises ConfigError or Unavailable."""
     if args.refused:
         raise ConfigError(args.refused[0])
+    device = device_named(args.device)
+    if device.type == "cpu":
+        print(set_threads(environ))
     config = None if args.config is None else _config(args.config)
     for option in ("ckpt", "vae", "text_encoder"):
         if getattr(args, option) is not None:
@@ -376,7 +380,6 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
             )
         print("no --ckpt: using the embedded tiny model of coloured shapes; pass --ckpt FILE for another")
         config = config or PRESETS[args.embedded]
-    device = device_named(args.device)
     optimisations = choose_optimisations(args, environ, device, config is not None and config.native_mha)
     require_available(optimisations, device)
     for flag, files in (("--lora", args.lora), ("--embedding", args.embedding)):

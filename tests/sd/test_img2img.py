@@ -54,7 +54,8 @@ def read_png(path) -> torch.Tensor:
 def test_images_seeds_and_png_text(capsys):
     assert run("--prompt", CAPTION, "--n_samples", "2", "--seed", "3") == 0
     out = capsys.readouterr().out
-    assert out.startswith("no --ckpt: using the embedded tiny model")
+    assert out.startswith("CPU threads: ")
+    assert out.splitlines()[1].startswith("no --ckpt: using the embedded tiny model")
     assert "encode" in out
     paths = sorted((OUT / "samples").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png"]
