@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import Calls, original, small
+from checkpoints import Calls, original, random_networks, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ CONFIG = replace(
     autoencoder=AutoencoderConfig(channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=8),
 )
 STATE = original(CONFIG)
-NAMES = sorted(STATE)
 INSIDE = [layouts.UNET, layouts.AUTOENCODER, layouts.OPENCLIP]
 # Other spellings of a prefix, and of the attention in the autoencoder.
 SPELLINGS = [
@@ -33,26 +33,29 @@ SPELLINGS = [
     ("mid.attn_1.proj_out.", "mid.attn_1.proj_attn."),
     ("", "module."),
 ]
-names = st.sampled_from(NAMES)
 extra = st.builds(
     str.__add__,
     st.sampled_from(["", *INSIDE, "lora_", "conditioner.", "v_pred", "ztsnr", "model_ema."]),
     st.text("abz.0_é漢-", max_size=8),
 )
 DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.int64]
-changes = st.one_of(
-    st.tuples(st.just("drop"), names),
-    st.tuples(st.just("cast"), names, st.sampled_from(DTYPES)),
-    st.tuples(st.just("add"), extra),
-    st.tuples(st.just("rename"), names, extra),
-    st.tuples(st.just("reshape"), names),
-    st.tuples(st.just("call"), extra),
-)
 
 
-def changed(steps, created) -> dict:
+def changes_of(names) -> st.SearchStrategy:
+    names = st.sampled_from(sorted(names))
+    return st.one_of(
+        st.tuples(st.just("drop"), names),
+        st.tuples(st.just("cast"), names, st.sampled_from(DTYPES)),
+        st.tuples(st.just("add"), extra),
+        st.tuples(st.just("rename"), names, extra),
+        st.tuples(st.just("reshape"), names),
+        st.tuples(st.just("call"), extra),
+    )
+
+
+def changed(steps, created, state=STATE) -> dict:
     """Apply the changes to the state dict of a good checkpoint."""
-    state = dict(STATE)
+    state = dict(state)
     for action, name, *values in steps:
         if action == "add":
             state[name] = torch.zeros(2)
@@ -111,7 +114,7 @@ def check(steps, spellings, suffix, folder) -> None:
 
 
 cases = given(
-    st.lists(changes, max_size=3),
+    st.lists(changes_of(STATE), max_size=3),
     st.lists(st.sampled_from(SPELLINGS), unique=True),
     st.sampled_from(["ckpt", "safetensors"]),
 )
@@ -123,6 +126,28 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derando
 @cases
 def test_changed_checkpoints(tmp_path_factory, steps, spellings, suffix):
     check(steps, spellings, suffix, tmp_path_factory.getbasetemp())
+
+
+NETWORKS = random_networks(CONFIG)
+PIPELINE = {  # state dict of a pipeline of diffusers
+    **layouts.add_prefix(layouts.unet_to_diffusers(NETWORKS["unet"]), "unet."),
+    **layouts.add_prefix(layouts.autoencoder_to_diffusers(NETWORKS["autoencoder"]), "vae."),
+    **layouts.add_prefix(layouts.openclip_text_to_hf(NETWORKS["text_encoder"]), "text_encoder."),
+}
+
+
+@pytest.mark.slow
+@settings(max_examples=25, **COMMON)
+@given(st.data(), st.sampled_from([PIPELINE, layouts.original_to_native(STATE)]))
+def test_changed_checkpoints_of_other_layouts(tmp_path_factory, data, state):
+    folder = tmp_path_factory.getbasetemp()
+    steps = data.draw(st.lists(changes_of(state), min_size=1, max_size=3))
+    torch.save(changed(steps, folder / "created", state), folder / "a.ckpt")
+    for config in (CONFIG, None):
+        with warnings.catch_warnings(), contextlib.suppress(CheckpointError):
+            warnings.simplefilter("ignore", CheckpointWarning)
+            load(folder / "a.ckpt", config)
+    assert not (folder / "created").exists()
 
 
 @pytest.mark.nightly
