@@ -129,8 +129,13 @@ def uint8_images(pixels: Tensor) -> tuple[Tensor, dict[int, str]]:
     # Truncated as in the original scripts, where other implementations round.
     images = ((pixels + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
     finite = finite.cpu()
-    faults = {i: "all black" if finite[i] else "not a number" for i in range(len(images))}
-    return images, {i: fault for i, fault in faults.items() if not (finite[i] and images[i].any())}
+    faults = {}
+    for i, image in enumerate(images):
+        if not finite[i]:
+            faults[i] = "not a number"
+        elif not image.any():
+            faults[i] = "all black"
+    return images, faults
 
 
 def _multiples(size: tuple[int, int]) -> tuple[int, int]:

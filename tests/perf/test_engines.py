@@ -148,6 +148,7 @@ def test_option_that_the_engine_ignores_is_an_error(folder):
     assert "ok" in worker.handle({"op": "round", "seed": 1}), "a default has no part in the id"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error, expected", [(1.0, None), (1.01, "latents: relative error 0.0099")])
 def test_own_reference(folder, tmp_path, error, expected):
     reference, _ = loaded(folder, "mine:Doubling.reference", batch=2)
@@ -289,6 +290,7 @@ def test_example_of_a_module(batch):
     assert worker.output.latents.shape == (batch, 128, 256)
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 def test_example_of_diffusers(tmp_path):
     pytest.importorskip("diffusers", reason="the extra `peers` is not installed")

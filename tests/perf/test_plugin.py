@@ -216,6 +216,7 @@ def test_first_round_that_stays_invalid(inner, monkeypatch):
 # --- options of pytest and pytest-benchmark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("-n1",), ("-n2", "--dist=each"), ("-n1", "--benchmark-disable")], ids=str)
 def test_xdist_is_refused(inner, arguments):
     """pytest-benchmark alone would silently disable the benchmarks."""

@@ -68,6 +68,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_baseline_is_refused(inner, kind):
     damage, reason = DAMAGE[kind]
@@ -208,6 +209,7 @@ def test_slowdown_of_5_percent_has_one_wording_everywhere(inner):
     assert case.find("failure").get("message") == f"Failed: {SDPA}: {decision}"
 
 
+@pytest.mark.slow
 def test_regressed_run_is_never_a_baseline(inner):
     """A regressed run is saved and marked; the next run is compared with the sessions before it."""
     inner.store(STORED)
@@ -260,6 +262,7 @@ def test_missing_and_new_configurations_are_listed(inner):
     inner.prints(f"in the baseline, but not measured: {SDPA}", "new, without a baseline: tiny-mha-plms2-b1")
 
 
+@pytest.mark.slow
 def test_missing_configuration_fails_a_strict_run(inner):
     """It may have stopped working; a run narrowed by -k lacks configurations intentionally."""
     both = ("--attention=mha", *ONE)

@@ -14,6 +14,7 @@ from perf.runs import saved_run
 from perf.session.workers import Launches
 
 
+@pytest.mark.slow
 def test_aa_saves_the_noise_and_the_next_comparison_uses_it(inner):
     inner.machine.noise = 0.1
     inner.run("--perf-aa", launches=6, what=TWO)

@@ -212,6 +212,7 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
     return [path, *(place for key, child in children for place in places(child, (*path, key)))]
 
 
+@pytest.mark.slow
 def test_fuzzed_values(tmp_path):
     """Replace each value of the document by another type or magnitude, or delete it."""
     odd = [None, True, 0, -1, 10**400, 1e308, 5e-324, "", "x", "\ud800", "NaN", [], {}, [[]], {"a": 1}]

@@ -126,6 +126,7 @@ def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
 TRAINING = Configuration(workload="train", attention="sdpa" if has("sdpa") else "mha", steps=3, batch=2)
 
 
+@pytest.mark.slow
 def test_a_round_of_training_is_compared_with_the_losses_of_its_reference(tmp_path):
     reference, loaded, path = Worker(), Worker(), str(tmp_path / "reference.npz")
     ok(reference.handle(loading(TRAINING.reference())))

@@ -190,6 +190,7 @@ def test_inductor(model, references, counters, scope):
     assert relative_error(_latents(model, "dpm_solver"), references["dpm_solver", 4.0]) <= BOUND
 
 
+@pytest.mark.slow
 def test_group_norm_of_a_large_mean_in_nhwc(counters):
     """`fast` on a CPU requires that inductor's statistics do not cancel, unlike those of PyTorch's NHWC kernel."""
     norm = GroupNorm(32, 320, silu=True).requires_grad_(False)
@@ -244,6 +245,7 @@ def test_an_inductor_option_that_would_do_nothing_is_refused_by_name(name, monke
             compiler.require(torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_an_inductor_option_changes_the_code_of_a_cpu_exactly_if_it_is_accepted_there():
     """A setting that Dynamo or inductor ignores leaves the code as it is, and must not be measured as a technique."""
     from torch._inductor import config

@@ -149,6 +149,7 @@ def test_img2img_starts_from_the_image(tiny, sampler):
     assert 0.1 < result.latents.std() < 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_embedded_model_agrees_between_samplers(tiny, sampler):
     """All samplers of the same ODE or SDE reach an image of the prompt: a red star on blue."""

@@ -166,6 +166,7 @@ def test_text_to_image_models_keep_the_rest_of_the_image(tiny, image, mask, samp
     assert not torch.allclose(result.latents[~cells], encoded[~cells], atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_full_and_empty_masks_of_a_text_to_image_model(tiny, image, sampler):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -51,6 +51,7 @@ def _packed_layers(network):
 
 @needs_packed
 class TestPacked:
+    @pytest.mark.slow
     def test_same_images_and_undone_bit_for_bit(self, model):
         plain, weights = _run(model), _copy(model)
         layer = model.unet.middle_block[0].out_layers[3]
@@ -105,6 +106,7 @@ class TestPacked:
         assert not _packed_layers(model.unet)
         assert relative_error(_run(model).latents, plain.latents) <= 1e-5
 
+    @pytest.mark.slow
     @pytest.mark.compile
     def test_other_weights_compile_nothing_again(self, model):
         from torch._dynamo.utils import counters

@@ -163,6 +163,7 @@ def test_captions_are_dropped_and_latents_sampled():
 # --- options that must not change the numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdpa", "sdpa-math", "sdpa-flash", "mha", "xformers"])
 def test_every_attention_trains_like_the_original_or_is_refused_by_name(name):
     implementation, _, kernel = name.partition("-")
@@ -236,12 +237,14 @@ def test_accumulation_equals_the_whole_batch():
         torch.testing.assert_close(parts[1], expected[1], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [{"channels_last": True}, {"optimiser": "loop"}, {"optimiser": "foreach"}])
 def test_implementations_of_the_step_agree(choice):
     for ours, expected in zip(trace(Recipe(rate=1e-3, **choice)), trace(Recipe(rate=1e-3))):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_fp32(precision):
     if precision == "fp16" and not has("grad_scaler"):
@@ -386,6 +389,7 @@ def test_command_writes_a_model_that_loads_and_a_curve(finished):
     assert changed and all(name.startswith("unet.") for name in changed)
 
 
+@pytest.mark.slow
 def test_resumed_command_repeats_the_uninterrupted_one(images, finished, tmp_path, capsys):
     assert train.main(command(images, tmp_path, "--steps", "3", "--save-every", "2")) == 0
     with open(tmp_path / "loss.csv", "a") as file:
