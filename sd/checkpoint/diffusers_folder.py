@@ -106,6 +106,7 @@ def text_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
+        "torch_dtype": "float32",  # as diffusers loads the others; transformers 5 would keep that of the weights
         "hidden_size": text.width,
         "intermediate_size": 4 * text.width,
         "num_hidden_layers": text.layers,

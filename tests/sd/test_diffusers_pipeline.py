@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("transformers", reason="diffusers' pipeline needs transformers")
     path = tmp_path_factory.mktemp("converted") / "tiny"
     config, networks = load(EMBEDDED_WEIGHTS, PRESETS["tiny"])
-    write_folder(path, {n: {k: w.float() for k, w in state.items()} for n, state in networks.items()}, config)
+    write_folder(path, networks, config)  # in fp16
     return path
 
 
@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
 def pipeline(folder):
     diffusers = pytest.importorskip("diffusers", reason="opens the folder with diffusers")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(folder), low_cpu_mem_usage=False)
+    assert pipeline.unet.dtype == pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
