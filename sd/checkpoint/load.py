@@ -284,12 +284,27 @@ def _name_in_file(network: str, name: str, hf: bool) -> str:
 
 
 def _validate(
+    files: dict[str, str | Path],
+    networks: dict[str, layouts.State],
+    config: ModelConfig,
+    hf: bool,
+    ignore_unknown_keys: bool,
+) -> None:
+    """Remove ignorable entries from `networks`; reject missing and unknown ones, and wrong shapes and dtypes.
+
+    files: the path of each network.
+    """
+    for file in dict.fromkeys(files.values()):
+        own = [network for network in networks if files[network] == file]
+        _validate_file(file, {network: networks[network] for network in own}, config, hf, ignore_unknown_keys)
+
+
+def _validate_file(
     path: str | Path, networks: dict[str, layouts.State], config: ModelConfig, hf: bool, ignore_unknown_keys: bool
 ) -> None:
-    """Remove ignorable entries from `networks`; reject missing and unknown ones, and wrong shapes and dtypes."""
     missing, shapes, dtypes, unknown = [], [], [], []
-    for network, expected in expected_shapes(config).items():
-        state = networks[network]
+    for network, state in networks.items():
+        expected = expected_shapes(config)[network]
         for name, shape in expected.items():
             full = _name_in_file(network, name, hf)
             if name not in state:
@@ -388,7 +403,8 @@ def load(
     layers = _text_layers(path, networks["text_encoder"], config, released)
     config = replace(config, text=replace(config.text, layers=layers))
     require_settings(Path(path), config, vae, text_encoder)
-    _validate(path, networks, config, hf, ignore_unknown_keys)
+    files = {"unet": path, "autoencoder": vae or path, "text_encoder": text_encoder or path}
+    _validate(files, networks, config, hf, ignore_unknown_keys)
     return config, networks
 
 

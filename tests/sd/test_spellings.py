@@ -335,6 +335,14 @@ def test_wrong_part_is_refused(tmp_path):
             load(file(tmp_path, STATE), SD2, **{option: wrong})
 
 
+def test_faults_of_a_part_are_those_of_its_file(tmp_path):
+    whole, vae = file(tmp_path, STATE), tmp_path / "vae.safetensors"
+    other = {n: w if n != "decoder.conv_in.weight" else w[:, :2] for n, w in NETWORKS[SD2.name]["autoencoder"].items()}
+    write_safetensors(vae, other, {})
+    with pytest.raises(CheckpointError, match=r"^\S+vae.safetensors: .*1 of a wrong shape: .*decoder.conv_in.weight"):
+        load(whole, SD2, vae=vae)
+
+
 # --- folders of diffusers
 
 
