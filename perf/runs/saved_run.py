@@ -194,7 +194,7 @@ def content_of(path: str | os.PathLike[str]) -> bytes:
         reason = getattr(error, "strerror", None) or str(error)
         raise BaselineError(f"{shown(path)}: cannot be read: {reason}; check the path and its permissions") from None
     if len(content) > MAX_BYTES:
-        raise BaselineError(f"{shown(path)}: is larger than {MAX_BYTES // 10**6} MB, the limit of saved runs")
+        raise BaselineError(f"{shown(path)}: is larger than {MAX_BYTES // 2**20} MiB, the limit of saved runs")
     if not content.strip():
         raise BaselineError(f"{shown(path)}: is empty; {READ_ADVICE}")
     return content

@@ -51,7 +51,7 @@ def summary(path: str | Path) -> list[str]:
     checkpoint = read_checkpoint(path, shapes_only=True)
     state = checkpoint.state
     lines = [
-        f"format: {_format(path)}, {_size(path) / 1e6:.1f} MB",
+        f"format: {_format(path)}, {_size(path) / 2**20:.1f} MiB",
         f"layout: {_layout(path, state, checkpoint.names)}",
     ]
     for network in NETWORKS:
@@ -96,4 +96,4 @@ def _weights(weights: Mapping[str, Tensor]) -> str:
     precisions = ", ".join(f"{count} {_SHORT.get(dtype, str(dtype)[6:])}" for dtype, count in counts.most_common())
     parameters = sum(weight.numel() for weight in weights.values())
     size = sum(weight.numel() * itemsize(weight.dtype) for weight in weights.values())
-    return f"{len(weights)} tensors ({precisions}), {parameters / 1e6:.1f} M parameters, {size / 1e6:.1f} MB"
+    return f"{len(weights)} tensors ({precisions}), {parameters / 1e6:.1f} M parameters, {size / 2**20:.1f} MiB"

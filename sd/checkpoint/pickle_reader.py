@@ -20,7 +20,7 @@ import torch
 
 from sd.errors import CheckpointError
 
-# Real files stay below 2 MB; without a limit a file could consist of an index alone.
+# Real files stay below 2 MiB; without a limit a file could consist of an index alone.
 MAX_PICKLE_BYTES = 256 << 20
 
 STORAGE_DTYPES = {
@@ -373,7 +373,7 @@ def unpickle(data: bytes | IO[bytes]) -> Any:
     machine = _Machine()
     try:
         for opcode, arg, position in pickletools.genops(data):
-            _check((position or 0) <= MAX_PICKLE_BYTES, "an index of more than 256 MB")
+            _check((position or 0) <= MAX_PICKLE_BYTES, "an index of more than 256 MiB")
             if opcode.name == "STOP":
                 return machine.pop()
             if opcode.name in _PUSHES:

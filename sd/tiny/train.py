@@ -274,7 +274,7 @@ def export(autoencoder: Autoencoder, text: TextEncoder, unet: UNet, path: Path =
         for name, tensor in module.state_dict().items()
     }
     save_file(tensors, str(path), metadata={"made_by": "python -m sd.tiny.train", "config": "tiny"})
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -118,7 +118,7 @@ def export(unet: UNet, path: Path = EMBEDDED_INPAINTING) -> None:
 
     tensors = {UNET + name: weight.detach().half().contiguous() for name, weight in unet.state_dict().items()}
     save_file(tensors, str(path), metadata={"made_by": "python -m sd.tiny.train_inpaint", "config": CONFIG.name})
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
 def main(argv: list[str] | None = None) -> None:

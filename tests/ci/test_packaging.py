@@ -198,6 +198,20 @@ def test_commands_of_the_suite(installed, elsewhere):
     assert (elsewhere / "summary.md").read_text(encoding="utf-8").startswith("## perf")
 
 
+def test_plugin_of_the_installed_package(installed, elsewhere):
+    """The entry point gives a suite `measured`, and no option without our prefix."""
+    (elsewhere / "test_mine.py").write_text("def test_mine(measured):\n    assert measured(sum, [1, 2]) == 3\n")
+    pytest_command = [installed / "python", "-m", "pytest"]
+    options = run([*pytest_command, "--help"], elsewhere)
+    assert "--perf-model=" in options and " --model=" not in options
+    out = run([*pytest_command, "--perf-launches=2", "--perf-rounds=1", "--benchmark-save=a"], elsewhere)
+    assert "1 passed" in out and "test_mine.test_mine" in out
+    (saved,) = elsewhere.rglob("0001_a.json")
+    (benchmark,) = json.loads(saved.read_text())["benchmarks"]
+    assert len(benchmark["extra_info"]["launches"]) == 2
+    assert "published" in run([installed / "sd-perf", "list"], elsewhere)
+
+
 def test_console_scripts_are_installed(installed):
     scripts = {"txt2img", "img2img", "inpaint", "sd-convert", "sd-perf"}
     assert scripts <= {path.name for path in installed.iterdir()}
