@@ -64,6 +64,7 @@ def select(config, items: list, values: dict[str, list], device: str) -> list:
     """
     if config.option.markexpr:
         return items
+    ours = config.pluginmanager.hasplugin("perf.plugin")  # not a suite that has its own meaning of `slow`
     marker, named = MATRIX if values else suiting(device), named_tests(config)
     files = {Path(argument.partition("::")[0]).name for argument in config.args}
 
@@ -71,7 +72,7 @@ def select(config, items: list, values: dict[str, list], device: str) -> list:
         if configuration_of(item) is None:
             marks = ("slow", "overhead")
             aside = any(map(item.get_closest_marker, marks)) and "benchmark" in getattr(item, "fixturenames", ())
-            return not aside or disabled(config) or item.path.name in files
+            return not (aside and ours) or disabled(config) or item.path.name in files
         return item.get_closest_marker(marker) is not None or item.nodeid.partition("::")[2] in named
 
     return [item for item in items if selected(item)]

@@ -76,6 +76,14 @@ def test_stored_sessions_of_the_suite_are_baselines(suite):
     assert result.ret == 0, suite.output  # fewer than six sessions give no verdict
 
 
+def test_marker_slow_is_that_of_the_suite(suite):
+    """Our own slow benchmarks run only if their file is named."""
+    marked = textwrap.dedent(SUITE).replace("def test_plain", "@pytest.mark.slow\ndef test_plain")
+    (suite.path / "suite" / "test_mine.py").write_text(marked)
+    suite.pytester.makeini("[pytest]\nmarkers = slow\n")
+    suite.call("--perf-launches=2").assert_outcomes(passed=3)
+
+
 def test_pairs_within_the_session(suite):
     assert suite.call("--perf-aa", "--perf-launches=6", "-k", "not plain").ret == 0, suite.output
     assert [each["extra_info"]["verdict"]["verdict"] for each in suite.last()["benchmarks"]] == ["SAME", "SAME"]
