@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from perf.configurations.configuration import CHOICES, Configuration, sampling, usual, usual_precision
+from perf.configurations.configuration import CHOICES, Configuration, usual, usual_precision
 from sd.choices import APPROXIMATE, INDUCTOR_OPTIONS
 
 
@@ -196,33 +196,24 @@ def suiting(device: str) -> str:
     return "batches" if device == "cuda" else "smoke"
 
 
+DESCRIBED = ("attention", "sdpa_kernels", "precision", "optimise", "compile", "batch", "steps", "sampler")
+
+
 def describe(configuration: Configuration) -> str:
-    """A sentence about a configuration, such as `SDPA attention, fp16, compiled, batch 4, 50 PLMS steps`."""
-    engine = {"sd": "", "diffusers": "diffusers"}.get(configuration.engine, configuration.engine)
+    """A sentence about a configuration, such as `sd2, sdpa attention, fp16, batch 4, 50 plms steps`."""
     if configuration.own:
-        parts = [f"engine {engine}", *(f"{name} {getattr(configuration, name)}" for name in configuration.given)]
-        return ", ".join(parts)
-    attention = f"{configuration.attention} attention"
-    if configuration.sdpa_kernels:
-        attention += f" with the SDPA kernel {' or '.join(configuration.sdpa_kernels)}"
-    preset = configuration.preset is not None
-    return ", ".join(
-        filter(
-            None,
-            (
-                configuration.model,
-                engine,
-                configuration.workload if configuration.workload != "txt2img" else "",
-                "" if preset and not engine else attention,
-                "" if preset and not engine else configuration.precision,
-                f"optimisations {configuration.optimise}" if configuration.optimise else "",
-                f"LoRA of rank {configuration.lora_rank}" if configuration.lora_rank else "",
-                f"torch.compile in mode {configuration.compile}" if configuration.compile != "none" else "",
-                f"batch {configuration.batch}",
-                f"{configuration.steps} {configuration.sampler} steps" if configuration.workload in GENERATIONS else "",
-                f"{configuration.steps} updates" if configuration.workload == "train" else "",
-                "gradient checkpointing" if configuration.checkpointing else "",
-                *sampling(configuration.timestep_spacing, configuration.sigmas, configuration.scale),
-            ),
-        )
-    )
+        values = [f"{name} {getattr(configuration, name)}" for name in configuration.given]
+        return ", ".join([f"engine {configuration.engine}", *values])
+    parts = [configuration.model]
+    parts += [name for name in (configuration.engine, configuration.workload) if name not in ("sd", "txt2img")]
+    if configuration.preset is None or configuration.engine != "sd":  # which includes attention and precision
+        kernels = f" with the kernel {' or '.join(configuration.sdpa_kernels)}" if configuration.sdpa_kernels else ""
+        parts += [f"{configuration.attention} attention{kernels}", configuration.precision]
+    parts += [f"optimisations {configuration.optimise}"] if configuration.optimise else []
+    parts += [f"torch.compile in mode {configuration.compile}"] if configuration.compile != "none" else []
+    others = [name for name in configuration.given if name not in DESCRIBED]
+    parts += [f"{name.replace('_', ' ')} {getattr(configuration, name)}" for name in others]
+    parts.append(f"batch {configuration.batch}")
+    steps = {"train": "updates", **dict.fromkeys(GENERATIONS, f"{configuration.sampler} steps")}
+    parts += [f"{configuration.steps} {steps[configuration.workload]}"] if configuration.workload in steps else []
+    return ", ".join(parts)
