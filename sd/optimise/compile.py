@@ -82,6 +82,8 @@ class Compiler:
                 raise Unavailable(f"inductor option {name}: torch {torch.__version__} does not have it")
             if all(operator.attrgetter(setting)(config) == value for setting, value in settings.items()):
                 raise Unavailable(f"inductor option {name}: is the default of torch {torch.__version__}: leave it out")
+            if name == "conv_1x1_as_mm" and self.mode.startswith("max-autotune"):
+                raise Unavailable(f"inductor option {name}: mode {self.mode} includes it: leave it out")
             if device.type == "cpu" and name not in CPU_OPTIONS:
                 raise Unavailable(f"inductor option {name}: changes no code for a CPU: leave it out")
 

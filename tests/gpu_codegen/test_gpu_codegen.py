@@ -12,6 +12,7 @@ import torch
 from gpu_codegen import CASES, HEAD, Counts, Generated, only_moves
 
 from perf.launch.process import ROOT
+from sd.choices import INDUCTOR_OPTIONS
 
 PAGE = ROOT / "docs" / "gpu-code.md"
 GIVEN = "{'signature': {'in_ptr0': '*fp16', 'in_ptr1': '*fp16', 'out_ptr0': '*%s', 'xnumel': 'i32'}}\n"
@@ -44,6 +45,20 @@ def test_generated_code(name):
     assert counts.row(name) in PAGE.read_text(encoding="utf-8"), (
         f"run: python tests/helpers/gpu_codegen.py; {counts.row(name)}"
     )
+
+
+@needs_triton
+@pytest.mark.gpu_codegen
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_every_option_of_inductor_changes_the_code(mode):
+    """An option that changes nothing must not be measured as a technique. Two need a GPU to be seen: the epilogues of a
+    template that a measurement chose, and the padding that a measurement decides."""
+    command = [sys.executable, str(ROOT / "tests/helpers/gpu_codegen.py"), "--options", mode]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    unseen = {"no_epilogue_fusion", "no_shape_padding"}
+    unseen.add("persistent_tma_matmul" if mode == "default" else "conv_1x1_as_mm")  # of templates; included in the mode
+    assert set(json.loads(process.stdout.splitlines()[-1])) == set(INDUCTOR_OPTIONS) - unseen
 
 
 def test_the_docs_have_exactly_these_calls():

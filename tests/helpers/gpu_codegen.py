@@ -2,6 +2,7 @@
 
     python tests/helpers/gpu_codegen.py                       the table of docs/gpu-code.md
     python tests/helpers/gpu_codegen.py CASE [--json] [--ptxas]     one row, or its numbers; with the machine code's resources
+    python tests/helpers/gpu_codegen.py --options             the options of inductor that change the code, by compile mode
 
 dynamo, AOT autograd and inductor run as on a GPU, on fake tensors (fake_gpu.py). Where inductor would choose between
 kernels by a measurement, it counts the candidates and keeps the library's.
@@ -260,14 +261,43 @@ def run(case: Case, ptxas: bool) -> dict[str, Any]:
     return {"counts": dataclasses.asdict(counts), "resources": uses}
 
 
+def options_with_effect(mode: str) -> list[str]:
+    """Options of inductor that change the code, or the candidates, of a 1x1 convolution, a norm and products of odd widths."""
+    import torch
+    from fake_gpu import CUDA, fake_gpu
+    from torch import nn
+
+    from sd.optimise.compile import INDUCTOR_OPTIONS, Compiler
+
+    def compiled(*options: str) -> tuple[str, dict[str, int]]:
+        torch._dynamo.reset()
+        torch.set_default_dtype(torch.float16)
+        with CUDA:
+            linears = nn.Linear(4096, 65), nn.SiLU(), nn.Linear(65, 64)
+            network = nn.Sequential(nn.Conv2d(32, 33, 1), nn.GroupNorm(1, 33), nn.SiLU(), nn.Flatten(2), *linears)
+            x = torch.randn(2, 32, 64, 64)
+        function = Compiler(mode, inductor=options)(network.requires_grad_(False).forward)
+        generated = generate(lambda: function(x))
+        return re.sub(r"#.*|'(backend_hash|kernel_num_gb)': [^,}]*", "", generated.code), generated.choices
+
+    with fake_gpu("sm_90"):
+        plain = compiled()
+        assert compiled() == plain
+        return [name for name in INDUCTOR_OPTIONS if compiled(name) != plain]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="*", choices=[[], *CASES], help="default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ptxas", action="store_true")
+    parser.add_argument("--options", metavar="MODE", nargs="?", const="default", help="a compile mode")
     arguments = parser.parse_args()
     if missing():
         parser.error(str(missing()))
+    if arguments.options:
+        print(json.dumps(options_with_effect(arguments.options)))
+        return
     if not arguments.json:
         print(HEAD)
     for name in arguments.case or CASES:

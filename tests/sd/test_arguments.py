@@ -99,10 +99,16 @@ def test_compiler_options_imply_a_mode():
         return options.setup(txt2img.parser().parse_args(["--device", "cpu", "--optimise", text]), {}).optimisations
 
     assert chosen("compile_step").changed() == {"compile": "default", "compile_scope": "step"}
-    assert chosen("max-autotune-no-cudagraphs,conv_1x1_as_mm,freezing").changed() == {
+    assert chosen("max-autotune-no-cudagraphs,freezing").changed() == {
         "compile": "max-autotune-no-cudagraphs",
+        "inductor": ("freezing",),
+    }
+    assert chosen("conv_1x1_as_mm,freezing").changed() == {
+        "compile": "default",
         "inductor": ("conv_1x1_as_mm", "freezing"),
     }
+    with pytest.raises(Unavailable, match="conv_1x1_as_mm: mode max-autotune includes it"):
+        chosen("max-autotune,conv_1x1_as_mm")
     assert chosen("fast").cache_context_kv
 
 
