@@ -72,7 +72,7 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
         require("cpu_fp16", "precision fp16 on the CPU")
     if device.type == "cpu" and computes_slowly(dtype):
         slow = f"precision {optimisations.precision}: this processor emulates it, many times slower than fp32"
-        warnings.warn(f"{slow}; choose another precision", SDWarning, stacklevel=4)
+        warnings.warn(f"{slow}; choose another precision", SDWarning, stacklevel=1)  # of one place, so shown once
     if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise Unavailable("precision bf16: this GPU has no bf16; use fp16 or autocast")
     for compiler in optimisations.compilers().values():

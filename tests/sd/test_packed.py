@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -231,10 +232,12 @@ def test_error_of_bf16(model):
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported"), reason="this torch cannot tell")
-def test_precisions_that_the_processor_emulates_are_warned_of(monkeypatch, recwarn):
+def test_precisions_that_the_processor_emulates_are_warned_of_once(monkeypatch, recwarn):
+    warnings.simplefilter("default", SDWarning)  # as the command lines do
     for name, supported in (("fp16", False), ("bf16", False), ("bf16", True)):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda supported=supported: supported)
         recwarn.clear()
-        apply.require_available(Optimisations(precision=name), torch.device("cpu"))
+        for _ in range(2):
+            apply.require_available(Optimisations(precision=name), torch.device("cpu"))
         messages = [str(warning.message) for warning in recwarn if warning.category is SDWarning]
-        assert any(f"precision {name}" in message for message in messages) is not supported
+        assert [f"precision {name}" in message for message in messages] == [True] * (not supported)
