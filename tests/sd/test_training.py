@@ -495,4 +495,6 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_checkp
         StableDiffusion.from_checkpoint(f / "model.safetensors", "tiny").state_dict() for f in (killed, whole)
     )
     assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
+    losses = [float(row[1]) for row in rows(whole)]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])  # it learns, too
     assert len(set(moments)) > 3  # it was killed between different checkpoints
