@@ -143,6 +143,11 @@ def test_update_is_adamw_with_clipping_and_the_average_of_the_original():
         assert not weight.requires_grad
 
 
+def test_the_loss_falls():
+    losses, _ = trace(Recipe(rate=3e-3), steps=40)
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_min_snr_weights():
     t = torch.tensor([0, 500, 999])
     snr = (ALPHAS / (1 - ALPHAS))[t]
@@ -495,6 +500,4 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_checkp
         StableDiffusion.from_checkpoint(f / "model.safetensors", "tiny").state_dict() for f in (killed, whole)
     )
     assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
-    losses = [float(row[1]) for row in rows(whole)]
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])  # it learns, too
     assert len(set(moments)) > 3  # it was killed between different checkpoints
