@@ -28,6 +28,12 @@ class Feature:
     needs: str  # the version that has it
 
 
+def _source(path: str) -> str:
+    """The text of a file of torch, which takes less time than its import; empty if there is none."""
+    file = Path(torch.__file__).parent / path
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
@@ -99,6 +105,11 @@ FEATURES = {
         "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"
     ),
     "mmap_load": Feature("torch.load(mmap=True)", _has_parameter(torch.load, "mmap"), "torch >= 2.1"),
+    "reduction_choices": Feature(
+        "inductor's overridable split of reductions",
+        "def reduction_split_factor" in _source("_inductor/choices.py"),
+        "torch >= 2.6",
+    ),
     "packed": Feature(
         "oneDNN's operators for packed weights",
         torch.backends.mkldnn.is_available()

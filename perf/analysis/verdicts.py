@@ -165,7 +165,9 @@ def decide_paired(
     """
     _require_margin(margin)
     if len(effects) < MIN_LAUNCHES:
-        return Decision(Verdict.INCONCLUSIVE, "too_few_rounds", None, margin, against, launches=len(effects))
+        advice = f"--perf-launches {paired.LOOKS[0]}{_minutes(paired.LOOKS[0], launch_seconds)}"
+        reason = f"too_few_rounds no difference was detectable; {advice}"
+        return Decision(Verdict.INCONCLUSIVE, reason, None, margin, against, launches=len(effects))
     decision = decide_interval(paired.ratio_of_effects(effects, level), margin, against)
     detail = _detectable(effects, margin, level, launch_seconds) if decision.verdict is Verdict.INCONCLUSIVE else ""
     return replace(decision, reason=decision.reason + detail, launches=len(effects))
@@ -177,8 +179,12 @@ def _detectable(effects: Sequence[float], margin: float, level: float, launch_se
     smallest = f"{200 * margin:.1f} %"
     if launches is None:
         return f" {visible:.1f} % was detectable; {smallest} needs more than {paired.MOST_LAUNCHES} launches"
-    minutes = f" in about {max(1, round(launches * launch_seconds / 60))} min" if launch_seconds else ""
+    minutes = _minutes(launches, launch_seconds)
     return f" {visible:.1f} % was detectable; --perf-launches {launches} detects {smallest}{minutes}"
+
+
+def _minutes(launches: int, launch_seconds: float | None) -> str:
+    return f" in about {max(1, round(launches * launch_seconds / 60))} min" if launch_seconds else ""
 
 
 def decide_looks(

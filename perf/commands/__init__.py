@@ -7,7 +7,6 @@ COMMANDS = {
     "submit": ("perf.commands.submit", "send the tasks of a fleet to Slurm"),
     "doctor": ("perf.commands.doctor", "check whether this machine is fit to measure"),
     "battery": ("perf.commands.selftest", "test the regression gate on this machine: A/A and an injected slowdown"),
-    "gpu-run": ("perf.commands.gpu_run", "run the planned GPU measurements within a time budget"),
     "unfinished": ("perf.commands.unfinished", "list the interrupted sessions, or drop them by name"),
     "compare": ("perf.commands.compare", "judge one saved run against another"),
     "history": ("perf.commands.history", "find the sessions from which on a configuration is slower or faster"),

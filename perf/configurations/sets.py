@@ -114,6 +114,18 @@ LADDER: list[dict[str, Any]] = [
     {"attention": "sdpa", "precision": "fp16", "optimise": ",".join(EXACT), "compile": "default"},
     {"optimise": "fast"},
 ]
+# The first minutes on a GPU, without the minutes of a compiler, and which kernel of attention is the faster one.
+HALF: dict[str, Any] = {"attention": "sdpa", "precision": "fp16"}
+GPU_LADDER: list[dict[str, Any]] = [
+    {"attention": "original"},
+    {"attention": "sdpa"},
+    HALF,
+    {**HALF, "optimise": "channels_last"},
+    {**HALF, "optimise": "channels_last,cudnn_benchmark"},
+    {**HALF, "optimise": "channels_last,cudnn_benchmark", "sdpa_kernels": ("flash",)},
+    {**HALF, "optimise": "channels_last,cudnn_benchmark", "sdpa_kernels": ("cudnn",)},
+    {**HALF, "optimise": ",".join((*EXACT, "cudnn_benchmark"))},
+]
 SETS: dict[str, list[Configuration]] = {
     # The article's five on SD2; the two rounds of a launch correspond to its --n_iter 2.
     "published": _variants("sd2", PUBLISHED_FIVE, batches=(1, 2, 4)),
@@ -132,6 +144,7 @@ SETS: dict[str, list[Configuration]] = {
     ),
     "peers_cpu": [replace(usual("tiny"), sampler="ddim", steps=20, **choice) for choice in PEERS_CPU],
     "ladder": _variants("sd2", LADDER),
+    "gpu_ladder": _variants("sd2", GPU_LADDER),
     "compile_modes": _variants("sd2", COMPILE_MODES),
     "scopes": _variants("sd2", SCOPES),
     "inductor": _variants("sd2", INDUCTOR),
@@ -175,6 +188,7 @@ SUMMARIES = {
     "peers": "diffusers' SD1 with xFormers and PyTorch's attention compared with ours, its second",
     "peers_cpu": "OpenVINO, ONNX Runtime and diffusers beside ours on a CPU, with the embedded model",
     "ladder": "one optimisation at a time on SD2",
+    "gpu_ladder": "the first minutes on a GPU: precision, layout, cuDNN's algorithms, attention kernels",
     "compile_modes": "every mode of torch.compile",
     "scopes": "compile the blocks, the UNet, the step or the whole loop",
     "inductor": "Inductor's options, one at a time",

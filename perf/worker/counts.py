@@ -19,7 +19,7 @@ from perf.worker.engines.interface import Engine
 VIEWS = {
     "alias", "as_strided", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view",
-    "_reshape_alias",
+    "_reshape_alias", "device",
 }  # fmt: skip
 # `.item()`, float(tensor), branches on a tensor and the like: the host waits for the device.
 HOST_WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import operator
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ MAX_GRAPHS = 128
 class Compiler:
     """Compiles functions of tensors. mode: one of COMPILE_MODES but none; inductor: names of INDUCTOR_OPTIONS.
 
+    whole_norms: see `choices_of_whole_norms`.
+
     kernels: the SDPA kernels that the compiled code may use, empty for all. PyTorch chooses the kernel at compile time but
     leaves this restriction out of its cache keys, so it becomes a tag of the key.
     """
@@ -61,6 +64,7 @@ class Compiler:
     backend: str = "inductor"
     inductor: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    whole_norms: bool = False
 
     def require(self, device: torch.device) -> None:
         """Raise Unavailable for features that this torch, or on a CPU this machine, lacks."""
@@ -74,6 +78,10 @@ class Compiler:
             raise Unavailable("compile backend tensorrt: needs the package torch_tensorrt: pip install torch-tensorrt")
         if self.backend == "inductor" and device.type == "cpu":
             require_cpp_compiler(f"compile mode {self.mode}")
+        if self.whole_norms:
+            require("reduction_choices", "whole_norms")
+            if device.type == "cpu":
+                raise Unavailable("whole_norms: changes no code for a CPU: leave it out")
         if self.inductor:
             from torch._inductor import config  # imports the compiler, which takes seconds
         for name in self.inductor:
@@ -101,7 +109,7 @@ class Compiler:
         compiled: Callable[..., Any] = torch.compile(function, **arguments)
         if not has("recompile_limit"):
             compiled = _with_graph_limit(compiled)
-        if not self.kernels and "freezing" not in self.inductor:
+        if not self.kernels and not self.whole_norms and "freezing" not in self.inductor:
             return compiled
 
         def in_context(*arguments: Any) -> Any:
@@ -112,10 +120,16 @@ class Compiler:
 
     @contextmanager
     def _compile_context(self) -> Iterator[None]:
-        """Settings of the process at compile time: the tag of the kernels; Dynamo ignores `freezing` among the options."""
+        """Settings of the process at compile time: tags of the cache; Dynamo ignores `freezing` among the options."""
+        tags = ["sdpa " + ",".join(self.kernels)] if self.kernels else []
+        tags += ["whole_norms"] if self.whole_norms else []
         with ExitStack() as stack:
-            if self.kernels:
-                stack.enter_context(cache_key_tag("sdpa " + ",".join(self.kernels)))
+            if tags:
+                stack.enter_context(cache_key_tag(" ".join(tags)))
+            if self.whole_norms:
+                from torch._inductor.virtualized import V
+
+                stack.enter_context(V.set_choices_handler(choices_of_whole_norms()))
             if "freezing" in self.inductor:
                 stack.enter_context(torch._inductor.config.patch(freezing=True))
             yield
@@ -140,6 +154,29 @@ class Compiler:
         if self.mode not in CUDA_GRAPH_MODES or self.backend != "inductor":
             return compiled
         return lambda *arguments: cloned(compiled(*arguments))
+
+
+@functools.cache
+def choices_of_whole_norms() -> Any:
+    """Inductor's choices with the limits of newer GPUs: reductions of up to 32768 elements are not split, for all GPUs.
+
+    Most group norms of a UNet then compute their statistics in one kernel instead of two or three. PyTorch measured the
+    limits on a GB200, with UNets of Stable Diffusion 1.5 among others (torch/_inductor/choices.py of torch 2.15), and has
+    8192 for older GPUs.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    class WholeNorms(InductorChoices):
+        def reduction_split_factor(  # inductor passes the last argument by name
+            self, device: Any, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
+        ) -> int:
+            few = numel_hint < DeviceProperties.create(device).multi_processor_count
+            if reduction_numel_hint <= (32768 if few else 40960):
+                return 1
+            return int(super().reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
+
+    return WholeNorms()
 
 
 def has_setting(config: Any, setting: str) -> bool:

@@ -55,6 +55,7 @@ class Optimisations:
     cache_time_embeddings: compute time embeddings and their projections for all timesteps once per run.
     packed: weights in oneDNN's layout on a CPU, from sd.optimise.packed.SMALLEST_PACKED channels; these are not fused.
     cudnn_benchmark: cuDNN measures its convolution algorithms at the first call of each shape.
+    whole_norms: compiled for a GPU, most group norms compute their statistics in one kernel.
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
     `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder), compile_text_encoder: their
@@ -90,6 +91,7 @@ class Optimisations:
     packed: bool = False
     tf32: bool = False
     cudnn_benchmark: bool = False
+    whole_norms: bool = False
     original_steps: bool = False
     token_merging: float = 0.0
     feature_caching: int = 1
@@ -131,6 +133,8 @@ class Optimisations:
                 yield f"{backend}: has no convolutions in half precision on a CPU; choose precision full"
         if self.inductor and not self.compilers():
             yield f"inductor {list(self.inductor)}: nothing is compiled; choose a compile mode"
+        if self.whole_norms and (not self.compilers() or self.compile_backend != "inductor"):
+            yield "whole_norms: nothing is compiled by inductor; choose a compile mode"
         if self.attention == "mha":
             for name in self._chosen("fused_qkv", "fused_kv", "cache_context_kv"):
                 yield f"{name}: nn.MultiheadAttention has its own projections; choose another attention than mha"
@@ -209,6 +213,7 @@ class Optimisations:
             precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate
             tf32=True,
             cudnn_benchmark=True,
+            whole_norms=has("reduction_choices"),
             compile="max-autotune-no-cudagraphs" if has("compile") else "none",
             compile_autoencoder=once,
             compile_text_encoder=once,
@@ -231,7 +236,7 @@ class Optimisations:
         attention = self.attention_choice()
         kernels = attention.kernels if attention.restricted else ()
         return {
-            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels)
+            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels, self.whole_norms)
             for name, mode in modes.items()
             if mode != "none"
         }

@@ -17,6 +17,7 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
     **{name: {name: True} for name in ("tf32", "cudnn_benchmark", "channels_last", "fused_qkv", "fused_kv")},
     "packed": {"packed": True, "channels_last": True},
+    "whole_norms": {"whole_norms": True},
     **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
@@ -65,7 +66,8 @@ def parse(
                 raise ConfigError(f"optimise {text}: {field} is both {fields[field]} and {value}: choose one of them")
             fields[field] = value
     compiles_another = {"compile_autoencoder", "compile_text_encoder"} & set(fields)
-    implies_compile = "compile_scope" in fields or ("inductor" in fields and not compiles_another)
+    of_compiler = {"inductor", "whole_norms"} & set(fields)
+    implies_compile = "compile_scope" in fields or (of_compiler and not compiles_another)
     if implies_compile and base.compile == "none":
         fields.setdefault("compile", "default")
     fields.update(changes or {})
@@ -79,6 +81,9 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(fused_qkv=False, fused_kv=False, packed=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
         resets.update(packed=False)
+    networks = ("compile", "compile_autoencoder", "compile_text_encoder")
+    if fields.get("compile_backend", "inductor") != "inductor" or all(fields.get(name) == "none" for name in networks):
+        resets.update(whole_norms=False)
     if fields.get("attention") == "mha":
         resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:

@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 
+import gpu_codegen
+import gpu_session
 import pytest
 from documents import (
     DOCUMENTS,
@@ -191,7 +193,7 @@ def test_options_exist(pytestconfig, capsys):
         importlib.import_module(f"sd.{name}").main
         for name in ("txt2img", "img2img", "inpaint", "train", "convert", "inspect", "attention.__main__")
     ]
-    mains.append(importlib.import_module("perf.throughput").main)
+    mains += [importlib.import_module("perf.throughput").main, gpu_codegen.main, gpu_session.run]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])

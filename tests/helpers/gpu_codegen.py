@@ -1,11 +1,11 @@
 """GPU code of the compiled networks, generated, compiled to machine code and counted on a machine without a GPU.
 
-    python tests/helpers/gpu_codegen.py                       the table of docs/gpu-code.md
+    python tests/helpers/gpu_codegen.py --write                     write the rows of docs/gpu-code.md from what ran
     python tests/helpers/gpu_codegen.py CASE [--json] [--ptxas]     one row, or its numbers; with the machine code's resources
     python tests/helpers/gpu_codegen.py --options             the options of inductor that change the code, by compile mode
 
 dynamo, AOT autograd and inductor run as on a GPU, on fake tensors (fake_gpu.py). Where inductor would choose between
-kernels by a measurement, it counts the candidates and keeps the library's.
+kernels by a measurement, it counts the candidates and keeps the library's. A case that is not compiled counts operators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 @dataclass(frozen=True)
 class Case:
-    """One compiled call. part: unet, step, autoencoder or text_encoder; optimise: of --optimise; batch: images."""
+    """One call. part: unet, step, autoencoder or text_encoder; optimise: of --optimise; batch: images."""
 
     part: str
     model: str
@@ -43,7 +43,9 @@ class Case:
 
 
 CASES = {
-    "sd2 unet, fast in bf16": Case("unet", "sd2", "fast,bf16", 1),
+    "sd2 unet, none": Case("unet", "sd2", "none", 1),
+    "sd2 unet, fast": Case("unet", "sd2", "fast", 1),
+    "sd1 unet, fast": Case("unet", "sd1", "fast", 1),
     "sd2 step, fast": Case("step", "sd2", "fast,compile_step", 1),
     "sd2 autoencoder, fast": Case("autoencoder", "sd2", "fast", 1),
     "sd2 text encoder, fast": Case("text_encoder", "sd2", "fast", 1),
@@ -52,6 +54,7 @@ CASES = {
 }
 # Compiled to machine code, which takes as long as generating the code.
 WITH_MACHINE_CODE = ("sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast", "tiny unet, fast, sm_80")
+PAGE = Path(__file__).parents[2] / "docs" / "gpu-code.md"
 
 
 def missing() -> str | None:
@@ -64,9 +67,10 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one call's generated code; launches are the sum of the next four.
+    """Counts of one call; launches are the sum of the next four.
 
-    kernels: distinct generated kernels. copies: launches of generated kernels that only change a layout. bytes: inductor's
+    generated: launches of generated kernels; of a call that is not compiled, all other operators. kernels: distinct generated
+    kernels. copies: launches that only change a layout; of a call that is not compiled, also a dtype. bytes: inductor's
     count of what all kernels read and write. problems: distinct shapes for which inductor would measure kernels;
     candidates: Triton's for these.
     """
@@ -111,6 +115,21 @@ HEAD = (
 )
 
 
+def eager_counts(call: Callable[[], Any]) -> Counts:
+    """Operators of a call that is not compiled; PyTorch launches one or two kernels for each."""
+    from counting import Counting
+
+    with Counting() as counting:
+        call()
+    ops = counting.ops
+    products = sum(ops[name] for name in ("addmm", "mm", "bmm", "baddbmm"))
+    attention = sum(count for name, count in ops.items() if name.startswith("_scaled_dot_product"))
+    nhwc = sum(_is_nhwc(out.shape, out.stride()) for name, _, out in counting.calls if name == "convolution")
+    others = counting.total - ops["convolution"] - products - attention
+    counts = ops["convolution"], products, attention, others
+    return Counts(*counts, 0, nhwc, counting.copies, counting.bytes, 0, 0, ())
+
+
 @dataclass(frozen=True)
 class Generated:
     """Inductor's output for one call, as Python source, with its byte count and the autotuning it would do."""
@@ -144,7 +163,7 @@ class Generated:
             *groups.values(),
             generated=sum(launched.values()),
             kernels=len(kernels),
-            convolutions_nhwc=sum(_is_nhwc(shape, strides) for _, shape, strides in layouts),
+            convolutions_nhwc=sum(_is_nhwc(*map(_numbers, layout[1:])) for layout in layouts),
             copies=sum(count for name, count in launched.items() if only_moves(kernels[name])),
             bytes=self.bytes,
             problems=len(self.choices),
@@ -153,9 +172,13 @@ class Generated:
         )
 
 
-def _is_nhwc(shape: str, strides: str) -> bool:
-    _, channels, _, width = map(int, shape.split(", "))
-    return tuple(map(int, strides.split(", ")))[1:] == (1, width * channels, channels)
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(", ")))
+
+
+def _is_nhwc(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    _, channels, _, width = shape
+    return tuple(strides)[1:] == (1, width * channels, channels)
 
 
 def only_moves(source: str) -> bool:
@@ -251,6 +274,9 @@ def run(case: Case, ptxas: bool) -> dict[str, Any]:
     """Counts of a case and, with `ptxas`, its kernels' resources."""
     from fake_gpu import fake_gpu
 
+    if case.optimise == "none":
+        with fake_gpu(case.gpu):
+            return {"counts": dataclasses.asdict(eager_counts(call_of(case))), "resources": {}}
     with fake_gpu(case.gpu):
         generated = generate(call_of(case))
         counts = generated.counts()
@@ -286,13 +312,41 @@ def options_with_effect(mode: str) -> list[str]:
         return [name for name in INDUCTOR_OPTIONS if compiled(name) != plain]
 
 
-def main() -> None:
+def rows_in(text: str) -> dict[str, str]:
+    """The rows of the table in a page, by the name of their call."""
+    lines = text.splitlines()
+    columns = HEAD.splitlines()[0].count("|")
+    return {line.split("`")[1]: line for line in lines if line.startswith("| `") and line.count("|") == columns}
+
+
+def changes(name: str, row: str, text: str) -> str:
+    """COUNTS and what differs between a row and that of a page, for example `launches 548 -> 568`."""
+    heads = [head.strip() for head in HEAD.splitlines()[0].split("|")[2:-1]]
+    old, new = (cells.split("|")[2:-1] if cells else [] for cells in (rows_in(text).get(name), row))
+    if not old:
+        return f"COUNTS {name}: new, {row}"
+    pairs = [f"{head} {a.strip()} -> {b.strip()}" for head, a, b in zip(heads, old, new) if a.strip() != b.strip()]
+    return f"COUNTS {name}: {', '.join(pairs) or 'unchanged'}"
+
+
+def write(rows: dict[str, str]) -> None:
+    """Replace the table of the page: the given rows, and for other calls those that it has."""
+    text = PAGE.read_text(encoding="utf-8")
+    rows = {**rows_in(text), **rows}
+    table = "\n".join([HEAD, *(rows[name] for name in CASES if name in rows)])
+    begin = text.index(HEAD)
+    end = text.index("\n\n", begin)
+    PAGE.write_text(text[:begin] + table + text[end:], encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="*", choices=[[], *CASES], help="default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ptxas", action="store_true")
     parser.add_argument("--options", metavar="MODE", nargs="?", const="default", help="a compile mode")
-    arguments = parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="also write the rows into docs/gpu-code.md")
+    arguments = parser.parse_args(argv)
     if missing():
         parser.error(str(missing()))
     if arguments.options:
@@ -300,9 +354,21 @@ def main() -> None:
         return
     if not arguments.json:
         print(HEAD)
+    page = PAGE.read_text(encoding="utf-8")
     for name in arguments.case or CASES:
-        result = run(CASES[name], arguments.ptxas)
-        print(json.dumps(result) if arguments.json else Counts(**result["counts"]).row(name), flush=True)
+        # A process for each, since torch keeps what it asked about the GPU.
+        result = run(CASES[name], arguments.ptxas) if len(arguments.case) == 1 else _in_a_process(name)
+        row = Counts(**result["counts"]).row(name)
+        print(json.dumps(result) if arguments.json else row, flush=True)
+        print(changes(name, row, page), file=sys.stderr)
+        if arguments.write:
+            write({name: row})
+
+
+def _in_a_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, name, "--json"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_damaged_runs_are_reported_and_left_in_place(tmp_path, capsys):
         (runs / name).write_bytes(content)
     store(runs, document(1))
     (runs / "0001_x.trace.json").write_text("{}")  # of --perf-trace
-    (runs / "state.json").write_text("{}")  # of gpu-run
+    (runs / "state.json").write_text("{}")
     assert merge(tmp_path / "all", runs, tmp_path / "absent.json") == ExitCode.FAILED
     out, err = capsys.readouterr()
     assert "merge: 1 added, 0 already present, 6 not taken, 1 machine folder, 1 other JSON files skipped" in out

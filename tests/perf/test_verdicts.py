@@ -160,7 +160,8 @@ def test_impossible_margin(margin):
 def test_too_few_launches_are_no_error():
     for few in ([], [0.7]):
         decision = decide_paired(few, 0.01)
-        assert (decision.verdict, decision.reason, decision.launches) == (INCONCLUSIVE, "too_few_rounds", len(few))
+        assert (decision.verdict, decision.code, decision.launches) == (INCONCLUSIVE, "too_few_rounds", len(few))
+        assert "no difference was detectable; --perf-launches 8" in decision.reason
 
 
 def test_an_inconclusive_pair_states_what_was_detectable_and_the_launches_that_are_needed():

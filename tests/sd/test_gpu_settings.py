@@ -11,9 +11,11 @@ from agreement import GPU
 from models import relative_error
 
 from sd import Optimisations, StableDiffusion
+from sd.errors import ConfigError, Unavailable
 from sd.features import FEATURES, has
 from sd.optimise import cuda_graphs
-from sd.optimise.compile import Compiler
+from sd.optimise.compile import Compiler, choices_of_whole_norms
+from sd.optimise.presets import parse
 
 TECHNIQUES = {
     "sdpa": {},
@@ -81,6 +83,33 @@ def test_cudnn_measures_its_algorithms_only_around_the_models_calls(monkeypatch,
         fail()
     assert inside == [enabled]
     assert torch.backends.cudnn.benchmark == before
+
+
+@pytest.mark.skipif(not has("reduction_choices"), reason="inductor's choices cannot be overridden in this torch")
+@pytest.mark.parametrize(
+    "elements, outputs, whole", [(10240, 64, True), (32768, 64, True), (40960, 64, False), (40960, 140, True)]
+)
+def test_whole_norms_split_only_large_reductions(monkeypatch, elements, outputs, whole):
+    """64 groups of SD2 have 10240 elements at 16 x 16 pixels and 40960 at 64 x 64; inductor itself splits both."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    h100 = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, warp_size=32)
+    monkeypatch.setattr(DeviceProperties, "create", classmethod(lambda cls, device: h100))
+    device = torch.device("cuda")
+    assert InductorChoices().reduction_split_factor(device, elements, outputs, inner_reduction=True) > 1
+    split = choices_of_whole_norms().reduction_split_factor(device, elements, outputs, inner_reduction=True)
+    assert (split == 1) is whole
+
+
+@needs_compile
+def test_whole_norms_are_refused_where_they_change_nothing():
+    with pytest.raises(Unavailable, match="whole_norms"):
+        Compiler("default", whole_norms=True).require(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="whole_norms: nothing is compiled"):
+        Optimisations(whole_norms=True)
+    nothing = {"compile": "none", "compile_autoencoder": "none", "compile_text_encoder": "none", "cuda_graph": "none"}
+    assert not parse("fast", "cuda", nothing).whole_norms
 
 
 @needs_compile

@@ -320,6 +320,7 @@ def test_presets():
 def test_fast_of_a_gpu():
     fast = Optimisations.fast("cuda")
     assert (fast.precision, fast.cudnn_benchmark) == ("fp16", True)
+    assert fast.whole_norms is has("reduction_choices")
     if has("compile"):
         assert fast.compile == "max-autotune-no-cudagraphs"
         assert (fast.compile_autoencoder, fast.compile_text_encoder) == ("default", "default")
