@@ -9,6 +9,7 @@ import random
 import time
 
 import pytest
+from inner_session import machine_fixture  # noqa: F401
 
 from perf.__main__ import main
 from perf.analysis.paired import LOOKS
@@ -16,6 +17,7 @@ from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import ExitCode, Verdict
 from perf.commands import interference, selftest, simulate
 from perf.launch.process import ROOT
+from perf.machine.nvml import NoTelemetry
 
 BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
 BURSTS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_bursts.json"
@@ -84,6 +86,28 @@ def test_only_a_battery_with_the_same_options_is_resumed(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is no battery"):
             selftest._earlier(path, header)
+
+
+def test_a_battery_is_measured_and_resumed(tmp_path, monkeypatch, machine, capsys):
+    """The code of the sessions on a synthetic machine; the arms slowed by 5 and 3 % are found in both sessions."""
+    monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
+    monkeypatch.setattr(selftest, "open_visible_device", lambda: NoTelemetry("a test"))
+    monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
+    path = tmp_path / "battery.json"
+
+    def battery(sessions: int) -> int:
+        arguments = ["--launches", "6", "--rounds", "4", "--sessions", str(sessions), "--interference", "wander"]
+        return main(["battery", "--output", str(path), *arguments])
+
+    assert battery(1) == 0
+    assert "1/1: A/A SAME" in capsys.readouterr().out
+    first = json.loads(path.read_text(encoding="utf-8"))
+    assert list(first["sessions"][0]["rounds"]) == ["plain", "aa", "slow5", "slow3", "control"]
+    assert battery(2) == 0
+    out = capsys.readouterr().out
+    assert "1/2" not in out and "2/2: A/A SAME" in out
+    assert "5 % slowdown detected in 2 of 2, 3 % slowdown detected in 2 of 2, 0 INVALID" in out
+    assert json.loads(path.read_text(encoding="utf-8"))["sessions"][0] == first["sessions"][0]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
