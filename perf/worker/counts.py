@@ -65,7 +65,7 @@ class Counting(TorchDispatchMode):
 def of_round(engine: Engine, seed: int) -> dict[str, Any]:
     """`operators` by name, `bytes` and `host_waits` of one round; None where this torch cannot count them."""
     modern = hasattr(torch.nn.functional, "scaled_dot_product_attention")  # torch 1.x has another API of dispatch modes
-    # In older versions, torch 2.5 among them, an active dispatch mode makes compiled functions run eagerly.
+    # Without this method an active dispatch mode makes compiled functions run eagerly.
     if not modern or (engine.compiles and not hasattr(TorchDispatchMode, "ignore_compile_internals")):
         return {"operators": None, "bytes": None, "host_waits": None}
     counting = Counting()
