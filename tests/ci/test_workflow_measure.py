@@ -205,14 +205,24 @@ def test_invalid_settings_are_refused(machine, monkeypatch, name, value):
     assert machine.commands == []
 
 
-def test_empty_run_of_a_failed_pytest_is_deleted(tmp_path, monkeypatch):
-    def started(command, **_):
-        (tmp_path / "run.json").touch()
-        return subprocess.CompletedProcess(command, 4)
+def test_empty_run_of_a_failed_pytest_is_deleted_and_its_reason_kept(tmp_path, monkeypatch, capsys):
+    class Pytest:
+        stdout = iter(["collected 3 items\n", "ERROR: --attention: 'new': choose from original, mha\n"])
 
-    monkeypatch.setattr(measure.subprocess, "run", started)
+        def __init__(self, command, **_):
+            (tmp_path / "run.json").touch()
+
+        def wait(self):
+            return 4
+
+    monkeypatch.setattr(measure.subprocess, "Popen", Pytest)
     assert measure.pytest_perf([], tmp_path / "run.json", tmp_path / "storage") == 4
     assert not (tmp_path / "run.json").exists()
+    assert "collected 3 items" in capsys.readouterr().out, "the log of the job has all lines"
+    log = tmp_path / measure.LOG
+    assert measure.reasons_of(4, log) == ("--attention: 'new': choose from original, mha",)
+    log.write_text("nothing of note\n")
+    assert measure.reasons_of(4, log) == ("the command line or the baseline was refused",)
 
 
 # --- outcomes as data
