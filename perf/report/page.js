@@ -1,7 +1,7 @@
 "use strict";
 // Search, filters, sorting, comparison of two rows, downloads and themes. Texts of saved runs reach the document only
 // through textContent. The state is in the fragment of the address, such as #gpu=A100&q=sdpa&sort=time&a=3&b=5.
-(async () => {
+(() => {
   const all = (selector, parent = document) => [...parent.querySelectorAll(selector)];
   const element = (id) => document.getElementById(id);
   const made = (name, text = "", parent = null, attributes = {}) => {
@@ -343,6 +343,5 @@
   theme();
   restore();
   update();
-  await compare();
-  window.report = { data: DATA, download, exported, more };
+  window.report = { data: DATA, download, exported, more, ready: compare() };
 })();

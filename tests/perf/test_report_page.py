@@ -479,7 +479,7 @@ def test_the_address_restores_filters_search_order_and_picks(judged):
         assert left[:3] == ["mha", 1, 12] and left[3] and left[4] == "time" and "not-batch=4" in fragment
     with chromium.Page(width=1400) as browser:
         browser.open(judged, fragment)
-        browser.run("report.more()")
+        browser.run("report.ready")
         assert browser.run(state) == left
         assert browser.errors == []
 
