@@ -189,10 +189,12 @@ def _size(size: str) -> dict[str, str]:
 def _techniques(optimisations: str) -> tuple[list[str], list[str]]:
     """Return the names for --optimise of recorded fields `name=value ...`, and a note for each field without a name."""
     techniques, notes = [], []
-    for name, value in re.findall(r"(\w+)=(\(.*?\)|\S+)", optimisations):
+    recorded = dict(re.findall(r"(\w+)=(\(.*?\)|\S+)", optimisations))
+    known = {t: fields for t, fields in TECHNIQUES.items() if fields.keys() <= recorded.keys()}
+    for name, value in recorded.items():
         values = re.findall(r"'(\w+)'", value) if value.startswith("(") else [value]
         for single in values:
-            names = [t for t, fields in TECHNIQUES.items() if str(fields.get(name)) in (single, f"('{single}',)")]
+            names = [t for t, fields in known.items() if str(fields.get(name)) in (single, f"('{single}',)")]
             techniques += names
             notes += [] if names else [f"{name}={single}"]
     return techniques, notes
