@@ -17,8 +17,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def _outside_of_xdist(monkeypatch):
-    """A test that runs pytest itself runs it alone, however many tests run beside each other."""
+def _outside_of_xdist(monkeypatch, tmp_path_factory):
+    """A test that runs pytest itself runs it alone, however many tests run beside each other.
+
+    The locks of devices are in the folder for temporary files, which differs between the processes of pytest-xdist.
+    """
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.getbasetemp()))
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
 

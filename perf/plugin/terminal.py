@@ -250,8 +250,8 @@ def _counts_lines(results: Results) -> list[str]:
     same = {compared.against for compared in results.counts.values() if compared.same}
     if not same:
         return different
-    count = len(results.counts) - len(different)
-    return [*different, f"counts of {count} configuration(s) are those of {', '.join(sorted(same))}"]
+    count = counted(len(results.counts) - len(different), "configuration")
+    return [*different, f"counts of {count} are those of {', '.join(sorted(same))}"]
 
 
 def _protocol(session: Session) -> str:

@@ -74,7 +74,7 @@ def test_against_a_commit(inner, other_commit):  # noqa: F811
     result.assert_outcomes(failed=1)
     inner.machine.more = {}
     assert inner.run("--perf-against=v1", FAIL).ret == 0, inner.output
-    inner.prints("counts of 1 configuration(s) are those of 0123456789ab")
+    inner.prints("counts of 1 configuration are those of 0123456789ab")
 
 
 def test_a_single_round_is_enough(inner, other_commit):  # noqa: F811
@@ -93,13 +93,13 @@ def test_slower_with_other_counts_is_a_failure(inner, other_commit):  # noqa: F8
 def test_two_sides_of_options(inner):
     sides = ("--perf-a=--attention original", "--perf-b=--attention sdpa")
     assert inner.run(*sides, FAIL, what=("--steps=2",)).ret == 0, inner.output
-    inner.prints(f"counts of 1 configuration(s) are those of {SDPA}")
+    inner.prints(f"counts of 1 configuration are those of {SDPA}")
 
 
 def test_against_stored_sessions(inner):
     inner.run("--benchmark-save=old", what=TWO)
     assert inner.run("--benchmark-compare", FAIL, what=TWO).ret == 0, inner.output
-    inner.prints("counts of 2 configuration(s) are those of 0001_old")
+    inner.prints("counts of 2 configurations are those of 0001_old")
     inner.machine.more = {"mul": 1}
     result = inner.run("--benchmark-compare", FAIL, "--benchmark-save=worse", what=TWO)
     assert result.ret == ExitCode.FAILED, inner.output

@@ -340,6 +340,6 @@ def test_real_measurement_in_a_fresh_process(inner, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 launches of 1 rounds, in turns" in done.stdout and "torch imported: False" in done.stdout
+    assert "1 launch of 1 round, in turns" in done.stdout and "torch imported: False" in done.stdout
     assert saved_run.read(inner.saved()[-1]).by_id.keys() == {"tiny-original-plms1-b1"}
     assert str(ROOT) not in json.dumps(inner.last()["perf"])
