@@ -2,7 +2,7 @@
 
     pytest perf/test_peers.py                         UNet calls, against diffusers, OpenVINO and ONNX Runtime
     pytest perf/test_peers.py -k "sd2 and threads1"   full size at 256 pixels, and the VAE's decoder: minutes a side
-    pytest perf/test_peers.py --peers-table           also print the table of docs/optimisations.md
+    python tests/helpers/peers_table.py               the table of docs/optimisations.md
 
 `sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")` in fp32, `sd-fast-bf16` in bf16;
 `diffusers-compiled` follows diffusers' documentation (channels_last, fused projections, torch.compile in the same mode).

@@ -31,7 +31,9 @@ from sd.choices import COMPILE_MODES, OPTIMISERS, PRECISIONS
 from sd.errors import CheckpointError, ConfigError
 from sd.features import has, require
 from sd.models.unet import UNet
+from sd.optimise.approximate import merge_tokens
 from sd.optimise.compile import CUDA_GRAPH_MODES, Compiler, restore_unet
+from sd.optimise.packed import unpack
 
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[], Tensor]
@@ -164,6 +166,8 @@ def prepare_unet(unet: UNet, recipe: Recipe, device: torch.device) -> UNet:
     if compiler:
         compiler.require(device)
     restore_unet(unet)
+    unpack(unet)
+    merge_tokens(unet, 0.0)
     unet.fuse_projections(False, False)
     unet.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     unet.use_attention(recipe.attention)

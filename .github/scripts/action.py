@@ -46,9 +46,8 @@ def inputs() -> tuple[list[str], bool]:
         options += ["--ckpt", str(verified(workspace() / checkpoint))]
     if config := setting("INPUT_CONFIG", ""):
         options += ["--config", str(existing("config", config))]
-    if steps := setting("INPUT_STEPS", ""):
-        options += ["--steps", steps]
-    options += [part for name in setting("INPUT_ATTENTION", "").split() for part in ("--attention", name)]
+    for option, values in (("--steps", setting("INPUT_STEPS", "")), ("--attention", setting("INPUT_ATTENTION", ""))):
+        options += [part for value in values.split() for part in (option, value)]
     if engine := setting("INPUT_ENGINE", ""):
         path, colon, name = engine.partition(":")
         options += ["--engine", f"{existing('engine', path)}{colon}{name}" if path.endswith(".py") else engine]

@@ -48,10 +48,10 @@ def pytest_perf(options: list[str], run: Path, storage: Path) -> int:
 
 
 def reasons_of(code: int, log: Path) -> tuple[str, ...]:
-    """Why pytest has this exit code: what it said itself, else what the code means."""
+    """The reasons of this exit code: those that pytest printed, else the meaning of the code."""
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
-    said = [match[1].strip()[:300] for match in REASON.finditer(text)]
-    return tuple(dict.fromkeys(said))[:REASONS] or (PYTEST_FAILURES.get(code, f"pytest exited with {code}"),)
+    printed = [match[1].strip()[:300] for match in REASON.finditer(text)]
+    return tuple(dict.fromkeys(printed))[:REASONS] or (PYTEST_FAILURES.get(code, f"pytest exited with {code}"),)
 
 
 def merge_base(reference: str) -> str:

@@ -20,10 +20,12 @@ def post(number: str, key: str, text: str) -> None:
     mark = f"<!-- sd-perf {key} -->"
     # Comments of bots alone: a person may quote the mark.
     query = f'.[] | select(.user.type == "Bot" and (.body | startswith("{mark}"))) | .id'
-    found = _github("--paginate", f"repos/{repository()}/issues/{number}/comments?per_page=100", "--jq", query).split()
-    if found and not found[-1].isdigit():
-        raise Refusal(f"GitHub gave {found[-1][:20]!r} for the number of a comment")
-    target = ["PATCH", f"repos/{repository()}/issues/comments/{found[-1]}"] if found else []
+    existing = _github(
+        "--paginate", f"repos/{repository()}/issues/{number}/comments?per_page=100", "--jq", query
+    ).split()
+    if existing and not existing[-1].isdigit():
+        raise Refusal(f"GitHub gave {existing[-1][:20]!r} for the number of a comment")
+    target = ["PATCH", f"repos/{repository()}/issues/comments/{existing[-1]}"] if existing else []
     target = target or ["POST", f"repos/{repository()}/issues/{number}/comments"]
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".md") as file:
         file.write(f"{mark}\n{text}")

@@ -240,10 +240,10 @@ def report(sessions: list[dict], looks: tuple[int, ...], slowdowns: Sequence[flo
     alarms = sum(same.verdict in (Verdict.SLOWER, Verdict.FASTER) for same, _ in decisions)
     invalid = sum(same.verdict is Verdict.INVALID for same, _ in decisions)
     detected = [sum(slowed[i].verdict is Verdict.SLOWER for _, slowed in decisions) for i in range(len(slowdowns))]
-    found = [f"{100 * slow:g} % slowdown detected in {hits} of {count}" for slow, hits in zip(slowdowns, detected)]
+    rates = [f"{100 * slow:g} % slowdown detected in {hits} of {count}" for slow, hits in zip(slowdowns, detected)]
     print(
         f"margin {100 * MARGIN_FLOOR:.2f} %: {alarms} false alarms in {count} A/A comparisons, "
-        f"{', '.join(found)}, {invalid} INVALID"
+        f"{', '.join(rates)}, {invalid} INVALID"
     )
     launches = [decision.launches for same, slowed in decisions for decision in (same, *slowed) if decision.launches]
     if launches:

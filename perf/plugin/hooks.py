@@ -297,7 +297,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         machine_info["stack"] = state.results.session.stack if state.results else state.stack
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(tryfirst=True, optionalhook=True)  # an installed plugin may be registered before pytest-benchmark
 def pytest_benchmark_generate_commit_info(config):
     """The commit of the rootdir, wherever pytest was started."""
     return preflight.commit_info(config)

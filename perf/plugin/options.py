@@ -240,6 +240,12 @@ def require_weights(values: dict[str, list], project: Project) -> dict[str, list
     own = [engine for engine in values.get("engine", ()) if is_own(engine)]
     if own and "model" in values and len(own) == len(values["engine"]):
         raise pytest.UsageError(f"--model: {own[0]} is an engine of your own, which chooses its model itself")
+    if set(values.get("compile_backend", ())) - {"inductor"} and "compile" not in values:
+        if "optimise" in values:
+            raise pytest.UsageError(
+                "--compile-backend: --optimise compiles by its own choice; give --compile instead of it"
+            )
+        values["compile"] = ["default"]
     if "checkpoint" in values and "model" not in values and not own:
         models = ", ".join(CHOICES["model"])
         raise pytest.UsageError(f"--ckpt needs --model beside it: which of {models} the weights are")

@@ -131,9 +131,9 @@ def unit(results: Sequence[Result]) -> str:
 def stamp(results: Sequence[Result]) -> str:
     """What a title says of sessions whose times are no evidence (INVALID) or approximate (drifted), else empty."""
     stamps = [result.session.stamp for result in results]
-    found = [name for name in ("INVALID", "drifted") if name in stamps]
-    part = "partly " if found and "" in stamps else ""
-    return f" ({part}{' and '.join(found)})" if found else ""
+    shown = [name for name in ("INVALID", "drifted") if name in stamps]
+    part = "partly " if shown and "" in stamps else ""
+    return f" ({part}{' and '.join(shown)})" if shown else ""
 
 
 def newest_of(results: Sequence[T], most: int = MOST_RESULTS) -> tuple[Sequence[T], str]:

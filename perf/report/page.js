@@ -167,13 +167,16 @@
   async function toggle(row) {
     const button = row.querySelector(".open"), open = button.getAttribute("aria-expanded") === "true";
     button.setAttribute("aria-expanded", String(!open));
-    if (open) return row.nextElementSibling.remove();
+    if (open) {
+      if (row.nextElementSibling?.matches(".detail")) row.nextElementSibling.remove();
+      return;
+    }
     const detail = document.createElement("tr"), cell = document.createElement("td");
     detail.className = "detail";
     cell.colSpan = row.cells.length;
     cell.append(list((await more()).details[Number(row.dataset.row)]));
     detail.append(cell);
-    row.after(detail);
+    if (button.getAttribute("aria-expanded") === "true") row.after(detail);  // not closed meanwhile
   }
 
   // --- comparison of two rows

@@ -121,7 +121,7 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
     batches = {result.batch for result in own}
     printed = [cell for cell in published() if cell.model == "sd2" and cell.batch in batches and cell.seconds]
     base = {(cell.gpu, cell.batch): cell.seconds for cell in printed if cell.technique == "original"}
-    found = [
+    ratios = [
         Ratio(f"{cell.gpu} (published)", cell.batch, cell.technique, base[cell.gpu, cell.batch] / cell.seconds)
         for cell in sorted(printed, key=lambda cell: GPUS.index(cell.gpu))
         if (cell.gpu, cell.batch) in base and cell.technique != "original"
@@ -129,8 +129,8 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
     for result in own:
         column = f"{result.session.machine}, {result.work_name}, torch {result.torch}"
         bounds = result.speedup.estimate, result.speedup.low, result.speedup.high
-        found.append(Ratio(column, result.batch, result.technique, *bounds, result))
-    return found
+        ratios.append(Ratio(column, result.batch, result.technique, *bounds, result))
+    return ratios
 
 
 @dataclass(frozen=True)

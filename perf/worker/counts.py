@@ -49,7 +49,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         out = function(*arguments, **(options or {}))
-        name = function.overloadpacket.__name__
+        name = getattr(function, "overloadpacket", function).__name__  # a higher-order operator has no overloads
         if name not in VIEWS:
             self.ops[name] += 1
             tensors = [*tensors_in(arguments), *tensors_in([out])]

@@ -162,6 +162,7 @@ class Worker:
         from perf.worker import counts
 
         self.output = None
+        self.engine.prepare(seed)
         return {**counts.of_round(self.engine, seed), "generated_kernels": self.compiled["generated_kernels"]}
 
     @contextlib.contextmanager

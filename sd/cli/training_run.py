@@ -173,9 +173,12 @@ class Curve:
         except FileNotFoundError:
             lines = []
         for line in lines:
-            if len(line) == len(COLUMNS) and line[0].isdigit() and int(line[0]) <= step:
-                loss, norm, rate = map(float, line[1:])
-                self.rows.append((int(line[0]), loss, norm, rate))
+            try:
+                number, (loss, norm, rate) = int(line[0]), map(float, line[1:])
+            except (IndexError, ValueError):  # a line that a kill cut off
+                continue
+            if number <= step:
+                self.rows.append((number, loss, norm, rate))
         partial_file = self.folder / (CURVE + ".partial")
         with open(partial_file, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
@@ -244,6 +247,10 @@ def _load(args: Namespace, device: torch.device) -> StableDiffusion:
         pipe = StableDiffusion.tiny(device, optimisations)
     else:
         pipe = StableDiffusion.from_checkpoint(args.ckpt, resolve_config(args.config), device, optimisations)
+    if pipe.unet.embeds_guidance:
+        raise ConfigError(
+            "--ckpt: a latent consistency model is distilled, not trained by this loss: use its base model"
+        )
     if pipe.config.unet.in_channels != pipe.config.autoencoder.embed_dim:
         raise ConfigError("--ckpt: an inpainting model needs masks, which --data has not: use a text-to-image model")
     return pipe
@@ -341,12 +348,12 @@ class _Loop:
             self.curve.add(rows[:count])
         if count < len(rows):
             step, loss, norm, _ = rows[count]
-            kept = (
+            state = (
                 f"{self.curve.folder / CHECKPOINT} has step {self.saved}"
                 if self.saved
                 else "there is no checkpoint yet"
             )
             raise Diverged(
-                f"step {step}: loss {loss:g}, gradient norm {norm:g}; {kept}: lower --rate, or choose --precision full or bf16"
+                f"step {step}: loss {loss:g}, gradient norm {norm:g}; {state}: lower --rate, or choose --precision full or bf16"
             )
         return rows[-1][1]

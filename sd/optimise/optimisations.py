@@ -129,6 +129,8 @@ class Optimisations:
                 yield f"{backend}: runs the UNet and the decoder; choose compile_scope unet and no compile_text_encoder"
             if self.packed or quantised or self.precision == "autocast" or self.feature_caching > 1:
                 yield f"{backend}: with packed, quantisation, autocast or feature_caching is not offered"
+            if self.compile_backend == "openvino" and self.precision == "fp16":
+                yield f"{backend}: computes fp16 in fp32 on a CPU; choose precision full or bf16"
             if self.compile_backend == "onnxrt" and self.precision != "full":
                 yield f"{backend}: has no convolutions in half precision on a CPU; choose precision full"
         if self.inductor and not self.compilers():

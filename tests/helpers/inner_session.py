@@ -32,6 +32,8 @@ CONFTEST = 'pytest_plugins = ["perf.plugin"]\n'
 MEASURED = (ROOT / "perf" / "test_txt2img.py").read_text(encoding="utf-8")
 ONE = ("--attention=sdpa", "--steps=2")  # one configuration: tiny-sdpa-plms2-b1
 TWO = ("--attention=original", "--attention=sdpa", "--steps=2")
+# Warnings are errors, but for one of inner sessions in this process: modules of an installed sd-perf are imported already.
+STRICT = ("-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 SDPA, ORIGINAL = "tiny-sdpa-plms2-b1", "tiny-original-plms2-b1"
 
 

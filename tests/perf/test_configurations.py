@@ -223,7 +223,9 @@ def test_inductor_options_match_sd_and_keep_the_mode():
     from sd.optimise import compile
 
     assert tuple(compile.INDUCTOR_OPTIONS) == INDUCTOR_OPTIONS
-    for one, expected in zip(SETS["inductor"], ((), *((name,) for name in INDUCTOR_OPTIONS))):
+    for one, expected in zip(
+        SETS["inductor"], ((), *((name,) for name in INDUCTOR_OPTIONS if name != "conv_1x1_as_mm"))
+    ):
         chosen = optimisations(one, "cpu")
         assert (chosen.compile, chosen.inductor) == ("max-autotune-no-cudagraphs", expected), one.id
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from inner_session import MEASURED, inner_fixture, machine_fixture  # noqa: F401
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import ROOT
+from perf.plugin import NAME
 
 SUITE = """
     import pytest
@@ -26,6 +28,9 @@ SUITE = """
     def test_plain(benchmark):
         benchmark.pedantic(sum, ([1, 2],), rounds=1)
 """
+# As an installed sd-perf loads it by its entry point.
+INSTALLED = any(entry.name == NAME for entry in entry_points(group="pytest11"))
+LOADED = () if INSTALLED else ("-p", "perf.plugin.hooks")
 FIRST, SECOND = "test_mine.test_mine[1]", "test_mine.test_mine[2]"
 
 
@@ -38,7 +43,7 @@ def suite(inner, monkeypatch):
     (inner.path / "suite" / "test_mine.py").write_text(textwrap.dedent(SUITE))
 
     def run(*arguments):
-        result = inner.pytester.runpytest_inprocess("suite", "-p", "perf.plugin.hooks", *arguments)
+        result = inner.pytester.runpytest_inprocess("suite", *LOADED, *arguments)
         inner.output = result.stdout.str() + result.stderr.str()
         return result
 
@@ -180,7 +185,7 @@ REAL = """
 def test_real_processes(tmp_path):
     (tmp_path / "test_real.py").write_text(textwrap.dedent(REAL))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "perf.plugin.hooks", "--perf-launches=2", "--perf-rounds=2", "-rs"],
+        [sys.executable, "-m", "pytest", *LOADED, "--perf-launches=2", "--perf-rounds=2", "-rs"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

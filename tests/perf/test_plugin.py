@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from inner_session import ORIGINAL, SDPA, TWO, inner_fixture, machine_fixture, watched_by  # noqa: F401
+from inner_session import ORIGINAL, SDPA, STRICT, TWO, inner_fixture, machine_fixture, watched_by  # noqa: F401
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import ROOT, Interpreter
@@ -139,7 +139,7 @@ def test_wrong_image_invalidates_the_timing(inner):
     assert partial(inner) == "1 failed"
 
 
-@pytest.mark.parametrize("arguments", [(), ("-W", "error")], ids=["plain", "-W error"])
+@pytest.mark.parametrize("arguments", [(), STRICT], ids=["plain", "-W error"])
 def test_session_without_valid_rounds(inner, arguments):
     inner.machine.wrong = {SDPA}
     result = inner.run("--benchmark-save=a", "--benchmark-json=out.json", *arguments)

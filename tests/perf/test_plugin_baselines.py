@@ -8,7 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from inner_session import ONE, ORIGINAL, SDPA, TWO, fill_disk_for, inner_fixture, machine_fixture  # noqa: F401
+from inner_session import ONE, ORIGINAL, SDPA, STRICT, TWO, fill_disk_for, inner_fixture, machine_fixture  # noqa: F401
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import Interpreter
@@ -27,7 +27,7 @@ def verdict(document: dict, id: str = SDPA) -> dict:
 # --- missing and damaged baselines
 
 
-@pytest.mark.parametrize("arguments", [(), ("-W", "error"), ("-q",)], ids=lambda options: "".join(options) or "plain")
+@pytest.mark.parametrize("arguments", [(), STRICT, ("-q",)], ids=["plain", "-W error", "-q"])
 def test_missing_baseline_is_a_notice(inner, arguments):
     assert inner.run("--benchmark-compare", *arguments).ret == 0, inner.output
     inner.prints("perf: there is no baseline in", "save one with --benchmark-autosave")

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from inner_session import SDPA, inner_fixture, machine_fixture  # noqa: F401
+from inner_session import SDPA, STRICT, inner_fixture, machine_fixture  # noqa: F401
 
 from perf.analysis.verdicts import ExitCode
 from perf.runs.storage import why_unwritable
@@ -90,7 +90,7 @@ def test_rerun_replaces_the_earlier_entry(inner):
 
 
 def test_junit_has_the_verdict_without_a_warning(inner):
-    result = inner.run("--perf-aa", "--junitxml=junit.xml", "-W", "error", launches=6)
+    result = inner.run("--perf-aa", "--junitxml=junit.xml", *STRICT, launches=6)
     assert result.ret == 0, inner.output
     (entry,) = ElementTree.parse(inner.path / "junit.xml").getroot().iter("property")
     assert entry.get("name") == "verdict" and entry.get("value").startswith("SAME ")

@@ -317,6 +317,7 @@ def test_usage_errors(tmp_path, capsys):
 
 def test_commits_link_to_the_repository_of_a_workflow():
     pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
     from perf.report import build, page
 
     github = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "owner/name"}

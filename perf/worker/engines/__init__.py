@@ -23,7 +23,7 @@ class LoadedEngine:
         self._round = getattr(engine, "round", engine)
         if not callable(self._round):
             raise WorkerError("usage", f"{fields.values['engine']}: {engine!r} has no function `round(seed)`")
-        self.precision: str = getattr(engine, "precision", None) or fields.precision
+        self.precision: str = getattr(engine, "precision", None) or fields.values["precision"]
         self.compiles: bool = getattr(engine, "compiles", fields.values["compile"] != "none")
         self.config = getattr(engine, "config", None)
 

@@ -35,6 +35,10 @@ class DiffusersEngine:
         diffusers = _require_diffusers()
         if configuration.workload not in ("txt2img", "inpaint") or configuration.sdpa_kernels:
             raise Unavailable("diffusers is measured by whole images, with the SDPA kernel that PyTorch chooses")
+        ours = {"optimise": "", "compile_scope": "unet", "compile_backend": "inductor"}
+        chosen = [name for name, default in ours.items() if getattr(configuration, name) != default]
+        if chosen:
+            raise Unavailable(f"the engine diffusers has its own recipe, without {', '.join(chosen)}: leave it out")
         if configuration.lora_rank:
             raise Unavailable("the engine diffusers is measured without LoRA: leave out --lora-rank, or use engine sd")
         if configuration.attention == "mha":
