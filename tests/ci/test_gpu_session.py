@@ -98,6 +98,7 @@ def test_a_rehearsal_takes_the_embedded_model_on_a_cpu(tmp_path):
 
 
 def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):
+    pytest.importorskip("pip", reason="made by uv, without pip")
     monkeypatch.setattr("sys.path", [*gpu_session.sys.path])
     monkeypatch.setenv("PYTHONPATH", "before")
     with pytest.raises(Refusal, match="has no wheels"):

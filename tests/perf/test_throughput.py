@@ -88,7 +88,7 @@ def test_contention_and_a_slow_replica_are_seen():
 
 def torchrun(*arguments: str, replicas: int = 2) -> subprocess.CompletedProcess:
     pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicas), "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(replicas), "--standalone"]
     return subprocess.run(
         [*command, "-m", "perf.throughput", "--device=cpu", *arguments],
         cwd=ROOT,
