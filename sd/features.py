@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from sd.errors import Unavailable
 
@@ -113,7 +114,7 @@ FEATURES = {
     "packed": Feature(
         "oneDNN's operators for packed weights",
         torch.backends.mkldnn.is_available()
-        and hasattr(torch.library, "register_fake")
+        and hasattr(library, "register_fake")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
         "torch >= 2.4 with oneDNN",
     ),

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from sd.attention.modules import CrossAttention
 
@@ -29,13 +29,11 @@ def _define_operator() -> None:
 
     Constants could not be replaced, as by a LoRA, without another compilation.
     """
-    torch.library.define("sd::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    torch.library.impl("sd::packed_linear", "CompositeExplicitAutograd")(
+    library.define("sd::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("sd::packed_linear", "CompositeExplicitAutograd")(
         lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     )
-    torch.library.register_fake("sd::packed_linear")(
-        lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
-    )
+    library.register_fake("sd::packed_linear")(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 
 class _Packed(nn.Module):

@@ -14,23 +14,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from documents import ROOT
+from documents import ROOT, SOURCES
 
 import sd
 
-BUILT = (
-    "sd",
-    "perf",
-    "tests",
-    "docs",
-    "examples",
-    "constraints",
-    "conftest.py",
-    "pyproject.toml",
-    "tox.ini",
-    "MANIFEST.in",
-)
-BUILT += ("README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", ".github")
+BUILT = (*SOURCES, "tox.ini", "MANIFEST.in", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", ".github")
 LARGEST_BYTES = 15_000_000
 BACKEND = "import sys, setuptools.build_meta as made; print(getattr(made, sys.argv[1])(sys.argv[2]))"
 pytestmark = pytest.mark.slow

@@ -26,18 +26,8 @@ EXTRAS = {"report": ("jinja2", "matplotlib"), "peers": ("diffusers", "transforme
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-COPIED = (
-    "sd",
-    "perf",
-    "tests",
-    "docs",
-    "examples",
-    "constraints",
-    "conftest.py",
-    "pyproject.toml",
-    "README.md",
-    ".gitignore",
-)
+SOURCES = ("sd", "perf", "tests", "docs", "examples", "constraints", "conftest.py", "pyproject.toml", "README.md")
+COPIED = (*SOURCES, ".gitignore")
 PROGRAMS = {
     "pytest": "pytest",
     "pytest-benchmark": "pytest_benchmark",

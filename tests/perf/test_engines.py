@@ -261,7 +261,7 @@ def test_engines_are_pairs_baselines_and_speedups_like_any_other(inner):
 
 
 def test_engine_without_a_reference_is_a_baseline_all_the_same(inner):
-    """Nothing can be compared, which is said; a reference that fails is another matter."""
+    """Without a reference nothing is compared, and the session reports it; a reference that fails is an error."""
     (inner.path / "mine.py").write_text(textwrap.dedent(ENGINES))
     inner.machine.refused = {"mine.function.reference": ("unavailable", NO_REFERENCE)}
     assert inner.run("--benchmark-save=a", what=("--engine=mine.py:function",)).ret == 0, inner.output

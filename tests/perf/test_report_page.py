@@ -612,13 +612,13 @@ def test_what_has_no_room_in_the_page_is_loaded_from_beside(tmp_path, monkeypatc
     assert beside and all(
         json.loads((index.parent / file).read_text(encoding="utf-8"))["benchmarks"] for file in beside
     )
-    pictures = "[...document.querySelectorAll('.plot img')]"
+    images = "[...document.querySelectorAll('.plot img')]"
     with chromium.Page(width=1400) as browser:
         browser.open(index)
-        assert browser.run(f"{pictures}.length") > 3 and len(browser.requests) == 1, "not before they are looked at"
-        browser.run(f"{UNFOLD}; {pictures}.forEach((one) => {{ one.loading = 'eager'; }})")
-        browser.run(f"Promise.all({pictures}.map((one) => one.decode()))")
-        assert browser.run(f"{pictures}.every((one) => one.naturalWidth > 100)")
+        assert browser.run(f"{images}.length") > 3 and len(browser.requests) == 1, "not before they are looked at"
+        browser.run(f"{UNFOLD}; {images}.forEach((image) => {{ image.loading = 'eager'; }})")
+        browser.run(f"Promise.all({images}.map((image) => image.decode()))")
+        assert browser.run(f"{images}.every((image) => image.naturalWidth > 100)")
         assert browser.errors == []
 
 
