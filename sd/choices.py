@@ -10,7 +10,16 @@ from pathlib import Path
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny" / "tiny.safetensors"  # of the model `tiny`
 EMBEDDED_INPAINTING = EMBEDDED_WEIGHTS.with_name("tiny-inpaint.safetensors")  # the UNet of `tiny-inpaint` alone
 
-MODELS = ("tiny", "sd1", "sd2", "sd2-v", "sd1-inpaint", "sd2-inpaint", "tiny-inpaint")  # sd.config.presets.PRESETS
+MODELS = (  # sd.config.presets.PRESETS
+    "tiny",
+    "sd1",
+    "sd2",
+    "sd2-v",
+    "sd1-inpaint",
+    "sd2-inpaint",
+    "tiny-inpaint",
+    "sd2-depth",
+)
 ATTENTION = (  # sd.attention.functions.FUNCTIONS, in the same order
     "original",
     "xformers",

@@ -1,4 +1,4 @@
-"""Images and masks: their sizes, and their conversion from PIL and to uint8."""
+"""Images, masks and depth maps: their sizes, and their conversion from PIL and to uint8."""
 
 from __future__ import annotations
 
@@ -87,29 +87,42 @@ def image_with_mask(image: Tensor | Image, mask: Tensor | Image) -> tuple[Tensor
     image: as a result of `image_tensor`, or PIL. mask: float in [0, 1] or bool, [H, W] or [1, H, W], or PIL.
     Raises ConfigError unless both have the same size, before any resizing.
     """
-    if isinstance(image, Tensor):
-        require_pixels(image)
-    else:
-        image = _opaque(image, "white", INITIAL_IMAGE)
-    mask = mask if isinstance(mask, Tensor) else _opaque(mask, "black", "mask")
-    sizes = [
-        f"{x.shape[-1]}x{x.shape[-2]}" if isinstance(x, Tensor) else "{}x{}".format(*x.size) for x in (image, mask)
-    ]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(f"mask has {sizes[1]} pixels and the image {sizes[0]}: give a mask of the image's size")
+    image = image if isinstance(image, Tensor) else _opaque(image, "white", INITIAL_IMAGE)
     if not isinstance(mask, Tensor):
-        return image if isinstance(image, Tensor) else image_tensor(image), mask_tensor(mask)
-    shape = tuple(mask.shape)
-    if (
-        mask.dim() not in (2, 3)
-        or mask[..., 0, 0].numel() != 1
-        or not (mask.is_floating_point() or mask.dtype == torch.bool)
-    ):
-        raise ConfigError(f"mask {shape} {mask.dtype}: must be float or bool, [H, W] or [1, H, W]")
-    mask = mask.reshape(shape[-2:]).float()
+        mask = _opaque(mask, "black", "mask")
+        return _pixels_of_size(image, mask, "mask"), mask_tensor(mask)
+    mask = _plane(mask, "mask", "float or bool", mask.is_floating_point() or mask.dtype == torch.bool)
+    image = _pixels_of_size(image, mask, "mask")
     if not ((mask >= 0) & (mask <= 1)).all():
         raise ConfigError("mask: must have values from 0 to 1, which is repainted")
-    return image if isinstance(image, Tensor) else image_tensor(image), (mask >= 0.5).float()
+    return image, (mask >= 0.5).float()
+
+
+def image_with_depth(image: Tensor | Image, depth: Tensor | Image) -> tuple[Tensor, Tensor]:
+    """Convert to a float image [3, H, W] in [-1, 1] and a float32 depth map of any scale, larger where nearer.
+
+    image: as a result of `image_tensor`, or PIL. depth: float or integer, [H, W] or [1, H, W], or PIL in grey, of any
+    number of bits. The map returned has the size of the image before any resizing. Raises ConfigError unless the depth
+    given has it, and for a depth image in colour.
+    """
+    image = image if isinstance(image, Tensor) else _opaque(image, "white", INITIAL_IMAGE)
+    values = depth if isinstance(depth, Tensor) else torch.from_numpy(np.array(_grey(depth), dtype=np.float32))
+    values = _plane(values, "depth", "float or integer", values.dtype != torch.bool and not values.is_complex())
+    return _pixels_of_size(image, values, "depth image"), values
+
+
+def latent_depth(depth: Tensor, height: int, width: int) -> Tensor:
+    """depth [H, W] -> [1, 1, height, width] of latent cells: bicubic, then scaled to [-1, 1], as in the original script.
+
+    Raises ConfigError for a map that is not finite, or of one value, for which the original divides by 0.
+    """
+    if not torch.isfinite(depth).all():
+        raise ConfigError("depth: has values that are not finite; give a number for each pixel")
+    cells = F.interpolate(depth[None, None], size=(height, width), mode="bicubic", align_corners=False)
+    low, high = cells.amin(), cells.amax()
+    if high - low <= 1e-6 * depth.abs().amax():  # differences that are due to rounding
+        raise ConfigError("depth: has one value everywhere; give a map that is brighter where the scene is nearer")
+    return 2.0 * (cells - low) / (high - low) - 1.0
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
@@ -143,24 +156,62 @@ def _multiples(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _opaque(image: Image, background: str, name: str) -> Image:
-    """The image as displayed: with its orientation, and its transparent pixels over a background, with a warning of each.
+def _pixels_of_size(image: Tensor | Image, other: Tensor | Image, name: str) -> Tensor:
+    """The image as [3, H, W] in [-1, 1]. Raises ConfigError unless `other`, before any resizing, has its size."""
+    if isinstance(image, Tensor):
+        require_pixels(image)
+    own, size = (
+        f"{x.shape[-1]}x{x.shape[-2]}" if isinstance(x, Tensor) else "{}x{}".format(*x.size) for x in (image, other)
+    )
+    if own != size:
+        raise ConfigError(f"{name} has {size} pixels and the image {own}: give a {name} of the image's size")
+    return image if isinstance(image, Tensor) else image_tensor(image)
 
-    name: in the warnings, whose place is the caller's caller. Raises ConfigError.
-    """
-    import PIL.Image
+
+def _plane(values: Tensor, name: str, types: str, valid_type: bool) -> Tensor:
+    """float32 [H, W] from [H, W] or [1, H, W]. Raises ConfigError for other shapes, and unless valid_type."""
+    shape = tuple(values.shape)
+    if values.dim() not in (2, 3) or values[..., 0, 0].numel() != 1 or not valid_type:
+        raise ConfigError(f"{name} {shape} {values.dtype}: must be {types}, [H, W] or [1, H, W]")
+    return values.reshape(shape[-2:]).float()
+
+
+def _grey(depth: Image) -> Image:
+    """A depth image as displayed, in one channel of any depth. Raises ConfigError for one in colour."""
+    if depth.mode[0] in "IF":
+        return _upright(depth, "depth image")
+    depth = _opaque(depth, "black", "depth image")
+    if depth.mode not in ("1", "L"):
+        channels = np.array(depth.convert("RGB"))
+        if (channels != channels[..., :1]).any():
+            raise ConfigError("depth image is in colour: give a grey one, brighter where nearer")
+    return depth.convert("L")
+
+
+def _upright(image: Image, name: str) -> Image:
+    """The image with its orientation, with a warning of one. Raises ConfigError for too few or too many pixels."""
     from PIL import ImageOps
 
     if min(image.size) < SIZE_MULTIPLE:
         raise ConfigError(f"image has fewer than {SIZE_MULTIPLE} pixels a side; enlarge it first")
     if image.size[0] * image.size[1] > MAX_PIXELS:
         raise ConfigError(f"image has more than {MAX_PIXELS} pixels; make it smaller first")
-    if image.mode[0] in "IF":  # convert() clips their values at 255
-        raise ConfigError(f"image has more than 8 bits a channel ({image.mode}); save it with 8")
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     if orientation in range(2, 9):
-        warnings.warn(f"{name}: its EXIF orientation, {orientation}, is applied", SDWarning, stacklevel=3)
-    image = ImageOps.exif_transpose(image)
+        warnings.warn(f"{name}: its EXIF orientation, {orientation}, is applied", SDWarning, stacklevel=4)
+    return ImageOps.exif_transpose(image)
+
+
+def _opaque(image: Image, background: str, name: str) -> Image:
+    """The image as displayed: with its orientation, and its transparent pixels over a background, with a warning of each.
+
+    name: in the warnings, whose place is the caller's caller. Raises ConfigError.
+    """
+    import PIL.Image
+
+    if image.mode[0] in "IF":  # convert() clips their values at 255
+        raise ConfigError(f"image has more than 8 bits a channel ({image.mode}); save it with 8")
+    image = _upright(image, name)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] != 255:

@@ -17,10 +17,19 @@ from sd.checkpoint.layouts import UNET, State, native_to_original, with_prefix
 from sd.checkpoint.load import factories, load, materialise, read
 from sd.checkpoint.lora import Merged, read_lora, targets
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS, RUNTIMES
-from sd.config.presets import ModelConfig, preset
+from sd.config.presets import DEPTH_CHANNELS, INPAINTING_CHANNELS, INPUTS, ModelConfig, preset
 from sd.errors import BadImage, CheckpointError, ConfigError
 from sd.features import has
-from sd.images import image_tensor, image_with_mask, latent_mask, require_pixels, require_size, uint8_images
+from sd.images import (
+    image_tensor,
+    image_with_depth,
+    image_with_mask,
+    latent_depth,
+    latent_mask,
+    require_pixels,
+    require_size,
+    uint8_images,
+)
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import Tokens, tokenize, tokenize_chunks
@@ -42,6 +51,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[int, int], None]
+# Methods by input channels of the UNet; those of text-to-image models otherwise.
+METHODS = {INPAINTING_CHANNELS: ("inpaint",), DEPTH_CHANNELS: ("depth2img",)}
+TEXT_TO_IMAGE_METHODS = ("txt2img", "img2img", "inpaint")
 ORIGINAL_SPACINGS = (None, "leading")  # of ddim and plms: the timesteps of the original scripts
 
 
@@ -52,7 +64,7 @@ class Result:
     images: uint8 [B, H, W, 3] on the CPU.
     latents: float32 [B, 4, H/8, W/8] on the model's device, after the last sampler step.
     seconds: by stage: `text`, `unet` (the whole sampling loop), `vae` (decoding and the copy to the CPU), and
-        `encode` in img2img and inpainting.
+        `encode` with an image as input.
     unet_calls: number of UNet evaluations.
     seed: the seed, random where None was passed; image i uses seed + i. With a generator its `initial_seed()`, with a
         list of generators the list of theirs.
@@ -69,6 +81,26 @@ class Result:
     prompt_chunks: int = 1
     dropped: tuple[str, ...] = ()
     dropped_negative: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments that img2img and depth2img share, with their meaning in `StableDiffusion.txt2img`."""
+
+    prompt: str | list[str]
+    steps: int
+    scale: float
+    seed: int | None
+    batch: int
+    negative_prompt: str | list[str] | None
+    eta: float
+    rng: str | NoiseSource
+    progress: Progress | None
+    generator: torch.Generator | list[torch.Generator] | None
+    prompt_chunks: PromptChunks
+    sampler: str
+    timestep_spacing: str | None
+    sigmas: str
 
 
 class StableDiffusion:
@@ -395,7 +427,7 @@ class StableDiffusion:
 
         Raises ConfigError for invalid arguments and BadImage for NaN or all-black images.
         """
-        self._require_text_to_image("txt2img")
+        self._require_method("txt2img")
         plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas)
         prompts, negatives = prompts_of_images(prompt, negative_prompt, batch)
         shape = self.latent_shape(len(prompts), height, width)
@@ -437,30 +469,119 @@ class StableDiffusion:
             it; at strength 1, where the original raises an IndexError, the last timestep is used.
         The other arguments and the errors are those of `txt2img`.
         """
-        self._require_text_to_image("img2img")
-        if not 0.0 <= strength <= 1.0:
-            raise ConfigError(f"strength {strength}: must be in [0, 1]")
+        self._require_method("img2img")
         if not isinstance(image, Tensor):
             image = image_tensor(image)
         require_pixels(image)
-        prompts, negatives = prompts_of_images(prompt, negative_prompt, batch)
+        options = _Options(
+            prompt,
+            steps,
+            scale,
+            seed,
+            batch,
+            negative_prompt,
+            eta,
+            rng,
+            progress,
+            generator,
+            prompt_chunks,
+            sampler,
+            timestep_spacing,
+            sigmas,
+        )
+        return self._from_image(image, None, strength, options)
+
+    @torch.no_grad()
+    def depth2img(
+        self,
+        prompt: str | list[str],
+        image: Tensor | Image,
+        depth: Tensor | Image | None = None,
+        strength: float = 0.9,
+        steps: int = 50,
+        scale: float = 9.0,
+        seed: int | None = 1,
+        batch: int = 1,
+        negative_prompt: str | list[str] | None = "",
+        eta: float = 0.0,
+        rng: str | NoiseSource = "per-image",
+        progress: Progress | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_chunks: PromptChunks = 1,
+        sampler: str = "ddim",
+        timestep_spacing: str | None = None,
+        sigmas: str = "schedule",
+    ) -> Result:
+        """Generate `batch` images of each prompt from an initial image and its depth, with a depth-to-image model.
+
+        depth: brighter where nearer, of the size of the image: a PIL image in grey, or [H, W] of any scale. It is required,
+            since the depth estimator of the original (MiDaS) is not included.
+        strength: as in `img2img`, below 1. At 1 the image is not used, only its depth: sampling starts from noise. There
+            DDIM leaves out its first step, as in the original script.
+        The other arguments and the errors are those of `img2img`.
+        """
+        self._require_method("depth2img")
+        if depth is None:
+            raise ConfigError("depth: is missing, and no depth estimator (MiDaS) is included; give a depth image")
+        pixels, depth_map = image_with_depth(image, depth)
+        options = _Options(
+            prompt,
+            steps,
+            scale,
+            seed,
+            batch,
+            negative_prompt,
+            eta,
+            rng,
+            progress,
+            generator,
+            prompt_chunks,
+            sampler,
+            timestep_spacing,
+            sigmas,
+        )
+        return self._from_image(pixels, depth_map, strength, options)
+
+    def _from_image(self, image: Tensor, depth: Tensor | None, strength: float, options: _Options) -> Result:
+        """img2img, and with a depth map depth2img."""
+        if not 0.0 <= strength <= 1.0:
+            raise ConfigError(f"strength {strength}: must be in [0, 1]")
+        steps, sampler, spacing = options.steps, options.sampler, options.timestep_spacing
+        prompts, negatives = prompts_of_images(options.prompt, options.negative_prompt, options.batch)
         shape = self.latent_shape(len(prompts), *image.shape[1:])
-        plan, timesteps = self._plan(sampler, steps, eta, timestep_spacing, sigmas, strength)
-        noise, reported_seed = chosen_noise(rng, seed, generator, len(prompts), self.device)
-        clock = StageClock(self.device)
+        original = sampler == "ddim" and spacing in ORIGINAL_SPACINGS
+        from_noise = depth is not None and strength == 1.0
+        fraction: float | None = strength
+        if from_noise:  # int(fraction * steps) is steps - 1
+            fraction = 1 - 0.5 / max(steps, 1) if original else None
+        plan, timesteps = self._plan(sampler, steps, options.eta, spacing, options.sigmas, fraction)
+        if from_noise and not plan.evaluations:
+            raise ConfigError(
+                "strength 1: ddim leaves out its first step, as in the original script; use 2 steps or more"
+            )
+        noise, seed = chosen_noise(options.rng, options.seed, options.generator, len(prompts), self.device)
+        clock, condition = StageClock(self.device), None
         with clock.stage("encode"):
-            x = self.encode(image[None].expand(len(prompts), -1, -1, -1), noise.posterior(shape, self.device))
+            x = noise.posterior(shape, self.device)  # drawn at strength 1 too, as in the original script
+            if not from_noise:
+                x = self.encode(image[None].expand(len(prompts), -1, -1, -1), x)
+            if depth is not None:
+                cells = latent_depth(depth, *shape[2:]).to(self.device).expand(len(prompts), -1, -1, -1)
+                condition = cells.contiguous(memory_format=self.optimisations.memory_format())
         with clock.stage("text"):
-            contexts, tokens = self._contexts(prompts, negatives, scale, prompt_chunks)
+            contexts, tokens = self._contexts(prompts, negatives, options.scale, options.prompt_chunks)
         with clock.stage("unet"), self._calls.context():
-            if plan.evaluations:
+            if from_noise:
+                x = noise.initial(shape, self.device)
+            elif plan.evaluations:
                 alpha = plan.evaluations[0].alpha
-                if sampler == "ddim" and timestep_spacing in ORIGINAL_SPACINGS:  # noise of the timestep above
+                if original:  # noise of the timestep above
                     originals = self.schedule.uniform_timesteps(steps)
                     alpha = self.schedule.alpha(originals[min(plan.steps, len(originals) - 1)])
                 x = alpha * x + (1 - alpha**2) ** 0.5 * noise.initial(shape, self.device)
-            x = self._sample(sampler, plan, timesteps, x, contexts, scale, noise, eta, progress)
-        return self._finish(x, clock, len(plan.evaluations), reported_seed, tokens)
+            run = (sampler, plan, timesteps, x, contexts, options.scale, noise, options.eta, options.progress)
+            x = self._sample(*run, condition)
+        return self._finish(x, clock, len(plan.evaluations), seed, tokens)
 
     @torch.no_grad()
     def inpaint(
@@ -495,6 +616,7 @@ class StableDiffusion:
         latents: initial noise, as in `txt2img`. rng: `original` draws it as the original scripts do, with NumPy.
         The other arguments and the errors are those of `txt2img`.
         """
+        self._require_method("inpaint")
         if not 0.0 < strength <= 1.0:
             raise ConfigError(f"strength {strength}: must be above 0 and at most 1")
         pixels, pixel_mask = image_with_mask(image, mask)
@@ -575,10 +697,13 @@ class StableDiffusion:
             raise ConfigError("original_steps: has the original's timesteps; leave out timestep_spacing and sigmas")
         return plan, self.schedule.uniform_timesteps(steps)[: plan.steps]
 
-    def _require_text_to_image(self, method: str) -> None:
-        if self.config.inpainting:
+    def _require_method(self, method: str) -> None:
+        channels = self.config.unet.in_channels
+        methods = METHODS.get(channels, TEXT_TO_IMAGE_METHODS)
+        if method not in methods:
             raise ConfigError(
-                f"{method}: {self.config.name} is an inpainting model: call inpaint, or load another model"
+                f"{method}: {self.config.name} is {INPUTS.get(channels, 'a text-to-image')} model: "
+                f"call {' or '.join(methods)}, or load another model"
             )
 
     def _initial(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,16 @@ from torch import Tensor
 from sd.checkpoint import layouts
 from sd.checkpoint.file_formats import FileIndex
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS, original_names, prefixes
-from sd.config.presets import INPAINTING_CHANNELS, OTHER_INPUTS, PRESETS, ModelConfig, Parameterization, TextKind
+from sd.config.presets import (
+    DEPTH_CHANNELS,
+    INPAINTING_CHANNELS,
+    INPUTS,
+    OTHER_INPUTS,
+    PRESETS,
+    ModelConfig,
+    Parameterization,
+    TextKind,
+)
 from sd.errors import CheckpointError
 
 _FIRST_CONV = f"{layouts.UNET}input_blocks.0.0.weight"
@@ -62,6 +71,7 @@ _CONFIGS = {
     ("sd2-v", "v"): "sd2-v",
     ("sd1-inpaint", "eps"): "sd1-inpaint",
     ("sd2-inpaint", "eps"): "sd2-inpaint",
+    ("sd2-depth", "eps"): "sd2-depth",
 }
 _MISSING = {  # part, option
     "autoencoder": ("autoencoder (first_stage_model.*)", "--vae FILE"),
@@ -169,7 +179,10 @@ def detect(path: str | Path, state: Mapping[str, Tensor], predicted: Prediction 
     for name in ("sd1", "sd2", "tiny"):
         config = PRESETS[name]
         if (config.unet.context_dim, config.unet.model_channels) == (width, channels):
-            config = config.as_inpainting() if inputs == INPAINTING_CHANNELS else config
+            if inputs == INPAINTING_CHANNELS:
+                config = config.as_inpainting()
+            elif inputs == DEPTH_CHANNELS:
+                config = config.as_depth_to_image()
             if predicted is None or predicted.parameterization == config.parameterization:
                 return config
             return (
@@ -188,8 +201,8 @@ def reject_contradiction(
     """Raise CheckpointError if the checkpoint shows that `config` describes another model."""
     channels, inputs = state[_FIRST_CONV].shape[1], config.unet.in_channels
     if channels != inputs:
-        supported = {config.unet.out_channels: "a text-to-image", INPAINTING_CHANNELS: "an inpainting"}
-        remedy = "only text-to-image and inpainting models can be loaded"
+        supported = {config.unet.out_channels: "a text-to-image", **INPUTS}
+        remedy = "only text-to-image, inpainting and depth-to-image models can be loaded"
         if channels in supported:
             remedy = "pass the config of this model, or none"
         raise CheckpointError(

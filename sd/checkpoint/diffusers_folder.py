@@ -154,6 +154,18 @@ MODEL_INDEX = {
 }
 
 
+def model_index(config: ModelConfig, sampler: str) -> dict[str, Any]:
+    """model_index.json of the pipeline of the model. StableDiffusionDepth2ImgPipeline gets no depth estimator."""
+    index = {**MODEL_INDEX, "scheduler": ["diffusers", SCHEDULERS[sampler]["_class_name"]]}
+    if config.inpainting:
+        index["_class_name"] = "StableDiffusionInpaintPipeline"
+    if config.depth_to_image:
+        others = ("image_encoder", "requires_safety_checker", "safety_checker")
+        index = {key: value for key, value in index.items() if key not in others}
+        index.update({"_class_name": "StableDiffusionDepth2ImgPipeline", "depth_estimator": [None, None]})
+    return index
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -162,7 +174,9 @@ def _write_json(path: Path, value: Any) -> None:
 def write_folder(
     folder: Path, networks: dict[str, layouts.State], config: ModelConfig, sampler: str | None = None
 ) -> None:
-    """Write a diffusers folder that StableDiffusionPipeline.from_pretrained can load.
+    """Write a diffusers folder that from_pretrained of the model's pipeline can load.
+
+    Of a depth-to-image model only with depth_estimator=None and feature_extractor=None, since the folder has neither.
 
     folder: new or empty. networks: {unet, autoencoder, text_encoder} from sd.checkpoint.load.load. sampler: a key of
     SCHEDULERS, whose scheduler the folder gets; None for plms, and for ddim if the UNet predicts v. Raises ConfigError for
@@ -183,9 +197,7 @@ def write_folder(
         write_safetensors(folder / name / f"{stem}.safetensors", converted[network], {"format": "pt"})
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config, sampler))
     write_tokenizer(folder / "tokenizer", config)
-    pipeline = "StableDiffusionInpaintPipeline" if config.inpainting else MODEL_INDEX["_class_name"]
-    scheduler = ["diffusers", SCHEDULERS[sampler]["_class_name"]]
-    _write_json(folder / "model_index.json", {**MODEL_INDEX, "_class_name": pipeline, "scheduler": scheduler})
+    _write_json(folder / "model_index.json", model_index(config, sampler))
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> None:

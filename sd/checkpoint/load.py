@@ -66,6 +66,7 @@ _IGNORABLE = re.compile(
             rf"({'|'.join(_SCHEDULE_BUFFERS)})$",
             r"ddim_\w+$",
             r"model_ema\.",
+            r"depth_model\.",  # the depth estimator of depth-to-image models
             r"loss\.",
             rf"first_stage_model\.((loss|model_ema)\.|({'|'.join(_SCHEDULE_BUFFERS)})$)",
             r"cond_stage_model\.model\.(visual\.|(attn_mask|text_projection|logit_scale)$)",
@@ -362,9 +363,9 @@ def load(
 
     Returns (config, {"unet": state, "autoencoder": state, "text_encoder": state}); the names and shapes of each state are
     exactly those of UNet, Autoencoder and TextEncoder, the tensors on the CPU in the file's floating dtype.
-    config None: sd1, sd2 or tiny, or the inpainting model of one of them, by the sizes in the file, with the prediction
-    type that the checkpoint records: in the scheduler of a diffusers folder, in an entry `v_pred` or in the metadata;
-    without a record SD1 and SD2 are loaded as eps.
+    config None: sd1, sd2 or tiny, or the inpainting or depth-to-image model of one of them, by the sizes in the file, with
+    the prediction type that the checkpoint records: in the scheduler of a diffusers folder, in an entry `v_pred` or in the
+    metadata; without a record SD1 and SD2 are loaded as eps.
     text.layers = 0: the number depends on the file.
     vae, text_encoder: files or folders of these networks, in place of those in the checkpoint, if it has any.
     ignore_unknown_keys: leave out unknown weights inside the networks, and load a model of zero terminal SNR, whose noise

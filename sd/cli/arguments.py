@@ -1,4 +1,4 @@
-"""Options shared by txt2img, img2img and inpaint, and the model, device, attention, precision and prompts that they select.
+"""Options shared by the commands that generate images, and the model, device, attention, precision and prompts they select.
 
 Options are validated before the weights are read.
 """
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[str, str]) -> None:
     """Add the options that both commands have, and those that the command refuses (flag -> reason)."""
-    parser.set_defaults(embedded="tiny")  # preset of the embedded model that runs without --ckpt
+    parser.set_defaults(embedded="tiny")  # preset of the embedded model that runs without --ckpt, None for none
     version = f"%(prog)s of sd-perf {__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version, help="print the versions and exit")
     _add_task(parser.add_argument, outdir)
@@ -119,7 +119,7 @@ def _add_sampling(add: Callable[..., object]) -> None:
 
 
 def sampling(args: Namespace) -> dict[str, Any]:
-    """Arguments of txt2img, img2img and inpaint by the options of sampling. Raises ConfigError for two samplers."""
+    """Arguments of the methods of StableDiffusion by the options of sampling. Raises ConfigError for two samplers."""
     return {
         "steps": args.steps,
         "sampler": single("--sampler", args.sampler, "ddim"),
@@ -374,6 +374,8 @@ def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:
     if args.ckpt is None:
         if args.vae is not None or args.text_encoder is not None:
             raise ConfigError("--vae and --text-encoder replace networks of a checkpoint: pass --ckpt FILE")
+        if args.embedded is None:
+            raise ConfigError("no --ckpt: no model of this command is embedded; pass --ckpt FILE")
         if config is not None and not _is_tiny(config):
             raise ConfigError(
                 f"--config {args.config} needs its checkpoint: pass --ckpt FILE, or neither for the tiny model"

@@ -21,6 +21,17 @@ def read_image(path: str | Path) -> Tensor:
     return open_image(path, "--init-img", image_tensor)
 
 
+def open_pair(
+    image_path: str, option: str, path: str, convert: Callable[[Image, Image], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Convert the files of --init-img and of another option together. Raises ConfigError naming option and file."""
+
+    def with_image(image: Image) -> tuple[Tensor, Tensor]:
+        return open_image(path, option, lambda other: convert(image, other))
+
+    return open_image(image_path, "--init-img", with_image)
+
+
 def open_image(path: str | Path, option: str, convert: Callable[[Image], T]) -> T:
     """Convert an opened image file. Raises ConfigError naming the option and the file."""
     from PIL import Image

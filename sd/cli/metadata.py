@@ -141,7 +141,7 @@ def read(path: str) -> Recorded:
 
 def _read_ours(text: Mapping[str, str]) -> Recorded:
     if "init_img" in text:
-        command = "inpaint" if "mask" in text else "img2img"
+        command = "inpaint" if "mask" in text else "depth2img" if "depth" in text else "img2img"
         raise ValueError(f"is an image of {command}, from {text['init_img']}; repeat it with {command}")
     if text["rng"] != "per-image":
         raise ValueError(f"its noise ({text['rng']}) depends on the whole run; repeat the command")

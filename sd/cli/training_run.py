@@ -26,6 +26,7 @@ from sd.checkpoint.layouts import join_networks
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS
 from sd.cli.arguments import device_named
 from sd.cli.examples import Examples, read_examples
+from sd.config.presets import INPUTS
 from sd.errors import ConfigError, Diverged, SDWarning
 from sd.models.unet import UNet
 from sd.optimise.optimisations import Optimisations
@@ -252,7 +253,8 @@ def _load(args: Namespace, device: torch.device) -> StableDiffusion:
             "--ckpt: a latent consistency model is distilled, not trained by this loss: use its base model"
         )
     if pipe.config.unet.in_channels != pipe.config.autoencoder.embed_dim:
-        raise ConfigError("--ckpt: an inpainting model needs masks, which --data has not: use a text-to-image model")
+        kind = INPUTS.get(pipe.config.unet.in_channels, "another")
+        raise ConfigError(f"--ckpt: {kind} model needs further inputs, which --data has not: use a text-to-image model")
     return pipe
 
 

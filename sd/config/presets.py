@@ -9,8 +9,11 @@ from sd.errors import ConfigError
 
 TextKind = Literal["openclip", "clip"]  # SD2, SD1: parameter names, activation and padding differ
 Parameterization = Literal["eps", "v"]  # prediction type of the UNet: noise, or v of arXiv 2202.00512
-OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaler", 8: "an instruct-pix2pix"}  # by channels, unsupported
-INPAINTING_CHANNELS = 9  # noisy latents 4, mask 1, latents of the masked image 4, in this order
+# Input channels of the UNet, in this order.
+INPAINTING_CHANNELS = 9  # noisy latents 4, mask 1, latents of the masked image 4
+DEPTH_CHANNELS = 5  # noisy latents 4, depth 1
+INPUTS = {INPAINTING_CHANNELS: "an inpainting", DEPTH_CHANNELS: "a depth-to-image"}
+OTHER_INPUTS = {7: "an upscaler", 8: "an instruct-pix2pix"}  # unsupported
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,18 @@ class ModelConfig:
         """Whether the UNet takes a mask and a masked image beside the latents."""
         return self.unet.in_channels == INPAINTING_CHANNELS
 
+    @property
+    def depth_to_image(self) -> bool:
+        """Whether the UNet takes a depth map beside the latents."""
+        return self.unet.in_channels == DEPTH_CHANNELS
+
     def as_inpainting(self) -> ModelConfig:
         """The inpainting model tuned from this one: its UNet has INPAINTING_CHANNELS input channels."""
         return replace(self, name=f"{self.name}-inpaint", unet=replace(self.unet, in_channels=INPAINTING_CHANNELS))
+
+    def as_depth_to_image(self) -> ModelConfig:
+        """The depth-to-image model tuned from this one: its UNet has DEPTH_CHANNELS input channels."""
+        return replace(self, name=f"{self.name}-depth", unet=replace(self.unet, in_channels=DEPTH_CHANNELS))
 
 
 _SD1_UNET = UNetConfig(context_dim=768, num_heads=8)
@@ -152,6 +164,7 @@ PRESETS = {
     ),
 }
 PRESETS.update({f"{name}-inpaint": PRESETS[name].as_inpainting() for name in ("sd1", "sd2", "tiny")})
+PRESETS["sd2-depth"] = PRESETS["sd2"].as_depth_to_image()
 
 
 def preset(name: str) -> ModelConfig:

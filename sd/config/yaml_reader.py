@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sd.config.presets import (
+    DEPTH_CHANNELS,
     INPAINTING_CHANNELS,
     OTHER_INPUTS,
     AutoencoderConfig,
@@ -21,7 +22,7 @@ from sd.config.presets import (
     TextKind,
     UNetConfig,
 )
-from sd.errors import ConfigError
+from sd.errors import ConfigError, listed
 
 CONFIGS = Path(__file__).parent  # the YAML files of this package
 MAX_BYTES = 1 << 20  # released files have under 5,000
@@ -29,15 +30,17 @@ MAX_DEPTH = 50  # released files have 7 levels
 
 MODEL_TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
 INPAINTING_TARGET = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+DEPTH_TARGET = "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion"
+INPUTS_OF_TARGETS = {INPAINTING_TARGET: INPAINTING_CHANNELS, DEPTH_TARGET: DEPTH_CHANNELS}  # channels of the UNet
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 AUTOENCODER_TARGET = "ldm.models.autoencoder.AutoencoderKL"
 OPENCLIP_TARGET = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
 CLIP_TARGET = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+DEPTH_ESTIMATOR_TARGET = "ldm.modules.midas.api.MiDaSInference"
 TEXT_KINDS: dict[str, TextKind] = {OPENCLIP_TARGET: "openclip", CLIP_TARGET: "clip"}
 
 _OTHER_MODELS = {
     "LatentFinetuneDiffusion": "a fine-tuning wrapper",
-    "LatentDepth2ImageDiffusion": "a depth-to-image model",
     "LatentUpscaleDiffusion": "an upscaler",
     "LatentUpscaleFinetuneDiffusion": "an upscaler",
     "ImageEmbeddingConditionedLatentDiffusion": "an unCLIP model",
@@ -52,6 +55,7 @@ _IGNORED = {
     "model.params": "num_timesteps_cond log_every_t first_stage_key cond_stage_key cond_stage_trainable use_ema "
     "monitor scheduler_config personalization_config ckpt_path ignore_keys loss_type l_simple_weight "
     "original_elbo_weight learn_logvar logvar_init ucg_training reset_ema reset_num_ema_updates",
+    "model.params.depth_stage_config": "params",  # of the depth estimator, which `sd` does not have
     "model.params.unet_config": "",
     "model.params.unet_config.params": "image_size use_checkpoint use_fp16 use_bf16 dropout",
     "model.params.first_stage_config": "",
@@ -153,20 +157,25 @@ def read_yaml(path: str | Path) -> ModelConfig:
     top = _Section(path, "", _parse(path))
     model = top.section("model")
     target = model.take("target")
-    if target not in (MODEL_TARGET, INPAINTING_TARGET):
+    supported = (MODEL_TARGET, *INPUTS_OF_TARGETS)
+    if target not in supported:
         other = _OTHER_MODELS.get(str(target).rpartition(".")[2])
         reason = f"is {other}, and" if other else "is unknown:"
-        model.fail("target", f"{_describe(target)} {reason} only {MODEL_TARGET} and {INPAINTING_TARGET} are supported")
+        model.fail("target", f"{_describe(target)} {reason} only {listed(supported)} are supported")
     params = model.section("params")
-    inpainting = target == INPAINTING_TARGET
-    unet, native_mha = _unet(params, inpainting)
+    unet, native_mha = _unet(params, target)
     autoencoder = _autoencoder(params)
     text = _text(params, unet)
-    if inpainting:
-        order = ["mask", "masked_image"]
+    if target in INPUTS_OF_TARGETS:
+        order = ["mask", "masked_image"] if target == INPAINTING_TARGET else ["midas_in"]
         params.choice("concat_keys", (order,), "released models have this order of channels", default=order)
-        params.choice("masked_image_key", ("masked_image",), "released models have this key", default="masked_image")
         params.choice("finetune_keys", (None,), "it is for training: give null", default=None)
+    if target == INPAINTING_TARGET:
+        params.choice("masked_image_key", ("masked_image",), "released models have this key", default="masked_image")
+    if target == DEPTH_TARGET:
+        estimator = params.section("depth_stage_config")
+        estimator.choice("target", (DEPTH_ESTIMATOR_TARGET,), "released models were trained with it")
+        estimator.close()
     config = _model(path, params, unet, autoencoder, text, native_mha)
     for section in (params, model, top):
         section.close()
@@ -214,7 +223,7 @@ def _reject_bombs(path: Path, text: str) -> None:
             raise ConfigError(f"{path}: is nested more than {MAX_DEPTH} deep")
 
 
-def _unet(params: _Section, inpainting: bool) -> tuple[UNetConfig, bool]:
+def _unet(params: _Section, model_target: str) -> tuple[UNetConfig, bool]:
     config = params.section("unet_config")
     config.choice("target", (UNET_TARGET,), "no other network is supported")
     section = config.section("params")
@@ -223,14 +232,15 @@ def _unet(params: _Section, inpainting: bool) -> tuple[UNetConfig, bool]:
         section.fail(
             "in_channels", f"{in_channels} are those of {OTHER_INPUTS[in_channels]} model, which is unsupported"
         )
-    if inpainting != (in_channels == INPAINTING_CHANNELS):
-        target = INPAINTING_TARGET if in_channels == INPAINTING_CHANNELS else MODEL_TARGET
+    targets = {channels: target for target, channels in INPUTS_OF_TARGETS.items()}
+    target = targets.get(in_channels, MODEL_TARGET)
+    if target != model_target:
         section.fail("in_channels", f"{in_channels} contradicts model.target: use {target.rpartition('.')[2]}")
     out_channels = section.integer("out_channels")
-    if not inpainting and out_channels != in_channels:
+    if target == MODEL_TARGET and out_channels != in_channels:
         section.fail("out_channels", f"must be in_channels, {in_channels}")
-    if inpainting and 2 * out_channels + 1 != in_channels:
-        section.fail("out_channels", f"must be 4: latents, mask and masked image have {in_channels} channels together")
+    if target != MODEL_TARGET and out_channels != 4:
+        section.fail("out_channels", f"must be 4: the latents among the {in_channels} input channels")
     num_heads, num_head_channels = section.count("num_heads"), section.count("num_head_channels")
     if num_heads and num_head_channels:
         section.fail("num_head_channels", "contradicts num_heads: give only one of them")
@@ -345,8 +355,8 @@ def _model(
             f"first_stage_config (embed_dim {autoencoder.embed_dim})",
         )
     params.choice("beta_schedule", ("linear",), "Stable Diffusion 1 and 2 use no other", default="linear")
-    inpainting = unet.in_channels == INPAINTING_CHANNELS
-    key, default = ("hybrid", _REQUIRED) if inpainting else ("crossattn", "crossattn")
+    hybrid = unet.in_channels != unet.out_channels
+    key, default = ("hybrid", _REQUIRED) if hybrid else ("crossattn", "crossattn")
     params.choice("conditioning_key", (key,), "no other input is supported", default=default)
     params.choice("scale_by_std", (False,), "give the scale_factor of the trained model", default=False)
     schedule = ScheduleConfig(

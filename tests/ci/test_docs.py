@@ -154,7 +154,7 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
         if program == "python" and arguments[0] == "-m":
             program, arguments = arguments[1], arguments[2:]
         program = PROGRAMS.get(program, program)
-        if program in ("sd.txt2img", "sd.img2img", "sd.inpaint", "sd.train"):
+        if program in ("sd.txt2img", "sd.img2img", "sd.inpaint", "sd.depth2img", "sd.train"):
             importlib.import_module(program).parser().parse_args(arguments)
         elif program == "torchrun":
             module = arguments.index("-m")
@@ -191,7 +191,7 @@ def test_options_exist(pytestconfig, capsys):
     known = known_options(pytestconfig) | FOREIGN_OPTIONS | {"--help", "--version"}
     mains = [
         importlib.import_module(f"sd.{name}").main
-        for name in ("txt2img", "img2img", "inpaint", "train", "convert", "inspect", "attention.__main__")
+        for name in ("txt2img", "img2img", "inpaint", "depth2img", "train", "convert", "inspect", "attention.__main__")
     ]
     mains += [importlib.import_module("perf.throughput").main, gpu_codegen.main, gpu_session.run]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:

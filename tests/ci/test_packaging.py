@@ -201,7 +201,7 @@ def test_plugin_of_the_installed_package(installed, elsewhere):
 
 
 def test_console_scripts_are_installed(installed):
-    scripts = {"txt2img", "img2img", "inpaint", "sd-convert", "sd-perf"}
+    scripts = {"txt2img", "img2img", "inpaint", "depth2img", "sd-convert", "sd-perf"}
     assert scripts <= {path.name for path in installed.iterdir()}
     try:
         own = importlib.metadata.distribution("sd-perf")

@@ -34,6 +34,7 @@ PROGRAMS = {
     "txt2img": "sd.txt2img",
     "img2img": "sd.img2img",
     "inpaint": "sd.inpaint",
+    "depth2img": "sd.depth2img",
     "sd-convert": "sd.convert",
     "sd-perf": "perf",
 }

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from sd import Optimisations, StableDiffusion
-from sd.config.presets import PRESETS, AutoencoderConfig, UNetConfig
+from sd.config.presets import PRESETS, AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from sd.models.unet import UNet
 
 # Every variant of head count and projection, at sizes that run in milliseconds.
 UNETS = {
@@ -45,6 +46,23 @@ AUTOENCODERS = {
     "released-topology": AutoencoderConfig(channels=64, channel_mult=(1, 2, 4, 4)),
     "tiny-topology": AutoencoderConfig(channels=16, channel_mult=(1, 2, 2, 3), num_res_blocks=1, norm_groups=8),
 }
+
+
+# Models of SD1 and SD2 kind with the autoencoder of `tiny`, whose latents are an eighth of the image.
+SMALL = {
+    "sd1": ModelConfig("small-1", UNETS["sd1"], TextConfig("clip", 24, 2), PRESETS["tiny"].autoencoder),
+    "sd2": ModelConfig("small-2", UNETS["sd2-groups-of-8"], TextConfig("openclip", 32, 2), PRESETS["tiny"].autoencoder),
+}
+
+
+def widened(model: StableDiffusion, config: ModelConfig) -> StableDiffusion:
+    """`model` with the input channels of `config`: its weights, and zeros for the further channels."""
+    result = StableDiffusion(config, UNet(config.unet), model.autoencoder, model.text_encoder)
+    state, name = model.unet.state_dict(), "input_blocks.0.0.weight"
+    first = torch.zeros(state[name].shape[0], config.unet.in_channels, 3, 3)
+    first[:, :4] = state[name]
+    result.unet.load_state_dict({**state, name: first})
+    return result
 
 
 # The smallest model with every block type, for torch.compile, whose time grows with the number of kernels.

@@ -209,7 +209,8 @@ def test_custom_size_needs_a_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("channels", "model"), [(9, "an inpainting"), (5, "depth"), (7, "upscaler"), (8, "pix2pix"), (6, "another")]
+    ("channels", "model"),
+    [(9, "an inpainting"), (5, "a depth-to-image"), (7, "upscaler"), (8, "pix2pix"), (6, "another")],
 )
 def test_other_input_channels_are_rejected_by_model_name(tmp_path, channels, model):
     config = small()

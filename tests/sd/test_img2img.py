@@ -115,7 +115,9 @@ def test_prompts_from_a_file(calls):
 
 def test_defaults_match_the_original_script():
     defaults = {
-        name: img2img.default_strength_and_scale(config) for name, config in PRESETS.items() if not config.inpainting
+        name: img2img.default_strength_and_scale(config)
+        for name, config in PRESETS.items()
+        if config.unet.in_channels == config.unet.out_channels
     }
     assert defaults == {"sd1": (0.75, 5.0), "sd2": (0.8, 9.0), "sd2-v": (0.8, 9.0), "tiny": (0.8, 4.0)}
 

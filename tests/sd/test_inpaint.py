@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import original, small
-from models import UNETS
+from models import SMALL, widened
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,11 +17,10 @@ from sd import CheckpointError, ConfigError, Optimisations, StableDiffusion, inp
 from sd.checkpoint import diffusers_folder
 from sd.checkpoint.load import expected_shapes, load
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
-from sd.config.presets import PRESETS, ModelConfig, TextConfig
+from sd.config.presets import PRESETS, ModelConfig
 from sd.errors import SDWarning
 from sd.features import has
 from sd.images import image_with_mask, latent_mask, mask_tensor
-from sd.models.unet import UNet
 from sd.optimise import cuda_graphs
 from sd.pipeline import Result
 from sd.sampling.noise import OriginalNoise, PerImageNoise
@@ -30,11 +29,6 @@ from sd.tiny.train_inpaint import score
 
 CAPTION = "a green star on a blue background"
 OUT = Path("outputs/inpaint-samples")
-# SD1 and SD2 kinds with the autoencoder of `tiny`, whose latents are an eighth of the image.
-SMALL = {
-    "sd1": ModelConfig("small-1", UNETS["sd1"], TextConfig("clip", 24, 2), PRESETS["tiny"].autoencoder),
-    "sd2": ModelConfig("small-2", UNETS["sd2-groups-of-8"], TextConfig("openclip", 32, 2), PRESETS["tiny"].autoencoder),
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +42,6 @@ def mask() -> torch.Tensor:
     mask = torch.zeros(64, 64)
     mask[8:48, 16:64] = 1
     return mask
-
-
-def widened(model: StableDiffusion, optimisations: Optimisations = Optimisations()) -> StableDiffusion:
-    """An inpainting model with the weights of `model`, and zeros for the five more input channels."""
-    config = model.config.as_inpainting()
-    result = StableDiffusion(config, UNet(config.unet), model.autoencoder, model.text_encoder)
-    state = model.unet.state_dict()
-    first = torch.zeros(state["input_blocks.0.0.weight"].shape[0], 9, 3, 3)
-    first[:, :4] = state["input_blocks.0.0.weight"]
-    result.unet.load_state_dict({**state, "input_blocks.0.0.weight": first})
-    result.optimise(optimisations)
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +60,9 @@ class OwnPosterior(PerImageNoise):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_zero_input_planes_equal_txt2img_bit_for_bit(tiny, image, mask, sampler):
     options = {"steps": 5, "sampler": sampler, "scale": 4.0, "batch": 2}
-    painted = widened(tiny).inpaint(CAPTION, image, mask, rng=OwnPosterior(3, 2), **options)
+    painted = widened(tiny, tiny.config.as_inpainting()).inpaint(
+        CAPTION, image, mask, rng=OwnPosterior(3, 2), **options
+    )
     expected = tiny.txt2img(CAPTION, rng=PerImageNoise(3, 2), **options)
     assert torch.equal(painted.latents, expected.latents)
     assert torch.equal(painted.images, expected.images)
@@ -468,5 +452,7 @@ def test_refusals_print_one_line(files, capsys, argv, message):
 
 
 def test_default_scales_are_those_of_the_original_scripts():
-    scales = {name: inpaint.default_scale(config) for name, config in PRESETS.items() if config.inpainting}
-    assert scales == {"sd1-inpaint": 7.5, "sd2-inpaint": 10.0, "tiny-inpaint": 4.0}
+    defaults = {
+        name: inpaint.default_strength_and_scale(config) for name, config in PRESETS.items() if config.inpainting
+    }
+    assert defaults == {"sd1-inpaint": (1.0, 7.5), "sd2-inpaint": (1.0, 10.0), "tiny-inpaint": (1.0, 4.0)}

@@ -24,7 +24,14 @@ except BaseException as error:  # as libraries do
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(
     "arguments",
-    [["txt2img"], ["img2img"], ["inpaint"], ["inspect", "tiny"], ["convert", "tiny", "a.ckpt", "--to", "original"]],
+    [
+        ["txt2img"],
+        ["img2img"],
+        ["inpaint"],
+        ["depth2img"],
+        ["inspect", "tiny"],
+        ["convert", "tiny", "a.ckpt", "--to", "original"],
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_interrupt_gives_one_line_and_no_traceback(arguments, tmp_path):

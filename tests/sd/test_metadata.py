@@ -212,6 +212,7 @@ def test_another_machine_is_reported(calls, capsys):
         ({"rng": "per-image with fixed code"}, "depends on the whole run"),
         ({"init_img": "a.png"}, "is an image of img2img, from a.png"),
         ({"init_img": "a.png", "mask": "m.png"}, "is an image of inpaint, from a.png"),
+        ({"init_img": "a.png", "depth": "d.png"}, "is an image of depth2img, from a.png"),
         ({"steps": "many\x1b[31m"}, "argument --steps/--ddim_steps: invalid positive value: 'many"),
         ({"sampler": "lms"}, "argument --sampler: invalid choice: 'lms'"),
         ({"size": "65x64"}, "argument --W: size 65: must be a positive multiple of 64"),

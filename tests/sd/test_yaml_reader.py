@@ -58,6 +58,7 @@ def test_packaged_file_of_sd1_for_v():
         ("v2-inference-v", "sd2-v", False),
         ("v1-inpainting-inference", "sd1-inpaint", False),
         ("v2-inpainting-inference", "sd2-inpaint", False),
+        ("v2-midas-inference", "sd2-depth", False),
         ("tiny", "tiny", False),
     ],
 )
@@ -70,7 +71,7 @@ def test_packaged_files_equal_the_presets(name, preset, native_mha):
 
 
 def test_every_packaged_file_is_tested():
-    assert len(list(CONFIGS.glob("*.yaml"))) == 9
+    assert len(list(CONFIGS.glob("*.yaml"))) == 10
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,8 @@ def test_training_keys_are_ignored(tmp_path, released, dotted, value):
         (f"{UNET}.legacy", True, f"{UNET}.legacy: is True and can only be False"),
         (f"{UNET}.num_classes", "sequential", "class embeddings"),
         (f"{UNET}.in_channels", 9, f"{UNET}.in_channels: 9 contradicts model.target: use LatentInpaintDiffusion"),
-        (f"{UNET}.in_channels", 5, "a depth-to-image model"),
+        (f"{UNET}.in_channels", 5, f"{UNET}.in_channels: 5 contradicts model.target: use LatentDepth2ImageDiffusion"),
+        (f"{UNET}.in_channels", 7, "an upscaler model, which is unsupported"),
         (f"{DDCONFIG}.attn_resolutions", [16], f"{DDCONFIG}.attn_resolutions: is [16] and can only be []"),
         (f"{DDCONFIG}.double_z", False, f"{DDCONFIG}.double_z: is False and can only be True"),
         (f"{DDCONFIG}.double_z", 1, "can only be True"),
@@ -164,6 +166,11 @@ def test_training_keys_are_ignored(tmp_path, released, dotted, value):
         ("model.params.conditioning_key", "hybrid", "can only be 'crossattn'"),
         # targets
         ("model.target", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "in_channels: 4 contradicts model.target"),
+        (
+            "model.target",
+            "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion",
+            "in_channels: 4 contradicts model.target",
+        ),
         ("model.target", "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion", "is an upscaler"),
         ("model.target", "os.system", "model.target: 'os.system' is unknown"),
         ("model.params.unet_config.target", "os.system", "is 'os.system' and can only be"),
