@@ -560,7 +560,8 @@ class StableDiffusion:
                 "strength 1: ddim leaves out its first step, as in the original script; use 2 steps or more"
             )
         noise, seed = chosen_noise(options.rng, options.seed, options.generator, len(prompts), self.device)
-        clock, condition = StageClock(self.device), None
+        clock = StageClock(self.device)
+        condition: Tensor | None = None
         with clock.stage("encode"):
             x = noise.posterior(shape, self.device)  # drawn at strength 1 too, as in the original script
             if not from_noise:

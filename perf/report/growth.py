@@ -20,6 +20,7 @@ NATIVE_PIXELS = {
     "sd1-inpaint": 512,
     "sd2-inpaint": 512,
     "tiny-inpaint": 64,
+    "sd2-depth": 512,
 }
 
 
