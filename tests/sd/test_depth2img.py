@@ -20,6 +20,7 @@ from sd.checkpoint.load import expected_shapes, load
 from sd.config.presets import PRESETS
 from sd.config.yaml_reader import CONFIGS, read_yaml
 from sd.convert import convert
+from sd.features import has
 from sd.images import image_with_depth, latent_depth
 from sd.sampling.samplers import SAMPLERS
 
@@ -174,6 +175,10 @@ def test_depth_and_image_reach_the_unet(model, image, depth):
         {"channels_last": True},
         {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True},
         {"attention": "mha"},
+        pytest.param(
+            {"compile": "default", "compile_scope": "step", "compile_backend": "eager"},
+            marks=[pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")],
+        ),
     ],
     ids=lambda changes: "-".join(changes),
 )
