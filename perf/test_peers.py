@@ -74,6 +74,16 @@ def optimisations(side: str) -> Optimisations:
     return replace(fast, precision="bf16" if side.endswith("bf16") else "full", compile_autoencoder=fast.compile)
 
 
+def diffusers_unet(unet: UNet):
+    """diffusers' UNet with the same weights. Skips the test where the extra `peers` is not installed."""
+    diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
+    text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
+    config = replace(preset("sd2"), unet=unet.config, text=text)
+    peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(config))
+    peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()), assign=True)
+    return peer
+
+
 @dataclass(frozen=True)
 class Unet:
     """One UNet call with guidance's batch of 2."""
@@ -102,13 +112,7 @@ class Unet:
         return lambda: call(x, t, context)
 
     def diffusers(self, unet: UNet, inputs, compiled: bool) -> Callable[[], torch.Tensor]:
-        import diffusers
-
-        text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
-        config = replace(preset("sd2"), unet=unet.config, text=text)
-        peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(config)).eval()
-        peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()))
-        x, t, context = inputs
+        peer, (x, t, context) = diffusers_unet(unet).eval(), inputs
         if compiled:
             peer.to(memory_format=torch.channels_last).fuse_qkv_projections()
             peer, x = torch.compile(peer, fullgraph=True, dynamic=False), x.to(memory_format=torch.channels_last)
@@ -139,7 +143,7 @@ class Decoder(Unet):
 
         config = replace(preset("sd2"), autoencoder=self.config)
         peer = diffusers.AutoencoderKL.from_config(diffusers_folder.autoencoder_config(config)).eval()
-        peer.load_state_dict(layouts.autoencoder_to_diffusers(autoencoder.state_dict()))
+        peer.load_state_dict(layouts.autoencoder_to_diffusers(autoencoder.state_dict()), assign=True)
         decode = peer.decode
         if compiled:
             peer.to(memory_format=torch.channels_last)
@@ -179,6 +183,13 @@ class Seconds:
     wall: list[float]
 
 
+def own_network(network: torch.nn.Module, side: str) -> torch.nn.Module:
+    """A copy of the network; where the side leaves weights as they are it shares them, as a copy of SD2 has 3.5 GB."""
+    shares = side in ("sd", "openvino", "onnxruntime")
+    weights = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, weights if shares else {})
+
+
 def measure(name: str, threads: int) -> dict[str, Seconds]:
     """Seconds by side, rounds alternated. Raises AssertionError where an output differs."""
     task, sides = TASKS[name], sides_of(name)
@@ -192,7 +203,7 @@ def measure(name: str, threads: int) -> dict[str, Seconds]:
             if side.startswith("diffusers"):
                 calls[side] = task.diffusers(network, inputs, side.endswith("compiled"))
             else:
-                calls[side] = task.ours(copy.deepcopy(network), optimisations(side), inputs)
+                calls[side] = task.ours(own_network(network, side), optimisations(side), inputs)
             error = ((calls[side]().float() - reference).norm() / reference.norm()).item()
             assert error <= SIDES[side], f"{side}: different output (relative error {error:.1e})"
             calls[side]()  # warm-up
@@ -207,7 +218,7 @@ def measure(name: str, threads: int) -> dict[str, Seconds]:
     return measured
 
 
-def _blocks(seconds: list[float]) -> list[list[float]]:
+def blocks(seconds: list[float]) -> list[list[float]]:
     """Blocks of neighbouring rounds, which stand for the launches that one process lacks."""
     return [seconds[start : start + BLOCK] for start in range(0, len(seconds), BLOCK)]
 
@@ -263,5 +274,5 @@ def test_call(benchmark, alternated, peak_flops_per_second, request, task, threa
     peak = peak_flops_per_second[torch.bfloat16 if side.endswith("bf16") else torch.float32]
     info["flops_fraction"] = TASKS[task].flops() / median / peak
     for peer in seconds:
-        ratio = paired_ratio(_blocks(seconds[side].cpu), _blocks(seconds[peer].cpu))
+        ratio = paired_ratio(blocks(seconds[side].cpu), blocks(seconds[peer].cpu))
         info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]

@@ -17,7 +17,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,36 +26,17 @@ import torch.nn.functional as F
 from perf.analysis import flops
 from perf.analysis.paired import paired_ratio
 from perf.plugin.benchmark_bridge import ReplayClock
+from perf.test_peers import CASES, blocks, diffusers_unet
 from perf.worker.reference_workload import matmul_flops_per_second
-from sd.checkpoint import diffusers_folder, layouts
-from sd.config.presets import TextConfig, UNetConfig, preset
 from sd.features import has
 from sd.models.unet import UNet
 from sd.sampling.schedule import Schedule
 from sd.training import Batch, Recipe, Trainer, denoising_loss, noised, prepare_unet
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
-SD_TOPOLOGY_34M = UNetConfig(
-    context_dim=256, model_channels=64, num_head_channels=32, use_linear_in_transformer=True
-)  # a fifth of SD2's width, as in perf/test_peers.py
-CASES = {"tiny": (preset("tiny").unet, 8), "sd-34M": (SD_TOPOLOGY_34M, 16)}  # (config, latent height and width)
 SIDES = ("sd", "sd-compiled", "diffusers", "diffusers-script")
-ROUNDS, BLOCK, BATCH, RATE = 20, 5, 4, 1e-5
+ROUNDS, BATCH, RATE = 20, 4, 1e-5
 ALPHAS = Schedule().alphas_cumprod.float()
-
-
-def _blocks(seconds: list[float]) -> list[list[float]]:
-    """Blocks of neighbouring rounds, which stand for the launches that one process lacks."""
-    return [seconds[start : start + BLOCK] for start in range(0, len(seconds), BLOCK)]
-
-
-def _diffusers_unet(unet: UNet):
-    diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-    text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
-    config = replace(preset("sd2"), unet=unet.config, text=text)
-    peer = diffusers.UNet2DConditionModel.from_config(diffusers_folder.unet_config(config))
-    peer.load_state_dict(layouts.unet_to_diffusers(unet.state_dict()))
-    return peer.train()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,8 +70,8 @@ def _updates(unet: UNet, batch: Batch) -> dict[str, Callable[[], float]]:
     return {
         "sd": ours(prepare_unet(copy.deepcopy(unet), plain, device), plain),
         "sd-compiled": ours(prepare_unet(copy.deepcopy(unet), compiled, device), compiled),
-        "diffusers": ours(_diffusers_unet(unet), plain),
-        "diffusers-script": _script(_diffusers_unet(unet), batch),
+        "diffusers": ours(diffusers_unet(unet).train(), plain),
+        "diffusers-script": _script(diffusers_unet(unet).train(), batch),
     }
 
 
@@ -179,5 +159,5 @@ def test_training_step(benchmark, trained, peak_flops_per_second, case, side):
     benchmark.extra_info["flops_fraction"] = work / statistics.median(seconds[side]) / peak_flops_per_second
     benchmark.extra_info["peak_bytes"] = peaks[side]
     for peer in ("diffusers", "diffusers-script"):
-        ratio = paired_ratio(_blocks(seconds[side]), _blocks(seconds[peer]))
+        ratio = paired_ratio(blocks(seconds[side]), blocks(seconds[peer]))
         benchmark.extra_info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]

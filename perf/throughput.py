@@ -108,21 +108,41 @@ class Throughput:
         return max(range(len(self.cycles[0].together)), key=lambda rank: self.median_seconds(rank)[1])
 
 
+class ReplicasFailed(RuntimeError):
+    """A line for each replica that failed. Every rank raises it, so that none waits for another."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+
+
+def gather_outcomes(group: Group, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returned on each rank. Raises ReplicasFailed if it raised on any."""
+    value, problem = None, None
+    try:
+        value = work()
+    except Exception as error:  # of another class in each version of torch
+        problem = f"replica {group.rank} on {platform.node()}: {type(error).__name__}: {' '.join(str(error).split())}"
+    outcomes = group.gather((value, problem))
+    problems = [problem for _, problem in outcomes if problem]
+    if problems:
+        raise ReplicasFailed(problems)
+    return [value for value, _ in outcomes]
+
+
 def measure(group: Group, round_seconds: Callable[[], float], cycles: int) -> list[Cycle]:
-    """Run the cycles after one warm-up round of each replica, in which the first calls compile. Every rank returns all."""
-    round_seconds()
-    group.barrier()
+    """Run the cycles after one warm-up round of each replica, in which the first calls compile. Every rank returns all.
+
+    Raises ReplicasFailed on all ranks.
+    """
+    gather_outcomes(group, round_seconds)
     measured = []
     for _ in range(cycles):
-        alone = None
+        alone = []
         for rank in range(group.size):
-            group.barrier()
-            if rank == group.rank:
-                alone = round_seconds()
+            seconds = gather_outcomes(group, lambda rank=rank: round_seconds() if rank == group.rank else None)
+            alone.append(seconds[rank])
         group.barrier()
-        together = round_seconds()
-        pairs = group.gather((alone, together))
-        measured.append(Cycle(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)))
+        measured.append(Cycle(tuple(alone), tuple(gather_outcomes(group, round_seconds))))
     return measured
 
 
@@ -148,6 +168,7 @@ class Replica:
 
     def round_seconds(self) -> float:
         """Wall seconds of one round, whose image is then examined."""
+        self.engine.prepare(self.seed)
         gc.collect()
         begin = self.clock()
         output = self.engine.round(self.seed)
@@ -236,20 +257,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure_and_report(group: GlooGroup, configuration: Configuration, arguments: argparse.Namespace) -> int:
-    replica: Replica | None = None
+    loaded: list[Replica] = []
+
+    def load() -> dict[str, Any]:
+        loaded.append(Replica(configuration, group.rank, arguments.threads))
+        return loaded[0].facts
+
     try:
-        replica = Replica(configuration, group.rank, arguments.threads)
-        problem = None
-    except Exception as error:  # of another class in each version of torch; told for all replicas before they leave
-        problem = f"replica {group.rank} on {platform.node()}: {type(error).__name__}: {' '.join(str(error).split())}"
-    problems = list(filter(None, group.gather(problem)))
-    if replica is None or problems:
+        replicas = gather_outcomes(group, load)
+        cycles = measure(group, loaded[0].round_seconds, arguments.cycles)
+    except ReplicasFailed as error:
         if group.rank == 0:
-            print("\n".join(problems), file=sys.stderr)
+            print(error, file=sys.stderr)
         return ExitCode.FAILED
-    cycles = measure(group, replica.round_seconds, arguments.cycles)
+    finally:
+        for replica in loaded:
+            replica.engine.release()
     throughput = Throughput(configuration.batch, tuple(cycles))
-    replicas = group.gather(replica.facts)
     if group.rank == 0:
         print("\n".join(report(throughput, configuration, replicas)))
         if arguments.output is not None:

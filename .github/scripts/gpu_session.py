@@ -3,10 +3,10 @@
     python3 .github/scripts/gpu_session.py 1 --out DIR          part 1 of 5: DIR/part1.json, part1.tar.gz, part1-traces.tar.gz
     python3 .github/scripts/gpu_session.py rehearse --out DIR   all parts with the embedded model on a CPU and a fake NVML
 
-Another machine may run each part, without a package registry and without anything on its disk, and hand back few small
-files. So no part needs a file of an earlier one, and `--wheels DIR` installs missing packages from a folder. The compile cache
-stays on the machine, for a further part there. `.github/gpu-session.json` has the predicted seconds of every step, beside
-which the real ones are printed.
+Each part may run on another machine, which has no network and nothing of an earlier part on its disk, and from which only
+small files can be copied. So no part needs a file of another, and `--wheels DIR` installs missing packages from a folder. The
+compile cache stays on the machine, for a further part there. `.github/gpu-session.json` has the predicted seconds of every
+step, beside which the real ones are printed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ GRACE_SECONDS = 20.0  # for an interrupted pytest to save what it has
 PACK_SECONDS = 15.0
 COMPILE_CACHE = "gpu-session-compile-cache"  # in the folder for temporary files
 MOST_BYTES = 16 << 20  # of a file that comes back
-TESTS_FAILED_NONE = (0, 5)  # pytest's exit statuses of success, and of no selected test
+INCOMPLETE = 3  # exit status
+SUCCESS = (0, 5)  # pytest's exit statuses of success, and of no selected test
 # What pytest perf imports; a machine with torch may lack the rest.
 REQUIRED = ("pytest", "pytest_benchmark", "omegaconf", "open_clip", "psutil", "rich", "yaml", "pynvml")
 
@@ -90,7 +91,8 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.status == "done" and self.exit_code not in TESTS_FAILED_NONE
+        """Whether it ended with a failure; a step that was cut off or not started is incomplete."""
+        return self.status == "done" and self.exit_code not in SUCCESS
 
 
 def command_of(step: Step, work: Path, rehearsal: bool) -> list[str]:
@@ -249,8 +251,15 @@ def rehearse(out: Path, seconds: float) -> list[Outcome]:
     return [outcome for part in PARTS for outcome in run_part(part, out, seconds, rehearsal=True)]
 
 
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """1 if a step failed, else INCOMPLETE if one did not end in its time."""
+    if any(outcome.failed for outcome in outcomes):
+        return 1
+    return 0 if all(outcome.status == "done" for outcome in outcomes) else INCOMPLETE
+
+
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run a part or the rehearsal; the exit status is 1 if a step failed."""
+    """Run a part or the rehearsal; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "rehearse"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
@@ -265,7 +274,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             outcomes = rehearse(arguments.out, arguments.seconds)
         else:
             outcomes = run_part(arguments.part, arguments.out, arguments.seconds)
-    return 1 if any(outcome.failed for outcome in outcomes) else 0
+    return exit_code(outcomes)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,18 @@ from typing import Any
 
 TOTALS = ("host_waits", "generated_kernels", "graphs", "graph_breaks", "recompiles")  # beside operators and bytes
 MOST_NAMED = 6  # operators whose difference is shown
+# What decides which code runs, and the phrase of a message; files of earlier versions have only torch. The code for a
+# GPU depends on its model, and that for a CPU on the number of threads.
+MADE_WITH = {
+    "torch": "of torch {}",
+    "triton": "of Triton {}",
+    "xformers": "of xFormers {}",
+    "diffusers": "of diffusers {}",
+    "device": "of a {} device",
+    "name": "of a {}",
+    "threads": "with {} threads",
+    "precision": "in precision {}",
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,13 @@ def compare(new: Mapping[str, Any] | None, old: Mapping[str, Any] | None, agains
     if new is None or old is None:
         side = "this session" if new is None else against
         return CountsComparison(against, not_compared=f"{side} has none")
-    if new["torch"] != old["torch"]:
-        return CountsComparison(against, not_compared=f"they are of torch {old['torch']}, here {new['torch']}")
+    for key, phrase in MADE_WITH.items():
+        if None not in (new.get(key), old.get(key)) and new[key] != old[key]:
+            return CountsComparison(against, not_compared=f"they are {phrase.format(old[key])}, here {new[key]}")
+    for side, counts in (("this session", new), (against, old)):
+        if not counts["operators"] and not counts["generated_kernels"]:
+            reason = f"{side} counted no operators (torch 1.x, or an engine that works in another process)"
+            return CountsComparison(against, not_compared=reason)
     changes = _operators(new["operators"], old["operators"])
     if None not in (new["bytes"], old["bytes"]) and new["bytes"] != old["bytes"]:
         changes.append(f"bytes {_bytes(old['bytes'])} -> {_bytes(new['bytes'])} ({new['bytes'] - old['bytes']:+d})")

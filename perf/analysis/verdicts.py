@@ -30,6 +30,7 @@ REASONS = {
     "no_baseline": "no stored run to compare with",
     "no_anchor": "one side has no reference workload, or a different one, so that sessions cannot be compared",
     "other_configuration": "the stored configuration with this id did different work",
+    "other_precision": "the stored configuration with this id ran in another precision, which `fast` chose there",
     "foreign_machine": "measured on another device or software stack: a difference is no evidence about the code",
     "wrong_image": "the image of a timed round failed the image check, which invalidates the timing",
     "anchor_drift": "the time of the reference workload drifted within the session, so that its times are no evidence",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from perf.analysis.verdicts import ExitCode
 from perf.commands.sets import unknown_set
-from perf.configurations.project import ProjectError, read_project
+from perf.configurations.project import ProjectError, find_root, read_project
 from perf.configurations.sets import SETS
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The exit status of pytest, or 4 for an unknown set."""
     try:
-        project = read_project(Path.cwd())
+        project = read_project(find_root(Path.cwd()))
     except ProjectError as error:
         print(error, file=sys.stderr)
         return ExitCode.REFUSED

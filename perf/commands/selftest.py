@@ -25,6 +25,7 @@ from perf.analysis.verdicts import Decision, ExitCode, Verdict, decide_looks
 from perf.commands import simulate
 from perf.commands.interference import KINDS, interference
 from perf.configurations.configuration import Configuration, UnknownChoice, usual
+from perf.machine.facts import cpu_facts
 from perf.machine.nvml import NoTelemetry, open_visible_device
 from perf.machine.stack import stack
 from perf.machine.telemetry import Watch, no_watch
@@ -189,6 +190,7 @@ def measure_session(
         write=lambda event, content: None,
         progress=lambda launch, slot, round_number: None,
         loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
+        loads_at_once=cpu_facts().cores or 1,
     )
     id = configuration.id
     judge = Judge(plan, [Pair(label, f"{id}@{label}", id, label) for label in ("aa", *slowed)], settings.margin)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from perf.analysis.verdicts import ExitCode
-from perf.configurations.project import Project, ProjectError, read_project
+from perf.configurations.project import Project, ProjectError, find_root, read_project
 from perf.configurations.sets import SETS, SUMMARIES, describe
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print every set with a sentence, or the configurations of the named ones. Returns 4 for an unknown set."""
     try:
-        project = read_project(Path.cwd())
+        project = read_project(find_root(Path.cwd()))
         chosen = {name: {**SETS, **project.sets}[name] for name in args.sets or {**SETS, **project.sets}}
     except ProjectError as error:
         print(error, file=sys.stderr)

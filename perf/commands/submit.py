@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from perf.analysis.verdicts import ExitCode
 
 TASK = Path("docs/fleet/task.sh")
 NO_SUCH_INDEX = ExitCode.REFUSED  # the exit status of task.sh beyond its last line
+MOST_TASKS = 1000  # a script that ignores SD_PERF_DRY_RUN would measure here, one index after the other
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Task:
 def tasks_of(script: Path, device: str, output: Path, arguments: tuple[str, ...]) -> tuple[list[Task], list[str]]:
     """The tasks of a script, and the command of each. Raises ValueError for a script without tasks."""
     tasks, commands = [], []
-    for index in itertools.count():
+    for index in range(MOST_TASKS + 1):
         task = Task(script, index, device, output, arguments)
         done = task.run(SD_PERF_DRY_RUN="1")
         if done.returncode == NO_SUCH_INDEX and tasks:
@@ -63,7 +63,9 @@ def tasks_of(script: Path, device: str, output: Path, arguments: tuple[str, ...]
             raise ValueError(f"{script}: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
         tasks.append(task)
         commands.append(done.stdout.strip())
-    raise AssertionError("unreachable")
+    raise ValueError(
+        f"{script}: has more than {MOST_TASKS} tasks; it must exit with {NO_SUCH_INDEX} after its last one"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     help = "slurm, or local: processes on this machine, one after the other, until all end (default: slurm)"
     add("--cluster", choices=("slurm", "local"), default="slurm", help=help)
-    add("--task", type=Path, default=TASK, metavar="FILE", help="script with one task a line (default: %(default)s)")
+    help = (
+        "script with a task for each SLURM_ARRAY_TASK_ID, which prints its command under SD_PERF_DRY_RUN=1 and exits with "
+        f"{int(NO_SUCH_INDEX)} beyond the last one (default: %(default)s)"
+    )
+    add("--task", type=Path, default=TASK, metavar="FILE", help=help)
     add(
         "--output", type=Path, default=Path("fleet"), metavar="DIR", help="folder of runs and logs, shared by all nodes"
     )

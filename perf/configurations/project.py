@@ -58,6 +58,11 @@ def read_project(root: Path) -> Project:
     return Project()
 
 
+def find_root(folder: Path) -> Path:
+    """The folder itself or its nearest parent that has a configuration file. Raises ProjectError."""
+    return next((each for each in (folder, *folder.parents) if _tables(each)), folder)
+
+
 def _tables(root: Path) -> list[tuple[Path, Any]]:
     tables = []
     for path, keys in ((root / FILE, ()), (root / "pyproject.toml", ("tool", TABLE))):
@@ -119,6 +124,8 @@ class _Reader:
         for name, values in crossed.items():
             if not isinstance(values, list) or not values:
                 self._fail(f"{key}.{name}", "is no list of values")
+            for value in values:
+                self._require_value(f"{key}.{name}", name, value)
         crossed |= {"engine": [engines.get(name, name) for name in crossed["engine"]]} if "engine" in crossed else {}
         try:
             members = [self._configuration(f"{key}.configurations", values, names, engines) for values in listed]
@@ -128,12 +135,25 @@ class _Reader:
 
     def _configuration(self, key: str, values: Any, names: list[str], engines: Mapping[str, str]) -> Configuration:
         values = self._table(values, key, names)
+        for name, value in values.items():
+            self._require_value(f"{key}.{name}", name, value)
         if "engine" in values:
             values = {**values, "engine": engines.get(values["engine"], values["engine"])}
         base = usual(values.get("model", Configuration.model))
         if is_own(values.get("engine")):
             base = Configuration(engine=values["engine"])
         return from_dict({**base.as_dict(), **values})
+
+    def _require_value(self, key: str, name: str, value: Any) -> None:
+        """Fail unless the value has the type of the field and its sign: TOML's `20` and `"20"` differ."""
+        default = getattr(Configuration(), name)
+        expected = type("" if default is None else default)  # the optional fields are texts
+        accepted = {float: (float, int), tuple: (list,)}.get(expected, (expected,))
+        if type(value) not in accepted:
+            nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
+            self._fail(key, f"{value!r} is not {nouns[expected]}")
+        if expected in (int, float) and value < (least := int(name in ("batch", "steps"))):
+            self._fail(key, f"{value!r} is below {least}")
 
     def _table(self, value: Any, key: str, known: Any = None) -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -15,10 +15,20 @@ class InProcessLaunch:
 
     def __init__(self):
         self.worker = Worker()
+        self.response: dict = {}
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         """Return the response to one request. Raises WorkerError; the time limit cannot be enforced here."""
-        return parse_response(self.worker.handle({"op": operation, **arguments}))
+        self.send(operation, **arguments)
+        return self.receive(timeout_seconds)
+
+    def send(self, operation: str, **arguments) -> None:
+        """Answer a request; `receive` returns the response."""
+        self.response = self.worker.handle({"op": operation, **arguments})
+
+    def receive(self, timeout_seconds: float) -> dict:
+        """Return the response to the last request. Raises WorkerError."""
+        return parse_response(self.response)
 
     def __enter__(self):
         return self

@@ -79,7 +79,7 @@ class ProcessLaunch:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            protocol = self._response(START_SECONDS).get("protocol")
+            protocol = self.receive(START_SECONDS).get("protocol")
             if protocol != PROTOCOL:
                 message = f"the worker uses protocol {repr(protocol)[:80]}, not {PROTOCOL}"
                 raise WorkerError("invalid_response", message)
@@ -94,6 +94,11 @@ class ProcessLaunch:
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         """Return the response to one request."""
+        self.send(operation, **arguments)
+        return self.receive(timeout_seconds)
+
+    def send(self, operation: str, **arguments) -> None:
+        """Send a request, whose response `receive` waits for."""
         line = json.dumps({"op": operation, **arguments}) + "\n"
         with contextlib.suppress(queue.Empty):  # an unsolicited line would be taken for the response to this request
             self._fail(self._lines.get_nowait())
@@ -102,9 +107,9 @@ class ProcessLaunch:
             self.process.stdin.flush()
         except OSError:
             self._fail(None)
-        return self._response(timeout_seconds)
 
-    def _response(self, timeout_seconds: float) -> dict:
+    def receive(self, timeout_seconds: float) -> dict:
+        """Return the next response."""
         line = self._line(timeout_seconds)
         if line is None:
             self._fail(None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from perf.configurations.configuration import CHOICES, ENGINES, is_own
-from perf.configurations.project import Project, ProjectError, read_project
+from perf.configurations.project import Project, ProjectError, find_root, read_project
 from perf.launch.process import Interpreter
 from perf.machine.nvml import NoTelemetry
 from perf.session.loading import DESCRIPTIONS
@@ -214,9 +214,9 @@ def _named(engine: str, project: Project) -> str:
 
 
 def project(config) -> Project:
-    """The configuration file of the rootdir. Raises pytest.UsageError."""
+    """The configuration file of the rootdir or its nearest parent that has one. Raises pytest.UsageError."""
     try:
-        return read_project(config.rootpath)
+        return read_project(find_root(config.rootpath))
     except ProjectError as error:
         raise pytest.UsageError(str(error)) from None
 

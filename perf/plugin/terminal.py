@@ -239,8 +239,9 @@ def _without_interval(results: Results) -> list[str]:
     launches = sum(len(measured.launches) for measured in session.measurements.by_name.values())
     minutes = [max(1, round(2 * look * session.seconds / max(1, launches) / 60)) for look in (LOOKS[0], LOOKS[-1])]
     return [
-        f"{len(bare)} comparison(s) with stored sessions could not have found any difference; --perf-against COMMIT needs no "
-        f"stored session and takes about {minutes[0]} to {minutes[1]} min for each configuration"
+        f"{counted(len(bare), 'comparison')} with stored sessions could not have found any difference; "
+        "--perf-against COMMIT needs no stored session and "
+        f"takes about {minutes[0]} to {minutes[1]} min for each configuration"
     ]
 
 

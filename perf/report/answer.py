@@ -17,6 +17,7 @@ from perf.report import tables, text
 from perf.report.charts import groups
 from perf.report.reproduce import command
 from perf.report.results import Result, SavedSession, entry_of, ranked
+from perf.report.text import counted
 
 CARDS = {
     Verdict.SLOWER: "regressions",
@@ -233,9 +234,9 @@ def cards(rows: Sequence[Row]) -> list[Card]:
     for verdict, name in CARDS.items():
         members = [row for row in rows if row.code == verdict.value]
         made.append(Card(verdict.value, name, tuple(sorted(members, key=size))))
-    counted = tuple(row for row in rows if row.counts)
+    compared = tuple(row for row in rows if row.counts)
     others = tuple(row for row in rows if not row.code)
-    more = [Card("COUNTS", "other counts", counted), Card("", "not compared", others)]
+    more = [Card("COUNTS", "other counts", compared), Card("", "not compared", others)]
     return [*made, *(card for card in more if card.rows)]
 
 
@@ -248,7 +249,7 @@ def asked(last: SavedSession, results: Sequence[Result], sessions: int) -> list[
         f"{datetime.fromtimestamp(last.started, timezone.utc):%Y-%m-%d %H:%M} UTC" if last.started else "",
         last.machine,
         f"torch {last.torch}",
-        f"{len(members)} configuration{'s' if len(members) != 1 else ''}",
+        counted(len(members), "configuration"),
         _launches(members, last.rounds),
         f"compared with {', '.join(against[:3])}" if against else "compared with nothing",
         f"{sessions} sessions in this report" if sessions > 1 else "",

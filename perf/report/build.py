@@ -12,6 +12,7 @@ from perf.report import article, breakdown, growth, history, images, roofline, s
 from perf.report.charts import Chart, groups
 from perf.report.palette import Palette
 from perf.report.results import Result, SavedSession, newest, read_session
+from perf.report.text import counted
 from perf.runs.history import ChangePoint
 from perf.runs.saved_run import BaselineError
 from perf.runs.storage import write_atomically
@@ -52,7 +53,7 @@ class Report:
     def gists(self) -> dict[str, str]:
         """One line for the heading of each section of charts."""
         counts = Counter(chart.section for chart in self.charts)
-        lines = {name: f"{count} chart{'s' if count > 1 else ''}" for name, count in counts.items()}
+        lines = {name: counted(count, "chart") for name, count in counts.items()}
         for name, count in self.left_out.items():
             lines[name] += (
                 f" of {counts[name] + count}, those of the newest sessions: report on fewer files for the others"
@@ -63,7 +64,7 @@ class Report:
             lines["Compiling"] = f"{lines.get('Compiling', '')}: {paying[0]}"
         if "History" in lines:
             points = len(self.changes)
-            lines["History"] += f", {points} change point{'s' if points != 1 else ''}"
+            lines["History"] += f", {counted(points, 'change point')}"
         return lines
 
 

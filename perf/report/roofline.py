@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from perf.report.charts import Chart, Point, Series, by_technique, groups, stamp, valid
 from perf.report.palette import ROOFS
 from perf.report.results import Result, SavedSession
-from perf.report.text import joined_name
+from perf.report.text import counted, joined_name
 
 TERA = 1e12
 
@@ -54,7 +54,7 @@ def _point(result: Result) -> Point:
 
 
 def _roof_names(session: SavedSession) -> str:
-    peaks = f"{len(session.ceilings)} measured peak{'s' if len(session.ceilings) > 1 else ''} of matrix products"
+    peaks = f"{counted(len(session.ceilings), 'measured peak')} of matrix products"
     return f"{peaks} and that of copies" if session.copy_bytes_per_second else peaks
 
 

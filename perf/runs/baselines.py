@@ -204,6 +204,14 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin
     past = [(run, old) for run, old in past if _same_work(benchmark.configuration, old.configuration)]
     if not past:
         return Decision(Verdict.INCONCLUSIVE, "other_configuration", margin=margin, against=against)
+    # `fast` chooses the precision on a CPU by what the processor does well, so the configuration alone does not tell it.
+    past = [
+        (run, old)
+        for run, old in past
+        if None in (old.precision, benchmark.precision) or old.precision == benchmark.precision
+    ]
+    if not past:
+        return Decision(Verdict.INCONCLUSIVE, "other_precision", margin=margin, against=against)
     newest, old = past[-1]
     if newest.invalid:
         return Decision(Verdict.INVALID, f"invalid_baseline {newest.invalid}", against=newest.name)

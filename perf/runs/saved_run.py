@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from perf.analysis.counts import TOTALS
+from perf.analysis.counts import MADE_WITH, TOTALS
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import REASONS, Decision, Verdict
 
@@ -54,6 +54,7 @@ class SavedBenchmark:
     joules_per_image: float | None = None
     decision: Decision | None = None
     counts: Mapping[str, object] | None = None
+    precision: str | None = None  # in effect; None in a plain benchmark
 
     @property
     def launch_medians(self) -> tuple[float, ...]:
@@ -345,6 +346,7 @@ def _benchmark(node: _Node) -> SavedBenchmark:
         joules_per_image=info["joules_per_image"].optional_number(),
         decision=_decision(info["verdict"]),
         counts=_counts(info["counts"]),
+        precision=info["precision"].optional_text(),
     )
 
 
@@ -378,6 +380,7 @@ def _counts(node: _Node) -> dict[str, object] | None:
     operators = node["operators"]
     return {
         "torch": node["torch"].text(),
+        **{key: _scalar(node[key]) for key in MADE_WITH if key != "torch"},
         "operators": None
         if operators.value is None
         else {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perf.analysis import ranking
-from perf.analysis.counts import CountsComparison, compare
+from perf.analysis.counts import MADE_WITH, CountsComparison, compare
 from perf.analysis.paired import MIN_LAUNCHES, break_even, launch_effects, ratio_of_effects
 from perf.analysis.ranking import work_of
 from perf.analysis.statistics import launch_interval, self_comparison
@@ -29,6 +29,7 @@ def extra_info(session: Session, id: str) -> dict:
     measured = session.measurements.by_name[id]
     configuration, rounds, launches = measured.slot.configuration, measured.rounds(), measured.ordered_launches()
     device = configuration.device or session.settings.device
+    # Nothing else loads at the time of the first launch (perf.session.runner).
     first, images = launches[0].load, images_per_round(configuration.as_dict())
     precision = first["precision"]
     seconds = statistics.median(launch_medians(measured))
@@ -50,9 +51,9 @@ def extra_info(session: Session, id: str) -> dict:
         "launches": list(map(_launch, launches)),
         "anchor": [[round_[REFERENCE_SECONDS] for round_ in launch.rounds] for launch in launches],
         "stages": stages,
-        "load_seconds": _median(launch.load["load_seconds"] for launch in launches),
+        "load_seconds": first["load_seconds"],
         "first_call_seconds": _cold_and_warm([launch.first_call_seconds for launch in launches], session),
-        "first_picture_seconds": _cold_and_warm(list(map(_first_image_seconds, launches)), session),
+        "first_picture_seconds": _cold_and_warm([_first_image_seconds(first, launch) for launch in launches], session),
         "compile": _compile(measured),
         "counts": counts(measured),
         "counts_comparison": None,
@@ -120,11 +121,11 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _first_image_seconds(launch: Launch) -> float | None:
-    """Seconds until a process has its first image: importing torch, loading the model, the first call."""
+def _first_image_seconds(load: dict, launch: Launch) -> float | None:
+    """Seconds until a process has its first image: importing torch and loading the model as in `load`, the first call."""
     if launch.first_call_seconds is None:
         return None
-    return launch.load["import_seconds"] + launch.load["load_seconds"] + launch.first_call_seconds
+    return load["import_seconds"] + load["load_seconds"] + launch.first_call_seconds
 
 
 def _cold_and_warm(seconds: Sequence[float | None], session: Session) -> dict[str, float | None]:
@@ -144,12 +145,17 @@ def _compile(measured: SlotMeasurements) -> dict | None:
 
 
 def counts(measured: SlotMeasurements) -> dict | None:
-    """Exact counts of a round, with the torch that made them; None if the first launch has not counted."""
+    """Exact counts of a round, with what decides which code ran; None if the first launch has not counted."""
     if measured.counts is None or not measured.rounds():
         return None
     first = measured.launches[min(measured.launches)].load
+    facts = {**first["facts"], "precision": first["precision"]}
+    if measured.slot.configuration.engine != "diffusers":
+        facts["diffusers"] = None
+    if facts["device"] == "cuda":
+        facts["threads"] = None
     compiled = _compile(measured) or {"graphs": 0, "graph_breaks": 0, "recompiles": 0}
-    return {"torch": first["facts"]["torch"], **measured.counts, **compiled}
+    return {**{key: facts.get(key) for key in MADE_WITH}, **measured.counts, **compiled}
 
 
 def compare_counts(session: Session, id: str) -> CountsComparison:

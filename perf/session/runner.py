@@ -4,7 +4,8 @@
 
 A launch is a fresh process that loads the model and runs one warm-up round before the timed ones. Slots that are loaded
 together alternate round by round in an order that is drawn anew for each cycle, which exposes all of them to the same
-state of the machine and spreads the effect of one on the next. Only one worker computes at a time.
+state of the machine and spreads the effect of one on the next. Only one worker runs a round at a time; models are loaded
+at the same time, except in the first launch, whose times of loading are those that a session reports.
 The module is pure: processes, telemetry and the journal are passed in.
 """
 
@@ -36,12 +37,14 @@ class Limits:
 class Runner:
     """Runs a plan.
 
-    open_launch(slot): context of a worker with `pid` and ask(operation, timeout_seconds, **arguments).
+    open_launch(slot): context of a worker with `pid`, send(operation, **arguments), receive(timeout_seconds) and `ask`, which
+    does both.
     load(slot): arguments of the worker's `load`. references(slot, seed): files of the reference images, or None.
     watch(pid): context with `telemetry` and `invalid` (a reason or None) once it has exited.
     write(event, content): stores a journal event. progress(launch, slot, round): called when a launch starts to load
     (round None) and before each timed round. loaded(pid): called with the process of each launch, before any is timed.
-    counting: whether the first launch counts the operators of an untimed round.
+    counting: whether the first launch counts the operators of an untimed round. loads_at_once: the number of workers that
+    load at the same time.
     """
 
     plan: Plan
@@ -54,6 +57,7 @@ class Runner:
     limits: Limits = Limits()
     loaded: Callable[[int], None] = lambda pid: None
     counting: bool = False
+    loads_at_once: int = 1
 
     def run(self, measurements: Measurements, first: int = 0, last: int | None = None) -> None:
         """Measure the missing rounds of the launches from `first` up to, but without, `last` (default: all)."""
@@ -69,7 +73,12 @@ class Runner:
             (measured, stack.enter_context(contextlib.closing(self._launch(launch, measured))))
             for measured in incomplete
         ]
-        running = [pair for pair in opened if self._advance(launch, *pair)]
+        at_once = 1 if launch == 0 else self.loads_at_once
+        running: list[tuple[SlotMeasurements, Iterator[None]]] = []
+        for start in range(0, len(opened), at_once):
+            loading = [pair for pair in opened[start : start + at_once] if self._advance(launch, *pair)]
+            running += [pair for pair in loading if self._advance(launch, *pair)]
+        running = [pair for pair in running if self._advance(launch, *pair)]  # one warms up at a time
         for cycle in range(self.plan.rounds):
             for measured, rounds in self.plan.shuffled(running, launch, cycle):
                 # A retry of an invalid round stays within its cycle, and so does what a resumed launch lacks.
@@ -97,16 +106,20 @@ class Runner:
         measured.add({"event": event, **content})
 
     def _launch(self, launch: int, measured: SlotMeasurements) -> Generator[None, None, None]:
-        """Load and warm up on the first step, then run one timed round a step."""
+        """Begin to load, end it, and warm up, in a step each; then run one timed round a step."""
         slot = measured.slot
         self.progress(launch, slot, None)
         with contextlib.ExitStack() as stack:
             worker = stack.enter_context(self.open_launch(slot))
             self.loaded(worker.pid)
-            loaded = worker.ask("load", self.limits.load, **self.load(slot))
+            worker.send("load", **self.load(slot))
+            yield
+            loaded = worker.receive(self.limits.load)
             if loaded.get("releases"):
                 stack.callback(_release, worker, self.limits.release)
+            self._require_precision(measured, loaded)
             self._record("load", measured, launch, {"answer": loaded})
+            yield
             answer = worker.ask("round", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
             hashes = [answer["image"]["sha256"]]
             self._record("round", measured, launch, {"round": None, "answer": answer})
@@ -128,6 +141,18 @@ class Runner:
                 content = {"round": number, "attempt": attempt, "answer": answer, "wrong": wrong}
                 content.update(telemetry=watched.telemetry, invalid=watched.invalid)
                 self._record("round", measured, launch, content)
+
+    @staticmethod
+    def _require_precision(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
+        """Raise WorkerError if `fast` chose another precision than in an earlier launch: their times would be mixed."""
+        for launch in measured.ordered_launches():
+            before, now = launch.load["precision"], loaded["precision"]
+            if before != now:
+                raise WorkerError(
+                    "failed",
+                    f"this launch loaded precision {now}, an earlier one {before}: other load disturbed the probe of the "
+                    "processor; choose one, for example --optimise fast,full or fast,bf16",
+                )
 
     def _image_failure(
         self, slot: Slot, loaded: dict[str, Any], image: dict[str, Any], hashes: list[str]

@@ -317,6 +317,7 @@ def torch_facts(device: str) -> dict:
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
         "triton": _version("triton"),
         "xformers": _version("xformers"),
+        "diffusers": _version("diffusers"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "name": None,

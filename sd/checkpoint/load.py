@@ -433,6 +433,8 @@ def _report_unused(
             f"{path}: its entry {zero_snr[0]} is of a model with zero terminal SNR, whose noise schedule is not supported: "
             f"use other weights, or pass --ignore-unknown-keys for images by the ordinary schedule"
         )
+    if zero_snr:
+        _warn(f"{path}: {zero_snr[0]} asks for zero terminal SNR; the ordinary noise schedule is used")
     for name in (*V_PREDICTION_MARKERS, *ZERO_SNR_MARKERS):
         state.pop(name, None)
     extra = [name for name in state if not name.startswith(used) and not _IGNORABLE.match(name)]

@@ -26,6 +26,7 @@ from sd.checkpoint.layouts import join_networks
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS
 from sd.cli.arguments import device_named
 from sd.cli.examples import Examples, read_examples
+from sd.cli.threads import set_threads
 from sd.config.presets import INPUTS
 from sd.errors import ConfigError, Diverged, SDWarning
 from sd.models.unet import UNet
@@ -220,6 +221,10 @@ def run(args: Namespace, recipe: Recipe, environ: Mapping[str, str]) -> None:
     if "LOCAL_RANK" in environ and device.type == "cuda":
         device = device_named(f"cuda:{environ['LOCAL_RANK']}")
     processes = Processes.join(device, environ)
+    if device.type == "cpu":
+        threads = set_threads(environ)  # torchrun sets OMP_NUM_THREADS for its processes
+        if processes.rank == 0:
+            print(threads)
     pipe = _load(args, device)
     source = Source(pipe, examples, args, processes)
     trainer = Trainer(prepare_unet(pipe.unet, recipe, device), recipe, device)

@@ -151,7 +151,8 @@ class Compiler:
     def with_cloned_outputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `function`; results stay valid although CUDA graphs overwrite their output memory at the next call."""
         compiled = self(function)
-        if self.mode not in CUDA_GRAPH_MODES or self.backend != "inductor":
+        records_graphs = self.mode in CUDA_GRAPH_MODES if self.backend == "inductor" else self.backend == "cudagraphs"
+        if not records_graphs:
             return compiled
         return lambda *arguments: cloned(compiled(*arguments))
 

@@ -145,6 +145,8 @@ class Optimisations:
                 f"{graph}: compile mode {self.compile} records CUDA graphs by itself; choose max-autotune-no-cudagraphs "
                 "or default"
             )
+        if self.cuda_graph != "none" and self.compile_backend == "cudagraphs":
+            yield f"{graph}: {backend} records CUDA graphs by itself; choose one of the two"
         if self.cuda_graph != "none" and self.precision == "autocast":
             yield f"{graph}: autocast frees its cast weights; choose precision fp16 or bf16"
         if self.cuda_graph == "unet" and self._compiles_step:

@@ -49,6 +49,7 @@ def test_a_failed_step_does_not_end_the_part(part):
     wrong = Step("wrong", ("--no-such-option",), measures=False)
     (first, second), _ = part(wrong, QUICK)
     assert first.failed and first.exit_code == 4 and second.status == "done"
+    assert gpu_session.exit_code([first, second]) == 1 and gpu_session.exit_code([second]) == 0
 
 
 def test_a_step_is_cut_off_at_the_end_of_the_part_and_the_rest_not_started(part, tmp_path):
@@ -57,6 +58,7 @@ def test_a_step_is_cut_off_at_the_end_of_the_part_and_the_rest_not_started(part,
     step = Step("endless", (str(endless), "--rootdir", str(tmp_path)), measures=False)
     (first, second), out = part(step, QUICK, seconds=16.0)
     assert (first.status, first.exit_code, second.status) == ("cut off", None, "not started")
+    assert gpu_session.exit_code([first, second]) == gpu_session.INCOMPLETE == 3
     with tarfile.open(out / "part1.tar.gz") as archive:
         log = archive.extractfile("logs/endless.log")
         assert log is not None and b"KeyboardInterrupt" in log.read()

@@ -84,6 +84,13 @@ class _Launch:
     def __exit__(self, *_):
         pass
 
+    def send(self, operation: str, **arguments) -> None:
+        self.sent = (operation, arguments)
+
+    def receive(self, timeout_seconds: float) -> dict:
+        operation, arguments = self.sent
+        return self.ask(operation, timeout_seconds, **arguments)
+
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         """The response of perf.worker.server."""
         return getattr(self, "_" + operation)(**arguments)

@@ -34,6 +34,7 @@ class Bench:
     """
 
     def __init__(self, plan: Plan, script: dict | None = None, events=(), bad=None, kill_after=None, errors=None):
+        self.loads_at_once = 1
         self.plan, self.script = plan, script or {"noise": 0.01}
         self.events, self.turns, self.asked = list(events), [], []
         self.bad, self.kill_after, self.errors = dict(bad or {}), kill_after, dict(errors or {})
@@ -62,6 +63,7 @@ class Bench:
             write=self.write,
             progress=self.progress,
             limits=Limits(1, 2, 3),
+            loads_at_once=self.loads_at_once,
         )
         runner.run(measurements, first, last)
         return measurements
@@ -96,6 +98,14 @@ class Asked:
     launch: int
     fake: Fake
     pid: int = 77
+    sent: tuple = ()
+
+    def send(self, operation: str, **arguments) -> None:
+        self.sent = (operation, arguments)
+
+    def receive(self, timeout_seconds: float) -> dict:
+        operation, arguments = self.sent
+        return self.ask(operation, timeout_seconds, **arguments)
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         failing = self.bench.errors.get((self.slot.name, self.launch))

@@ -213,6 +213,17 @@ def test_other_work_under_the_same_id(storage):
     assert [decisions[id].reason for id in IDS] == ["other_configuration", "within_margin", "within_margin"]
 
 
+def test_another_precision_under_the_same_id(storage):
+    for path in storage.iterdir():
+        made = json.loads(path.read_text())
+        made["benchmarks"][0]["extra_info"]["precision"] = "full"
+        path.write_text(json.dumps(made))
+    made = document(20)
+    made["benchmarks"][0]["extra_info"]["precision"] = "bf16"  # in effect: `fast` chooses it by the processor
+    decisions = judge(parse(made, Path("c.json")), chosen(storage), 0.01).decisions
+    assert [decisions[id].reason for id in IDS] == ["other_precision", "within_margin", "within_margin"]
+
+
 @pytest.mark.parametrize("change", [put("perf", "anchor", "name", "another-2"), put(*INFO, "anchor", None)])
 def test_sessions_without_a_common_reference_workload(storage, change):
     made = document(20, {IDS[0]: 2.0})

@@ -41,6 +41,7 @@ FAIL = "--perf-fail-on-counts"
         ({"graph_breaks": 2, "graphs": 3}, "COUNTS graphs 1 -> 3, graph breaks 0 -> 2 against A"),
         ({"recompiles": 1}, "COUNTS recompiles 0 -> 1 against A"),
         ({"torch": "2.11.0"}, "counts are not compared with A: they are of torch 2.15.0, here 2.11.0"),
+        ({"precision": "full"}, "COUNTS unchanged against A"),  # files of earlier versions do not tell it
         ({"operators": None}, "COUNTS unchanged against A"),  # not counted by this torch; the others are
     ],
 )
@@ -48,6 +49,28 @@ def test_what_changed_is_named(changed, expected):
     compared = compare({**OLD, **changed}, OLD, "A")
     assert str(compared) == expected
     assert compared.same is ("unchanged" in expected)
+
+
+@pytest.mark.parametrize(
+    "key, new, old, expected",
+    [
+        ("precision", "bf16", "full", "they are in precision full, here bf16"),
+        ("threads", 2, 64, "they are with 64 threads, here 2"),
+        ("device", "cpu", "cuda", "they are of a cuda device, here cpu"),
+        ("name", "NVIDIA H200", "NVIDIA H100", "they are of a NVIDIA H100, here NVIDIA H200"),
+        ("diffusers", "0.42.1", "0.30.0", "they are of diffusers 0.30.0, here 0.42.1"),
+    ],
+)
+def test_counts_of_other_code_are_not_compared(key, new, old, expected):
+    compared = compare({**OLD, key: new, "bytes": 1}, {**OLD, key: old}, "A")
+    assert not compared.same and compared.not_compared == expected
+
+
+@pytest.mark.parametrize("operators", [{}, None])
+def test_no_operators_on_both_sides_are_not_equal_counts(operators):
+    nothing = {**OLD, "operators": operators, "generated_kernels": 0}
+    assert compare(nothing, nothing, "A").not_compared.startswith("this session counted no operators")
+    assert compare(OLD, nothing, "A").not_compared.startswith("A counted no operators")
 
 
 def test_only_the_largest_differences_are_listed():

@@ -82,7 +82,12 @@ def test_table_in_pyproject(tmp_path):
         ("[sets.a]\nconfigurations = []", "sets.a.configurations: is no list of tables"),
         ("[sets.a]\nconfigurations = [{colour = 1}]", "sets.a.configurations.colour: is unknown"),
         ("[sets.a]\nattention = ['new']", "sets.a: attention 'new': choose from"),
-        ("[sets.a]\nbatch = ['x']", "sets.a: "),
+        ("[sets.a]\nbatch = ['x']", "sets.a.batch: 'x' is not a whole number"),
+        ("[sets.a]\nbatch = [1.5]", "sets.a.batch: 1.5 is not a whole number"),
+        ("[sets.a]\nbatch = [0]", "sets.a.batch: 0 is below 1"),
+        ("[sets.a]\nscale = [-1.0]", "sets.a.scale: -1.0 is below 0"),
+        ("[sets.a]\nconfigurations = [{steps = '20'}]", "sets.a.configurations.steps: '20' is not a whole number"),
+        ("[sets.a]\nconfigurations = [{checkpointing = 1}]", "checkpointing: 1 is not true or false"),
         ("[sets.a]\nsummary = 1", "sets.a.summary: is no text"),
         ("[sets", "perf.toml: "),
     ],
@@ -135,6 +140,10 @@ def test_list(tmp_path, monkeypatch, capsys):
     assert main(["list", "--json", "nightly"]) == 0
     listed = json.loads(capsys.readouterr().out)["sets"]["nightly"]["configurations"]
     assert listed[0]["precision"] == "bf16" and listed[1]["sentence"].startswith("tiny, original attention, full")
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
+    assert main(["list", "nightly"]) == 0, "the file of a parent"
+    assert "engines.Engine-bf16-steps2  " in capsys.readouterr().out
     assert main(["list", "nihgtly"]) == ExitCode.REFUSED
     assert "there is no set 'nihgtly': choose from published" in capsys.readouterr().err
 

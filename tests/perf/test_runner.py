@@ -77,6 +77,29 @@ def test_a_resumed_launch_catches_up_before_rounds_alternate_again():
     assert cycles == sorted(cycles) and len(cycles) == 5
 
 
+def test_models_are_loaded_at_the_same_time_except_in_the_first_launch():
+    """Whose seconds of loading are reported. Nothing loads during a warm-up or a timed round."""
+    events = []
+
+    class Recording(Asked):
+        def send(self, operation, **arguments):
+            events.append((self.launch, "send"))
+            super().send(operation, **arguments)
+
+        def ask(self, operation, timeout_seconds, **arguments):
+            events.append((self.launch, operation))
+            return super().ask(operation, timeout_seconds, **arguments)
+
+    bench = Bench(Plan(THREE, launches=2, rounds=1, loading="all"))
+    bench.loads_at_once = 2
+    bench.open = lambda slot: contextlib.nullcontext(Recording(bench, slot, bench.turns[-1][0], Fake(bench.script)))
+    bench.run()
+    rounds = ["round"] * 6  # three warm-ups, three timed
+    assert [operation for launch, operation in events if launch == 0] == ["send", "load"] * 3 + rounds
+    both = ["send", "send", "load", "load"]
+    assert [operation for launch, operation in events if launch == 1] == [*both, "send", "load", *rounds]
+
+
 def test_every_process_is_known_before_a_round_is_watched():
     """Otherwise the telemetry of a GPU would take the waiting workers for foreign processes."""
     order = []
@@ -117,6 +140,24 @@ def test_a_launch_loads_warms_up_and_runs_rounds_with_different_seeds():
     first = bench.events[1]["answer"]["wall_seconds"]
     assert measured.launches[0].first_call_seconds == first
     assert first not in [one["seconds"] for one in measured.launches[0].rounds]
+
+
+def test_launches_in_different_precisions_are_a_failure():
+    """`fast` on a CPU chooses the precision in each process, by a short probe."""
+    bench = Bench(Plan(THREE[:1], launches=3, rounds=2))
+    opened = bench.open
+
+    @contextlib.contextmanager
+    def second_in_bf16(slot):
+        with opened(slot) as worker:
+            ask, precision = worker.ask, {"precision": "bf16"} if worker.launch == 1 else {}
+            worker.ask = lambda operation, *args, **more: {**ask(operation, *args, **more), **precision}
+            yield worker
+
+    bench.open = second_in_bf16
+    measured = bench.run().by_name[A.id]
+    assert measured.failure.kind == "failed" and "precision bf16, an earlier one full" in measured.failure.message
+    assert len(measured.rounds()) == 2
 
 
 @pytest.mark.parametrize("times", range(MAX_RETRIES + 2))

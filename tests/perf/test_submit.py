@@ -101,6 +101,7 @@ def test_the_matrix_of_docs_is_submitted():
         (["--task", "missing.sh"], "--task missing.sh: no such file"),
         ([], "docs/fleet/task.sh: no such file"),
         (["--task", "broken.sh"], "broken.sh: unknown GPU"),
+        (["--task", "endless.sh"], "endless.sh: has more than 3 tasks; it must exit with 4 after its last one"),
         (["--task", "good.sh"], 'Could not detect "srun"'),
     ],
 )
@@ -111,6 +112,8 @@ def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))  # without Slurm
     Path("broken.sh").write_text("echo unknown GPU >&2; exit 1\n")
     Path("good.sh").write_text(SCRIPT)
+    Path("endless.sh").write_text("exit 0\n")
+    monkeypatch.setattr("perf.commands.submit.MOST_TASKS", 3)
     assert main(["submit", *arguments]) == ExitCode.REFUSED
     assert message in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from perf import throughput
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import ROOT
-from perf.throughput import Cycle, Throughput, measure
+from perf.throughput import Cycle, ReplicasFailed, Throughput, measure
 
 TASK = ("--attention=original", "--steps=1", "--sampler=euler", "--scale=1")
 
@@ -63,6 +64,33 @@ def test_replicas_run_alone_in_turn_and_then_together():
         assert sorted(phase) == sorted(in_turn)
         if i % 2 == 1:
             assert phase == in_turn
+
+
+@pytest.mark.parametrize("failing_round", [0, 1, 2])
+def test_an_error_of_one_replica_ends_all(failing_round):
+    """Otherwise the others wait for it until the timeout."""
+    size, barrier, shared = 2, threading.Barrier(2), [None] * 2
+    errors: list = [None] * size
+
+    def replica(rank: int) -> None:
+        rounds = itertools.count()
+
+        def round_seconds() -> float:
+            if rank == 1 and next(rounds) == failing_round:
+                raise MemoryError("no more")
+            return 1.0
+
+        try:
+            measure(Threads(rank, size, barrier, shared), round_seconds, cycles=2)
+        except ReplicasFailed as error:
+            errors[rank] = str(error)
+
+    threads = [threading.Thread(target=replica, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert errors[0] == errors[1] and errors[0].startswith("replica 1 on ") and "MemoryError: no more" in errors[0]
 
 
 def cycles(alone, together, noise=(0.99, 1.0, 1.01, 1.0)):

@@ -151,6 +151,24 @@ def test_a_compiled_decoder_is_observed_at_its_second_call(monkeypatch):
     assert model.kernels["autoencoder"]
 
 
+@pytest.mark.parametrize(
+    "compiler, records_graphs",
+    [
+        (Compiler("reduce-overhead"), True),
+        (Compiler("default", "cudagraphs"), True),
+        (Compiler("default"), False),
+        (Compiler("default", "tensorrt"), False),
+    ],
+)
+def test_outputs_of_recorded_graphs_are_copied(monkeypatch, compiler, records_graphs):
+    """The next call overwrites the memory of such an output."""
+    memory = torch.zeros(2)
+    monkeypatch.setattr(Compiler, "__call__", lambda self, function: lambda: memory)
+    output = compiler.with_cloned_outputs(lambda: None)()
+    memory.fill_(1)
+    assert output.sum() == (0 if records_graphs else 2)
+
+
 @pytest.mark.parametrize("available", [False, True])
 def test_another_threads_cuda_calls_do_not_end_a_recording(monkeypatch, available):
     monkeypatch.setitem(FEATURES, "capture_error_mode", SimpleNamespace(available=available))
