@@ -158,6 +158,6 @@ def test_training_step(benchmark, trained, peak_flops_per_second, case, side):
     work = 3 * BATCH * flops.total(flops.unet(config, size, size))
     benchmark.extra_info["flops_fraction"] = work / statistics.median(seconds[side]) / peak_flops_per_second
     benchmark.extra_info["peak_bytes"] = peaks[side]
-    for peer in ("diffusers", "diffusers-script"):
+    for peer in seconds:
         ratio = paired_ratio(blocks(seconds[side]), blocks(seconds[peer]))
         benchmark.extra_info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]

@@ -144,7 +144,7 @@ def _to_folder(
     from sd.checkpoint.file_formats import index
     from sd.checkpoint.load import load, names_of
     from sd.checkpoint.spellings import V_PREDICTION_MARKERS
-    from sd.pipeline import resolve_config
+    from sd.networks import resolve_config
 
     names: dict[str, str] = {}  # of the file: in the original layout
     if not Path(source).is_dir():

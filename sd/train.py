@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def recipe(args: argparse.Namespace) -> Recipe:
     """The Recipe of the options; the default precision depends on the device."""
     from sd.attention.functions import DEFAULT_ATTENTION, Attention
-    from sd.cli.arguments import device_named
+    from sd.cli.setup import device_named
     from sd.training import Recipe
 
     usual = "autocast" if device_named(args.device).type == "cuda" else "full"

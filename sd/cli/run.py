@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd.cli.arguments import RANDOM_SEED, check_latents, prompt_batches, setup
+from sd.cli.arguments import RANDOM_SEED, check_latents, prompt_batches
 from sd.cli.metadata import FILES, a1111_parameters, files_of, warn_of_syntax
 from sd.cli.output import GridFile, OutputFolder
+from sd.cli.setup import setup
 from sd.config.presets import ScheduleConfig
 from sd.errors import ConfigError, SDError, SDWarning, printable
 from sd.optimise.compile_cache import open_compile_cache, save_compile_cache

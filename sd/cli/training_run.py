@@ -24,14 +24,15 @@ from torch import Tensor
 from sd.checkpoint.file_formats import write_safetensors
 from sd.checkpoint.layouts import join_networks
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS
-from sd.cli.arguments import device_named
 from sd.cli.examples import Examples, read_examples
+from sd.cli.setup import device_named
 from sd.cli.threads import set_threads
 from sd.config.presets import INPUTS
 from sd.errors import ConfigError, Diverged, SDWarning
 from sd.models.unet import UNet
+from sd.networks import resolve_config
 from sd.optimise.optimisations import Optimisations
-from sd.pipeline import StableDiffusion, resolve_config
+from sd.pipeline import StableDiffusion
 from sd.training import Batch, Recipe, Trainer, denoising_loss, drop_captions, prepare_unet, sample_latents
 
 CHECKPOINT, MODEL, CURVE, PLOT = "training.safetensors", "model.safetensors", "loss.csv", "loss.png"

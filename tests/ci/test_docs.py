@@ -11,6 +11,7 @@ import subprocess
 
 import gpu_codegen
 import gpu_session
+import measured_tables
 import pytest
 from documents import (
     DOCUMENTS,
@@ -273,6 +274,15 @@ def test_verdicts_reasons_and_exit_codes_match_the_documents():
     assert table["SLOWER"] == f"{ExitCode.SLOWER:d}" and table["INVALID"] == f"{ExitCode.FAILED:d}"
     assert f"or {ExitCode.INCONCLUSIVE:d} with" in table["INCONCLUSIVE"]
     assert f"{ExitCode.REFUSED:d} is a usage error" in text
+
+
+def test_measured_tables_are_those_of_their_files():
+    """`python tests/helpers/measured_tables.py` writes them."""
+    pages = [path for path in DOCUMENTS if measured_tables.PLACE.search(path.read_text(encoding="utf-8"))]
+    assert pages
+    for path in pages:
+        page = path.read_text(encoding="utf-8")
+        assert page == measured_tables.rewritten(page), path
 
 
 def test_extras_match_the_documents():

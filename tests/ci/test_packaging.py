@@ -154,7 +154,7 @@ def test_embedded_model_and_packaged_configs(installed, elsewhere):
     made = run([installed / "txt2img", "--prompt", "a red star", "--steps", "2", "--outdir", "out"], elsewhere)
     assert (elsewhere / "out" / "samples" / "00000.png").read_bytes().startswith(b"\x89PNG"), made
     code = (
-        "from sd.pipeline import resolve_config; from sd.config.yaml_reader import CONFIGS\n"
+        "from sd.networks import resolve_config; from sd.config.yaml_reader import CONFIGS\n"
         "print(sorted(resolve_config(path).name for path in CONFIGS.glob('*.yaml')))"
     )
     assert "v2-inference" in run([installed / "python", "-c", code], elsewhere)

@@ -8,7 +8,7 @@ import zipfile
 import torch
 
 from sd.checkpoint import layouts
-from sd.checkpoint.load import expected_shapes
+from sd.checkpoint.networks import expected_shapes
 from sd.config.presets import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
 from sd.sampling.schedule import Schedule
 

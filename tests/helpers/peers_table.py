@@ -3,6 +3,7 @@
 python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour
 python tests/helpers/peers_table.py "sd2 and threads1"  full size at 256 pixels; any expression of pytest's -k
 python tests/helpers/peers_table.py --from run.json     print the table of a saved run of perf/test_peers.py
+python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on one thread
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
+PROFILED = 5  # calls
+KINDS = {  # patterns of torch.profiler's names
+    "convolution_pointwise|mkldnn_convolution|slow_conv2d": "convolutions",
+    "linear_pointwise|addmm|aten::mm": "linear layers",
+    "scaled_dot_product": "attention",
+    "cpp_fused": "generated kernels",
+    "Dynamo Cache Lookup": "guards of Dynamo",
+}
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16")
 
 
@@ -36,25 +47,88 @@ def versions() -> str:
 
 
 def table(run: dict) -> list[str]:
-    """Lines of Markdown: CPU and wall milliseconds, the ratio of `sd-fast` to each side, the fraction of peak FLOP/s."""
-    groups: dict[str, list[dict]] = {}
+    """Lines of Markdown: CPU milliseconds, the ratio of our side to each with its 95 % interval, fraction of peak FLOP/s.
+
+    Our side is `sd-fast`, in training `sd`.
+    """
+    groups: dict[str, dict[str, dict]] = {}
     for benchmark in run["benchmarks"]:
-        groups.setdefault(benchmark["group"], []).append(benchmark)
+        groups.setdefault(benchmark["group"], {})[benchmark["params"]["side"]] = benchmark
     lines = []
-    for group, benchmarks in groups.items():
-        lines += ["", f"| {group} | CPU ms | wall ms | `sd-fast` / it | of peak |", "|---|---|---|---|---|"]
-        by_side = {benchmark["params"]["side"]: benchmark for benchmark in benchmarks}
-        for side, benchmark in by_side.items():
-            info = benchmark["extra_info"]
-            ratio = by_side.get("sd-fast", {"extra_info": {}})["extra_info"].get(f"ratio_to_{side.replace('-', '_')}")
-            ratio_text = "-" if ratio is None else f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
-            times = f"{1e3 * benchmark['stats']['median']:.1f} | {1e3 * info['wall_seconds']:.1f}"
-            lines.append(f"| `{side}` | {times} | {ratio_text} | {info['flops_fraction']:.0%} |")
-    return lines
+    for group, sides in groups.items():
+        ours = "sd-fast" if "sd-fast" in sides else "sd"
+        ratios = sides[ours]["extra_info"]
+        lines += ["", f"| {group} | ms | `{ours}` / it | of peak |", "|---|---|---|---|"]
+        for side, benchmark in sides.items():
+            ratio = ratios[f"ratio_to_{side.replace('-', '_')}"]
+            ratio_text = "" if side == ours else f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+            peak = benchmark["extra_info"]["flops_fraction"]
+            lines.append(f"| `{side}` | {1e3 * benchmark['stats']['median']:.1f} | {ratio_text} | {peak:.0%} |")
+    return lines[1:]
+
+
+def profile(name: str) -> list[str]:
+    """Lines of Markdown: milliseconds by operation of a call of `sd-fast`, by torch.profiler, and of OpenVINO, by its counters.
+
+    Both slow the call down a little. The host's part of `sd-fast` is what no operation accounts for.
+    """
+    import openvino
+    import torch
+
+    from perf.test_peers import TASKS, optimisations, own_network
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    task = TASKS[name]
+    network, inputs = task.network().eval().requires_grad_(False), task.inputs()
+    requests = []
+
+    class Counting(openvino.Core):
+        def compile_model(self, model, device, settings):
+            compiled = super().compile_model(model, device, {**settings, "PERF_COUNT": True})
+            return SimpleNamespace(
+                create_infer_request=lambda: requests.append(compiled.create_infer_request()) or requests[0]
+            )
+
+    openvino.Core = Counting
+    with torch.no_grad():
+        peer = task.ours(own_network(network, "openvino"), optimisations("openvino"), inputs)
+        # Set before compilation: each generated kernel then appears in the profile.
+        torch._inductor.config.cpp.enable_kernel_profile = True
+        ours = task.ours(own_network(network, "sd-fast"), optimisations("sd-fast"), inputs)
+        for call in (ours, peer):
+            for _ in range(PROFILED):
+                call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as events:
+            for _ in range(PROFILED):
+                ours()
+    by_kind: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in events.key_averages():
+        kind = next(
+            (kind for pattern, kind in KINDS.items() if re.search(pattern, event.key)), "host, and other operators"
+        )
+        by_kind[kind] += event.self_cpu_time_total / 1e3 / PROFILED
+        calls[kind] += event.count // PROFILED if kind in KINDS.values() else 0
+    theirs: Counter[str] = Counter()
+    nodes: Counter[str] = Counter()
+    for node in requests[0].get_profiling_info():
+        theirs[node.node_type] += node.real_time.total_seconds() * 1e3
+        nodes[node.node_type] += node.real_time.total_seconds() > 0
+    lines = []
+    for side, times, counts in (("sd-fast", by_kind, calls), ("openvino", theirs, nodes)):
+        lines += ["", f"| {name}, `{side}` | ms | calls |", "|---|---|---|"]
+        rows = [(kind, ms) for kind, ms in times.most_common() if ms >= 0.01 * times.total()]
+        lines += [f"| {kind} | {ms:.2f} | {counts[kind] or ''} |" for kind, ms in rows]
+        lines.append(f"| all | {times.total():.2f} | |")
+    return lines[1:]
 
 
 def main(arguments: list[str]) -> int:
     """Measure, unless given a saved run, and print."""
+    if arguments[:1] == ["--profile"]:
+        print(versions(), *profile(arguments[1]), sep="\n")
+        return 0
     if arguments[:1] == ["--from"]:
         print(versions(), *table(json.loads(Path(arguments[1]).read_text(encoding="utf-8"))), sep="\n")
         return 0

@@ -10,7 +10,7 @@ import torch
 
 from sd import txt2img
 from sd.attention.functions import DEFAULT_ATTENTION
-from sd.cli import arguments as options
+from sd.cli import setup as options
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import ConfigError, Unavailable
 from sd.features import has

@@ -9,7 +9,7 @@ import torch
 from models import AUTOENCODERS, relative_error, seeded
 
 from sd.checkpoint import diffusers_folder, layouts
-from sd.checkpoint.load import meta_device
+from sd.checkpoint.networks import meta_device
 from sd.config.presets import AutoencoderConfig, preset
 from sd.models.autoencoder import Autoencoder
 

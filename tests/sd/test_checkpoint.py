@@ -17,10 +17,11 @@ import torch
 from checkpoints import original, random_networks, same, small
 from safetensors.torch import save_file
 
-from sd.checkpoint import layouts
+from sd.checkpoint import layouts, networks
 from sd.checkpoint import load as checkpoint
 from sd.checkpoint.file_formats import write_ckpt, write_safetensors
-from sd.checkpoint.load import expected_shapes, factories, load, materialise, read
+from sd.checkpoint.load import load, read
+from sd.checkpoint.networks import _meta_empty, expected_shapes, factories, materialise
 from sd.config.presets import PRESETS
 from sd.errors import CheckpointError
 
@@ -136,7 +137,7 @@ def test_materialise_reuses_tensors(tmp_path):
 
 
 def test_meta_device_of_old_torch_affects_only_its_thread():
-    with checkpoint._meta_empty(), ThreadPoolExecutor(1) as pool:
+    with _meta_empty(), ThreadPoolExecutor(1) as pool:
         assert pool.submit(lambda: torch.empty(1).device.type).result() == "cpu"
         assert torch.nn.Linear(2, 2).weight.device.type == "meta"
     assert torch.empty(1).device.type == "cpu"
@@ -362,7 +363,8 @@ import pathlib, re, sys
 sys.path[:0] = sys.argv[2:4]
 import torch
 from checkpoints import small
-from sd.checkpoint.load import factories, load, materialise
+from sd.checkpoint.load import load
+from sd.checkpoint.networks import factories, materialise
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024

@@ -106,7 +106,7 @@ def test_embedded_model_is_converted_by_name(tmp_path, monkeypatch):
 def test_diffusers_and_transformers_load_the_folder(tmp_path, presets, kind):
     diffusers = pytest.importorskip("diffusers", reason="the folder is for diffusers")
     transformers = pytest.importorskip("transformers", reason="the folder is for transformers")
-    from sd.checkpoint.load import factories, materialise
+    from sd.checkpoint.networks import factories, materialise
     from sd.models.tokenizer import tokenize
 
     config = small(kind)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from sd import ConfigError, Optimisations, StableDiffusion, depth2img
 from sd.checkpoint import diffusers_folder
-from sd.checkpoint.load import expected_shapes, load
+from sd.checkpoint.load import load
+from sd.checkpoint.networks import expected_shapes
 from sd.config.presets import PRESETS
 from sd.config.yaml_reader import CONFIGS, read_yaml
 from sd.convert import convert

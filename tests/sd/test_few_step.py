@@ -11,7 +11,8 @@ from models import SMALLEST, UNETS, relative_error, seeded, smallest
 
 from sd import Optimisations, StableDiffusion
 from sd.checkpoint import diffusers_folder, layouts
-from sd.checkpoint.load import load, meta_device
+from sd.checkpoint.load import load
+from sd.checkpoint.networks import meta_device
 from sd.choices import SAMPLERS as NAMES
 from sd.config.presets import TextConfig, preset
 from sd.errors import ConfigError

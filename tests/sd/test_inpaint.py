@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from sd import CheckpointError, ConfigError, Optimisations, StableDiffusion, inpaint
 from sd.checkpoint import diffusers_folder
-from sd.checkpoint.load import expected_shapes, load
+from sd.checkpoint.load import load
+from sd.checkpoint.networks import expected_shapes
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import PRESETS, ModelConfig
 from sd.errors import SDWarning

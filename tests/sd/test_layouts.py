@@ -187,7 +187,7 @@ def test_unknown_names_are_rejected(convert, name):
 def test_names_and_shapes_match_diffusers(preset):
     diffusers = pytest.importorskip("diffusers", reason="compares the names with diffusers")
     from sd.checkpoint.diffusers_folder import autoencoder_config, unet_config
-    from sd.checkpoint.load import expected_shapes, meta_device
+    from sd.checkpoint.networks import expected_shapes, meta_device
 
     config = PRESETS[preset]
     shapes = expected_shapes(config)

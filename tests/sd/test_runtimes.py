@@ -12,7 +12,7 @@ from models import relative_error, smallest
 
 from sd import Optimisations
 from sd.choices import RUNTIMES
-from sd.cli import arguments
+from sd.cli.setup import setup
 from sd.errors import ConfigError, Unavailable
 from sd.optimise import runtimes
 from sd.optimise.apply import require_available
@@ -100,9 +100,7 @@ def test_half_precision_of_onnxruntime_is_refused():
 
 def test_the_option_implies_compilation(monkeypatch):
     monkeypatch.setattr(runtimes, "PACKAGES", dict.fromkeys(RUNTIMES, ()))
-    chosen = arguments.setup(
-        parser().parse_args(["--device", "cpu", "--compile-backend", "openvino"]), {}
-    ).optimisations
+    chosen = setup(parser().parse_args(["--device", "cpu", "--compile-backend", "openvino"]), {}).optimisations
     assert (chosen.compile, chosen.compile_backend) == ("default", "openvino")
 
 

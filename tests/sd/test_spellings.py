@@ -18,6 +18,7 @@ from sd.checkpoint.contents import describe_prediction, summary
 from sd.checkpoint.diffusers_folder import write_folder
 from sd.checkpoint.file_formats import write_ckpt, write_safetensors
 from sd.checkpoint.load import load
+from sd.checkpoint.networks import expected_shapes
 from sd.config.presets import PRESETS
 from sd.errors import CheckpointError, CheckpointWarning
 
@@ -137,7 +138,7 @@ def test_full_openclip_tower_under_names_of_transformers_has_23_layers():
 @pytest.mark.parametrize("preset", ["sd1", "sd2"])
 def test_width_tells_the_text_encoders_apart(preset):
     config, number = PRESETS[preset], torch.zeros(())
-    shapes = {UNET + name: shape for name, shape in checkpoint.expected_shapes(config)["unet"].items()}
+    shapes = {UNET + name: shape for name, shape in expected_shapes(config)["unet"].items()}
     state = {name: number.expand(shape) for name, shape in shapes.items()}
     state[f"{layouts.CLIP}text_model.final_layer_norm.weight"] = number
     assert checkpoint.detect.__module__ == "sd.checkpoint.detect"

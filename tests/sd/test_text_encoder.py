@@ -7,7 +7,7 @@ import torch
 from models import relative_error, seeded
 
 from sd.checkpoint import layouts
-from sd.checkpoint.load import meta_device
+from sd.checkpoint.networks import meta_device
 from sd.config.presets import TextConfig, preset
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import END, tokenize

@@ -12,7 +12,7 @@ from PIL import Image
 from txt2img_runs import clean_fixture, run  # noqa: F401
 
 from sd.choices import SAMPLERS
-from sd.cli import arguments as options
+from sd.cli import setup as options
 from sd.config.yaml_reader import CONFIGS
 from sd.errors import BadImage
 from sd.pipeline import StableDiffusion

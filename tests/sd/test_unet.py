@@ -9,7 +9,7 @@ import torch
 from models import UNETS, relative_error, seeded
 
 from sd.checkpoint import diffusers_folder, layouts
-from sd.checkpoint.load import meta_device
+from sd.checkpoint.networks import meta_device
 from sd.config.presets import TextConfig, preset
 from sd.models.layers import timestep_embedding
 from sd.models.unet import UNet

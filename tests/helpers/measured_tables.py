@@ -1,0 +1,98 @@
+"""Tables in docs that are printed from saved runs: those between `<!-- measured: FILE.json -->` and `<!-- end -->`.
+
+python tests/helpers/measured_tables.py       rewrite them; the files are in perf/baselines/
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peers_table
+
+from perf.analysis import ranking
+from perf.report import text
+from perf.report.charts import groups
+from perf.report.results import Result, ranked, session_of
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "perf" / "baselines"
+PLACE = re.compile(r"(?<=<!-- measured: )(?P<file>\S+\.json)(?P<begin> -->\n)(?P<table>.*?)(?=<!-- end -->)", re.DOTALL)
+MOST_STEPS_OF_STAGES = 4  # up to which the UNet does not have nearly all of the time
+
+
+def table(path: Path) -> list[str]:
+    """Lines of Markdown for a saved run of `pytest perf`, of the peers or of perf.throughput."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if "scaling_efficiency" in document:
+        return _throughput(document)
+    if "perf" in document:
+        return _session(document, path)
+    return peers_table.table(document)
+
+
+def _throughput(document: dict[str, Any]) -> list[str]:
+    rate, efficiency = (
+        "{:.3g} [{:.3g}, {:.3g}]".format(*document[key]) for key in ("images_per_second", "scaling_efficiency")
+    )
+    replicas = len(document["replicas"])
+    row = f"| `{document['configuration']['id']}` | {replicas} | {rate} | {efficiency} |"
+    return ["| configuration | replicas | images/s together | scaling efficiency |", "|---|---|---|---|", row]
+
+
+def _session(document: dict[str, Any], path: Path) -> list[str]:
+    session, results = session_of(document, path)
+    facts = session.facts
+    clock = "CPU time" if facts.get("clock") == "cpu" else "wall time"
+    lines = [f"{facts.get('name')}, torch {session.torch}, {clock}, threads: {facts.get('threads')}."]
+    for members in groups(results, lambda result: ranking.work_of(result.benchmark.configuration)).values():
+        lines += ["", *_work(ranked(members))]
+    return lines
+
+
+def _work(results: list[Result]) -> list[str]:
+    columns: dict[str, Callable[[Result], str]] = {
+        "configuration": lambda result: f"`{result.id}`",
+        "time per image [95 %]": lambda result: text.interval_seconds(result.seconds_per_image, *result.interval),
+        "speed-up [95 %]": _speedup,
+    }
+    if results[0].steps <= MOST_STEPS_OF_STAGES:
+        names = [name for name in ("text", "encode", "unet", "vae", "other") if name in results[0].stages]
+        for name in names if len(names) > 1 else ():
+            columns[name] = lambda result, name=name: f"{_share(result, name):.0%}"
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return head + [f"| {' | '.join(column(result) for column in columns.values())} |" for result in results]
+
+
+def _speedup(result: Result) -> str:
+    ratio = result.speedup
+    if ratio is None:
+        return ""
+    return f"{ratio.estimate:.2f}x" + (f" [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio.bounded else "")
+
+
+def _share(result: Result, name: str) -> float:
+    return result.stages[name].value / sum(stage.value for stage in result.stages.values())
+
+
+def rewritten(page: str) -> str:
+    """The text of a page with its tables printed anew."""
+    return PLACE.sub(
+        lambda place: f"{place['file']}{place['begin']}" + "\n".join(table(FOLDER / place["file"])) + "\n", page
+    )
+
+
+def main() -> None:
+    """Rewrite the tables of every page."""
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        if page != rewritten(page):
+            path.write_text(rewritten(page), encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
