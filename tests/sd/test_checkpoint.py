@@ -17,7 +17,7 @@ import torch
 from checkpoints import original, random_networks, same, small
 from safetensors.torch import save_file
 
-from sd.checkpoint import layouts, networks
+from sd.checkpoint import layouts
 from sd.checkpoint import load as checkpoint
 from sd.checkpoint.file_formats import write_ckpt, write_safetensors
 from sd.checkpoint.load import load, read
