@@ -14,6 +14,7 @@ from typing import Any
 import peers_table
 
 from perf.analysis import ranking
+from perf.analysis.paired import paired_ratio
 from perf.report import text
 from perf.report.charts import groups
 from perf.report.results import Result, ranked, session_of
@@ -21,6 +22,7 @@ from perf.report.results import Result, ranked, session_of
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "perf" / "baselines"
 PLACE = re.compile(r"(?<=<!-- measured: )(?P<file>\S+\.json)(?P<begin> -->\n)(?P<table>.*?)(?=<!-- end -->)", re.DOTALL)
+REFERENCES = ("-diffusers-", "-original-")  # of speed-ups: the first of these, else the first configuration of a file
 MOST_STEPS_OF_STAGES = 4  # up to which the UNet does not have nearly all of the time
 
 
@@ -49,15 +51,16 @@ def _session(document: dict[str, Any], path: Path) -> list[str]:
     clock = "CPU time" if facts.get("clock") == "cpu" else "wall time"
     lines = [f"{facts.get('name')}, torch {session.torch}, {clock}, threads: {facts.get('threads')}."]
     for members in groups(results, lambda result: ranking.work_of(result.benchmark.configuration)).values():
-        lines += ["", *_work(ranked(members))]
+        reference = next((each for name in REFERENCES for each in members if name in each.id), members[0])
+        lines += ["", *_work(ranked(members), reference)]
     return lines
 
 
-def _work(results: list[Result]) -> list[str]:
+def _work(results: list[Result], reference: Result) -> list[str]:
     columns: dict[str, Callable[[Result], str]] = {
         "configuration": lambda result: f"`{result.id}`",
         "time per image [95 %]": lambda result: text.interval_seconds(result.seconds_per_image, *result.interval),
-        "speed-up [95 %]": _speedup,
+        f"speed-up over `{reference.id}` [95 %]": lambda result: _speedup(reference, result),
     }
     if results[0].steps <= MOST_STEPS_OF_STAGES:
         names = [name for name in ("text", "encode", "unet", "vae", "other") if name in results[0].stages]
@@ -67,11 +70,12 @@ def _work(results: list[Result]) -> list[str]:
     return head + [f"| {' | '.join(column(result) for column in columns.values())} |" for result in results]
 
 
-def _speedup(result: Result) -> str:
-    ratio = result.speedup
-    if ratio is None:
+def _speedup(reference: Result, result: Result) -> str:
+    """By neighbouring rounds of the session, as the speed-ups of `pytest perf`; empty for the reference itself."""
+    if result is reference:
         return ""
-    return f"{ratio.estimate:.2f}x" + (f" [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio.bounded else "")
+    ratio = paired_ratio(reference.benchmark.launches, result.benchmark.launches)
+    return f"{ratio.estimate:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def _share(result: Result, name: str) -> float:
