@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from agreement import SEED
 
@@ -25,6 +27,19 @@ def _outside_of_xdist(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.getbasetemp()))
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_torch():
+    """Restore the number of threads, which command lines choose for their process.
+
+    Two threads for each of two tests at a time, on two cores, wait for each other many times longer than they compute.
+    """
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if torch and torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
