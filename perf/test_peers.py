@@ -75,7 +75,7 @@ def optimisations(side: str) -> Optimisations:
 
 
 def diffusers_unet(unet: UNet):
-    """diffusers' UNet with the same weights. Skips the test where the extra `peers` is not installed."""
+    """diffusers' UNet with the same weights, in the same memory. Skips the test where the extra `peers` is not installed."""
     diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
     text = TextConfig("openclip", width=unet.config.context_dim, layers=1)
     config = replace(preset("sd2"), unet=unet.config, text=text)

@@ -70,8 +70,8 @@ def _updates(unet: UNet, batch: Batch) -> dict[str, Callable[[], float]]:
     return {
         "sd": ours(prepare_unet(copy.deepcopy(unet), plain, device), plain),
         "sd-compiled": ours(prepare_unet(copy.deepcopy(unet), compiled, device), compiled),
-        "diffusers": ours(diffusers_unet(unet).train(), plain),
-        "diffusers-script": _script(diffusers_unet(unet).train(), batch),
+        "diffusers": ours(diffusers_unet(copy.deepcopy(unet)).train(), plain),
+        "diffusers-script": _script(diffusers_unet(copy.deepcopy(unet)).train(), batch),
     }
 
 

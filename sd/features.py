@@ -91,6 +91,9 @@ FEATURES = {
     "fp32_precision": Feature(
         "torch.backends.fp32_precision", hasattr(torch.backends, "fp32_precision"), "torch >= 2.9"
     ),
+    "mode_options": Feature(
+        "inductor's options of a mode", _defines("torch._inductor", "list_mode_options"), "torch >= 2.1"
+    ),
     "aot": Feature("AOTInductor packages", _defines("torch._inductor", "aoti_compile_and_package"), "torch >= 2.6"),
     "capture_error_mode": Feature(
         "torch.cuda.graph(capture_error_mode=...)",

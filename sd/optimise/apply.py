@@ -89,6 +89,11 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
         if device.type != "cpu":
             raise Unavailable(f"packed: is a layout of a CPU's weights, and the device is {device}: leave it out")
         require("packed", "packed")
+        if computes_slowly(dtype):
+            name = optimisations.precision
+            raise Unavailable(
+                f"packed: this processor has no instructions for {name}, as packed needs: leave one of the two out"
+            )
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_package_path(optimisations.aot)

@@ -50,6 +50,14 @@ CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of G
 MAX_GRAPHS = 128
 
 
+# Which torch 2.0 has inside of torch.compile alone; it lacks the last one.
+_MODES_OF_TORCH_2_0 = {
+    "reduce-overhead": {"triton.cudagraphs": True, "size_asserts": False},
+    "max-autotune": {"epilogue_fusion": True, "max_autotune": True, "triton.cudagraphs": True},
+    "max-autotune-no-cudagraphs": {"epilogue_fusion": True, "max_autotune": True},
+}
+
+
 @dataclass(frozen=True)
 class Compiler:
     """Compiles functions of tensors. mode: one of COMPILE_MODES but none; inductor: names of INDUCTOR_OPTIONS.
@@ -142,7 +150,8 @@ class Compiler:
         """
         of_mode: dict[str, Any] = {}
         if self.mode != "default":
-            of_mode = dict(torch._inductor.list_mode_options(self.mode))
+            options = torch._inductor.list_mode_options if has("mode_options") else _MODES_OF_TORCH_2_0.__getitem__
+            of_mode = dict(options(self.mode))
             of_mode.pop("coordinate_descent_tuning", None)
         for name in self.inductor:
             of_mode.update(INDUCTOR_OPTIONS[name])

@@ -9,8 +9,9 @@ import torch
 
 from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS, RUNTIMES
 from sd.errors import ConfigError
+from sd.features import computes_slowly
 from sd.optimise.compile import CUDA_GRAPH_MODES
-from sd.optimise.optimisations import Optimisations
+from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 
 # Fields of Optimisations by the name of the technique that sets them.
 TECHNIQUES: dict[str, dict[str, object]] = {
@@ -80,6 +81,8 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
     if "quantisation" in fields:
         resets.update(fused_qkv=False, fused_kv=False, packed=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
+        resets.update(packed=False)
+    if computes_slowly(WEIGHT_DTYPES[fields.get("precision", "full")]):
         resets.update(packed=False)
     networks = ("compile", "compile_autoencoder", "compile_text_encoder")
     if fields.get("compile_backend", "inductor") != "inductor" or all(fields.get(name) == "none" for name in networks):

@@ -16,13 +16,12 @@ import peers_table
 from perf.analysis import ranking
 from perf.analysis.paired import paired_ratio
 from perf.report import text
-from perf.report.charts import groups
-from perf.report.results import Result, ranked, session_of
+from perf.report.results import Result, session_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "perf" / "baselines"
 PLACE = re.compile(r"(?<=<!-- measured: )(?P<file>\S+\.json)(?P<begin> -->\n)(?P<table>.*?)(?=<!-- end -->)", re.DOTALL)
-REFERENCES = ("-diffusers-", "-original-")  # of speed-ups: the first of these, else the first configuration of a file
+REFERENCES = ("diffusers", "original")  # of speed-ups: what a file has of these, else the first configuration
 MOST_STEPS_OF_STAGES = 4  # up to which the UNet does not have nearly all of the time
 
 
@@ -49,37 +48,39 @@ def _session(document: dict[str, Any], path: Path) -> list[str]:
     session, results = session_of(document, path)
     facts = session.facts
     clock = "CPU time" if facts.get("clock") == "cpu" else "wall time"
-    lines = [f"{facts.get('name')}, torch {session.torch}, {clock}, threads: {facts.get('threads')}."]
-    for members in groups(results, lambda result: ranking.work_of(result.benchmark.configuration)).values():
-        reference = next((each for name in REFERENCES for each in members if name in each.id), members[0])
-        lines += ["", *_work(ranked(members), reference)]
-    return lines
-
-
-def _work(results: list[Result], reference: Result) -> list[str]:
+    lines = [f"{facts['name']}, torch {session.torch}, {clock}, {text.counted(int(facts['threads']), 'thread')}.", ""]
+    kind = next((kind for kind in REFERENCES if any(f"-{kind}-" in result.id for result in results)), None)
+    references = {}  # by work: times of different work are not comparable
+    for result in results:
+        work = ranking.work_of(result.benchmark.configuration)
+        if kind is None or f"-{kind}-" in result.id:
+            references.setdefault(work, result)
     columns: dict[str, Callable[[Result], str]] = {
         "configuration": lambda result: f"`{result.id}`",
         "time per image [95 %]": lambda result: text.interval_seconds(result.seconds_per_image, *result.interval),
-        f"speed-up over `{reference.id}` [95 %]": lambda result: _speedup(reference, result),
+        f"speed-up over {kind or 'the first'} [95 %]": lambda result: _speedup(references, result),
     }
     if results[0].steps <= MOST_STEPS_OF_STAGES:
         names = [name for name in ("text", "encode", "unet", "vae", "other") if name in results[0].stages]
-        for name in names if len(names) > 1 else ():
-            columns[name] = lambda result, name=name: f"{_share(result, name):.0%}"
-    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return head + [f"| {' | '.join(column(result) for column in columns.values())} |" for result in results]
+        columns |= {name: lambda result, name=name: _share(result, name) for name in names if len(names) > 1}
+    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(column(result) for column in columns.values())} |" for result in results]
 
 
-def _speedup(reference: Result, result: Result) -> str:
-    """By neighbouring rounds of the session, as the speed-ups of `pytest perf`; empty for the reference itself."""
+def _speedup(references: dict[tuple, Result], result: Result) -> str:
+    """By neighbouring rounds of the session, as the speed-ups of `pytest perf`; empty for a reference and without one."""
+    reference = references.get(ranking.work_of(result.benchmark.configuration), result)
     if result is reference:
         return ""
     ratio = paired_ratio(reference.benchmark.launches, result.benchmark.launches)
     return f"{ratio.estimate:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _share(result: Result, name: str) -> float:
-    return result.stages[name].value / sum(stage.value for stage in result.stages.values())
+def _share(result: Result, name: str) -> str:
+    """Of the time of a round; an engine may not tell a stage apart."""
+    if name not in result.stages:
+        return ""
+    return f"{result.stages[name].value / sum(stage.value for stage in result.stages.values()):.0%}"
 
 
 def rewritten(page: str) -> str:

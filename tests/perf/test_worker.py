@@ -103,7 +103,7 @@ def test_a_round_is_counted_exactly(worker):
     fused = Worker()
     ok(fused.handle(loading(replace(TINY, attention="sdpa", optimise="fused_qkv"))))
     counted = ok(fused.handle({"op": "count", "seed": 1}))
-    assert sum(counted["operators"].values()) < 0.9 * sum(first["operators"].values())
+    assert counted["operators"]["mm"] < first["operators"]["mm"]
     assert counted["bytes"] < first["bytes"]
 
 

@@ -16,6 +16,8 @@ from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.optimise.compile import CPU_OPTIONS, INDUCTOR_OPTIONS
 
+# The options of inductor that change code for a CPU came with the same version.
+needs_cpu_options = pytest.mark.skipif(not has("mode_options"), reason="torch >= 2.1")
 ORIGINAL = {"attention": "original", "precision": "autocast", "original_steps": True}
 
 
@@ -93,7 +95,7 @@ def test_options_override_fields_of_optimise(argv, changed):
     assert {**plain, **chosen.changed()} == {**plain, **changed}
 
 
-@pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
+@needs_cpu_options
 def test_compiler_options_imply_a_mode():
     def chosen(text):
         return options.setup(txt2img.parser().parse_args(["--device", "cpu", "--optimise", text]), {}).optimisations
@@ -112,7 +114,7 @@ def test_compiler_options_imply_a_mode():
     assert chosen("fast").cache_context_kv
 
 
-@pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
+@needs_cpu_options
 def test_compiler_option_of_another_network_does_not_compile_the_unet():
     arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", "compile_autoencoder,freezing"])
     chosen = options.setup(arguments, {}).optimisations
@@ -123,7 +125,7 @@ def test_compiler_option_of_another_network_does_not_compile_the_unet():
 @pytest.mark.parametrize("name", INDUCTOR_OPTIONS)
 def test_compiler_option_is_supported_or_refused_by_name(name):
     arguments = txt2img.parser().parse_args(["--device", "cpu", "--optimise", name])
-    if name in CPU_OPTIONS:
+    if name in CPU_OPTIONS and has("mode_options"):
         assert options.setup(arguments, {}).optimisations.inductor == (name,)
     else:
         with pytest.raises(Unavailable, match=f"inductor option {name}: "):

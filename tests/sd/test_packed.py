@@ -191,6 +191,24 @@ def test_a_gpu_and_an_old_torch_are_refused(monkeypatch):
 
 
 @needs_packed
+def test_packed_needs_the_instructions_of_its_precision(monkeypatch):
+    """oneDNN packs no fp16 weights without them, and plain layers are emulated."""
+    monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
+    for supported in (False, True):
+        slow = lambda dtype, supported=supported: dtype == torch.float16 and not supported  # noqa: E731
+        monkeypatch.setattr("sd.optimise.presets.computes_slowly", slow)
+        monkeypatch.setattr("sd.optimise.apply.computes_slowly", slow)
+        assert parse("fast,fp16", "cpu").packed is supported
+        assert parse("fast,full", "cpu").packed
+    monkeypatch.setattr("sd.optimise.apply.computes_slowly", lambda dtype: True)
+    with (
+        pytest.warns(SDWarning),
+        pytest.raises(Unavailable, match="packed: this processor has no instructions for fp16"),
+    ):
+        apply.require_available(Optimisations(precision="fp16", packed=True, channels_last=True), torch.device("cpu"))
+
+
+@needs_packed
 def test_fast_is_bf16_where_it_is_faster_and_the_layers_are_wide(monkeypatch):
     monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
     for faster in (False, True):
