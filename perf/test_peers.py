@@ -169,10 +169,14 @@ def missing(side: str) -> str | None:
     return None
 
 
-def sides_of(name: str) -> list[str]:
-    """The sides that run here; at full size without those that the smaller sizes already order."""
-    small = name not in FULL_SIZE
-    return [side for side in SIDES if missing(side) is None and (small or side not in ("diffusers", "onnxruntime"))]
+def sides_of(name: str, timed: bool = True) -> list[str]:
+    """The sides that run here; at full size without those that the smaller sizes already order.
+
+    Untimed without further compilations of code that another side runs as well.
+    """
+    left_out = ("diffusers", "onnxruntime") if name in FULL_SIZE else ()
+    left_out += () if timed else ("sd-fast-bf16", "diffusers-compiled", "openvino-bf16")
+    return [side for side in SIDES if missing(side) is None and side not in left_out]
 
 
 @dataclass(frozen=True)
@@ -190,9 +194,9 @@ def own_network(network: torch.nn.Module, side: str) -> torch.nn.Module:
     return copy.deepcopy(network, weights if shares else {})
 
 
-def measure(name: str, threads: int) -> dict[str, Seconds]:
+def measure(name: str, threads: int, timed: bool) -> dict[str, Seconds]:
     """Seconds by side, rounds alternated. Raises AssertionError where an output differs."""
-    task, sides = TASKS[name], sides_of(name)
+    task, sides = TASKS[name], sides_of(name, timed)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     network, inputs = task.network().eval().requires_grad_(False), task.inputs()
@@ -228,9 +232,9 @@ def alternated():
     """A function that returns the seconds of a task's sides, measured once."""
     threads_before, measured = torch.get_num_threads(), {}
 
-    def once(name: str, threads: int) -> dict[str, Seconds]:
+    def once(name: str, threads: int, timed: bool) -> dict[str, Seconds]:
         if (name, threads) not in measured:
-            measured[name, threads] = measure(name, threads)
+            measured[name, threads] = measure(name, threads, timed)
         torch.set_num_threads(threads)
         return measured[name, threads]
 
@@ -263,10 +267,10 @@ def test_call(benchmark, alternated, peak_flops_per_second, request, task, threa
         pytest.skip("full size: select it by -k sd2")
     if benchmark.disabled and (task != "tiny" or threads > 1):
         pytest.skip("compiles for minutes; without timing the tiny case covers the same code")
-    if side not in sides_of(task):
-        pytest.skip(missing(side) or "not measured at full size")
+    if side not in sides_of(task, benchmark.enabled):
+        pytest.skip(missing(side) or "not measured at full size, or untimed")
     benchmark.group = f"{task}, {threads} thread{'s' * (threads > 1)}, CPU time"
-    seconds = alternated(task, threads)
+    seconds = alternated(task, threads, benchmark.enabled)
     clock.load(seconds[side].cpu)
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
     info, median = benchmark.extra_info, statistics.median(seconds[side].cpu)
