@@ -12,6 +12,7 @@ import subprocess
 import gpu_codegen
 import gpu_session
 import measured_tables
+import peers_table
 import pytest
 from documents import (
     DOCUMENTS,
@@ -194,7 +195,7 @@ def test_options_exist(pytestconfig, capsys):
         importlib.import_module(f"sd.{name}").main
         for name in ("txt2img", "img2img", "inpaint", "depth2img", "train", "convert", "inspect", "attention.__main__")
     ]
-    mains += [importlib.import_module("perf.throughput").main, gpu_codegen.main, gpu_session.run]
+    mains += [importlib.import_module("perf.throughput").main, gpu_codegen.main, gpu_session.run, peers_table.main]
     for main, arguments in [(main, []) for main in mains] + [(perf_main, [name]) for name in COMMANDS]:
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])

@@ -8,6 +8,7 @@ python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -124,22 +125,26 @@ def profile(name: str) -> list[str]:
     return lines[1:]
 
 
-def main(arguments: list[str]) -> int:
-    """Measure, unless given a saved run, and print."""
-    if arguments[:1] == ["--profile"]:
-        print(versions(), *profile(arguments[1]), sep="\n")
+def main(argv: list[str] | None = None) -> int:
+    """Measure, unless given a saved run, and print; returns pytest's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("expression", nargs="?", help="cases, as for pytest's -k (default: all but full size)")
+    parser.add_argument("--from", dest="run", type=Path, metavar="RUN.json", help="print the table of a saved run")
+    parser.add_argument("--profile", metavar="CASE", help="print the time by operation of a case")
+    arguments = parser.parse_args(argv)
+    if arguments.profile:
+        print(versions(), *profile(arguments.profile), sep="\n")
         return 0
-    if arguments[:1] == ["--from"]:
-        print(versions(), *table(json.loads(Path(arguments[1]).read_text(encoding="utf-8"))), sep="\n")
+    if arguments.run:
+        print(versions(), *table(json.loads(arguments.run.read_text(encoding="utf-8"))), sep="\n")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         command = [sys.executable, "-m", "pytest", "perf/test_peers.py", "-q", f"--benchmark-json={file}"]
-        status = subprocess.run([*command, *(["-k", arguments[0]] if arguments else [])], cwd=ROOT, check=False)
-        if status.returncode == 0:
-            return main(["--from", str(file)])
-    return status.returncode
+        command += ["-k", arguments.expression] if arguments.expression else []
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        return status or main(["--from", str(file)])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

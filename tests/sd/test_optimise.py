@@ -12,7 +12,8 @@ from sd.attention.availability import unavailable_reason
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION
 from sd.errors import ConfigError, Unavailable
-from sd.features import has
+from sd.features import computes_slowly, has
+from sd.optimise.optimisations import WEIGHT_DTYPES
 from sd.optimise.presets import TECHNIQUES, parse
 from sd.sampling.samplers import SAMPLERS
 
@@ -33,6 +34,7 @@ RESET = {
     "autocast": {"cuda_graph", "packed"},
     "freezing": {"packed"},
     "original_steps": {*CACHES, "cuda_graph"},
+    **{name: {"packed"} for name in ("fp16", "bf16") if computes_slowly(WEIGHT_DTYPES[name])},
 }
 # Relative error of a UNet call and of a run's latents in fp32 against `original`: only the order of sums differs.
 UNET_BOUND, LATENTS_BOUND = 1e-5, 1e-4
