@@ -35,7 +35,7 @@ def _threads_of_torch():
 
     Two threads for each of two tests at a time, on two cores, wait for each other many times longer than they compute.
     """
-    torch = sys.modules.get("torch")
+    torch = sys.modules.get("torch")  # imported when the tests were collected, if at all
     before = torch.get_num_threads() if torch else None
     yield
     if torch and torch.get_num_threads() != before:

@@ -190,7 +190,7 @@ def measure_session(
         write=lambda event, content: None,
         progress=lambda launch, slot, round_number: None,
         loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
-        loads_at_once=cpu_facts().cores or 1,
+        loads_at_once=loading.at_once(settings.threads, cpu_facts()),
     )
     id = configuration.id
     judge = Judge(plan, [Pair(label, f"{id}@{label}", id, label) for label in ("aa", *slowed)], settings.margin)

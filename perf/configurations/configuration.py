@@ -20,7 +20,7 @@ OF_THE_SESSION = ("model", "engine", "workload", "device", "interpreter", "promp
 REFERENCE = "reference"
 PROMPT = "A photo"  # from the published experiment, like the default seed, sampler and steps
 CHOICES = {
-    "model": choices.MODELS,
+    "model": tuple(x for x in choices.MODELS if x != "sd2-depth"),  # no workload has a depth image
     "engine": ENGINES,
     "workload": ("txt2img", "inpaint", "text", "unet", "vae", "train"),
     "attention": choices.ATTENTION,

@@ -59,8 +59,13 @@ def read_project(root: Path) -> Project:
 
 
 def find_root(folder: Path) -> Path:
-    """The folder itself or its nearest parent that has a configuration file. Raises ProjectError."""
-    return next((each for each in (folder, *folder.parents) if _tables(each)), folder)
+    """The folder or its nearest parent with a configuration file, within its git repository. Raises ProjectError."""
+    for each in (folder, *folder.parents):
+        if _tables(each):
+            return each
+        if (each / ".git").exists():
+            break
+    return folder
 
 
 def _tables(root: Path) -> list[tuple[Path, Any]]:

@@ -94,7 +94,8 @@ def series_of(runs: Iterable[SavedRun]) -> list[Series]:
             if benchmark.anchored_launch_medians and not benchmark.image_failure:
                 median = statistics.median(benchmark.anchored_launch_medians)
                 started = run.started_unix_seconds or 0.0  # a copy of a session counts once
-                points.setdefault((*machine, run.anchor_name, id), {})[started] = (run, median)
+                key = (*machine, run.anchor_name, benchmark.precision, id)  # `fast` chooses the precision
+                points.setdefault(key, {})[started] = (run, median)
     series = []
     for key, by_start in points.items():
         ordered = [point for _, point in sorted(by_start.items(), key=lambda item: item[0])]

@@ -1,14 +1,16 @@
 """The rule by which slots are loaded together: all, the variants of one configuration, or one at a time.
 
-Rounds of slots that are loaded together alternate, so that momentary noise affects all of them alike; only one computes at
-a time. The rule compares an estimate of the memory of all workers with the memory that is free when the session starts.
+Rounds of slots that are loaded together alternate, so that momentary noise affects all of them alike; only one runs a
+round at a time. The rule compares an estimate of the memory of all workers with the memory that is free when the session starts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from perf.configurations.configuration import Configuration
+from perf.machine.facts import CpuFacts
 from perf.session.plan import Loading, Plan, Slot
 
 GIB = 1 << 30
@@ -29,6 +31,12 @@ def worker_bytes(configuration: Configuration) -> int:
     height, width = configuration.height, configuration.width
     scale = max(1.0, (height * width / usual) ** 2) if height and width else 1.0
     return int((base + image * scale * configuration.batch) * GIB)
+
+
+def at_once(threads: int | None, cpu: CpuFacts) -> int:
+    """How many workers load at the same time: as many as there are CPUs for their threads, where None means all of them."""
+    cpus = min(float(cpu.cores or 1), cpu.cgroup_cpus or math.inf)
+    return max(1, int(cpus / threads)) if threads else 1
 
 
 def choose(slots: Sequence[Slot], free_bytes: int | None, what: str) -> tuple[Loading, str]:

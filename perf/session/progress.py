@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from perf.session.plan import Slot
+from perf.session.plan import WARM_UP_ROUND, Slot
 
 COLD_COMPILE_SECONDS = 40.0  # assumed for a first torch.compile until one was measured: the embedded model on two cores
 
 
 class SessionProgress:
-    """Counts loads and rounds, and estimates the remaining time from the mean duration of each slot's steps so far.
+    """Counts loads, warm-ups and rounds, and estimates the remaining time from the mean duration of each slot's steps so far.
 
-    The first load of a slot is a step of its own kind, because it compiles with a cold cache.
+    The first warm-up of a compiled slot is a step of its own kind, because it compiles with a cold cache.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -58,7 +58,9 @@ class SessionProgress:
                 # Other labels of a configuration share its compile cache, apart from the first of them.
                 self.compiled[slot.name] = slot.configuration.compile != "none" and slot.variant is None
                 self.first_launch.setdefault(slot.name, launch)
-                self.pending.update(dict.fromkeys((launch, slot.name, step) for step in (None, *range(rounds))))
+                self.pending.update(
+                    dict.fromkeys((launch, slot.name, step) for step in (None, WARM_UP_ROUND, *range(rounds)))
+                )
         self.total = max(self.total, len(self.pending))
 
     def log(self, line: str) -> None:
@@ -84,9 +86,11 @@ class SessionProgress:
         self.launch = launch
 
     def _kind(self, launch: int, name: str, round_number: int | None) -> str:
-        if round_number is not None:
+        if round_number is None:
+            return "load"
+        if round_number != WARM_UP_ROUND:
             return "round"
-        return "first load" if launch == self.first_launch.get(name) and self.compiled.get(name) else "load"
+        return "first warm-up" if launch == self.first_launch.get(name) and self.compiled.get(name) else "warm-up"
 
     def seconds_left(self) -> float | None:
         """The estimated remaining seconds, including the current step; None before the first step has ended."""
@@ -96,15 +100,19 @@ class SessionProgress:
         return sum(map(self._seconds, [*([self.current] if self.current else []), *steps]))
 
     def _seconds(self, step: tuple[str, str]) -> float:
-        """The mean of a step, else that of its kind in other slots, else what is known of loads."""
+        """The mean of a step, else that of its kind in other slots, else what is known of other steps."""
         if step in self.durations:
             return statistics.fmean(self.durations[step])
         same_kind = [seconds for (_, kind), values in self.durations.items() if kind == step[1] for seconds in values]
         if same_kind:
             return statistics.fmean(same_kind)
-        if step[1] == "first load":
+        if step[1] == "first warm-up":
             return COLD_COMPILE_SECONDS
-        return 0.0 if step[1] == "round" else statistics.fmean(itertools.chain.from_iterable(self.durations.values()))
+        return (
+            0.0
+            if step[1] in ("round", "warm-up")
+            else statistics.fmean(itertools.chain.from_iterable(self.durations.values()))
+        )
 
 
 def _minutes(seconds: float) -> str:

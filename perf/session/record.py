@@ -150,7 +150,7 @@ def counts(measured: SlotMeasurements) -> dict | None:
         return None
     first = measured.launches[min(measured.launches)].load
     facts = {**first["facts"], "precision": first["precision"]}
-    if measured.slot.configuration.engine != "diffusers":
+    if measured.slot.configuration.engine == "sd":
         facts["diffusers"] = None
     if facts["device"] == "cuda":
         facts["threads"] = None

@@ -91,7 +91,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
                 limits=settings.limits,
                 loaded=watch.worker_pids.add if isinstance(watch, Watch) else ignore_pid,
                 counting=settings.counting,
-                loads_at_once=cpu_facts().cores or 1,
+                loads_at_once=loading.at_once(settings.threads, cpu_facts()),
             )
 
             def planned(further: Plan, first: int, last: int) -> None:

@@ -42,7 +42,8 @@ class Runner:
     load(slot): arguments of the worker's `load`. references(slot, seed): files of the reference images, or None.
     watch(pid): context with `telemetry` and `invalid` (a reason or None) once it has exited.
     write(event, content): stores a journal event. progress(launch, slot, round): called when a launch starts to load
-    (round None) and before each timed round. loaded(pid): called with the process of each launch, before any is timed.
+    (round None), and before its warm-up (WARM_UP_ROUND) and each timed round. loaded(pid): called with the process of
+    each launch, before any is timed.
     counting: whether the first launch counts the operators of an untimed round. loads_at_once: the number of workers that
     load at the same time.
     """
@@ -73,10 +74,9 @@ class Runner:
             (measured, stack.enter_context(contextlib.closing(self._launch(launch, measured))))
             for measured in incomplete
         ]
-        at_once = 1 if launch == 0 else self.loads_at_once
         running: list[tuple[SlotMeasurements, Iterator[None]]] = []
-        for start in range(0, len(opened), at_once):
-            loading = [pair for pair in opened[start : start + at_once] if self._advance(launch, *pair)]
+        for group in self._loading_groups(launch, opened):
+            loading = [pair for pair in group if self._advance(launch, *pair)]
             running += [pair for pair in loading if self._advance(launch, *pair)]
         running = [pair for pair in running if self._advance(launch, *pair)]  # one warms up at a time
         for cycle in range(self.plan.rounds):
@@ -85,6 +85,23 @@ class Runner:
                 while measured.failure is None and measured.next_round(launch)[0] <= cycle:
                     if not self._advance(launch, measured, rounds):
                         break
+
+    def _loading_groups(
+        self, launch: int, opened: Sequence[tuple[SlotMeasurements, Iterator[None]]]
+    ) -> Iterator[list[tuple[SlotMeasurements, Iterator[None]]]]:
+        """Slots that load at the same time. `fast` loads alone: it chooses its precision by a probe of the processor."""
+        group: list[tuple[SlotMeasurements, Iterator[None]]] = []
+        for pair in opened:
+            alone = launch == 0 or pair[0].slot.configuration.preset == "fast"
+            if group and (alone or len(group) == self.loads_at_once):
+                yield group
+                group = []
+            group.append(pair)
+            if alone:
+                yield group
+                group = []
+        if group:
+            yield group
 
     def _complete(self, launch: int, measured: SlotMeasurements) -> bool:
         return measured.failure is not None or measured.next_round(launch)[0] >= self.plan.rounds
@@ -120,6 +137,7 @@ class Runner:
             self._require_precision(measured, loaded)
             self._record("load", measured, launch, {"answer": loaded})
             yield
+            self.progress(launch, slot, WARM_UP_ROUND)
             answer = worker.ask("round", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
             hashes = [answer["image"]["sha256"]]
             self._record("round", measured, launch, {"round": None, "answer": answer})
@@ -150,7 +168,7 @@ class Runner:
             if before != now:
                 raise WorkerError(
                     "failed",
-                    f"this launch loaded precision {now}, an earlier one {before}: other load disturbed the probe of the "
+                    f"this launch loaded precision {now}, an earlier one {before}: other programs disturbed the probe of the "
                     "processor; choose one, for example --optimise fast,full or fast,bf16",
                 )
 

@@ -50,7 +50,7 @@ CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of G
 MAX_GRAPHS = 128
 
 
-# Which torch 2.0 has inside of torch.compile alone; it lacks the last one.
+# torch 2.0 has no function that returns the settings of a mode; these are its own, and those of the later no-cudagraphs.
 _MODES_OF_TORCH_2_0 = {
     "reduce-overhead": {"triton.cudagraphs": True, "size_asserts": False},
     "max-autotune": {"epilogue_fusion": True, "max_autotune": True, "triton.cudagraphs": True},

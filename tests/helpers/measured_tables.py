@@ -46,6 +46,7 @@ def _throughput(document: dict[str, Any]) -> list[str]:
 
 def _session(document: dict[str, Any], path: Path) -> list[str]:
     session, results = session_of(document, path)
+    assert session.saved.invalid_rounds == 0, "rounds are paired by their order"
     facts = session.facts
     clock = "CPU time" if facts.get("clock") == "cpu" else "wall time"
     lines = [f"{facts['name']}, torch {session.torch}, {clock}, {text.counted(int(facts['threads']), 'thread')}.", ""]

@@ -136,13 +136,14 @@ def main(argv: list[str] | None = None) -> int:
         print(versions(), *profile(arguments.profile), sep="\n")
         return 0
     if arguments.run:
-        print(versions(), *table(json.loads(arguments.run.read_text(encoding="utf-8"))), sep="\n")
+        print(*table(json.loads(arguments.run.read_text(encoding="utf-8"))), sep="\n")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         command = [sys.executable, "-m", "pytest", "perf/test_peers.py", "-q", f"--benchmark-json={file}"]
         command += ["-k", arguments.expression] if arguments.expression else []
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        print(versions())
         return status or main(["--from", str(file)])
 
 

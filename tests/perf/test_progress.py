@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from perf.configurations.configuration import Configuration
-from perf.session.plan import Plan, Slot
+from perf.session.plan import WARM_UP_ROUND, Plan, Slot
 from perf.session.progress import COLD_COMPILE_SECONDS, SessionProgress
 
 A, B = Slot(Configuration(attention="original")), Slot(Configuration(attention="mha"))
@@ -45,14 +45,15 @@ def test_remaining_time_is_that_of_loads_and_rounds_of_each_slot():
 
 
 def test_the_first_compilation_is_counted_before_it_is_measured():
+    """In the order of the runner: all slots load, then all warm up, then rounds alternate."""
     watched = Watched(Plan((A, COMPILED), launches=3, rounds=1, loading="all"))
     watched.step(0, A, None, 0.0)
-    left = watched.step(0, A, 0, 4.0)
-    assert left == pytest.approx(COLD_COMPILE_SECONDS + 2 * 4 + 2 * 4)
-    watched = Watched(Plan((A, COMPILED), launches=3, rounds=1, loading="all"))
-    watched.step(0, COMPILED, None, 0.0)
-    watched.step(0, A, None, 60.0)  # a cold compilation of 60 s
-    assert watched.step(0, A, 0, 64.0) == pytest.approx(4 * 4)  # the later loads are warm
+    left = watched.step(0, COMPILED, None, 4.0)
+    assert left == pytest.approx(5 * 4 + COLD_COMPILE_SECONDS)
+    watched.step(0, A, WARM_UP_ROUND, 8.0)
+    watched.step(0, COMPILED, WARM_UP_ROUND, 9.0)
+    left = watched.step(0, A, 0, 69.0)  # after a cold compilation of 60 s; the later ones are warm
+    assert left == pytest.approx(4 * 4 + 4 * 1)
 
 
 def test_resumed_sessions_skip_measured_launches():
@@ -60,7 +61,7 @@ def test_resumed_sessions_skip_measured_launches():
     assert watched.step(2, A, None, 5.0) is None
     assert watched.step(2, B, None, 15.0) == pytest.approx(10)
     task = watched.progress.bar.tasks[0]
-    assert (task.completed, task.total) == (9, 12)
+    assert (task.completed, task.total) == (13, 18)
 
 
 def test_further_launches_are_added():
@@ -101,6 +102,6 @@ def test_a_terminal_shows_a_transient_bar():
         watched.step(0, A, 0, 10.0)
         watched.progress.bar.refresh()
         shown = watched.output.getvalue()
-    assert A.name in shown and "1/4" in shown and "left" in shown
+    assert A.name in shown and "1/6" in shown and "left" in shown
     assert "launch 1" not in shown
     assert watched.progress.bar.finished is False
