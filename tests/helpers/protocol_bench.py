@@ -49,7 +49,11 @@ class Bench:
 
     def run(self, plan: Plan | None = None, first: int = 0, last: int | None = None) -> Measurements:
         measurements = Measurements(self.plan, copy.deepcopy(self.events))
-        runner = Runner(
+        self.runner(plan).run(measurements, first, last)
+        return measurements
+
+    def runner(self, plan: Plan | None = None) -> Runner:
+        return Runner(
             plan or self.plan,
             open_launch=self.open,
             load=lambda slot: {
@@ -65,8 +69,6 @@ class Bench:
             limits=Limits(1, 2, 3),
             loads_at_once=self.loads_at_once,
         )
-        runner.run(measurements, first, last)
-        return measurements
 
     def progress(self, launch: int, slot: Slot, round_number: int | None) -> None:
         if round_number is None:

@@ -11,7 +11,7 @@ from fake_worker import Fake
 from protocol_bench import THREE, WRONG, A, Asked, B, Bench, C, result, seeds, wrong
 
 from perf.configurations.configuration import Configuration
-from perf.session.measurements import MAX_RETRIES, TRANSIENT_FAILURES, Measurements, paired_rounds
+from perf.session.measurements import MAX_RETRIES, TRANSIENT_FAILURES, Measurements, SlotMeasurements, paired_rounds
 from perf.session.plan import SEED_STRIDE, WARM_UP_ROUND, Plan, Slot
 from perf.session.runner import Runner
 
@@ -98,6 +98,18 @@ def test_models_are_loaded_at_the_same_time_except_in_the_first_launch():
     assert [operation for launch, operation in events if launch == 0] == ["send", "load"] * 3 + rounds
     both = ["send", "send", "load", "load"]
     assert [operation for launch, operation in events if launch == 1] == [*both, "send", "load", *rounds]
+
+
+def test_what_chooses_its_precision_by_a_probe_loads_alone():
+    """The load of the others would disturb the probe."""
+    fast = Slot(Configuration(optimise="fast"))
+    runner = Bench(Plan((*THREE, fast), launches=2, rounds=1, loading="all")).runner()
+    runner = replace(runner, loads_at_once=3)
+    pairs = [(SlotMeasurements(slot), iter(())) for slot in (THREE[0], fast, *THREE[1:])]
+    for launch, sizes in ((0, [1, 1, 1, 1]), (1, [1, 1, 2])):
+        groups = list(runner._loading_groups(launch, pairs))
+        assert [len(group) for group in groups] == sizes
+        assert [pair for group in groups for pair in group] == pairs
 
 
 def test_every_process_is_known_before_a_round_is_watched():
