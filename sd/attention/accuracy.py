@@ -29,12 +29,13 @@ def bound(choice: Attention, dtype: torch.dtype) -> float:
 
     fp32: 1e-5, ten times the rounding error of a sum of 1024 terms of unit variance. Half types: softmax weights and
     result are rounded once each, eps / 2 per rounding; twice that for kernels that also round the scaled q and k and the
-    scores (PyTorch's `math` before 2.5), and three times before 2.2, where a CPU has no other. `mha` rounds four
-    projections as well.
+    scores (PyTorch's `math` before 2.5), and 8 eps before 2.2, where a CPU has no other kernel: there the rounding of a
+    score of 6 alone changes its weight by 2 eps. `mha` rounds four projections as well.
     """
     if dtype == torch.float32:
         return 1e-5
-    return torch.finfo(dtype).eps * (4 if choice.implementation == "mha" else 2 if has("cpu_flash") else 3)
+    factor = {"mha": 4, "sdpa": 2 if has("cpu_flash") else 8}.get(choice.implementation, 2)
+    return torch.finfo(dtype).eps * factor
 
 
 def function_error(choice: Attention, q: Tensor, k: Tensor, v: Tensor) -> float:

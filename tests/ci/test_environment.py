@@ -66,6 +66,6 @@ def test_the_nightly_workflow_runs_every_environment():
 def test_paths_of_ci_run_exist():
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     paths = re.findall(r"(?:tests|\.github)/[\w./*-]+", text)
-    assert len(paths) > 10
+    assert len(paths) > 5
     for path in paths:
         assert list(ROOT.glob(path)), path
