@@ -183,20 +183,20 @@ class StableDiffusion(Networks):
             image = image_tensor(image)
         require_pixels(image)
         options = _Options(
-            prompt,
-            steps,
-            scale,
-            seed,
-            batch,
-            negative_prompt,
-            eta,
-            rng,
-            progress,
-            generator,
-            prompt_chunks,
-            sampler,
-            timestep_spacing,
-            sigmas,
+            prompt=prompt,
+            steps=steps,
+            scale=scale,
+            seed=seed,
+            batch=batch,
+            negative_prompt=negative_prompt,
+            eta=eta,
+            rng=rng,
+            progress=progress,
+            generator=generator,
+            prompt_chunks=prompt_chunks,
+            sampler=sampler,
+            timestep_spacing=timestep_spacing,
+            sigmas=sigmas,
         )
         return self._from_image(image, None, strength, options)
 
@@ -234,20 +234,20 @@ class StableDiffusion(Networks):
             raise ConfigError("depth: is missing, and no depth estimator (MiDaS) is included; give a depth image")
         pixels, depth_map = image_with_depth(image, depth)
         options = _Options(
-            prompt,
-            steps,
-            scale,
-            seed,
-            batch,
-            negative_prompt,
-            eta,
-            rng,
-            progress,
-            generator,
-            prompt_chunks,
-            sampler,
-            timestep_spacing,
-            sigmas,
+            prompt=prompt,
+            steps=steps,
+            scale=scale,
+            seed=seed,
+            batch=batch,
+            negative_prompt=negative_prompt,
+            eta=eta,
+            rng=rng,
+            progress=progress,
+            generator=generator,
+            prompt_chunks=prompt_chunks,
+            sampler=sampler,
+            timestep_spacing=timestep_spacing,
+            sigmas=sigmas,
         )
         return self._from_image(pixels, depth_map, strength, options)
 

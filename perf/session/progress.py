@@ -106,13 +106,11 @@ class SessionProgress:
         same_kind = [seconds for (_, kind), values in self.durations.items() if kind == step[1] for seconds in values]
         if same_kind:
             return statistics.fmean(same_kind)
+        if step[1] in ("round", "warm-up"):
+            return 0.0
         if step[1] == "first warm-up":
             return COLD_COMPILE_SECONDS
-        return (
-            0.0
-            if step[1] in ("round", "warm-up")
-            else statistics.fmean(itertools.chain.from_iterable(self.durations.values()))
-        )
+        return statistics.fmean(itertools.chain.from_iterable(self.durations.values()))
 
 
 def _minutes(seconds: float) -> str:

@@ -163,8 +163,8 @@ class Runner:
     @staticmethod
     def _require_precision(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
         """Raise WorkerError if `fast` chose another precision than in an earlier launch: their times would be mixed."""
-        for launch in measured.ordered_launches():
-            before, now = launch.load["precision"], loaded["precision"]
+        for first in measured.ordered_launches()[:1]:
+            before, now = first.load["precision"], loaded["precision"]
             if before != now:
                 raise WorkerError(
                     "failed",

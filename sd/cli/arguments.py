@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 def add_options(parser: argparse.ArgumentParser, outdir: str, refused: Mapping[str, str]) -> None:
-    """Add the options that both commands have, and those that the command refuses (flag -> reason)."""
+    """Add the options that all these commands have, and those that the command refuses (flag -> reason)."""
     parser.set_defaults(embedded="tiny")  # preset of the embedded model that runs without --ckpt, None for none
     version = f"%(prog)s of sd-perf {__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version, help="print the versions and exit")

@@ -1,4 +1,4 @@
-"""The run of txt2img, img2img and inpaint: iterations of batches, saving, the report, and the exit status."""
+"""The run of the commands that generate images: iterations of batches, saving, the report, and the exit status."""
 
 from __future__ import annotations
 

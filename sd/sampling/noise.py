@@ -38,7 +38,7 @@ class PerImageNoise:
         return torch.stack([self.initial(x.shape, "cpu") if draws else zeros for draws in used]).to(x.device)
 
     def posterior(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """Noise [B, ...] of the autoencoder's posterior, for img2img and inpainting."""
+        """Noise [B, ...] of the autoencoder's posterior, where an image is an input."""
         return self.initial(shape, device)
 
     def inpainting_initial(self, shape: Sequence[int], device: torch.device | str) -> Tensor:

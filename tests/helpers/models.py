@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
 from sd import Optimisations, StableDiffusion
 from sd.config.presets import PRESETS, AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from sd.features import has
 from sd.models.unet import UNet
 
 # Every variant of head count and projection, at sizes that run in milliseconds.
@@ -101,3 +103,20 @@ def seeded(factory, config, seed: int = 0) -> nn.Module:
 def relative_error(actual, expected) -> float:
     """Norm of the difference over the norm."""
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+# Optimisations that the sampling loop, the UNet's inputs or its compiled step see; the argument is `changes`.
+each_kind_of_optimisation = pytest.mark.parametrize(
+    "changes",
+    [
+        {"original_steps": True},
+        {"channels_last": True},
+        {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True},
+        {"attention": "mha"},
+        pytest.param(
+            {"compile": "default", "compile_scope": "step", "compile_backend": "eager"},
+            marks=[pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")],
+        ),
+    ],
+    ids=lambda changes: "-".join(changes),
+)

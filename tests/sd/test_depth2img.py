@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from checkpoints import original
-from models import SMALL, widened
+from models import SMALL, each_kind_of_optimisation, widened
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,6 @@ from sd.checkpoint.networks import expected_shapes
 from sd.config.presets import PRESETS
 from sd.config.yaml_reader import CONFIGS, read_yaml
 from sd.convert import convert
-from sd.features import has
 from sd.images import image_with_depth, latent_depth
 from sd.sampling.samplers import SAMPLERS
 
@@ -169,20 +168,7 @@ def test_depth_and_image_reach_the_unet(model, image, depth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"original_steps": True},
-        {"channels_last": True},
-        {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True},
-        {"attention": "mha"},
-        pytest.param(
-            {"compile": "default", "compile_scope": "step", "compile_backend": "eager"},
-            marks=[pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")],
-        ),
-    ],
-    ids=lambda changes: "-".join(changes),
-)
+@each_kind_of_optimisation
 def test_optimisations_change_nothing(image, depth, changes):
     model = StableDiffusion.random(CONFIG, seed=1)
     for strength in (0.8, 1.0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import original, small
-from models import SMALL, widened
+from models import SMALL, each_kind_of_optimisation, widened
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,7 +20,6 @@ from sd.checkpoint.networks import expected_shapes
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS
 from sd.config.presets import PRESETS, ModelConfig
 from sd.errors import SDWarning
-from sd.features import has
 from sd.images import image_with_mask, latent_mask, mask_tensor
 from sd.optimise import cuda_graphs
 from sd.pipeline import Result
@@ -77,20 +76,7 @@ def random_inpainting() -> StableDiffusion:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inpainting", "text-to-image"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"original_steps": True},
-        {"channels_last": True},
-        {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True},
-        {"attention": "mha"},
-        pytest.param(
-            {"compile": "default", "compile_scope": "step", "compile_backend": "eager"},
-            marks=[pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")],
-        ),
-    ],
-    ids=lambda changes: "-".join(changes),
-)
+@each_kind_of_optimisation
 def test_optimisations_change_nothing(request, image, mask, kind, changes):
     model = request.getfixturevalue("random_inpainting" if kind == "inpainting" else "tiny")
     options = {"steps": 2, "eta": 0.5}

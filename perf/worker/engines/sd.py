@@ -166,7 +166,7 @@ class SDEngine:
 
     def _unet(self, seed: int) -> Output:
         x = initial_latents(self.model, self.configuration, seed)
-        further = self.config.unet.in_channels - x.shape[1]  # of an inpainting model
+        further = self.config.unet.in_channels - x.shape[1]  # of an inpainting or a depth model
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, further))
         timesteps = torch.full((2 * len(x),), UNET_TIMESTEP, device=x.device)
         with torch.no_grad(), compat.model_context(self.model):

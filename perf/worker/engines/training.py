@@ -50,7 +50,7 @@ class TrainingEngine:
         height, width = configuration.height or None, configuration.width or None
         self.shape = model.latent_shape(configuration.batch, height, width)
         generator = torch.Generator().manual_seed(configuration.seed)
-        further = self.config.unet.in_channels - self.shape[1]  # of an inpainting model
+        further = self.config.unet.in_channels - self.shape[1]  # of an inpainting or a depth model
         self.latents = torch.randn(self.shape, generator=generator).to(self.device)
         condition = torch.randn(self.shape[0], further, *self.shape[2:], generator=generator)
         self.condition = condition.to(self.device) if further else None
