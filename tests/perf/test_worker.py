@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,10 @@ from sd.features import has
 
 KILLS = 25
 TINY = Configuration(attention="original", steps=2, height=64, width=64)
+
+
+class Link:
+    """Something that can be in a cycle and have a weak reference."""
 
 
 def ok(answer: dict) -> dict:
@@ -206,6 +212,31 @@ def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():
         rounds = [ok(slowed.handle({"op": "round", "seed": seed})) for seed in (1, 2, 3)]
         seconds[slowdown] = min(one["seconds"] for one in rounds[1:])
     assert seconds[1.0] > 1.5 * seconds[0.0], seconds
+
+
+def test_collections_between_rounds_leave_out_the_libraries_objects():
+    """They would be examined for longer than a round of the embedded model takes; garbage of a round is still collected."""
+    links = []
+
+    def leave_a_cycle(seed):
+        link = Link()
+        link.itself = link
+        links.append(weakref.ref(link))
+        return 1
+
+    worker, here = Worker(leave_a_cycle), os.getcwd()
+    own = {"directory": here, "folder": here, "given": []}
+    try:
+        ok(worker.handle(loading({**TINY.as_dict(), "engine": "own"}, own=own)))
+        assert not gc.get_freeze_count()
+        for _ in range(3):
+            ok(worker.handle({"op": "round", "seed": 1}))
+            assert gc.get_freeze_count() > 10_000
+        assert [link() is None for link in links] == [True, True, False]
+        ok(worker.handle(loading()))
+        assert not gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def test_what_cannot_be_asked():
