@@ -94,6 +94,9 @@ FEATURES = {
     "mode_options": Feature(
         "inductor's options of a mode", _defines("torch._inductor", "list_mode_options"), "torch >= 2.1"
     ),
+    "vector_instructions": Feature(
+        "inductor's search for vector instructions", bool(_source("_inductor/cpu_vec_isa.py")), "torch >= 2.5"
+    ),
     "aot": Feature("AOTInductor packages", _defines("torch._inductor", "aoti_compile_and_package"), "torch >= 2.6"),
     "capture_error_mode": Feature(
         "torch.cuda.graph(capture_error_mode=...)",

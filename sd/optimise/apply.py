@@ -22,7 +22,13 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.aot import AheadOfTime, check_package_path
 from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, require_quantisation, require_wide_layers
-from sd.optimise.compile import CompiledStep, compile_blocks, require_cpp_compiler, restore
+from sd.optimise.compile import (
+    CompiledStep,
+    compile_blocks,
+    find_vector_instructions,
+    require_cpp_compiler,
+    restore,
+)
 from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.optimise.packed import pack, unpack
@@ -232,4 +238,6 @@ def _calls(
         loop = GraphedLoop(loop)
     # A compiled decoder's first call is tracing and autotuning, which the profiler would record.
     decode = ObservedCall(autoencoder.decode, observe_call=2 if "autoencoder" in compilers else 1)
+    if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
+        find_vector_instructions()
     return Calls(call, decode, loop, observed, optimisations, device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import operator
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,11 @@ INDUCTOR_OPTIONS: dict[str, dict[str, bool]] = {
     "programmatic_launch": {"triton.enable_pdl": True},  # Hopper: a kernel starts before the end of the one before it
 }
 CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of GPUs
+# Elements of a group of a norm at 64 x 64 pixels with 640 channels, which are 160 KiB in fp16. PyTorch measured limits of
+# 40960, and of 32768 where there are fewer groups than multiprocessors, on a GB200 with UNets of Stable Diffusion 1.5 among
+# others; it has 8192 for older GPUs (torch/_inductor/choices.py of torch 2.15). This limit is chosen by the number of launches
+# and has not been timed: one block of an H100 reads 160 KiB in 6 us or more, and two launches take about 5.
+WHOLE_NORM = 81920
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
 
@@ -168,21 +174,17 @@ class Compiler:
 
 @functools.cache
 def choices_of_whole_norms() -> Any:
-    """Inductor's choices with the limits of newer GPUs: reductions of up to 32768 elements are not split, for all GPUs.
+    """Inductor's choices, but reductions of up to WHOLE_NORM elements are not split.
 
-    Most group norms of a UNet then compute their statistics in one kernel instead of two or three. PyTorch measured the
-    limits on a GB200, with UNets of Stable Diffusion 1.5 among others (torch/_inductor/choices.py of torch 2.15), and has
-    8192 for older GPUs.
+    Most group norms of a UNet then compute their statistics in one kernel instead of two or three.
     """
     from torch._inductor.choices import InductorChoices
-    from torch._inductor.runtime.hints import DeviceProperties
 
     class WholeNorms(InductorChoices):
         def reduction_split_factor(  # inductor passes the last argument by name
             self, device: Any, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
         ) -> int:
-            few = numel_hint < DeviceProperties.create(device).multi_processor_count
-            if reduction_numel_hint <= (32768 if few else 40960):
+            if reduction_numel_hint <= WHOLE_NORM:
                 return 1
             return int(super().reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
 
@@ -227,6 +229,25 @@ def require_cpp_compiler(option: str) -> None:
     """Raise Unavailable, naming the option, if inductor would find no C++ compiler."""
     if choices.cpp_compiler() is None:
         raise Unavailable(f"{option}: needs a C++ compiler on a CPU; install g++, or name one in CXX")
+
+
+@functools.cache
+def find_vector_instructions() -> None:
+    """Let inductor find this CPU's vector instructions in a thread, where torch has that as a module of its own.
+
+    It compiles up to three test programs for that, one after the other, for 7 s of a first call with an empty cache in
+    which a second core has nothing to do. Inductor keeps the result for the process; an error is reported where it compiles.
+    """
+    if not has("vector_instructions"):
+        return
+    # Imported before the thread starts: two threads that import one package may see it half-initialised.
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+
+    def find() -> None:
+        with suppress(Exception):
+            cpu_vec_isa.valid_vec_isa_list()
+
+    threading.Thread(target=find, daemon=True).start()
 
 
 def compile_blocks(unet: UNet, compiler: Compiler) -> None:

@@ -2,6 +2,7 @@
 
     python tests/helpers/gpu_codegen.py --write                     write the rows of docs/gpu-code.md from what ran
     python tests/helpers/gpu_codegen.py CASE [--json] [--ptxas]     one row, or its numbers; with the machine code's resources
+    python tests/helpers/gpu_codegen.py CASE --code FILE            also write the generated code
     python tests/helpers/gpu_codegen.py --options             the options of inductor that change the code, by compile mode
 
 dynamo, AOT autograd and inductor run as on a GPU, on fake tensors (fake_gpu.py). Where inductor would choose between
@@ -49,19 +50,34 @@ CASES = {
     "sd2 step, fast": Case("step", "sd2", "fast,compile_step", 1),
     "sd2 autoencoder, fast": Case("autoencoder", "sd2", "fast", 1),
     "sd2 text encoder, fast": Case("text_encoder", "sd2", "fast", 1),
+    "sd2 unet, fast, batch 8": Case("unet", "sd2", "fast", 8),
+    "sd2 unet, fast, sm_80": Case("unet", "sd2", "fast", 1, "sm_80"),
     "tiny unet, fast": Case("unet", "tiny", "fast", 1),
     "tiny unet, fast, sm_80": Case("unet", "tiny", "fast", 1, "sm_80"),
 }
-# Compiled to machine code, which takes as long as generating the code.
-WITH_MACHINE_CODE = ("sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast", "tiny unet, fast, sm_80")
+# The torch of the GPU machines that this project has used, beside the newest; its calls are some of CASES.
+OLDER, OF_OLDER = "2.11", ("sd2 unet, fast", "sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast")
+RELEASE = ".".join(metadata.version("torch").split(".")[:2])  # of this interpreter's torch
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-code.md"
+
+
+def key(name: str, release: str = RELEASE) -> str:
+    """The name of a call's row in the table."""
+    return f"{name}, torch {release}" if release == OLDER else name
+
+
+ROWS = (*CASES, *(key(name, OLDER) for name in OF_OLDER))
+
+
+def calls() -> list[str]:
+    """The calls that are counted with this torch."""
+    return [*(OF_OLDER if RELEASE == OLDER else CASES)]
 
 
 def missing() -> str | None:
     """The reason why this interpreter cannot generate the code, naming what it lacks; None if it can."""
-    version = metadata.version("torch")
-    if not version.startswith("2.15."):
-        return f"the code and its counts are those of torch 2.15, and this is torch {version}"
+    if RELEASE not in ("2.15", OLDER):
+        return f"the code and its counts are those of torch 2.15 and {OLDER}, and this is torch {RELEASE}"
     return None if importlib.util.find_spec("triton") else "needs triton, which comes with torch for NVIDIA GPUs"
 
 
@@ -211,7 +227,8 @@ def generate(call: Callable[[], Any]) -> Generated:
         if config.max_autotune:  # otherwise it measures nothing
             choices[f"{name} {shapes} {layout}"] = sum(not isinstance(x, ExternKernelCaller) for x in candidates)
         chosen = next(x for x in candidates if isinstance(x, ExternKernelCaller))
-        return chosen.output_node(), chosen
+        node = chosen.output_node()
+        return node if RELEASE == OLDER else (node, chosen)
 
     with (
         mock.patch.object(GraphLowering, "_compile_to_module_lines", capture),
@@ -270,8 +287,8 @@ def machine_code(generated: Generated) -> dict[str, dict[str, int]]:
     return uses
 
 
-def run(case: Case, ptxas: bool) -> dict[str, Any]:
-    """Counts of a case and, with `ptxas`, its kernels' resources."""
+def run(case: Case, ptxas: bool, code: Path | None = None) -> dict[str, Any]:
+    """Counts of a case and, with `ptxas`, its kernels' resources. code: a file for the generated code."""
     from fake_gpu import fake_gpu
 
     if case.optimise == "none":
@@ -280,6 +297,8 @@ def run(case: Case, ptxas: bool) -> dict[str, Any]:
     with fake_gpu(case.gpu):
         generated = generate(call_of(case))
         counts = generated.counts()
+    if code is not None:
+        code.write_text(generated.code, encoding="utf-8")
     uses: dict[str, dict[str, int]] = {}
     if ptxas:
         with fake_gpu(case.gpu):
@@ -333,7 +352,7 @@ def write(rows: dict[str, str]) -> None:
     """Replace the table of the page: the given rows, and for other calls those that it has."""
     text = PAGE.read_text(encoding="utf-8")
     rows = {**rows_in(text), **rows}
-    table = "\n".join([HEAD, *(rows[name] for name in CASES if name in rows)])
+    table = "\n".join([HEAD, *(rows[name] for name in ROWS if name in rows)])
     begin = text.index(HEAD)
     end = text.index("\n\n", begin)
     PAGE.write_text(text[:begin] + table + text[end:], encoding="utf-8")
@@ -341,28 +360,32 @@ def write(rows: dict[str, str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", nargs="*", choices=[[], *CASES], help="default: all")
+    parser.add_argument("case", nargs="*", choices=[[], *calls()], help="default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ptxas", action="store_true")
+    parser.add_argument("--code", metavar="FILE", type=Path, help="a file for the generated code of one case")
     parser.add_argument("--options", metavar="MODE", nargs="?", const="default", help="a compile mode")
     parser.add_argument("--write", action="store_true", help="also write the rows into docs/gpu-code.md")
     arguments = parser.parse_args(argv)
     if missing():
         parser.error(str(missing()))
+    if arguments.code and len(arguments.case) != 1:
+        parser.error("--code needs one case")
     if arguments.options:
         print(json.dumps(options_with_effect(arguments.options)))
         return
     if not arguments.json:
         print(HEAD)
     page = PAGE.read_text(encoding="utf-8")
-    for name in arguments.case or CASES:
+    for name in arguments.case or calls():
         # A process for each, since torch keeps what it asked about the GPU.
-        result = run(CASES[name], arguments.ptxas) if len(arguments.case) == 1 else _in_a_process(name)
-        row = Counts(**result["counts"]).row(name)
+        alone = len(arguments.case) == 1
+        result = run(CASES[name], arguments.ptxas, arguments.code) if alone else _in_a_process(name)
+        row = Counts(**result["counts"]).row(key(name))
         print(json.dumps(result) if arguments.json else row, flush=True)
-        print(changes(name, row, page), file=sys.stderr)
+        print(changes(key(name), row, page), file=sys.stderr)
         if arguments.write:
-            write({name: row})
+            write({key(name): row})
 
 
 def _in_a_process(name: str) -> dict[str, Any]:
