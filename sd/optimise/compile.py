@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib.util
 import operator
@@ -47,11 +48,12 @@ INDUCTOR_OPTIONS: dict[str, dict[str, bool]] = {
     "programmatic_launch": {"triton.enable_pdl": True},  # Hopper: a kernel starts before the end of the one before it
 }
 CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of GPUs
-# Elements of a group of a norm at 64 x 64 pixels with 640 channels, which are 160 KiB in fp16. PyTorch measured limits of
-# 40960, and of 32768 where there are fewer groups than multiprocessors, on a GB200 with UNets of Stable Diffusion 1.5 among
-# others; it has 8192 for older GPUs (torch/_inductor/choices.py of torch 2.15). This limit is chosen by the number of launches
-# and has not been timed: one block of an H100 reads 160 KiB in 6 us or more, and two launches take about 5.
+# Elements of a group of a norm at 64 x 64 pixels with 640 channels. PyTorch measured limits of 40960, and of 32768 where there
+# are fewer groups than multiprocessors, on a GB200 with UNets of Stable Diffusion 1.5 among others; it has 8192 for older GPUs
+# (torch/_inductor/choices.py of torch 2.15). This one leaves the fewest launches but for those of the two largest norms, and
+# has not been timed.
 WHOLE_NORM = 81920
+VECTOR_THREAD = "inductor-vector-instructions"
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
 
@@ -136,7 +138,7 @@ class Compiler:
     def _compile_context(self) -> Iterator[None]:
         """Settings of the process at compile time: tags of the cache; Dynamo ignores `freezing` among the options."""
         tags = ["sdpa " + ",".join(self.kernels)] if self.kernels else []
-        tags += ["whole_norms"] if self.whole_norms else []
+        tags += [f"whole_norms {WHOLE_NORM}"] if self.whole_norms else []
         with ExitStack() as stack:
             if tags:
                 stack.enter_context(cache_key_tag(" ".join(tags)))
@@ -236,18 +238,20 @@ def find_vector_instructions() -> None:
     """Let inductor find this CPU's vector instructions in a thread, where torch has that as a module of its own.
 
     It compiles up to three test programs for that, one after the other, for 7 s of a first call with an empty cache in
-    which a second core has nothing to do. Inductor keeps the result for the process; an error is reported where it compiles.
+    which a second core has nothing to do. Inductor keeps the result for the process. If the search raises, the compilation
+    repeats it and raises.
     """
     if not has("vector_instructions"):
         return
     # Imported before the thread starts: two threads that import one package may see it half-initialised.
-    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
 
     def find() -> None:
         with suppress(Exception):
             cpu_vec_isa.valid_vec_isa_list()
 
-    threading.Thread(target=find, daemon=True).start()
+    # Settings of inductor are variables of the context. Not a daemon, which could leave half a file to another process.
+    threading.Thread(target=contextvars.copy_context().run, args=(find,), name=VECTOR_THREAD).start()
 
 
 def compile_blocks(unet: UNet, compiler: Compiler) -> None:

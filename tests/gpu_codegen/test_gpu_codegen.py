@@ -18,14 +18,17 @@ from sd.choices import INDUCTOR_OPTIONS
 GIVEN = "{'signature': {'in_ptr0': '*fp16', 'in_ptr1': '*fp16', 'out_ptr0': '*%s', 'xnumel': 'i32'}}\n"
 LOAD = "    tmp0 = tl.load(in_ptr0 + (x0), None).to(tl.float32)\n"
 SLOW = ("sd2 unet, fast", "sd1 unet", "sd2 step")  # over a minute of CPU time each: not in .ci/run
-MOST_ERROR = 4e-3  # of the latents in fp16 after two steps; 2e-3 without compilation
+MOST_ERROR = (
+    2e-3  # of the latents in fp16 after two steps, relative; 1.4e-3 in Triton's interpreter, 1.9e-3 not compiled
+)
+UNET_CALLS = 3  # of two PLMS steps
 needs_triton = pytest.mark.skipif(gpu_codegen.missing() is not None, reason=f"{gpu_codegen.missing()}")
 
 
 @needs_triton
 @pytest.mark.gpu_codegen
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW)) for name in gpu_codegen.calls()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW)) for name in gpu_codegen.call_names()]
 )
 def test_generated_code(name, tmp_path):
     """The counts are those of the docs; convolutions are NHWC and no layout is copied; every kernel fits in registers.
@@ -44,14 +47,14 @@ def test_generated_code(name, tmp_path):
         assert use["STACK"] == use["LOCAL"] == 0, f"{kernel} spills: {use}"
         assert use["REG"] * 32 * use["WARPS"] <= 65536, f"{kernel}: {use}"
     page = PAGE.read_text(encoding="utf-8")
-    row = counts.row(gpu_codegen.key(name))
-    changed = gpu_codegen.changes(gpu_codegen.key(name), row, page)
+    row = counts.row(gpu_codegen.row_name(name))
+    changed = gpu_codegen.changes(gpu_codegen.row_name(name), row, page)
     assert row in page, f"{changed}; python tests/helpers/gpu_codegen.py {name!r} --write accepts it"
     # The code for sm_80 has the same kernels, and that of the older torch some with grids of two dimensions.
     if name == "tiny unet, fast" and gpu_codegen.RELEASE != gpu_codegen.OLDER:
         computed = output_of("triton_interpreter.py", str(code), cwd=tmp_path)
-        assert computed["kernels"] == counts.kernels and computed["launches"] % counts.generated == 0
-        assert computed["error"] <= MOST_ERROR, computed
+        assert computed["kernels"] == counts.kernels and computed["launches"] == UNET_CALLS * counts.generated
+        assert max(computed["error"], computed["error_uncompiled"]) <= MOST_ERROR, computed
 
 
 def output_of(script, *arguments, cwd=ROOT):

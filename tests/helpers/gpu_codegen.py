@@ -55,29 +55,30 @@ CASES = {
     "tiny unet, fast": Case("unet", "tiny", "fast", 1),
     "tiny unet, fast, sm_80": Case("unet", "tiny", "fast", 1, "sm_80"),
 }
-# The torch of the GPU machines that this project has used, beside the newest; its calls are some of CASES.
-OLDER, OF_OLDER = "2.11", ("sd2 unet, fast", "sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast")
+NEWEST = "2.15"
+# The torch of the GPU machines at hand; its calls are some of CASES.
+OLDER, OLDER_CALLS = "2.11", ("sd2 unet, fast", "sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast")
 RELEASE = ".".join(metadata.version("torch").split(".")[:2])  # of this interpreter's torch
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-code.md"
 
 
-def key(name: str, release: str = RELEASE) -> str:
+def row_name(name: str, release: str = RELEASE) -> str:
     """The name of a call's row in the table."""
     return f"{name}, torch {release}" if release == OLDER else name
 
 
-ROWS = (*CASES, *(key(name, OLDER) for name in OF_OLDER))
+ROWS = (*CASES, *(row_name(name, OLDER) for name in OLDER_CALLS))
 
 
-def calls() -> list[str]:
+def call_names() -> list[str]:
     """The calls that are counted with this torch."""
-    return [*(OF_OLDER if RELEASE == OLDER else CASES)]
+    return [*(OLDER_CALLS if RELEASE == OLDER else CASES)]
 
 
 def missing() -> str | None:
     """The reason why this interpreter cannot generate the code, naming what it lacks; None if it can."""
-    if RELEASE not in ("2.15", OLDER):
-        return f"the code and its counts are those of torch 2.15 and {OLDER}, and this is torch {RELEASE}"
+    if RELEASE not in (NEWEST, OLDER):
+        return f"the code and its counts are those of torch {NEWEST} and {OLDER}, and this is torch {RELEASE}"
     return None if importlib.util.find_spec("triton") else "needs triton, which comes with torch for NVIDIA GPUs"
 
 
@@ -360,7 +361,7 @@ def write(rows: dict[str, str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", nargs="*", choices=[[], *calls()], help="default: all")
+    parser.add_argument("case", nargs="*", choices=[[], *call_names()], help="default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ptxas", action="store_true")
     parser.add_argument("--code", metavar="FILE", type=Path, help="a file for the generated code of one case")
@@ -377,15 +378,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.json:
         print(HEAD)
     page = PAGE.read_text(encoding="utf-8")
-    for name in arguments.case or calls():
+    for name in arguments.case or call_names():
         # A process for each, since torch keeps what it asked about the GPU.
         alone = len(arguments.case) == 1
         result = run(CASES[name], arguments.ptxas, arguments.code) if alone else _in_a_process(name)
-        row = Counts(**result["counts"]).row(key(name))
+        row = Counts(**result["counts"]).row(row_name(name))
         print(json.dumps(result) if arguments.json else row, flush=True)
-        print(changes(key(name), row, page), file=sys.stderr)
+        print(changes(row_name(name), row, page), file=sys.stderr)
         if arguments.write:
-            write({key(name): row})
+            write({row_name(name): row})
 
 
 def _in_a_process(name: str) -> dict[str, Any]:

@@ -37,9 +37,16 @@ from sd.optimise.presets import parse
 STEPS = 2
 MOST_ELEMENTS = 4096  # of a block: few and large, since the interpreter takes a millisecond for each
 # Fields of `fast` on a GPU that a CPU refuses, and the compilation of the other networks.
-LEFT_OUT = ("tf32", "cuda_graph", "cudnn_benchmark", "whole_norms", "compile_autoencoder", "compile_text_encoder")
+FIELDS_LEFT_OUT = (
+    "tf32",
+    "cuda_graph",
+    "cudnn_benchmark",
+    "whole_norms",
+    "compile_autoencoder",
+    "compile_text_encoder",
+)
 # Names that the generated code takes from the GPU, and those that a CPU has for them.
-ON_A_CPU = {
+CPU_NAMES = {
     "torch._C._dynamo.guards._empty_strided_cuda": "torch._C._dynamo.guards._empty_strided_cpu",
     "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": "get_raw_stream = int",
     "with torch.cuda._DeviceGuard(0):": "if True:",
@@ -56,8 +63,8 @@ class Kernel:
 
     def __init__(self, name: str, source: str, launches: Counter[str]):
         self.name, self.launches = name, launches
-        for absent in (", triton_heuristics", "libdevice, ", "triton_helpers.set_driver_to_gpu()"):
-            source = source.replace(absent, "")
+        for removed in (", triton_heuristics", "libdevice, ", "triton_helpers.set_driver_to_gpu()"):
+            source = source.replace(removed, "")
         path = Path(f"{name}.py").absolute()
         path.write_text(source, encoding="utf-8")
         module = {
@@ -89,7 +96,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -
 
 def interpreted(code: str, launches: Counter[str]) -> Callable[[list[Any]], Sequence[Tensor]]:
     """The generated `call`, with its kernels in the interpreter. launches: counted by kernel."""
-    for name, instead in ON_A_CPU.items():
+    for name, instead in CPU_NAMES.items():
         assert name in code, name
         code = code.replace(name, instead)
     assert "cuda" not in code[code.index("def call(") : code.index("def get_args")].replace("empty_strided_cuda", "")
@@ -119,7 +126,7 @@ def main() -> None:
         return model.txt2img("a red star on a blue background", seed=1, steps=STEPS).latents
 
     plain = Optimisations()
-    fast = replace(parse("fast", torch.device("cuda")), **{name: getattr(plain, name) for name in LEFT_OUT})
+    fast = replace(parse("fast", torch.device("cuda")), **{name: getattr(plain, name) for name in FIELDS_LEFT_OUT})
     original = latents(Optimisations(attention="original"))
     uncompiled = latents(replace(fast, compile="none"))
     with mock.patch("sd.optimise.apply.require_available"), mock.patch("torch.compile", compile_with_the_code):

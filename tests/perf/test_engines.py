@@ -309,6 +309,23 @@ def test_example_of_diffusers(tmp_path):
 
 
 @pytest.mark.slow
+def test_example_of_a_command(tmp_path):
+    """In processes of its own, as a user runs it."""
+    arguments = ["--perf-launches=1", "--perf-rounds=1", "--steps=2", "--benchmark-json", tmp_path / "saved.json"]
+    engine = ["--engine", "examples/command_engine.py:Engine", "--benchmark-storage", tmp_path]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the console script `txt2img`
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "perf", *engine, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "command_engine.Engine-steps2" in done.stdout
+
+
+@pytest.mark.slow
 def test_engine_of_another_commit(tmp_path):
     """A change of the user's own code is found, with real processes."""
 

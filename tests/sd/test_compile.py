@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from contextlib import ExitStack
 from itertools import product
 
 import pytest
@@ -24,6 +25,7 @@ from sd.optimise.compile import (
     COLUMNS,
     CPU_OPTIONS,
     INDUCTOR_OPTIONS,
+    VECTOR_THREAD,
     Compiler,
     find_vector_instructions,
     has_setting,
@@ -164,6 +166,9 @@ def test_cached_code_is_separate_for_each_choice_of_kernels(counters):
             for _ in range(call.observe_call):
                 call(x)
         assert ("flash" in call.kernels) == flash, kernels
+    if has("compile_cache"):
+        cached = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        assert cached >= 1, "the third one is that of the first"
 
 
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
@@ -220,23 +225,25 @@ def test_group_norm_of_a_large_mean_in_nhwc(counters):
 
 @pytest.mark.skipif(not has("vector_instructions"), reason="torch >= 2.5")
 def test_vector_instructions_are_found_before_the_first_call(model, monkeypatch):
-    """By inductor's own search, in a thread: a failure there is left to the compilation."""
+    """By inductor's own search, in a thread: what it raises is left to the compilation."""
     from torch._inductor import cpu_vec_isa
 
-    found = threading.Event()
+    threads, uncaught = [], []
 
     def search():
-        assert threading.current_thread() is not threading.main_thread()
-        found.set()
+        threads.append(threading.current_thread().name)
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", search)
-    find_vector_instructions.cache_clear()
-    _optimise(model, "unet", "eager")
-    assert not found.wait(0.1)
-    _optimise(model, "unet", "inductor")
-    assert found.wait(60)
-    find_vector_instructions.cache_clear()
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    monkeypatch.setattr("sd.optimise.apply.find_vector_instructions", find_vector_instructions.__wrapped__)
+    for backend, expected in (("eager", []), ("inductor", [VECTOR_THREAD])):
+        _optimise(model, "unet", backend)
+        for thread in threading.enumerate():
+            if thread.name == VECTOR_THREAD:
+                thread.join(60)
+        assert threads == expected
+    assert not uncaught
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -296,9 +303,11 @@ def test_an_inductor_option_changes_the_code_of_a_cpu_exactly_if_it_is_accepted_
 
     def code(*options):
         torch._dynamo.reset()
-        # Python code is generated each time; what the C++ compiler made of equal code is used again.
-        uncached = config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False)
-        with torch.no_grad(), uncached[0], uncached[1]:
+        with torch.no_grad(), ExitStack() as stack:
+            # Python code is generated each time; what the C++ compiler made of equal code is used again.
+            for settings, cache in ((config, "fx_graph_cache"), (functorch_config, "enable_autograd_cache")):
+                if hasattr(settings, cache):
+                    stack.enter_context(settings.patch({cache: False}))
             (code,) = run_and_get_code(Compiler("default", inductor=options)(network.forward), x)[1]
         called = code[code.index("def call(") :]
         return re.sub(r"#.*", "", called[: called.index("def get_args" if "def get_args" in called else "__main__")])

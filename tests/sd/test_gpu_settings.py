@@ -14,7 +14,7 @@ from sd import Optimisations, StableDiffusion
 from sd.errors import ConfigError, Unavailable
 from sd.features import FEATURES, has
 from sd.optimise import cuda_graphs
-from sd.optimise.compile import Compiler, choices_of_whole_norms
+from sd.optimise.compile import WHOLE_NORM, Compiler, choices_of_whole_norms
 from sd.optimise.presets import parse
 
 TECHNIQUES = {
@@ -87,9 +87,9 @@ def test_cudnn_measures_its_algorithms_only_around_the_models_calls(monkeypatch,
 
 @pytest.mark.skipif(not has("reduction_choices"), reason="inductor's choices cannot be overridden in this torch")
 @pytest.mark.parametrize(
-    "elements, outputs, whole", [(10240, 64, True), (40960, 64, True), (81920, 64, True), (122880, 64, False)]
+    "elements, whole", [(10240, True), (40960, True), (WHOLE_NORM, True), (WHOLE_NORM + 1, False), (122880, False)]
 )
-def test_whole_norms_split_only_large_reductions(monkeypatch, elements, outputs, whole):
+def test_whole_norms_split_only_large_reductions(monkeypatch, elements, whole):
     """64 groups of SD2 have 10240 elements at 16 x 16 pixels, up to 122880 at 64 x 64; inductor itself splits all."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import DeviceProperties
@@ -97,8 +97,8 @@ def test_whole_norms_split_only_large_reductions(monkeypatch, elements, outputs,
     h100 = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, warp_size=32)
     monkeypatch.setattr(DeviceProperties, "create", classmethod(lambda cls, device: h100))
     device = torch.device("cuda")
-    assert InductorChoices().reduction_split_factor(device, elements, outputs, inner_reduction=True) > 1
-    split = choices_of_whole_norms().reduction_split_factor(device, elements, outputs, inner_reduction=True)
+    assert InductorChoices().reduction_split_factor(device, elements, 64, inner_reduction=True) > 1
+    split = choices_of_whole_norms().reduction_split_factor(device, elements, 64, inner_reduction=True)
     assert (split == 1) is whole
 
 

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from sd import StableDiffusion
+from sd import Optimisations, StableDiffusion
 from sd.choices import EMBEDDED_WEIGHTS
+from sd.features import computes_slowly
 from sd.tiny import train, train_inpaint
 from sd.tiny.shapes import HELD_OUT, SUBJECTS, TRAINED, Subject, draw, recognise
 
@@ -42,12 +43,26 @@ def test_weights_are_at_most_8_mb():
     assert EMBEDDED_WEIGHTS.stat().st_size <= 8_000_000
 
 
-@pytest.mark.slow
-def test_follows_its_prompts():
+@pytest.mark.parametrize(
+    "optimisations",
+    [
+        pytest.param(Optimisations(), marks=pytest.mark.slow),
+        pytest.param(
+            Optimisations(precision="bf16"),
+            marks=[
+                pytest.mark.nightly,
+                pytest.mark.skipif(computes_slowly(torch.bfloat16), reason="this processor emulates bf16"),
+            ],
+        ),
+    ],
+    ids=["full", "bf16"],
+)
+def test_follows_its_prompts(optimisations):
     """100 fixed prompts and seeds, a third of them combinations held out from training."""
     generator = random.Random(0)
     subjects = [*HELD_OUT, *generator.sample(TRAINED, 100 - len(HELD_OUT))]
     model = StableDiffusion.tiny()
+    model.optimise(optimisations)
     images = model.txt2img([s.caption() for s in subjects], steps=STEPS, sampler="ddim", scale=SCALE, seed=1000).images
     recognised = [recognise(image) for image in images]
     correct = {
