@@ -29,6 +29,7 @@ from perf.worker.wire import KINDS, WorkerError
 from sd.features import has
 
 KILLS = 25
+FEW = 10_000  # objects; Python 3.12 leaves some hundred out of collections by itself
 TINY = Configuration(attention="original", steps=2, height=64, width=64)
 
 
@@ -228,13 +229,13 @@ def test_collections_between_rounds_leave_out_the_libraries_objects():
     own = {"directory": here, "folder": here, "given": []}
     try:
         ok(worker.handle(loading({**TINY.as_dict(), "engine": "own"}, own=own)))
-        assert not gc.get_freeze_count()
+        assert gc.get_freeze_count() < FEW
         for _ in range(3):
             ok(worker.handle({"op": "round", "seed": 1}))
-        assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() > FEW
         assert [link() is None for link in links] == [True, True, False]
         ok(worker.handle(loading()))
-        assert not gc.get_freeze_count()
+        assert gc.get_freeze_count() < FEW
     finally:
         collect_garbage(every_object=True)
 
