@@ -163,14 +163,15 @@ class Runner:
     @staticmethod
     def _require_precision(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
         """Raise WorkerError if `fast` chose another precision than in an earlier launch: their times would be mixed."""
-        for first in measured.ordered_launches()[:1]:
-            before, now = first.load["precision"], loaded["precision"]
-            if before != now:
-                raise WorkerError(
-                    "failed",
-                    f"this launch loaded precision {now}, an earlier one {before}: other programs disturbed the probe of the "
-                    "processor; choose one, for example --optimise fast,full or fast,bf16",
-                )
+        launches = measured.ordered_launches()
+        now = loaded["precision"]
+        before = launches[0].load["precision"] if launches else now
+        if before != now:
+            raise WorkerError(
+                "failed",
+                f"this launch loaded precision {now}, an earlier one {before}: other programs disturbed the probe of the "
+                "processor; choose one, for example --optimise fast,full or fast,bf16",
+            )
 
     def _image_failure(
         self, slot: Slot, loaded: dict[str, Any], image: dict[str, Any], hashes: list[str]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -267,26 +268,22 @@ class Worker:
         return f"out of memory at a peak of {gibibytes:.2f} GiB: {advice}"
 
 
-_LEFT_OUT: list[bool] = []  # whether objects of this process are left out of collections; shared by its workers
-
-
 def collect_garbage(every_object: bool = False) -> None:
-    """Collect garbage. every_object: also among the objects that `leave_objects_out` named."""
+    """Collect garbage. every_object: also among the objects that `leave_objects_out` left out."""
     if every_object:
         gc.unfreeze()
-        _LEFT_OUT.clear()
+        leave_objects_out.cache_clear()
     gc.collect()
 
 
+@functools.cache  # once, also for several workers in one process
 def leave_objects_out() -> None:
     """Leave what exists now, mostly objects of the libraries, out of further collections of this process.
 
     To examine them takes 85 ms, most of a round of the embedded model. A timed round follows a collection and has hardly any
     itself: its time did not change.
     """
-    if not _LEFT_OUT:
-        gc.freeze()
-        _LEFT_OUT.append(True)
+    gc.freeze()
 
 
 class BusyLoop:
