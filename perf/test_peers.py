@@ -1,13 +1,13 @@
 """Our networks on a CPU against what a user would pick instead: same weights, same inputs, outputs compared, rounds alternated.
 
     pytest perf/test_peers.py                         UNet calls, against diffusers, OpenVINO and ONNX Runtime
-    pytest perf/test_peers.py -k "sd2 and threads1"   full size at 256 pixels, and the VAE's decoder: minutes a side
+    pytest perf/test_peers.py -k "sd2 and threads1"   full size at 256 pixels, the VAE's decoder at 128: minutes a side
     python tests/helpers/peers_table.py               the table of docs/optimisations.md
 
-`sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")` in fp32, `sd-fast-bf16` in bf16;
-`diffusers-compiled` follows diffusers' documentation (channels_last, fused projections, torch.compile in the same mode).
-OpenVINO and ONNX Runtime run our plain network; they come with the extra `peers-cpu`. `pytest perf -m peers_cpu` compares
-whole images.
+`sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")` in fp32, `sd-fast-bf16` in bf16. `sd-fast-int8`
+has the wide linear layers in int8 besides (extra `quant`), which changes the image. `diffusers-compiled` follows diffusers'
+documentation (channels_last, fused projections, torch.compile in the same mode). OpenVINO and ONNX Runtime run our plain
+network; they come with the extra `peers-cpu`. `pytest perf -m peers_cpu` compares whole images.
 
 Rounds alternate between the sides, so that changes of the machine affect all of them, and then pass through `benchmark` by
 a replay clock. The clock is CPU time of the process, which other load affects less than wall time; wall time is beside it.
@@ -38,6 +38,7 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.apply import apply
 from sd.optimise.optimisations import Optimisations
+from sd.optimise.presets import parse
 from sd.optimise.runtimes import PACKAGES
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
@@ -46,12 +47,14 @@ SD_TOPOLOGY_34M = UNetConfig(
     context_dim=256, model_channels=64, num_head_channels=32, use_linear_in_transformer=True
 )  # a fifth of SD2's width
 CASES = {"tiny": (preset("tiny").unet, 8), "sd-34M": (SD_TOPOLOGY_34M, 16)}  # (config, latent height and width)
-# Full size at 256 pixels, which takes minutes and 16 GB: only where the name is selected.
-FULL_SIZE = {"sd2": (preset("sd2").unet, 32), "sd2-vae": (preset("sd2").autoencoder, 32)}
+# Full size, which takes minutes and 16 GB: only where the name is selected.
+FULL_SIZE = {"sd2": (preset("sd2").unet, 32), "sd2-vae": (preset("sd2").autoencoder, 16)}
+WITH_WIDE_LAYERS = ("sd-34M", "sd2")  # others have no linear layer that int8 would change
 SIDES = {  # and their bound of the relative error
     "sd": 1e-5,
     "sd-fast": 1e-5,
     "sd-fast-bf16": 0.05,
+    "sd-fast-int8": 0.05,
     "diffusers": 1e-5,
     "diffusers-compiled": 1e-5,
     "openvino": 1e-5,
@@ -70,6 +73,8 @@ def optimisations(side: str) -> Optimisations:
         return replace(chosen, compile_autoencoder="default", cache_context_kv=True, cache_time_embeddings=True)
     if side == "sd":
         return Optimisations()
+    if side == "sd-fast-int8":
+        return parse("fast,bf16,int8", CPU)
     fast = Optimisations.fast(CPU)
     return replace(fast, precision="bf16" if side.endswith("bf16") else "full", compile_autoencoder=fast.compile)
 
@@ -166,6 +171,8 @@ def missing(side: str) -> str | None:
         return f"needs {', '.join(absent)}, of the extra `{'peers' if 'diffusers' in absent else 'peers-cpu'}`"
     if side == "sd-fast-bf16" and not has("packed"):
         return "this torch has no packed weights"
+    if side == "sd-fast-int8" and find_spec("torchao") is None:
+        return "needs torchao, of the extra `quant`"
     return None
 
 
@@ -175,7 +182,8 @@ def sides_of(name: str, timed: bool = True) -> list[str]:
     Untimed without those that only compile the same networks in another way, for minutes.
     """
     left_out = ("diffusers", "onnxruntime") if name in FULL_SIZE else ()
-    left_out += () if timed else ("sd-fast-bf16", "diffusers-compiled", "openvino-bf16")
+    left_out += () if timed else ("sd-fast-bf16", "sd-fast-int8", "diffusers-compiled", "openvino-bf16")
+    left_out += () if name in WITH_WIDE_LAYERS else ("sd-fast-int8",)
     return [side for side in SIDES if missing(side) is None and side not in left_out]
 
 
@@ -268,14 +276,15 @@ def test_call(benchmark, alternated, peak_flops_per_second, request, task, threa
     if benchmark.disabled and (task != "tiny" or threads > 1):
         pytest.skip("compiles for minutes; without timing the tiny case covers the same code")
     if side not in sides_of(task, benchmark.enabled):
-        pytest.skip(missing(side) or "not measured at full size, or untimed")
+        pytest.skip(missing(side) or "not measured for this network, or untimed")
     benchmark.group = f"{task}, {threads} thread{'s' * (threads > 1)}, CPU time"
     seconds = alternated(task, threads, benchmark.enabled)
     clock.load(seconds[side].cpu)
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
     info, median = benchmark.extra_info, statistics.median(seconds[side].cpu)
     info["wall_seconds"] = statistics.median(seconds[side].wall)
-    peak = peak_flops_per_second[torch.bfloat16 if side.endswith("bf16") else torch.float32]
+    half = side.endswith(("bf16", "int8"))  # with int8, convolutions are in bf16
+    peak = peak_flops_per_second[torch.bfloat16 if half else torch.float32]
     info["flops_fraction"] = TASKS[task].flops() / median / peak
     for peer in seconds:
         ratio = paired_ratio(blocks(seconds[side].cpu), blocks(seconds[peer].cpu))

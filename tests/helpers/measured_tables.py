@@ -30,6 +30,8 @@ def table(path: Path) -> list[str]:
     document = json.loads(path.read_text(encoding="utf-8"))
     if "scaling_efficiency" in document:
         return _throughput(document)
+    if "first_runs" in document:
+        return _first_runs(document)
     if "perf" in document:
         return _session(document, path)
     return peers_table.table(document)
@@ -42,6 +44,22 @@ def _throughput(document: dict[str, Any]) -> list[str]:
     replicas = len(document["replicas"])
     row = f"| `{document['configuration']['id']}` | {replicas} | {rate} | {efficiency} |"
     return ["| configuration | replicas | images/s together | scaling efficiency |", "|---|---|---|---|", row]
+
+
+def _first_runs(document: dict[str, Any]) -> list[str]:
+    configurations = list(document["first_runs"][0]["speedups"])
+    lines = [
+        "| run | exit status | seconds | " + " | ".join(f"`{id}` [95 %]" for id in configurations) + " | session |"
+    ]
+    lines.append("|---" * (4 + len(configurations)) + "|")
+    for number, run in enumerate(document["first_runs"], 1):
+        speedups = [
+            "{estimate:.2f}x [{low:.2f}, {high:.2f}]".format(**run["speedups"][id]) if id in run["speedups"] else "none"
+            for id in configurations
+        ]
+        state = "INVALID" if run["invalid"] else "drifted" if run["drifted"] else "valid"
+        lines.append(f"| {number} | {run['status']} | {run['seconds']:.0f} | {' | '.join(speedups)} | {state} |")
+    return lines
 
 
 def _session(document: dict[str, Any], path: Path) -> list[str]:
