@@ -136,6 +136,13 @@ class Configuration:
         return preset_of(self.optimise)
 
     @property
+    def compiles(self) -> bool:
+        """Whether torch.compile runs, as far as the options tell."""
+        names = self.optimise.split(",")
+        modes = {"fast", *choices.COMPILE_MODES} - {"none"}
+        return self.compile != "none" or any(name in modes or name.startswith("compile") for name in names)
+
+    @property
     def approximate(self) -> bool:
         """Whether a technique changes the image by intent."""
         return is_approximate(self.optimise)

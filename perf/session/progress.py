@@ -56,7 +56,7 @@ class SessionProgress:
         for launch, slots in turns:
             for slot in slots:
                 # Other labels of a configuration share its compile cache, apart from the first of them.
-                self.compiled[slot.name] = slot.configuration.compile != "none" and slot.variant is None
+                self.compiled[slot.name] = slot.configuration.compiles and slot.variant is None
                 self.first_launch.setdefault(slot.name, launch)
                 self.pending.update(
                     dict.fromkeys((launch, slot.name, step) for step in (None, WARM_UP_ROUND, *range(rounds)))

@@ -97,12 +97,12 @@ class Launches:
         return tree / os.path.relpath(folder, top)
 
     def probe(self, configurations: list[Configuration]) -> dict:
-        """Return the facts of torch and the device, from a process of its own, and validate the `optimise` values.
+        """Return the facts of torch and the device, from a process of its own, and validate the techniques.
 
-        Raises SessionError, for unknown techniques before anything is measured.
+        Raises SessionError, for unknown or contradictory techniques before anything is measured.
         """
         settings = self.settings
-        techniques = {each.optimise for each in configurations if each.optimise and each.engine == "sd"}
+        own = {each.id: each.as_dict() for each in configurations if each.engine == "sd" and each.workload != "train"}
         try:
             with self.open(Slot(Configuration())) as worker:
                 return worker.ask(
@@ -111,7 +111,7 @@ class Launches:
                     device=settings.device,
                     clock=settings.clock,
                     threads=settings.threads,
-                    optimise=sorted(techniques),
+                    configurations=list(own.values()),
                 )
         except WorkerError as error:
             refusal = SessionRefused if error.kind in ("unavailable", "usage") else SessionError

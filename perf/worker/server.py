@@ -197,21 +197,18 @@ class Worker:
         self.engine.prepare(seed)
         return profiler.record(self.engine, stem, seed)
 
-    def probe(self, device: str, clock: str, threads: int | None, optimise: list[str] | None = None) -> dict:
+    def probe(self, device: str, clock: str, threads: int | None, configurations: list[dict] | None = None) -> dict:
         """Facts of this torch and device, and the device's peak rates: matmul FLOP/s by dtype, copy bytes/s.
 
-        optimise: values of `--optimise`; an unknown technique is an error here, before anything is measured.
+        configurations: of our own model; unknown or contradictory techniques are an error here, before anything is measured.
         """
         torch = _torch(device, threads)
 
         from perf.worker.clock import CLOCKS
         from perf.worker.reference_workload import copy_bytes_per_second, matmul_flops_per_second
 
-        if optimise:
-            from perf.worker.engines.sd import parse_techniques
-
-            for names in optimise:
-                parse_techniques(names, device)
+        for configuration in configurations or []:
+            _require_consistent(configuration, device)
         where, read_clock = torch.device(device), CLOCKS[clock]
         rates = {
             name: matmul_flops_per_second(where, getattr(torch, name), read_clock) for name in RATE_DTYPES[where.type]
@@ -306,6 +303,17 @@ class BusyLoop:
         while self.clock() < end:
             pass
         self.last = self.clock()
+
+
+def _require_consistent(configuration: dict, device: str) -> None:
+    """Raise WorkerError if the configuration's techniques are unknown or contradict each other, whatever this machine has."""
+    from perf.worker.engines.sd import optimisations
+
+    try:
+        optimisations(SimpleNamespace(**configuration), configuration["device"] or device)
+    except Exception as error:
+        if error_kind(error) == "usage":
+            raise WorkerError("usage", f"{configuration['id']}: {error}") from None
 
 
 def _torch(device: str, threads: int | None) -> Any:

@@ -127,8 +127,11 @@ class Optimisations:
         if self.compile_backend in RUNTIMES:
             if self.compile_scope != "unet" or self.compile_text_encoder != "none":
                 yield f"{backend}: runs the UNet and the decoder; choose compile_scope unet and no compile_text_encoder"
-            if self.packed or quantised or self.precision == "autocast" or self.feature_caching > 1:
-                yield f"{backend}: with packed, quantisation, autocast or feature_caching is not offered"
+            excluded = {"packed": self.packed, "quantisation": quantised, "feature_caching": self.feature_caching > 1}
+            for name in filter(excluded.get, excluded):
+                yield f"{backend}: with {name} is not offered; leave it out"
+            if self.precision == "autocast":
+                yield f"{backend}: with autocast is not offered; choose precision full or bf16"
             if self.compile_backend == "openvino" and self.precision == "fp16":
                 yield f"{backend}: computes fp16 in fp32 on a CPU; choose precision full or bf16"
             if self.compile_backend == "onnxrt" and self.precision != "full":

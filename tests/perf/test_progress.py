@@ -12,7 +12,6 @@ from perf.session.plan import WARM_UP_ROUND, Plan, Slot
 from perf.session.progress import COLD_COMPILE_SECONDS, SessionProgress
 
 A, B = Slot(Configuration(attention="original")), Slot(Configuration(attention="mha"))
-COMPILED = Slot(Configuration(attention="sdpa", compile="default"))
 
 
 class Watched:
@@ -44,14 +43,16 @@ def test_remaining_time_is_that_of_loads_and_rounds_of_each_slot():
     assert watched.step(0, B, 1, 16.0) == pytest.approx(5 + 7 + 3 * 3 + 3 * 1)
 
 
-def test_the_first_compilation_is_counted_before_it_is_measured():
+@pytest.mark.parametrize("options", [{"compile": "default"}, {"optimise": "fast"}, {"optimise": "compile_step"}])
+def test_the_first_compilation_is_counted_before_it_is_measured(options):
     """In the order of the runner: all slots load, then all warm up, then rounds alternate."""
-    watched = Watched(Plan((A, COMPILED), launches=3, rounds=1, loading="all"))
+    compiled = Slot(Configuration(**options))
+    watched = Watched(Plan((A, compiled), launches=3, rounds=1, loading="all"))
     watched.step(0, A, None, 0.0)
-    left = watched.step(0, COMPILED, None, 4.0)
+    left = watched.step(0, compiled, None, 4.0)
     assert left == pytest.approx(5 * 4 + COLD_COMPILE_SECONDS)
     watched.step(0, A, WARM_UP_ROUND, 8.0)
-    watched.step(0, COMPILED, WARM_UP_ROUND, 9.0)
+    watched.step(0, compiled, WARM_UP_ROUND, 9.0)
     left = watched.step(0, A, 0, 69.0)  # after a cold compilation of 60 s; the later ones are warm
     assert left == pytest.approx(4 * 4 + 4 * 1)
 

@@ -264,11 +264,27 @@ def test_what_cannot_run_here_is_unavailable_and_says_why():
         assert error(Worker(), op="probe", device="cuda", clock="wall", threads=None)[0] == "unavailable"
 
 
+def probing(*configurations: Configuration) -> dict:
+    dicts = [configuration.as_dict() for configuration in configurations]
+    return {"op": "probe", "device": "cpu", "clock": "cpu", "threads": 1, "configurations": dicts}
+
+
 def test_techniques_that_are_none_are_refused_by_the_probe():
-    probe = {"op": "probe", "device": "cpu", "clock": "cpu", "threads": 1}
-    kind, message = error(Worker(), **probe, optimise=["fsat"])
+    kind, message = error(Worker(), **probing(Configuration(optimise="fsat")))
     assert kind == "usage" and "optimise 'fsat': choose a preset" in message
-    assert "ok" in Worker().handle({**probe, "optimise": ["fast", "channels_last,fused_qkv"]})
+    known = Configuration(optimise="fast"), Configuration(optimise="channels_last,fused_qkv")
+    assert "ok" in Worker().handle(probing(*known))
+
+
+def test_contradictory_techniques_are_refused_by_the_probe():
+    """Before it, such a pair was found by its load, after the minutes of the other side."""
+    wrong = Configuration(precision="autocast", compile="default", compile_backend="openvino")
+    kind, message = error(Worker(), **probing(Configuration(), wrong))
+    assert kind == "usage" and message.startswith(f"{wrong.id}: compile backend openvino: with autocast")
+
+
+def test_a_configuration_that_cannot_run_here_is_left_to_its_load():
+    assert "ok" in Worker().handle(probing(Configuration(attention="mha", sdpa_kernels=("cudnn",), precision="full")))
 
 
 def test_a_file_that_is_no_checkpoint_is_described(tmp_path):
