@@ -3,7 +3,7 @@
 python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour
 python tests/helpers/peers_table.py "sd2 and threads1"  full size at 256 pixels; any expression of pytest's -k
 python tests/helpers/peers_table.py --from run.json     print the table of a saved run of perf/test_peers.py
-python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on one thread
+python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on --threads threads
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def table(run: dict) -> list[str]:
     return lines[1:]
 
 
-def profile(name: str) -> list[str]:
+def profile(name: str, threads: int) -> list[str]:
     """Lines of Markdown: milliseconds by operation of a call of `sd-fast`, by torch.profiler, and of OpenVINO, by its counters.
 
     Both slow the call down a little. The host's part of `sd-fast` is what no operation accounts for.
@@ -83,7 +83,7 @@ def profile(name: str) -> list[str]:
 
     from perf.test_peers import TASKS, optimisations, own_network
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     task = TASKS[name]
     network, inputs = task.network().eval().requires_grad_(False), task.inputs()
@@ -136,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("expression", nargs="?", help="cases, as for pytest's -k (default: all but full size)")
     parser.add_argument("--from", dest="run", type=Path, metavar="RUN.json", help="print the table of a saved run")
     parser.add_argument("--profile", metavar="CASE", help="print the time by operation of a case")
+    parser.add_argument("--threads", type=int, default=1, help="of --profile (default: 1)")
     arguments = parser.parse_args(argv)
     if arguments.profile:
-        print(versions(), *profile(arguments.profile), sep="\n")
+        print(versions(), *profile(arguments.profile, arguments.threads), sep="\n")
         return 0
     if arguments.run:
         print(*table(json.loads(arguments.run.read_text(encoding="utf-8"))), sep="\n")
