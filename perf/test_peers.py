@@ -32,11 +32,13 @@ from perf.plugin.benchmark_bridge import ReplayClock
 from perf.worker.reference_workload import matmul_flops_per_second
 from sd.checkpoint import diffusers_folder, layouts
 from sd.config.presets import TextConfig, UNetConfig, preset
+from sd.errors import Unavailable
 from sd.features import has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.apply import apply
+from sd.optimise.approximate import require_quantisation
 from sd.optimise.optimisations import Optimisations
 from sd.optimise.presets import parse
 from sd.optimise.runtimes import PACKAGES
@@ -171,8 +173,11 @@ def missing(side: str) -> str | None:
         return f"needs {', '.join(absent)}, of the extra `{'peers' if 'diffusers' in absent else 'peers-cpu'}`"
     if side == "sd-fast-bf16" and not has("packed"):
         return "this torch has no packed weights"
-    if side == "sd-fast-int8" and find_spec("torchao") is None:
-        return "needs torchao, of the extra `quant`"
+    if side == "sd-fast-int8":
+        try:
+            require_quantisation("int8", CPU)
+        except Unavailable as error:
+            return str(error)
     return None
 
 

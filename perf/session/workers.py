@@ -102,7 +102,12 @@ class Launches:
         Raises SessionError, for unknown or contradictory techniques before anything is measured.
         """
         settings = self.settings
-        own = {each.id: each.as_dict() for each in configurations if each.engine == "sd" and each.workload != "train"}
+        # An interpreter of the user's has a torch of its own, and training no techniques.
+        ours = [
+            each.as_dict()
+            for each in configurations
+            if each.engine == "sd" and each.workload != "train" and not each.interpreter
+        ]
         try:
             with self.open(Slot(Configuration())) as worker:
                 return worker.ask(
@@ -111,7 +116,7 @@ class Launches:
                     device=settings.device,
                     clock=settings.clock,
                     threads=settings.threads,
-                    configurations=list(own.values()),
+                    configurations=ours,
                 )
         except WorkerError as error:
             refusal = SessionRefused if error.kind in ("unavailable", "usage") else SessionError

@@ -208,7 +208,7 @@ class Worker:
         from perf.worker.reference_workload import copy_bytes_per_second, matmul_flops_per_second
 
         for configuration in configurations or []:
-            _require_consistent(configuration, device)
+            require_consistent(configuration, device)
         where, read_clock = torch.device(device), CLOCKS[clock]
         rates = {
             name: matmul_flops_per_second(where, getattr(torch, name), read_clock) for name in RATE_DTYPES[where.type]
@@ -305,15 +305,18 @@ class BusyLoop:
         self.last = self.clock()
 
 
-def _require_consistent(configuration: dict, device: str) -> None:
-    """Raise WorkerError if the configuration's techniques are unknown or contradict each other, whatever this machine has."""
+def require_consistent(configuration: dict, device: str) -> None:
+    """Raise WorkerError if the configuration's techniques are unknown or contradict each other.
+
+    What this machine lacks is left to the load, whose failure does not affect other configurations.
+    """
     from perf.worker.engines.sd import optimisations
+    from sd.errors import ConfigError
 
     try:
         optimisations(SimpleNamespace(**configuration), configuration["device"] or device)
-    except Exception as error:
-        if error_kind(error) == "usage":
-            raise WorkerError("usage", f"{configuration['id']}: {error}") from None
+    except ConfigError as error:
+        raise WorkerError("usage", f"{configuration['id']}: {error}") from None
 
 
 def _torch(device: str, threads: int | None) -> Any:

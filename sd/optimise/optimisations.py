@@ -131,7 +131,8 @@ class Optimisations:
             for name in filter(excluded.get, excluded):
                 yield f"{backend}: with {name} is not offered; leave it out"
             if self.precision == "autocast":
-                yield f"{backend}: with autocast is not offered; choose precision full or bf16"
+                precisions = "full" if self.compile_backend == "onnxrt" else "full or bf16"
+                yield f"{backend}: with autocast is not offered; choose precision {precisions}"
             if self.compile_backend == "openvino" and self.precision == "fp16":
                 yield f"{backend}: computes fp16 in fp32 on a CPU; choose precision full or bf16"
             if self.compile_backend == "onnxrt" and self.precision != "full":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -292,3 +293,16 @@ def test_extras_match_the_documents():
         project = tomllib.load(file)["project"]
     assert set(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == set(project["optional-dependencies"])
     assert "version" not in project and project["dynamic"] == ["version"]
+
+
+def test_a_first_run_without_results_is_a_row_of_its_table(tmp_path):
+    speedup = {"estimate": 1.5, "low": 1.4, "high": 1.6}
+    usable = {"status": 0, "seconds": 120, "invalid": None, "drifted": None, "stack": {"device": "cpu"}}
+    usable["speedups"] = {"a": speedup}
+    killed = {"status": -9, "seconds": 7, "invalid": None, "drifted": None, "stack": None, "speedups": {}}
+    path = tmp_path / "runs.json"
+    path.write_text(json.dumps({"first_runs": [killed, usable]}), encoding="utf-8")
+    assert measured_tables.table(path)[2:] == [
+        "| 1 | -9 | 7 | none | no result |",
+        "| 2 | 0 | 120 | 1.50x [1.40, 1.60] | valid |",
+    ]

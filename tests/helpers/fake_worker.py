@@ -71,7 +71,7 @@ class Fake:
             answer["image"].update(mishap["image"])
         return {"ok": answer}
 
-    def probe(self, device, threads, **_):
+    def probe(self, device, threads, clock=None, configurations=()):
         ceilings = {"matmul_flops_per_second": {"float32": 1e9}, "copy_bytes_per_second": 1e8}
         return {**IDENTITY, "device": device, "threads": threads, **ceilings}
 

@@ -95,7 +95,7 @@ class _Launch:
         """The response of perf.worker.server."""
         return getattr(self, "_" + operation)(**arguments)
 
-    def _probe(self, device, clock, threads, optimise):
+    def _probe(self, device, clock, threads, configurations):
         if self.machine.no_device:
             raise WorkerError("unavailable", self.machine.no_device)
         return {"uuid": None, "matmul_flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e10}

@@ -47,7 +47,7 @@ def _throughput(document: dict[str, Any]) -> list[str]:
 
 
 def _first_runs(document: dict[str, Any]) -> list[str]:
-    configurations = list(document["first_runs"][0]["speedups"])
+    configurations = list(dict.fromkeys(id for run in document["first_runs"] for id in run["speedups"]))
     lines = [
         "| run | exit status | seconds | " + " | ".join(f"`{id}` [95 %]" for id in configurations) + " | session |"
     ]
@@ -57,7 +57,9 @@ def _first_runs(document: dict[str, Any]) -> list[str]:
             "{estimate:.2f}x [{low:.2f}, {high:.2f}]".format(**run["speedups"][id]) if id in run["speedups"] else "none"
             for id in configurations
         ]
-        state = "INVALID" if run["invalid"] else "drifted" if run["drifted"] else "valid"
+        state = (
+            "INVALID" if run["invalid"] else "drifted" if run["drifted"] else "valid" if run["stack"] else "no result"
+        )
         lines.append(f"| {number} | {run['status']} | {run['seconds']:.0f} | {' | '.join(speedups)} | {state} |")
     return lines
 

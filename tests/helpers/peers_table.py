@@ -1,7 +1,7 @@
 """The table of docs/optimisations.md against diffusers, OpenVINO and ONNX Runtime, measured anew on this machine.
 
 python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour
-python tests/helpers/peers_table.py "sd2 and threads1"  full size at 256 pixels; any expression of pytest's -k
+python tests/helpers/peers_table.py "sd2 and threads1"  full size; any expression of pytest's -k
 python tests/helpers/peers_table.py --from run.json     print the table of a saved run of perf/test_peers.py
 python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on --threads threads
 """
@@ -34,7 +34,7 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf
 def versions() -> str:
     """Versions of what is compared, and the processor with its features that matter."""
     packages = []
-    for name in ("torch", "diffusers", "openvino", "onnxruntime"):
+    for name in ("torch", "torchao", "diffusers", "openvino", "onnxruntime"):
         try:
             packages.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

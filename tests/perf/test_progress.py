@@ -43,7 +43,9 @@ def test_remaining_time_is_that_of_loads_and_rounds_of_each_slot():
     assert watched.step(0, B, 1, 16.0) == pytest.approx(5 + 7 + 3 * 3 + 3 * 1)
 
 
-@pytest.mark.parametrize("options", [{"compile": "default"}, {"optimise": "fast"}, {"optimise": "compile_step"}])
+@pytest.mark.parametrize(
+    "options", [{"compile": "default"}, {"optimise": "fast"}, {"optimise": "compile_step"}, {"optimise": "freezing"}]
+)
 def test_the_first_compilation_is_counted_before_it_is_measured(options):
     """In the order of the runner: all slots load, then all warm up, then rounds alternate."""
     compiled = Slot(Configuration(**options))

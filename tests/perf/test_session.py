@@ -175,6 +175,20 @@ def test_probe_rejects_unknown_techniques(fake, tmp_path):
         measure(tmp_path)
 
 
+def test_the_probe_gets_the_configurations_of_our_own_model(tmp_path, monkeypatch):
+    asked = {}
+
+    class Worker:
+        def ask(self, operation, timeout_seconds, **arguments):
+            asked.update(arguments)
+
+    launches = Launches(Settings("cpu", tmp_path), str(tmp_path))
+    monkeypatch.setattr(launches, "open", lambda slot: contextlib.nullcontext(Worker()))
+    others = [{"engine": "diffusers"}, {"engine": "mine:Engine"}, {"workload": "train"}, {"interpreter": "old"}]
+    launches.probe([A, *(replace(A, **fields) for fields in others), B])
+    assert [each["id"] for each in asked["configurations"]] == [A.id, B.id]
+
+
 @pytest.mark.parametrize("kind", ["unavailable", "out_of_memory"])
 def test_an_unavailable_configuration_does_not_affect_others(fake, tmp_path, kind):
     fake(at=[{"op": "load", "id": B.id, "do": "error", "kind": kind, "message": "not here"}])

@@ -277,14 +277,10 @@ def test_techniques_that_are_none_are_refused_by_the_probe():
 
 
 def test_contradictory_techniques_are_refused_by_the_probe():
-    """Before it, such a pair was found by its load, after the minutes of the other side."""
+    """The load would find it only after the minutes of the configurations before it."""
     wrong = Configuration(precision="autocast", compile="default", compile_backend="openvino")
     kind, message = error(Worker(), **probing(Configuration(), wrong))
     assert kind == "usage" and message.startswith(f"{wrong.id}: compile backend openvino: with autocast")
-
-
-def test_a_configuration_that_cannot_run_here_is_left_to_its_load():
-    assert "ok" in Worker().handle(probing(Configuration(attention="mha", sdpa_kernels=("cudnn",), precision="full")))
 
 
 def test_a_file_that_is_no_checkpoint_is_described(tmp_path):
