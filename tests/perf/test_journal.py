@@ -241,7 +241,7 @@ except JournalError as error:
 
 def fill(path: Path, limit: int, padding: int = 10) -> list[str]:
     """The output until the disk was full."""
-    arguments = [sys.executable, "-S", "-c", FULL, str(ROOT), str(limit), str(path), str(padding)]
+    arguments = [sys.executable, "-B", "-S", "-c", FULL, str(ROOT), str(limit), str(path), str(padding)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.splitlines()

@@ -74,12 +74,14 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text("old")
     script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-        "from perf.runs.storage import write_atomically\n"
+        "import resource, sys; from perf.runs.storage import write_atomically\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "try: write_atomically(sys.argv[1], 'x' * 1_000_000)\n"
         "except ValueError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    # Without bytecode: Python would keep what the limit cut off, for every later process.
+    command = [sys.executable, "-B", "-c", script, path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "run.json: cannot be written: File too large; the old content is unchanged" in done.stdout, done
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["run.json"]
 
