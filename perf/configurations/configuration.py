@@ -139,8 +139,8 @@ class Configuration:
     def compiles(self) -> bool:
         """Whether torch.compile runs, as far as the options tell."""
         names = self.optimise.split(",")
-        compile = {"fast", "whole_norms", *choices.COMPILE_MODES, *choices.INDUCTOR_OPTIONS} - {"none"}
-        return self.compile != "none" or any(name in compile or name.startswith("compile") for name in names)
+        compiling = {"fast", "whole_norms", *choices.COMPILE_MODES, *choices.INDUCTOR_OPTIONS} - {"none"}
+        return self.compile != "none" or any(name in compiling or name.startswith("compile") for name in names)
 
     @property
     def approximate(self) -> bool:
