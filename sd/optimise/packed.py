@@ -9,12 +9,15 @@ layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, library, nn
 
 from sd.attention.modules import CrossAttention
+from sd.features import has
 
 # Channels in and out from which a layer is packed: a narrow layer loses more in oneDNN's call than it gains.
 SMALLEST_PACKED = 128
@@ -34,6 +37,33 @@ def _define_operator() -> None:
         lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     )
     library.register_fake("sd::packed_linear")(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+
+
+@contextmanager
+def cached_code() -> Iterator[None]:
+    """Context at compile time in which PyTorch caches code whose inputs include packed weights.
+
+    Torch 2.15 refuses all tensors of oneDNN, since their values cannot be pickled. Only values of constants are part of a
+    cache key. Of inputs, which are fake tensors at compile time, shape and dtype are, as in torch 2.5 to 2.11.
+    """
+    if not has("cache_validator"):
+        yield
+        return
+    from torch._inductor.codecache import CacheabilityValidator
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    validator: Any = CacheabilityValidator
+    check = validator.check_tensor
+
+    def check_constant(tensor: Tensor) -> None:
+        if not isinstance(tensor, FakeTensor):
+            check(tensor)
+
+    validator.check_tensor = staticmethod(check_constant)
+    try:
+        yield
+    finally:
+        validator.check_tensor = staticmethod(check)
 
 
 class _Packed(nn.Module):

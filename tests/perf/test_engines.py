@@ -22,6 +22,8 @@ from perf.worker.clock import cpu_clock, cpu_clock_with_children
 from perf.worker.engines.interface import Output, output_of
 from perf.worker.server import Worker
 from perf.worker.wire import NO_REFERENCE
+from sd import StableDiffusion
+from sd.checkpoint import layouts
 
 ENGINES = """
     import subprocess, sys, torch
@@ -276,7 +278,7 @@ def test_engine_without_a_reference_is_a_baseline_all_the_same(inner):
 # --- examples
 
 
-@pytest.mark.parametrize("name", ["diffusers_engine", "module_engine", "command_engine"])
+@pytest.mark.parametrize("name", ["diffusers_engine", "stable_diffusion_cpp_engine", "module_engine", "command_engine"])
 def test_examples_are_those_of_the_page(name):
     text = (ROOT / "docs" / "your-pipeline.md").read_text(encoding="utf-8")
     _, _, code = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").partition('"""\n\n')
@@ -306,6 +308,23 @@ def test_example_of_diffusers(tmp_path):
     image = worker.handle({"op": "round", "seed": 1, "check": [path]})["ok"]["image"]
     assert image_failure(image, answer["ok"]["precision"], "cpu") is None
     assert 16 < image["psnr_db"] < 60, "bf16 is close to fp32, and not equal"
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+def test_example_of_stable_diffusion_cpp(tmp_path):
+    pytest.importorskip("stable_diffusion_cpp", reason="stable-diffusion-cpp-python is not installed")
+    model = StableDiffusion.random("sd1")
+    networks = {name: getattr(model, name).state_dict() for name in ("unet", "autoencoder", "text_encoder")}
+    torch.save({"state_dict": layouts.join_networks(networks, "clip")}, tmp_path / "sd1.ckpt")
+    fields = {"checkpoint": str(tmp_path / "sd1.ckpt"), "steps": 2, "sampler": "euler", "height": 64, "width": 64}
+    path = str(tmp_path / "reference.npz")
+    reference, answer = loaded(ROOT, "examples/stable_diffusion_cpp_engine.py:Engine.reference", **fields)
+    assert "ok" in answer and "ok" in reference.handle({"op": "round", "seed": 1}), answer
+    reference.handle({"op": "write_reference", "path": path})
+    worker, answer = loaded(ROOT, "examples/stable_diffusion_cpp_engine.py:Engine", **fields)
+    image = worker.handle({"op": "round", "seed": 1, "check": [path]})["ok"]["image"]
+    assert image_failure(image, answer["ok"]["precision"], "cpu") is None
 
 
 @pytest.mark.slow

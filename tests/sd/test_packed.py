@@ -18,6 +18,7 @@ from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.features import FEATURES, PROBE_REPEATS, bf16_beats_fp32, has
 from sd.models.unet import UNet
 from sd.optimise import apply, packed
+from sd.optimise.compile import Compiler
 from sd.optimise.presets import parse
 
 needs_packed = pytest.mark.skipif(not has("packed"), reason="this torch has no operators for packed weights")
@@ -165,6 +166,26 @@ class TestPacked:
             for shape in shapes:
                 wanted = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, *packed._geometry(layer), shape)
                 assert torch.equal(_layout(layer.weight.detach()), _layout(wanted)), (out, channels, shape)
+
+
+@needs_packed
+@pytest.mark.compile
+@pytest.mark.skipif(not has("compile_cache"), reason="torch >= 2.7")
+def test_code_with_packed_weights_is_cached_for_others():
+    """The reset simulates another process."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    x = torch.randn(2, 128, 8, 8).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        torch._dynamo.reset()
+        network = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.SiLU(), nn.Conv2d(128, 128, 1))
+        network.requires_grad_(False).to(memory_format=torch.channels_last)
+        expected = network(x)
+        packed.pack(network)
+        assert relative_error(Compiler("default", packed=True)(network.forward)(x), expected) < 1e-5
+    cached = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    assert cached >= 1 and not counters["inductor"]["fxgraph_cache_bypass"]
 
 
 def _layout(weight):
