@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp: `pytest perf --engine examples/stable_diffusion_cpp_engine.py:Engine --sampler euler --ckpt FILE`."""
+"""stable-diffusion.cpp by its binding, with the noise and schedule of `--sampler euler`: see docs/your-pipeline.md."""
 
 import torch
 from stable_diffusion_cpp import StableDiffusion
@@ -7,6 +7,8 @@ import sd
 
 
 class Engine:
+    precision = "fp16"  # that of its convolutions, whatever the file
+
     def __init__(self, configuration):
         options = {"rng_type": "cpu", "sampler_rng_type": "cpu"}  # draws the noise of PyTorch
         options.update(n_threads=torch.get_num_threads(), vae_decode_only=True, verbose=False)
