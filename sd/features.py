@@ -125,8 +125,8 @@ FEATURES = {
         "torch >= 2.4 with oneDNN",
     ),
     "cache_validator": Feature(
-        "a check of what the compile cache can hold",
-        "class CacheabilityValidator" in _source("_inductor/codecache.py"),
+        "a replaceable check of what the compile cache can hold",
+        "@staticmethod\n    def check_tensor(t: Tensor)" in _source("_inductor/codecache.py"),
         "a newer torch; 2.15 has it",
     ),
     "cpu_fp16": Feature("fp16 convolution on the CPU", _cpu_half_convolution(), "torch >= 2.1"),

@@ -31,7 +31,7 @@ from sd.optimise.compile import (
 )
 from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
-from sd.optimise.packed import pack, unpack
+from sd.optimise.packed import cache_code, pack, unpack
 from sd.sampling.plan import run
 
 # TF32, cuDNN's benchmark mode and the SDPA kernel choice are settings of the process: one model runs at a time.
@@ -240,4 +240,6 @@ def _calls(
     decode = ObservedCall(autoencoder.decode, observe_call=2 if "autoencoder" in compilers else 1)
     if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
         find_vector_instructions()
+        if optimisations.packed:
+            cache_code()
     return Calls(call, decode, loop, observed, optimisations, device)

@@ -25,7 +25,6 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.cuda_graphs import cloned
-from sd.optimise.packed import cached_code
 from sd.optimise.runtimes import Runtime, require_runtime
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser, predict_noise
@@ -71,7 +70,7 @@ _MODES_OF_TORCH_2_0 = {
 class Compiler:
     """Compiles functions of tensors. mode: one of COMPILE_MODES but none; inductor: names of INDUCTOR_OPTIONS.
 
-    whole_norms: see `choices_of_whole_norms`. packed: whether weights are packed (sd.optimise.packed).
+    whole_norms: see `choices_of_whole_norms`.
 
     kernels: the SDPA kernels that the compiled code may use, empty for all. PyTorch chooses the kernel at compile time but
     leaves this restriction out of its cache keys, so it becomes a tag of the key.
@@ -82,7 +81,6 @@ class Compiler:
     inductor: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     whole_norms: bool = False
-    packed: bool = False
 
     def require(self, device: torch.device) -> None:
         """Raise Unavailable for features that this torch, or on a CPU this machine, lacks."""
@@ -127,7 +125,7 @@ class Compiler:
         compiled: Callable[..., Any] = torch.compile(function, **arguments)
         if not has("recompile_limit"):
             compiled = _with_graph_limit(compiled)
-        if not self.kernels and not self.whole_norms and not self.packed and "freezing" not in self.inductor:
+        if not self.kernels and not self.whole_norms and "freezing" not in self.inductor:
             return compiled
 
         def in_context(*arguments: Any) -> Any:
@@ -148,8 +146,6 @@ class Compiler:
                 from torch._inductor.virtualized import V
 
                 stack.enter_context(V.set_choices_handler(choices_of_whole_norms()))
-            if self.packed:
-                stack.enter_context(cached_code())
             if "freezing" in self.inductor:
                 stack.enter_context(torch._inductor.config.patch(freezing=True))
             yield

@@ -244,7 +244,7 @@ class Optimisations:
         attention = self.attention_choice()
         kernels = attention.kernels if attention.restricted else ()
         return {
-            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels, self.whole_norms, self.packed)
+            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels, self.whole_norms)
             for name, mode in modes.items()
             if mode != "none"
         }

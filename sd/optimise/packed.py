@@ -9,8 +9,6 @@ layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,20 +37,20 @@ def _define_operator() -> None:
     library.register_fake("sd::packed_linear")(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 
-@contextmanager
-def cached_code() -> Iterator[None]:
-    """Context at compile time in which PyTorch caches code whose inputs include packed weights.
+@functools.cache
+def cache_code() -> None:
+    """Let the compile cache hold code whose inputs include packed weights, for the rest of the process.
 
-    Torch 2.15 refuses all tensors of oneDNN, since their values cannot be pickled. Only values of constants are part of a
-    cache key. Of inputs, which are fake tensors at compile time, shape and dtype are, as in torch 2.5 to 2.11.
+    Torch 2.15 refuses to store code with tensors of oneDNN, since their values cannot be pickled. A cache key holds the values
+    of constants alone; of inputs, which are fake tensors at compile time, it holds shape, dtype and layout. Torch 2.5 to 2.11
+    cache such code too.
     """
     if not has("cache_validator"):
-        yield
         return
-    from torch._inductor.codecache import CacheabilityValidator
+    from torch._inductor import codecache
     from torch._subclasses.fake_tensor import FakeTensor
 
-    validator: Any = CacheabilityValidator
+    validator: Any = codecache.CacheabilityValidator
     check = validator.check_tensor
 
     def check_constant(tensor: Tensor) -> None:
@@ -60,10 +58,6 @@ def cached_code() -> Iterator[None]:
             check(tensor)
 
     validator.check_tensor = staticmethod(check_constant)
-    try:
-        yield
-    finally:
-        validator.check_tensor = staticmethod(check)
 
 
 class _Packed(nn.Module):

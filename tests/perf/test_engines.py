@@ -15,7 +15,7 @@ from inner_session import inner_fixture, machine_fixture  # noqa: F401
 from PIL import Image
 
 from perf.analysis.verdicts import ExitCode
-from perf.configurations.configuration import Configuration, UnknownChoice, from_dict
+from perf.configurations.configuration import PROMPT, Configuration, UnknownChoice, from_dict
 from perf.launch.process import ROOT
 from perf.session.image_check import image_failure
 from perf.worker.clock import cpu_clock, cpu_clock_with_children
@@ -315,16 +315,19 @@ def test_example_of_diffusers(tmp_path):
 def test_example_of_stable_diffusion_cpp(tmp_path):
     pytest.importorskip("stable_diffusion_cpp", reason="stable-diffusion-cpp-python is not installed")
     model = StableDiffusion.random("sd1")
-    networks = {name: getattr(model, name).state_dict() for name in ("unet", "autoencoder", "text_encoder")}
+    networks = {name: getattr(model, name).half().state_dict() for name in ("unet", "autoencoder", "text_encoder")}
     torch.save({"state_dict": layouts.join_networks(networks, "clip")}, tmp_path / "sd1.ckpt")
+    del model, networks
     fields = {"checkpoint": str(tmp_path / "sd1.ckpt"), "steps": 2, "sampler": "euler", "height": 64, "width": 64}
-    path = str(tmp_path / "reference.npz")
-    reference, answer = loaded(ROOT, "examples/stable_diffusion_cpp_engine.py:Engine.reference", **fields)
+    fields["scale"] = 50.0  # with random weights the prompt has little effect
+    path, name = str(tmp_path / "reference.npz"), "examples/stable_diffusion_cpp_engine.py:Engine"
+    reference, answer = loaded(ROOT, f"{name}.reference", **fields)
     assert "ok" in answer and "ok" in reference.handle({"op": "round", "seed": 1}), answer
     reference.handle({"op": "write_reference", "path": path})
-    worker, answer = loaded(ROOT, "examples/stable_diffusion_cpp_engine.py:Engine", **fields)
-    image = worker.handle({"op": "round", "seed": 1, "check": [path]})["ok"]["image"]
-    assert image_failure(image, answer["ok"]["precision"], "cpu") is None
+    for prompt, seed, same in ((PROMPT, 1, True), (PROMPT, 2, False), ("a red star", 1, False)):
+        worker, answer = loaded(ROOT, name, **fields, prompt=prompt)
+        image = worker.handle({"op": "round", "seed": seed, "check": [path]})["ok"]["image"]
+        assert (image_failure(image, answer["ok"]["precision"], "cpu") is None) == same, (prompt, seed)
 
 
 @pytest.mark.slow
