@@ -21,6 +21,7 @@ from perf.machine.nvml import NoTelemetry
 
 BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
 BURSTS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_bursts.json"
+WITH_LOOKS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_looks.json"
 TEN = (10,)  # the launches of the stored batteries, a single look
 FIVE = (0.05,)
 
@@ -161,17 +162,21 @@ def test_interference_ends_with_its_context():
     assert not started & {child.pid for child in psutil.Process().children()}
 
 
-@pytest.mark.parametrize("path, status", [(BATTERY, 0), (BURSTS, 1)], ids=["idle", "bursts"])
-def test_docs_state_the_rates_of_the_stored_sessions(path, status, capsys):
+@pytest.mark.parametrize(
+    "path, looks, status",
+    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1)],
+    ids=["idle", "bursts", "looks"],
+)
+def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys):
     stored = json.loads(path.read_text(encoding="utf-8"))
-    assert selftest.report(stored["sessions"], TEN, stored["slowdowns"]) == status
+    assert selftest.report(stored["sessions"], looks, stored["slowdowns"]) == status
     out = capsys.readouterr().out.splitlines()[0]
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert out in text, out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [BATTERY, BURSTS], ids=["idle", "bursts"])
+@pytest.mark.parametrize("path", [BATTERY, BURSTS, WITH_LOOKS], ids=["idle", "bursts", "looks"])
 def test_docs_state_the_simulated_rates(path, capsys):
     assert main(["battery", "--simulate", str(path)]) == 0
     out = capsys.readouterr().out
