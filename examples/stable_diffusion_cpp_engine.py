@@ -10,9 +10,14 @@ class Engine:
     precision = "fp16"  # that of its convolutions, whatever the file
 
     def __init__(self, configuration):
-        options = {"rng_type": "cpu", "sampler_rng_type": "cpu"}  # draws the noise of PyTorch
-        options.update(n_threads=torch.get_num_threads(), vae_decode_only=True, verbose=False)
-        self.model = StableDiffusion(configuration.checkpoint, **options)
+        self.model = StableDiffusion(
+            configuration.checkpoint,
+            rng_type="cpu",  # the noise of PyTorch
+            sampler_rng_type="cpu",
+            n_threads=torch.get_num_threads(),
+            vae_decode_only=True,
+            verbose=False,
+        )
         self.options = {
             "prompt": configuration.prompt,
             "width": configuration.width or 512,
@@ -29,7 +34,12 @@ class Engine:
     @staticmethod
     def reference(configuration):  # the images that are right: ours of the same weights and noise
         model = sd.StableDiffusion.from_checkpoint(configuration.checkpoint)
-        names = ("prompt", "scale", "sampler", "steps")
-        options = {name: getattr(configuration, name) for name in names}
-        options.update(width=configuration.width or 512, height=configuration.height or 512)
+        options = {
+            "prompt": configuration.prompt,
+            "width": configuration.width or 512,
+            "height": configuration.height or 512,
+            "scale": configuration.scale,
+            "sampler": configuration.sampler,
+            "steps": configuration.steps,
+        }
         return lambda seed: model.txt2img(**options, seed=seed).images
