@@ -6,7 +6,8 @@ of replication because rounds of one process are not independent (Kalibera and J
 with medians, Hodges-Lehmann and bootstrap intervals, whose coverage is too low at 8 launches.
 
 Stopping: group-sequential looks after LOOKS launches with a constant nominal level (Pocock 1977), so that the interval of
-the last look taken contains the true ratio in 95 % of sessions, however many looks there were.
+the last look taken contains the true ratio in 95 % of sessions, however many looks there were. The rounds of a launch
+end when they have settled its effect: disturbed launches have more rounds, so that launches differ less in precision.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ LEVEL = 0.05
 # Nominal level of each look: 5.0 % of 200,000 simulated null sessions have an interval without the true ratio at any look.
 LOOK_LEVEL = 0.018
 TRIM = 0.25  # share of the pairs of a launch left out at each end
+ROUNDS, MOST_ROUNDS = 8, 24  # of a launch on a CPU
+# Standard error of the effect of a launch below which its rounds end: less than the deviation between launches of a quiet
+# machine, 2.1 %, so that rounds are added only where they are the larger part of the noise.
+SETTLED = 0.015
 MIN_LAUNCHES = 2
 MOST_LAUNCHES = 1000
 
@@ -48,6 +53,24 @@ def trimmed_mean(values: Sequence[float]) -> float:
     """Mean without the lowest and highest TRIM of the values, rounded down to whole values."""
     cut = int(TRIM * len(values))
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
+
+
+def trimmed_error(values: Sequence[float]) -> float:
+    """Standard error of the trimmed mean of at least 2 values, from the winsorised deviation (Yuen 1974)."""
+    cut = int(TRIM * len(values))
+    kept = sorted(values)[cut : len(values) - cut]
+    winsorised = [kept[0]] * cut + kept + [kept[-1]] * cut
+    return deviation_of(winsorised) * math.sqrt((len(values) - 1) / (len(kept) * (len(kept) - 1)))
+
+
+def is_settled(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> bool:
+    """Whether the rounds of one launch, in seconds by cycle of both sides of each comparison, are enough.
+
+    They are if the root mean square of the effects' standard errors is at most SETTLED, or where no comparison has 2 rounds.
+    """
+    logs = ([math.log(a / b) for a, b in zip(*sides)] for sides in pairs)
+    squares = [trimmed_error(each) ** 2 for each in logs if len(each) > 1]
+    return not squares or statistics.fmean(squares) <= SETTLED**2
 
 
 def deviation_of(values: Sequence[float]) -> float:

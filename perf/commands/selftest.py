@@ -10,6 +10,7 @@ instead.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sessions", type=int, default=40, help="number of A/A and of slowdown comparisons (default: 40)")
     looks = ", ".join(map(str, LOOKS))
     add("--launches", type=int, help=f"fresh processes per label (default: looks after {looks}, as the gate)")
-    add("--rounds", type=int, default=8, help="timed rounds per launch (default: 8)")
+    add("--rounds", type=int, help="timed rounds per launch (default: as the gate)")
     help = "an injected fraction; several may be given, and the largest must be detected (default: 0.05 and 0.03)"
     add("--slowdown", type=float, action="append", help=help)
     add("--interference", choices=KINDS, default="none", help="load on every core beside the sessions (default: none)")
@@ -86,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = open_visible_device()
     device, clock, threads = ("cpu", "cpu", 1) if isinstance(gpu, NoTelemetry) else ("cuda", "wall", None)
     facts, looks, slowdowns = stack(device, gpu), _looks(arguments), _slowdowns(arguments)
-    protocol = {"looks": list(looks), "rounds": arguments.rounds, "slowdowns": list(slowdowns)}
+    rounds, most_rounds = pairs.rounds_of(arguments.rounds, device, paired=True)
+    protocol = {"looks": list(looks), "rounds": rounds, "most_rounds": most_rounds, "slowdowns": list(slowdowns)}
     header = {"schema": 2, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
     header["interference"] = arguments.interference
     settings = Settings(
@@ -96,7 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         threads=threads,
         launches=looks[0],
         looks=looks,
-        rounds=arguments.rounds,
+        rounds=rounds,
+        most_rounds=most_rounds,
     )
     try:
         sessions = _earlier(arguments.output, header)
@@ -133,7 +136,8 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
     few = arguments.launches is not None and arguments.launches < MIN_LAUNCHES
     if few or arguments.sessions < 1 or arguments.draws < 1:
         raise ValueError(f"at least {MIN_LAUNCHES} launches, without which there is no interval, 1 session and 1 draw")
-    if arguments.rounds < 1 or not all(0 < slowdown < 1 for slowdown in _slowdowns(arguments)):
+    no_round = arguments.rounds is not None and arguments.rounds < 1
+    if no_round or not all(0 < slowdown < 1 for slowdown in _slowdowns(arguments)):
         raise ValueError("at least 1 round, and slowdowns between 0 and 1")
     return replace(usual(arguments.model), attention=arguments.attention, steps=arguments.steps)
 
@@ -179,7 +183,7 @@ def measure_session(
     slots = tuple(Slot(configuration, label) for label in (None, "aa", *slowed, CONTROL))
     choice, _ = loading.choose(slots, free_bytes(settings, gpu), "memory")
     looks = settings.looks if len(settings.looks) > 1 else ()
-    plan = Plan(slots, settings.launches, settings.rounds, choice, random.randrange(2**32), looks)
+    plan = Plan(slots, settings.launches, settings.rounds, choice, random.randrange(2**32), looks, settings.most_rounds)
     measurements = Measurements(plan)
     runner = Runner(
         plan,
@@ -260,9 +264,12 @@ def report(sessions: list[dict], looks: tuple[int, ...], slowdowns: Sequence[flo
 
 
 def _comparison_seconds(session: dict, looks: tuple[int, ...]) -> Iterator[float]:
-    """Yield the seconds that each comparison of a session would take alone: two labels and the control arm, all launches alike."""
+    """Yield the seconds that each comparison of a session would take alone: two labels and the control arm, all launches alike.
+
+    A label whose comparison is decided has no rounds in further launches.
+    """
     rounds = session["rounds"]
-    launch = session["seconds"] / sum(len(launches) for launches in rounds.values())
+    launch = session["seconds"] / sum(map(bool, itertools.chain.from_iterable(rounds.values())))
     for label in rounds.keys() - {"plain", CONTROL}:
         decision, _ = decide_looks(launch_effects(rounds[label], rounds["plain"]), MARGIN_FLOOR, looks)
         yield 3 * launch * (decision.launches or 0)

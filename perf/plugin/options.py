@@ -19,7 +19,7 @@ from perf.configurations.project import Project, ProjectError, find_root, read_p
 from perf.launch.process import Interpreter
 from perf.machine.nvml import NoTelemetry
 from perf.session.loading import DESCRIPTIONS
-from perf.session.pairs import looks_of
+from perf.session.pairs import looks_of, rounds_of
 from perf.session.settings import CLOCKS, Settings
 
 
@@ -156,7 +156,7 @@ def add_options(parser) -> None:
     add = parser.getgroup("perf", "how to measure").addoption
     help = "fresh processes per configuration (CPU: 4, GPU: 10, pairs: 8, and up to 24 while they are undecided)"
     add("--perf-launches", type=_count, metavar="L", help=help)
-    help = "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 4, pairs on a CPU: 8)"
+    help = "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 4, pairs on a CPU: 8, and up to 24 while they are noisy)"
     add("--perf-rounds", type=_count, metavar="R", help=help)
     help = "what is loaded together, so that its rounds alternate (default: as much as an estimate of memory allows)"
     add("--perf-loading", choices=tuple(DESCRIPTIONS), help=help)
@@ -280,11 +280,8 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     paired = any(map(option, PAIRED))
     looks = looks_of(option("perf_launches"), paired and isolated)
     launches = looks[0] if looks else 10 if device == "cuda" else 4
-    # 8 rounds for pairs on a CPU, where rounds vary most: `python -m perf battery` validated this number.
-    rounds = 2 if device == "cuda" else 8 if paired else 4
-    if not isolated:
-        launches, rounds = 1, 5
-    launches, rounds = option("perf_launches") or launches, option("perf_rounds") or rounds
+    launches = option("perf_launches") or (launches if isolated else 1)
+    rounds, most_rounds = rounds_of(option("perf_rounds") or (None if isolated else 5), device, paired)
     if disabled(config):
         launches = rounds = 1
     cache, trace = option("perf_compile_cache"), option("perf_trace")
@@ -297,6 +294,7 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
         looks=looks,
         loading=option("perf_loading"),
         rounds=rounds,
+        most_rounds=most_rounds,
         isolated=isolated,
         resume=option("perf_resume"),
         interpreters=interpreters,

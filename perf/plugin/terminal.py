@@ -15,7 +15,7 @@ from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import Decision, Verdict, percent
 from perf.configurations.configuration import images_per_round, is_reference, name_of_work, sampling
 from perf.plugin.state import Results
-from perf.report.text import counted, interval_seconds, size
+from perf.report.text import counted, counted_range, interval_seconds, size
 from perf.session import record
 from perf.session.run import Session
 
@@ -266,16 +266,13 @@ def _protocol(session: Session) -> str:
         processes = "one process: launch variance is not in the interval"
     drift = session.measurements.drift()
     reference = "" if drift is None else f", reference workload drift {100 * drift:.1f} %"
-    counts = [len(measured.launches) for measured in session.measurements.by_name.values()]
-    fewest, most = min(counts, default=0), max(counts, default=0)
-    launches = counted(most, "launch", "launches") if fewest == most else f"{fewest} to {most} launches"
+    measured = [one.ordered_launches() for one in session.measurements.by_name.values()]
+    launches = counted_range(map(len, measured), "launch", "launches")
+    rounds = counted_range((len(launch.rounds) for one in measured for launch in one), "round")
     control = ""
     if session.control is not None and session.control.ratio is not None:
         control = f", control arm {percent(session.control.ratio.estimate):+.1f} %"
-    return (
-        f"{clock}{threads}, {launches} of {counted(settings.rounds, 'round')}, {processes}{reference}{control}; "
-        f"{session.seconds:.0f} s in all"
-    )
+    return f"{clock}{threads}, {launches} of {rounds}, {processes}{reference}{control}; {session.seconds:.0f} s in all"
 
 
 def _error_rate(decisions: dict[str, Decision]) -> str:

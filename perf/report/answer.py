@@ -17,7 +17,7 @@ from perf.report import tables, text
 from perf.report.charts import groups
 from perf.report.reproduce import command
 from perf.report.results import Result, SavedSession, entry_of, ranked
-from perf.report.text import counted
+from perf.report.text import counted, counted_range
 
 CARDS = {
     Verdict.SLOWER: "regressions",
@@ -258,11 +258,12 @@ def asked(last: SavedSession, results: Sequence[Result], sessions: int) -> list[
 
 
 def _launches(members: Sequence[Result], rounds: int | None) -> str:
-    """The launches really made, which pairs may have more of than requested."""
-    counts = sorted({len(result.benchmark.launches) for result in members})
-    if not counts or rounds is None:
+    """The launches and valid rounds really made, which pairs may have more of than requested."""
+    made = [result.benchmark.launches for result in members]
+    if not made or rounds is None:
         return ""
-    return f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} launches of {rounds} rounds"
+    timed = (len(launch) for launches in made for launch in launches)
+    return f"{counted_range(map(len, made), 'launch', 'launches')} of {counted_range(timed, 'round')}"
 
 
 def pairs(rows: Sequence[Row]) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
@@ -31,6 +32,13 @@ def interval_seconds(value: float, low: float | None = None, high: float | None 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: `1 image`, `2 images`."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def counted_range(counts: Iterable[int], noun: str, plural: str | None = None) -> str:
+    """The least and the greatest of some numbers with their noun: `2 launches`, `8 to 24 launches`."""
+    ordered = sorted(counts) or [0]
+    most = counted(ordered[-1], noun, plural)
+    return most if ordered[0] == ordered[-1] else f"{ordered[0]} to {most}"
 
 
 def size(value: float | None) -> str:

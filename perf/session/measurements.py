@@ -100,13 +100,15 @@ def paired_rounds(first: SlotMeasurements, second: SlotMeasurements) -> tuple[li
 
     Both lists have an entry for each launch number of either side, empty where the other side has no such round.
     """
-    ours, theirs = [], []
-    for number in sorted({*first.launches, *second.launches}):
-        one, other = _seconds_by_round(first, number), _seconds_by_round(second, number)
-        common = sorted(one.keys() & other.keys())
-        ours.append([one[cycle] for cycle in common])
-        theirs.append([other[cycle] for cycle in common])
-    return ours, theirs
+    launches = [launch_rounds(first, second, number) for number in sorted({*first.launches, *second.launches})]
+    return [ours for ours, _ in launches], [theirs for _, theirs in launches]
+
+
+def launch_rounds(first: SlotMeasurements, second: SlotMeasurements, launch: int) -> tuple[list[float], list[float]]:
+    """Seconds of the rounds of one launch that are valid on both sides, by cycle."""
+    one, other = _seconds_by_round(first, launch), _seconds_by_round(second, launch)
+    common = sorted(one.keys() & other.keys())
+    return [one[cycle] for cycle in common], [other[cycle] for cycle in common]
 
 
 def _seconds_by_round(measured: SlotMeasurements, launch: int) -> dict[int, float]:

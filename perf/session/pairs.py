@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from perf.analysis.paired import LOOKS, launch_effects
+from perf.analysis.paired import LOOKS, MOST_ROUNDS, ROUNDS, is_settled, launch_effects
 from perf.analysis.verdicts import Decision, Verdict, decide_looks, decide_paired
-from perf.session.measurements import Measurements, paired_rounds
+from perf.session.measurements import Measurements, launch_rounds, paired_rounds
 from perf.session.plan import CONTROL, Plan, Slot
 from perf.session.runner import Runner
 
@@ -87,6 +87,15 @@ class Judge:
         effects = launch_effects(*paired_rounds(control, twin))
         return decide_paired(effects, self.margin, CONTROL_LEVEL, slot.configuration.id)
 
+    def settled(self, measurements: Measurements, launch: int, slots: Sequence[Slot]) -> bool:
+        """Whether the rounds of a launch settle the comparisons, and the control arm, of slots that alternate in it."""
+        sides = [(pair.head, pair.base) for pair in self.pairs]
+        if self.plan.control is not None:
+            sides.append((self.plan.control.name, self.plan.control.configuration.id))
+        alternating = {slot.name: measurements.by_name[slot.name] for slot in slots}
+        measured = [[alternating[name] for name in pair] for pair in sides if alternating.keys() >= set(pair)]
+        return is_settled([launch_rounds(*pair, launch) for pair in measured if not any(one.failure for one in pair)])
+
     def invalid(self, measurements: Measurements) -> str | None:
         """Why no comparison of the session is valid, as a reason code with its detail, or None."""
         control = self.control(measurements)
@@ -106,6 +115,7 @@ def measure(
 
     planned(plan, first, last): called before further launches.
     """
+    runner = replace(runner, settled=judge.settled)
     runner.run(measurements)
     done = runner.plan.launches
     for look in runner.plan.looks:
@@ -132,3 +142,12 @@ def further_plan(plan: Plan, judge: Judge, ids: Iterable[str]) -> Plan:
 def looks_of(launches: int | None, paired: bool) -> tuple[int, ...]:
     """The looks of a session: LOOKS for pairs without a requested number of launches, else a single one."""
     return LOOKS if paired and launches is None else ()
+
+
+def rounds_of(rounds: int | None, device: str, paired: bool) -> tuple[int, int]:
+    """(rounds of a launch, most rounds while they are noisy, or 0), unless a number of rounds is requested."""
+    if rounds is not None:
+        return rounds, 0
+    if device == "cuda":
+        return 2, 0
+    return (ROUNDS, MOST_ROUNDS) if paired else (4, 0)

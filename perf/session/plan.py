@@ -49,8 +49,9 @@ class Slot:
 class Plan:
     """Launches of each slot and rounds of each launch.
 
-    loading: which slots are loaded together and alternate round by round (perf.session.loading). seed: of the order of
-    the slots, which is drawn anew for every launch and cycle. looks: numbers of launches after which pairs are judged.
+    most_rounds: of a launch whose first `rounds` do not settle its comparisons; 0 for no more than `rounds`. loading: which
+    slots are loaded together and alternate round by round (perf.session.loading). seed: of the order of the slots, which is
+    drawn anew for every launch and cycle. looks: numbers of launches after which pairs are judged.
     """
 
     slots: tuple[Slot, ...]
@@ -59,11 +60,17 @@ class Plan:
     loading: Loading = "single"
     seed: int = 0
     looks: tuple[int, ...] = ()
+    most_rounds: int = 0
 
     @property
     def most_launches(self) -> int:
         """The launches of a slot if every look is taken."""
         return max((self.launches, *self.looks))
+
+    @property
+    def cycles(self) -> int:
+        """The rounds of a launch that is never settled."""
+        return max(self.rounds, self.most_rounds)
 
     def turns(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, tuple[Slot, ...]]]:
         """Yield (launch, slots that are loaded together), each launch in its own order.
@@ -106,5 +113,6 @@ class Plan:
         own = [*self.own_slots, *(slot for slot in self.slots if slot.compared_id)]
         configurations = [slot.configuration.as_dict() for slot in own]
         slots = [slot.name for slot in self.slots]
-        launches = {"launches": self.launches, "looks": list(self.looks), "rounds": self.rounds}
-        return {"slots": slots, **launches, "configurations": configurations}
+        launches = {"launches": self.launches, "looks": list(self.looks)}
+        rounds = {"rounds": self.rounds, "most_rounds": self.most_rounds}
+        return {"slots": slots, **launches, **rounds, "configurations": configurations}

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from rich.console import Console
@@ -29,6 +30,8 @@ class SessionProgress:
         self.first_launch: dict[str, int] = {}
         self.pending: dict[tuple[int, str, int | None], None] = {}  # (launch, slot name, round or None for loading)
         self.durations: dict[tuple[str, str], list[float]] = {}  # by slot name and kind of step
+        self.rounds = 0  # planned, of a launch
+        self.timed: dict[str, Counter[int]] = {}  # rounds of each launch, by slot name
         self.total, self.launch = 0, -1
         self.current: tuple[str, str] | None = None
         self.since = clock()
@@ -53,6 +56,7 @@ class SessionProgress:
 
     def plan(self, turns: Iterable[tuple[int, tuple[Slot, ...]]], rounds: int) -> None:
         """Add planned launches; those that are already measured, or whose slot fails, may be left out later."""
+        self.rounds = rounds
         for launch, slots in turns:
             for slot in slots:
                 # Other labels of a configuration share its compile cache, apart from the first of them.
@@ -74,6 +78,8 @@ class SessionProgress:
             self.durations.setdefault(self.current, []).append(now - self.since)
         self.current, self.since = (slot.name, self._kind(launch, slot.name, round_number)), now
         self.pending.pop((launch, slot.name, round_number), None)
+        if round_number not in (None, WARM_UP_ROUND):
+            self.timed.setdefault(slot.name, Counter())[launch] += 1
         if launch != self.launch:  # what is left of earlier launches was measured before an interruption, or failed
             self.pending = {step: None for step in self.pending if step[0] >= launch}
         seconds = self.seconds_left()
@@ -97,7 +103,17 @@ class SessionProgress:
         if not self.durations:
             return None
         steps = [(name, self._kind(launch, name, number)) for launch, name, number in self.pending]
-        return sum(map(self._seconds, [*([self.current] if self.current else []), *steps]))
+        further = (
+            self._further_rounds(name) * self._seconds((name, "round"))
+            for _, name, number in self.pending
+            if number == WARM_UP_ROUND
+        )
+        return sum(map(self._seconds, [*([self.current] if self.current else []), *steps])) + sum(further)
+
+    def _further_rounds(self, name: str) -> float:
+        """The mean of the rounds beyond the planned ones in the launches of a slot that have ended."""
+        ended = [count for launch, count in self.timed.get(name, {}).items() if launch < self.launch]
+        return max(0.0, statistics.fmean(ended) - self.rounds) if ended else 0.0
 
     def _seconds(self, step: tuple[str, str]) -> float:
         """The mean of a step, else that of its kind in other slots, else what is known of other steps."""

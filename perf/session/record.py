@@ -294,6 +294,7 @@ def perf_block(session: Session, partial: str | None, regressed: list[str]) -> d
         "isolated": settings.isolated,
         "launches": settings.launches,
         "rounds": settings.rounds,
+        "most_rounds": settings.most_rounds,
         "order": [slot.name for slot in session.plan.slots],
         "order_seed": session.plan.seed,
         "loading": session.plan.loading,

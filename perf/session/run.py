@@ -143,7 +143,8 @@ def _plan(
     if reason:
         log(f"perf: {reason}")
     looks = settings.looks if len(settings.looks) > 1 else ()
-    return Plan(tuple(slots), settings.launches, settings.rounds, choice, random.randrange(2**32), looks)
+    seed = random.randrange(2**32)
+    return Plan(tuple(slots), settings.launches, settings.rounds, choice, seed, looks, settings.most_rounds)
 
 
 def _needs_control(settings: Settings) -> bool:

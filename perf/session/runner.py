@@ -12,6 +12,7 @@ The module is pure: processes, telemetry and the journal are passed in.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Runner:
     (round None), and before its warm-up (WARM_UP_ROUND) and each timed round. loaded(pid): called with the process of
     each launch, before any is timed.
     counting: whether the first launch counts the operators of an untimed round. loads_at_once: the number of workers that
-    load at the same time.
+    load at the same time. settled(measurements, launch, slots): whether a launch of slots that alternate needs no more than
+    the planned rounds.
     """
 
     plan: Plan
@@ -59,17 +61,27 @@ class Runner:
     loaded: Callable[[int], None] = lambda pid: None
     counting: bool = False
     loads_at_once: int = 1
+    settled: Callable[[Measurements, int, Sequence[Slot]], bool] = lambda measurements, launch, slots: True
 
     def run(self, measurements: Measurements, first: int = 0, last: int | None = None) -> None:
         """Measure the missing rounds of the launches from `first` up to, but without, `last` (default: all)."""
         for launch, slots in self.plan.turns(first, last):
+            ended = functools.partial(self._ended, measurements, launch, slots)
+            if ended():
+                continue
             incomplete = [measurements.by_name[slot.name] for slot in slots]
             incomplete = [measured for measured in incomplete if not self._complete(launch, measured)]
             with contextlib.ExitStack() as stack:
-                self._run_together(launch, incomplete, stack)
+                self._run_together(launch, incomplete, ended, stack)
 
-    def _run_together(self, launch: int, incomplete: Sequence[SlotMeasurements], stack: contextlib.ExitStack) -> None:
-        """Load all slots, then run their rounds cycle by cycle; a failed slot leaves the others."""
+    def _run_together(
+        self,
+        launch: int,
+        incomplete: Sequence[SlotMeasurements],
+        ended: Callable[[], bool],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Load all slots, then run their rounds cycle by cycle until they have ended; a failed slot leaves the others."""
         opened = [
             (measured, stack.enter_context(contextlib.closing(self._launch(launch, measured))))
             for measured in incomplete
@@ -79,7 +91,9 @@ class Runner:
             loading = [pair for pair in group if self._advance(launch, *pair)]
             running += [pair for pair in loading if self._advance(launch, *pair)]
         running = [pair for pair in running if self._advance(launch, *pair)]  # one warms up at a time
-        for cycle in range(self.plan.rounds):
+        for cycle in range(self.plan.cycles):
+            if cycle >= self.plan.rounds and ended():
+                return
             for measured, rounds in self.plan.shuffled(running, launch, cycle):
                 # A retry of an invalid round stays within its cycle, and so does what a resumed launch lacks.
                 while measured.failure is None and measured.next_round(launch)[0] <= cycle:
@@ -103,8 +117,16 @@ class Runner:
         if group:
             yield group
 
+    def _ended(self, measurements: Measurements, launch: int, slots: Sequence[Slot]) -> bool:
+        """Whether a launch has its planned rounds, and has settled after a whole cycle: so a resumed session ends alike."""
+        measured = [measurements.by_name[slot.name] for slot in slots]
+        cycles = {each.next_round(launch)[0] for each in measured if each.failure is None}
+        if len(cycles) == 1 and min(cycles) >= self.plan.rounds:
+            return self.settled(measurements, launch, slots)
+        return not cycles
+
     def _complete(self, launch: int, measured: SlotMeasurements) -> bool:
-        return measured.failure is not None or measured.next_round(launch)[0] >= self.plan.rounds
+        return measured.failure is not None or measured.next_round(launch)[0] >= self.plan.cycles
 
     def _advance(self, launch: int, measured: SlotMeasurements, rounds: Iterator[None]) -> bool:
         """Run the next step of a launch; False once it has ended."""

@@ -26,7 +26,8 @@ class Settings:
     """The options of a session, independent of the configurations to measure.
 
     launches: of each configuration. looks: for pairs, numbers of launches after which they are judged; more than the first
-    are measured only where a pair is undecided. loading: which slots are loaded together, None to choose by memory.
+    are measured only where a pair is undecided. rounds: of each launch. most_rounds: for pairs, of a launch whose rounds
+    are too noisy; 0 for no more than `rounds`. loading: which slots are loaded together, None to choose by memory.
     clock: `wall` or `cpu`. threads: torch's CPU threads, None for its
     default. isolated: each launch in a fresh process. resume: the name of the unfinished session to resume, True for the
     one whose plan matches. interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of
@@ -47,6 +48,7 @@ class Settings:
     looks: tuple[int, ...] = ()
     loading: Loading | None = None
     rounds: int = 2
+    most_rounds: int = 0
     isolated: bool = True
     resume: bool | str = False
     interpreters: dict[str, Interpreter] = field(default_factory=dict)

@@ -170,12 +170,11 @@ class Inner:
         (self.path / "suite").mkdir()
         (self.path / "suite" / "test_measured.py").write_text(MEASURED, encoding="utf-8")
 
-    def run(self, *arguments, launches: int | None = 2, rounds: int = 2, what=ONE, plugins=()):
-        """Run pytest in this process; `what` holds the matrix options. launches: None for the suite's own choice."""
-        requested = () if launches is None else (f"--perf-launches={launches}",)
-        result = self.pytester.runpytest_inprocess(
-            *arguments, *what, *requested, f"--perf-rounds={rounds}", plugins=plugins
-        )
+    def run(self, *arguments, launches: int | None = 2, rounds: int | None = 2, what=ONE, plugins=()):
+        """Run pytest in this process; `what` holds the matrix options. launches, rounds: None for the suite's own choice."""
+        options = {"--perf-launches": launches, "--perf-rounds": rounds}
+        requested = [f"{option}={value}" for option, value in options.items() if value is not None]
+        result = self.pytester.runpytest_inprocess(*arguments, *what, *requested, plugins=plugins)
         self.output = result.stdout.str() + result.stderr.str() + f"\n(seed {SEED})"
         return result
 

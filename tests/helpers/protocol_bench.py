@@ -33,8 +33,17 @@ class Bench:
     runner is stopped. errors: {(slot name, launch): (operation, kind)}.
     """
 
-    def __init__(self, plan: Plan, script: dict | None = None, events=(), bad=None, kill_after=None, errors=None):
-        self.loads_at_once = 1
+    def __init__(
+        self,
+        plan: Plan,
+        script: dict | None = None,
+        events=(),
+        bad=None,
+        kill_after=None,
+        errors=None,
+        settled=lambda measurements, launch, slots: True,
+    ):
+        self.loads_at_once, self.settled = 1, settled
         self.plan, self.script = plan, script or {"noise": 0.01}
         self.events, self.turns, self.asked = list(events), [], []
         self.bad, self.kill_after, self.errors = dict(bad or {}), kill_after, dict(errors or {})
@@ -68,6 +77,7 @@ class Bench:
             progress=self.progress,
             limits=Limits(1, 2, 3),
             loads_at_once=self.loads_at_once,
+            settled=self.settled,
         )
 
     def progress(self, launch: int, slot: Slot, round_number: int | None) -> None:

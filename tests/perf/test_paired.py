@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import statistics
 
 import pytest
 
 from perf.analysis.paired import (
     LOOK_LEVEL,
     LOOKS,
+    MOST_ROUNDS,
+    ROUNDS,
+    SETTLED,
     break_even,
     detectable,
     is_futile,
+    is_settled,
     launch_effects,
     launches_for,
     paired_ratio,
+    trimmed_error,
     trimmed_mean,
 )
 from perf.analysis.statistics import BreakEven
@@ -57,6 +64,49 @@ def test_impossible_durations_are_rejected(bad):
 def test_one_launch_has_no_interval():
     with pytest.raises(ValueError, match="at least 2 launches"):
         paired_ratio([[1.0, 2.0]], [[1.0, 2.0]])
+
+
+def test_standard_error_of_a_launch_is_that_of_its_trimmed_mean():
+    """Also where one round in five is disturbed."""
+    draw = random.Random(4)
+    launches = [[draw.gauss(0, 0.1 if draw.random() < 0.2 else 0.02) for _ in range(16)] for _ in range(3000)]
+    true = statistics.pstdev(map(trimmed_mean, launches))
+    assert math.sqrt(statistics.fmean(trimmed_error(launch) ** 2 for launch in launches)) == pytest.approx(
+        true, rel=0.1
+    )
+
+
+def test_rounds_settle_a_launch_by_the_mean_square_of_all_its_comparisons():
+    base = [1.0] * 8
+    quiet = [math.exp(0.01 * sign) for sign in (1, -1) * 4]
+    noisy = [math.exp(0.05 * sign) for sign in (1, -1) * 4]
+    assert is_settled([(quiet, base)]) and not is_settled([(noisy, base)])
+    assert is_settled([(quiet, base), ([1.0], [1.0])]) and is_settled([])
+    errors = [trimmed_error([math.log(seconds) for seconds in each]) for each in (quiet, noisy)]
+    assert errors[0] < SETTLED < math.hypot(*errors) / math.sqrt(2)
+    assert not is_settled([(quiet, base), (noisy, base)])
+
+
+def test_interval_covers_the_true_ratio_where_noisy_launches_have_more_rounds():
+    """Launches differ in noise tenfold, and each ends when it has settled."""
+    draw, covered, made = random.Random(2), 0, []
+    for _ in range(1000):
+        head, base = [], []
+        for _ in range(LOOKS[0]):
+            ours, theirs = map(
+                itertools.chain.from_iterable,
+                session(draw, 1, 0.03, draw.choice((0.01, 0.03, 0.1)), rounds=MOST_ROUNDS),
+            )
+            ours, theirs = list(ours), list(theirs)
+            ends = range(ROUNDS, MOST_ROUNDS)
+            end = next((end for end in ends if is_settled([(ours[:end], theirs[:end])])), MOST_ROUNDS)
+            head.append(ours[:end])
+            base.append(theirs[:end])
+            made.append(end)
+        ratio = paired_ratio(head, base)
+        covered += ratio.low <= 1.03 <= ratio.high
+    assert min(made) == ROUNDS and max(made) == MOST_ROUNDS
+    assert 0.93 <= covered / 1000 <= 0.97
 
 
 @pytest.mark.parametrize("launches", [4, 8, 16])

@@ -174,7 +174,7 @@ def settings(inner):
 @pytest.mark.parametrize(
     "device, arguments, expected",
     [
-        ("cpu", [], {"clock": "cpu", "threads": 1, "launches": 4, "rounds": 4, "isolated": True}),
+        ("cpu", [], {"clock": "cpu", "threads": 1, "launches": 4, "rounds": 4, "most_rounds": 0, "isolated": True}),
         ("cuda", [], {"clock": "wall", "threads": None, "launches": 10, "rounds": 2, "isolated": True}),
         ("cpu", ["--perf-clock=wall"], {"clock": "wall", "threads": None}),
         ("cpu", ["--perf-threads=2"], {"clock": "cpu", "threads": 2}),
@@ -186,9 +186,10 @@ def settings(inner):
         (
             "cpu",
             ["--perf-aa"],
-            {"aa": True, "variant": "aa", "launches": 8, "rounds": 8, "looks": LOOKS},
+            {"aa": True, "variant": "aa", "launches": 8, "rounds": 8, "most_rounds": 24, "looks": LOOKS},
         ),
-        ("cuda", ["--perf-aa"], {"launches": 8, "rounds": 2, "looks": LOOKS}),
+        ("cpu", ["--perf-aa", "--perf-rounds=3"], {"rounds": 3, "most_rounds": 0}),
+        ("cuda", ["--perf-aa"], {"launches": 8, "rounds": 2, "most_rounds": 0, "looks": LOOKS}),
         ("cpu", ["--perf-aa", "--perf-launches=5"], {"launches": 5, "looks": ()}),
         ("cpu", ["--perf-aa", "--perf-inprocess"], {"launches": 1, "looks": ()}),
         ("cpu", ["--perf-resume"], {"resume": True}),

@@ -96,6 +96,16 @@ def test_undecided_pairs_get_further_launches_and_the_report_says_how_many(inner
     assert inner.last()["benchmarks"][0]["extra_info"]["verdict"]["launches"] == made
 
 
+@pytest.mark.parametrize("noise, most", [(0.0005, 8), (0.06, 24)])
+def test_noisy_launches_have_more_rounds(inner, other_commit, noise, most):
+    inner.machine.noise = noise
+    inner.run("--perf-against=v1", "--benchmark-save=a", launches=3, rounds=None)
+    launches = inner.last()["benchmarks"][0]["extra_info"]["launches"]
+    made = sorted(len(launch["round_seconds"]) for launch in launches)
+    assert made[0] >= 8 and (made[-1] == 8 if most == 8 else 8 < made[-1] <= most), inner.output
+    inner.prints(f"3 launches of {made[0]}" + (f" to {made[-1]} rounds" if made[0] < made[-1] else " rounds"))
+
+
 def test_a_clear_change_ends_at_the_first_look(inner, other_commit):
     inner.machine.base_slow = 1 / 1.05
     assert inner.run("--perf-against=v1", "--benchmark-save=a", launches=None).ret == ExitCode.SLOWER, inner.output

@@ -76,6 +76,20 @@ def test_further_launches_are_added():
     assert watched.step(1, A, None, 12.0) == pytest.approx(10 + 2)
 
 
+def test_further_rounds_of_earlier_launches_are_expected_in_later_ones():
+    watched = Watched(Plan((A,), launches=3, rounds=2, most_rounds=9))
+    watched.step(0, A, None, 0.0)
+    watched.step(0, A, WARM_UP_ROUND, 10.0)
+    for number in range(6):
+        watched.step(0, A, number, 11.0 + number)
+    left = watched.step(1, A, None, 17.0)
+    assert left == pytest.approx(2 * (10 + 1 + 6 * 1))
+    watched.step(1, A, WARM_UP_ROUND, 27.0)
+    for number in range(2):
+        watched.step(1, A, number, 28.0 + number)
+    assert watched.step(2, A, None, 30.0) == pytest.approx(10 + 1 + 4 * 1)
+
+
 def test_an_unplanned_step_is_no_error():
     watched = Watched(None)
     watched.step(0, A, None, 0.0)

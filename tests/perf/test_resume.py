@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from functools import partial
 
 import pytest
 from protocol_bench import THREE, WRONG, A, B, Bench, C, Stopped, result, wrong
@@ -22,6 +23,7 @@ def _cases():
         "invalid rounds": (plan, {"noise": 0.01}, bad),
         "a wrong picture": (plan, wrong(WRONG["constant"], seed=1001), {}),
         "side by side": (dataclasses.replace(plan, loading="all", seed=4), {"noise": 0.01}, bad),
+        "noisy rounds": (dataclasses.replace(plan, loading="all", seed=4, most_rounds=5), {"noise": 0.02}, bad),
         "unavailable": (plan, {"at": [{"op": "load", "id": B.id, "do": "error", "kind": "unavailable"}]}, {}),
     }
 
@@ -31,18 +33,20 @@ def _cases():
 def test_resumed_sessions_measure_the_same_as_uninterrupted_ones(case):
     """Interrupted after every event, and 30 times at random moments repeatedly until complete."""
     plan, script, bad = _cases()[case]
-    whole = Bench(plan, script, bad=bad)
+    settled = Judge(plan, pairs_of(plan, "aa", lambda id: "itself"), 0.01).settled
+    make = partial(Bench, plan, script, bad=bad, settled=settled)
+    whole = make()
     expected = result(whole.run())
     assert result(Measurements(plan, whole.events)) == expected
-    again = Bench(plan, script, whole.events, bad)
+    again = make(events=whole.events)
     again.run()
     assert again.turns == [] and again.asked == []  # nothing is measured twice
     for cut in range(len(whole.events) + 1):
-        assert result(Bench(plan, script, whole.events[:cut], bad).run()) == expected, f"cut after {cut} events"
+        assert result(make(events=whole.events[:cut]).run()) == expected, f"cut after {cut} events"
     for seed in range(30):
         draw, events, finished = random.Random(seed), [], False
         while not finished:
-            bench = Bench(plan, script, events, bad, kill_after=len(events) + draw.randrange(3, 12))
+            bench = make(events=events, kill_after=len(events) + draw.randrange(3, 12))
             try:
                 measurements = bench.run()
                 finished = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -62,6 +63,21 @@ def test_slots_that_are_loaded_together_alternate_rounds(loading):
         assert len({tuple(cycle) for cycle in cycles}) > 1  # the order is drawn anew
     seeds_of_a = [seed for name, launch, seed in bench.asked if (name, launch) == (A.id, 0)]
     assert seeds_of_a[1:] == seeds(6)
+
+
+def test_a_launch_that_is_not_settled_has_further_cycles_of_all_slots():
+    """The second launch settles after 4 rounds, the third never."""
+
+    def settled(measurements: Measurements, launch: int, slots: Sequence[Slot]) -> bool:
+        (rounds,) = {len(measurements.by_name[slot.name].launches[launch].rounds) for slot in slots}  # whole cycles
+        return rounds >= (2, 4, 100)[launch]
+
+    bench = Bench(Plan(THREE, launches=3, rounds=2, loading="all", most_rounds=5), settled=settled)
+    measurements = bench.run()
+    for slot in THREE:
+        launches = measurements.by_name[slot.name].ordered_launches()
+        assert [len(launch.rounds) for launch in launches] == [2, 4, 5]
+        assert [round_["seed"] for round_ in launches[2].rounds] == seeds(5)
 
 
 def test_a_resumed_launch_catches_up_before_rounds_alternate_again():

@@ -97,13 +97,14 @@ def test_a_battery_is_measured_and_resumed(tmp_path, monkeypatch, machine, capsy
     path = tmp_path / "battery.json"
 
     def battery(sessions: int) -> int:
-        arguments = ["--launches", "6", "--rounds", "4", "--sessions", str(sessions), "--interference", "wander"]
+        arguments = ["--launches", "6", "--sessions", str(sessions), "--interference", "wander"]
         return main(["battery", "--output", str(path), *arguments])
 
     assert battery(1) == 0
     assert "1/1: A/A SAME" in capsys.readouterr().out
     first = json.loads(path.read_text(encoding="utf-8"))
     assert list(first["sessions"][0]["rounds"]) == ["plain", "aa", "slow5", "slow3", "control"]
+    assert (first["rounds"], first["most_rounds"]) == (8, 24)  # as the gate
     assert battery(2) == 0
     out = capsys.readouterr().out
     assert "1/2" not in out and "2/2: A/A SAME" in out
