@@ -25,8 +25,8 @@ LEVEL = 0.05
 LOOK_LEVEL = 0.018
 TRIM = 0.25  # share of the pairs of a launch left out at each end
 ROUNDS, MOST_ROUNDS = 8, 24  # of a launch on a CPU
-# Standard error of the effect of a launch below which its rounds end: less than the deviation between launches of a quiet
-# machine, 2.1 %, so that rounds are added only where they are the larger part of the noise.
+# Standard error of the effect of a launch at which its rounds end: less than the deviation of launches apart from the noise
+# of their rounds, 2.1 % on a quiet machine (docs/statistics.md), so that rounds are added only where they are most of the noise.
 SETTLED = 0.015
 MIN_LAUNCHES = 2
 MOST_LAUNCHES = 1000
@@ -41,12 +41,17 @@ def launch_effects(head: Rounds, base: Rounds) -> list[float]:
     """
     effects = []
     for ours, theirs in zip(head, base):
-        if not all(0 < seconds < math.inf for seconds in (*ours, *theirs)):
-            raise ValueError("durations must be positive and finite")
-        pairs = [math.log(a / b) for a, b in zip(ours, theirs)]
+        pairs = log_ratios(ours, theirs)
         if pairs:
             effects.append(trimmed_mean(pairs))
     return effects
+
+
+def log_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Log ratio ours / theirs of each cycle of one launch. Raises ValueError for seconds that are not positive."""
+    if not all(0 < seconds < math.inf for seconds in (*ours, *theirs)):
+        raise ValueError("durations must be positive and finite")
+    return [math.log(a / b) for a, b in zip(ours, theirs)]
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
@@ -66,10 +71,11 @@ def trimmed_error(values: Sequence[float]) -> float:
 def is_settled(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> bool:
     """Whether the rounds of one launch, in seconds by cycle of both sides of each comparison, are enough.
 
-    They are if the root mean square of the effects' standard errors is at most SETTLED, or where no comparison has 2 rounds.
+    They are if the root mean square of the effects' estimated standard errors is at most SETTLED, or without a comparison.
+    The mean of all comparisons does not grow with their number, as the largest error would.
     """
-    logs = ([math.log(a / b) for a, b in zip(*sides)] for sides in pairs)
-    squares = [trimmed_error(each) ** 2 for each in logs if len(each) > 1]
+    logs = [log_ratios(*sides) for sides in pairs]
+    squares = [trimmed_error(each) ** 2 if len(each) > 1 else math.inf for each in logs]
     return not squares or statistics.fmean(squares) <= SETTLED**2
 
 

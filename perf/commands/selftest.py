@@ -257,7 +257,10 @@ def report(sessions: list[dict], looks: tuple[int, ...], slowdowns: Sequence[flo
     times = [session["seconds"] for session in sessions if session.get("seconds")]
     if times:
         print(f"{statistics.median(times):.0f} s a session in the median, {max(times):.0f} s at most")
-        alone = [seconds for session in sessions for seconds in _comparison_seconds(session, looks)]
+    alone = [
+        seconds for session in sessions if session.get("seconds") for seconds in _comparison_seconds(session, looks)
+    ]
+    if alone:
         print(f"about {statistics.median(alone):.0f} s a comparison in the median, {max(alone):.0f} s at most")
     failed = alarms > max(1, MOST_ALARMS * count) or invalid > max(1, MOST_INVALID * count)
     return ExitCode.FAILED if failed or detected[0] < LEAST_DETECTED * count else ExitCode.OK
@@ -269,7 +272,8 @@ def _comparison_seconds(session: dict, looks: tuple[int, ...]) -> Iterator[float
     A label whose comparison is decided has no rounds in further launches.
     """
     rounds = session["rounds"]
-    launch = session["seconds"] / sum(map(bool, itertools.chain.from_iterable(rounds.values())))
+    made = sum(map(bool, itertools.chain.from_iterable(rounds.values())))
     for label in rounds.keys() - {"plain", CONTROL}:
         decision, _ = decide_looks(launch_effects(rounds[label], rounds["plain"]), MARGIN_FLOOR, looks)
-        yield 3 * launch * (decision.launches or 0)
+        if decision.launches:
+            yield 3 * session["seconds"] / made * decision.launches

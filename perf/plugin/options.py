@@ -156,7 +156,9 @@ def add_options(parser) -> None:
     add = parser.getgroup("perf", "how to measure").addoption
     help = "fresh processes per configuration (CPU: 4, GPU: 10, pairs: 8, and up to 24 while they are undecided)"
     add("--perf-launches", type=_count, metavar="L", help=help)
-    help = "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 4, pairs on a CPU: 8, and up to 24 while they are noisy)"
+    help = (
+        "timed rounds per launch, after a warm-up round (GPU: 2, CPU: 4, pairs on a CPU: 8, and up to 24 where noisy)"
+    )
     add("--perf-rounds", type=_count, metavar="R", help=help)
     help = "what is loaded together, so that its rounds alternate (default: as much as an estimate of memory allows)"
     add("--perf-loading", choices=tuple(DESCRIPTIONS), help=help)
@@ -281,9 +283,10 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     looks = looks_of(option("perf_launches"), paired and isolated)
     launches = looks[0] if looks else 10 if device == "cuda" else 4
     launches = option("perf_launches") or (launches if isolated else 1)
-    rounds, most_rounds = rounds_of(option("perf_rounds") or (None if isolated else 5), device, paired)
+    rounds = option("perf_rounds") or (None if isolated else 5)
     if disabled(config):
         launches = rounds = 1
+    rounds, most_rounds = rounds_of(rounds, device, paired)
     cache, trace = option("perf_compile_cache"), option("perf_trace")
     return Settings(
         device=device,

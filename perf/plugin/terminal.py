@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator
 
@@ -266,9 +267,9 @@ def _protocol(session: Session) -> str:
         processes = "one process: launch variance is not in the interval"
     drift = session.measurements.drift()
     reference = "" if drift is None else f", reference workload drift {100 * drift:.1f} %"
-    measured = [one.ordered_launches() for one in session.measurements.by_name.values()]
-    launches = counted_range(map(len, measured), "launch", "launches")
-    rounds = counted_range((len(launch.rounds) for one in measured for launch in one), "round")
+    made = [measured.ordered_launches() for measured in session.measurements.by_name.values()]
+    launches = counted_range(map(len, made), "launch", "launches")
+    rounds = counted_range((len(launch.valid()) for launch in itertools.chain.from_iterable(made)), "round")
     control = ""
     if session.control is not None and session.control.ratio is not None:
         control = f", control arm {percent(session.control.ratio.estimate):+.1f} %"

@@ -250,18 +250,16 @@ def asked(last: SavedSession, results: Sequence[Result], sessions: int) -> list[
         last.machine,
         f"torch {last.torch}",
         counted(len(members), "configuration"),
-        _launches(members, last.rounds),
+        _launches(members) if last.rounds else "",
         f"compared with {', '.join(against[:3])}" if against else "compared with nothing",
         f"{sessions} sessions in this report" if sessions > 1 else "",
     ]
     return [part for part in parts if part]
 
 
-def _launches(members: Sequence[Result], rounds: int | None) -> str:
+def _launches(members: Sequence[Result]) -> str:
     """The launches and valid rounds really made, which pairs may have more of than requested."""
     made = [result.benchmark.launches for result in members]
-    if not made or rounds is None:
-        return ""
     timed = (len(launch) for launches in made for launch in launches)
     return f"{counted_range(map(len, made), 'launch', 'launches')} of {counted_range(timed, 'round')}"
 

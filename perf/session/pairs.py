@@ -94,7 +94,7 @@ class Judge:
             sides.append((self.plan.control.name, self.plan.control.configuration.id))
         alternating = {slot.name: measurements.by_name[slot.name] for slot in slots}
         measured = [[alternating[name] for name in pair] for pair in sides if alternating.keys() >= set(pair)]
-        return is_settled([launch_rounds(*pair, launch) for pair in measured if not any(one.failure for one in pair)])
+        return is_settled([launch_rounds(*pair, launch) for pair in measured if not any(side.failure for side in pair)])
 
     def invalid(self, measurements: Measurements) -> str | None:
         """Why no comparison of the session is valid, as a reason code with its detail, or None."""
@@ -145,7 +145,7 @@ def looks_of(launches: int | None, paired: bool) -> tuple[int, ...]:
 
 
 def rounds_of(rounds: int | None, device: str, paired: bool) -> tuple[int, int]:
-    """(rounds of a launch, most rounds while they are noisy, or 0), unless a number of rounds is requested."""
+    """(rounds of a launch, most rounds of one that they do not settle, or 0). rounds: a requested number, which is exact."""
     if rounds is not None:
         return rounds, 0
     if device == "cuda":

@@ -80,16 +80,16 @@ class SessionProgress:
         self.pending.pop((launch, slot.name, round_number), None)
         if round_number not in (None, WARM_UP_ROUND):
             self.timed.setdefault(slot.name, Counter())[launch] += 1
-        if launch != self.launch:  # what is left of earlier launches was measured before an interruption, or failed
+        begins, self.launch = launch != self.launch, launch
+        if begins:  # what is left of earlier launches was measured before an interruption, or failed
             self.pending = {step: None for step in self.pending if step[0] >= launch}
         seconds = self.seconds_left()
         left = "" if seconds is None else f"about {_minutes(seconds)} left"
         if self.console.is_terminal:
             completed = self.total - len(self.pending) - 1
             self.bar.update(self.task, description=slot.name, total=self.total, completed=completed, left=left)
-        elif launch != self.launch:
+        elif begins:
             self.log(f"perf: launch {launch + 1}" + (f", {left}" if left else ""))
-        self.launch = launch
 
     def _kind(self, launch: int, name: str, round_number: int | None) -> str:
         if round_number is None:

@@ -66,25 +66,17 @@ class Runner:
     def run(self, measurements: Measurements, first: int = 0, last: int | None = None) -> None:
         """Measure the missing rounds of the launches from `first` up to, but without, `last` (default: all)."""
         for launch, slots in self.plan.turns(first, last):
-            ended = functools.partial(self._ended, measurements, launch, slots)
-            if ended():
-                continue
-            incomplete = [measurements.by_name[slot.name] for slot in slots]
-            incomplete = [measured for measured in incomplete if not self._complete(launch, measured)]
+            incomplete = functools.partial(self._incomplete, measurements, launch, slots)
             with contextlib.ExitStack() as stack:
-                self._run_together(launch, incomplete, ended, stack)
+                self._run_together(launch, incomplete, stack)
 
     def _run_together(
-        self,
-        launch: int,
-        incomplete: Sequence[SlotMeasurements],
-        ended: Callable[[], bool],
-        stack: contextlib.ExitStack,
+        self, launch: int, incomplete: Callable[[], Sequence[SlotMeasurements]], stack: contextlib.ExitStack
     ) -> None:
-        """Load all slots, then run their rounds cycle by cycle until they have ended; a failed slot leaves the others."""
+        """Load all slots, then run cycles until no slot needs a round; a failed slot leaves the others."""
         opened = [
             (measured, stack.enter_context(contextlib.closing(self._launch(launch, measured))))
-            for measured in incomplete
+            for measured in incomplete()
         ]
         running: list[tuple[SlotMeasurements, Iterator[None]]] = []
         for group in self._loading_groups(launch, opened):
@@ -92,7 +84,7 @@ class Runner:
             running += [pair for pair in loading if self._advance(launch, *pair)]
         running = [pair for pair in running if self._advance(launch, *pair)]  # one warms up at a time
         for cycle in range(self.plan.cycles):
-            if cycle >= self.plan.rounds and ended():
+            if cycle >= self.plan.rounds and not incomplete():
                 return
             for measured, rounds in self.plan.shuffled(running, launch, cycle):
                 # A retry of an invalid round stays within its cycle, and so does what a resumed launch lacks.
@@ -117,16 +109,20 @@ class Runner:
         if group:
             yield group
 
-    def _ended(self, measurements: Measurements, launch: int, slots: Sequence[Slot]) -> bool:
-        """Whether a launch has its planned rounds, and has settled after a whole cycle: so a resumed session ends alike."""
-        measured = [measurements.by_name[slot.name] for slot in slots]
-        cycles = {each.next_round(launch)[0] for each in measured if each.failure is None}
-        if len(cycles) == 1 and min(cycles) >= self.plan.rounds:
-            return self.settled(measurements, launch, slots)
-        return not cycles
+    def _incomplete(self, measurements: Measurements, launch: int, slots: Sequence[Slot]) -> list[SlotMeasurements]:
+        """The slots that need rounds in this launch.
 
-    def _complete(self, launch: int, measured: SlotMeasurements) -> bool:
-        return measured.failure is not None or measured.next_round(launch)[0] >= self.plan.cycles
+        A launch that another one follows was settled when that began: what is known of its slots since then, such as a
+        failure, must not add rounds of new processes to it.
+        """
+        group = [measurements.by_name[slot.name] for slot in slots]
+        running = [measured for measured in group if measured.failure is None]
+        made = {measured.slot.name: measured.next_round(launch)[0] for measured in running}
+        followed = any(max(measured.launches, default=0) > launch for measured in group)
+        whole = len(set(made.values())) == 1 and min(made.values()) >= self.plan.rounds
+        settled = followed or (whole and self.settled(measurements, launch, slots))
+        rounds = self.plan.rounds if settled else self.plan.cycles
+        return [measured for measured in running if made[measured.slot.name] < rounds]
 
     def _advance(self, launch: int, measured: SlotMeasurements, rounds: Iterator[None]) -> bool:
         """Run the next step of a launch; False once it has ended."""
@@ -166,7 +162,7 @@ class Runner:
             if self.counting and launch == 0 and measured.counts is None:
                 counts = worker.ask("count", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
                 self._record("counts", measured, launch, {"answer": counts})
-            while not self._complete(launch, measured):
+            while measured.failure is None and measured.next_round(launch)[0] < self.plan.cycles:
                 yield
                 number, attempt = measured.next_round(launch)
                 self.progress(launch, slot, number)

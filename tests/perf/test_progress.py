@@ -84,6 +84,7 @@ def test_further_rounds_of_earlier_launches_are_expected_in_later_ones():
         watched.step(0, A, number, 11.0 + number)
     left = watched.step(1, A, None, 17.0)
     assert left == pytest.approx(2 * (10 + 1 + 6 * 1))
+    assert watched.lines[-1] == "perf: launch 2, about 34 s left"
     watched.step(1, A, WARM_UP_ROUND, 27.0)
     for number in range(2):
         watched.step(1, A, number, 28.0 + number)

@@ -36,7 +36,10 @@ def test_resumed_sessions_measure_the_same_as_uninterrupted_ones(case):
     settled = Judge(plan, pairs_of(plan, "aa", lambda id: "itself"), 0.01).settled
     make = partial(Bench, plan, script, bad=bad, settled=settled)
     whole = make()
-    expected = result(whole.run())
+    measurements = whole.run()
+    expected = result(measurements)
+    most = max(len(launch.rounds) for launch in measurements.by_name[A.id].ordered_launches())
+    assert most > plan.rounds if plan.most_rounds else most == plan.rounds
     assert result(Measurements(plan, whole.events)) == expected
     again = make(events=whole.events)
     again.run()
@@ -54,6 +57,30 @@ def test_resumed_sessions_measure_the_same_as_uninterrupted_ones(case):
                 pass
             events = bench.events
         assert result(measurements) == expected, f"seed {seed}"
+
+
+def test_a_launch_that_another_follows_gets_no_rounds_of_new_processes():
+    """Whatever is known of its slots by then: they may have failed, or have been decided."""
+    plan = Plan((Slot(A), Slot(A, "aa")), launches=3, rounds=2, loading="all", most_rounds=4)
+    whole = Bench(plan)
+    whole.run()
+    resumed = Bench(plan, events=whole.events, settled=lambda measurements, launch, slots: False)
+    measurements = resumed.run()
+    assert {launch for launch, _ in resumed.turns} == {2}
+    assert [len(launch.rounds) for launch in measurements.by_name[A.id].ordered_launches()] == [2, 2, 4]
+
+
+def test_rounds_settle_the_pairs_and_the_control_arm_that_alternate(monkeypatch):
+    slots = (Slot(A), Slot(A, "base"), Slot(A, CONTROL), Slot(B), Slot(B, "base"))
+    plan, asked = Plan(slots, launches=1, rounds=3, loading="all"), []
+    bench = Bench(plan, errors={(f"{B.id}@base", 0): ("round", "died")})
+    measurements = bench.run()
+    monkeypatch.setattr("perf.session.pairs.is_settled", lambda sides: asked.append(len(sides)) or asked)
+    judge = Judge(plan, pairs_of(plan, "base", lambda id: "v1"), 0.01)
+    assert judge.settled(measurements, 0, slots) is asked  # not the pair that failed
+    judge.settled(measurements, 0, slots[:2])
+    judge.settled(measurements, 0, slots[:1])
+    assert asked == [2, 1, 0]
 
 
 def test_further_launches_are_those_of_undecided_pairs_and_the_control_arm():
@@ -99,6 +126,7 @@ def test_different_plans_have_different_dicts():
         Plan(THREE, 3, 1),
         Plan(THREE, 2, 2),
         Plan(THREE, 2, 1, looks=(2, 4)),
+        Plan(THREE, 2, 1, most_rounds=2),
         Plan((*THREE[:2], Slot(C, "aa")), 2, 1),
         Plan((Slot(same_name), *THREE[1:]), 2, 1),
     ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import random
+import statistics
 import time
 
 import pytest
 from inner_session import machine_fixture  # noqa: F401
 
 from perf.__main__ import main
-from perf.analysis.paired import LOOKS
+from perf.analysis.paired import LOOKS, launch_effects
 from perf.analysis.statistics import MARGIN_FLOOR
 from perf.analysis.verdicts import ExitCode, Verdict
 from perf.commands import interference, selftest, simulate
@@ -112,6 +114,24 @@ def test_a_battery_is_measured_and_resumed(tmp_path, monkeypatch, machine, capsy
     assert json.loads(path.read_text(encoding="utf-8"))["sessions"][0] == first["sessions"][0]
 
 
+def test_a_battery_on_a_noisy_machine_has_more_rounds_as_the_gate(tmp_path, monkeypatch, machine):
+    monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
+    monkeypatch.setattr(selftest, "open_visible_device", lambda: NoTelemetry("a test"))
+    monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
+    machine.noise, path = 0.06, tmp_path / "battery.json"
+    main(["battery", "--output", str(path), "--launches", "3", "--sessions", "1"])
+    rounds = json.loads(path.read_text(encoding="utf-8"))["sessions"][0]["rounds"]
+    assert 8 < max(map(len, rounds["plain"])) <= 24
+
+
+def test_a_decided_label_has_no_seconds_in_further_launches(draw):
+    session = _session(draw, 0.002, 0.05)
+    session["rounds"]["slow5"] = [*session["rounds"]["slow5"][:5], *([] for _ in range(5))]
+    assert list(selftest._comparison_seconds(session, (5, 10))) == pytest.approx([3 * 5 * 100.0 / 25] * 2)
+    session["rounds"] = {label: [[]] for label in session["rounds"]}
+    assert list(selftest._comparison_seconds(session, TEN)) == []
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["battery", "--output", str(tmp_path / "file" / "battery.json")]) == ExitCode.REFUSED
@@ -183,3 +203,17 @@ def test_docs_state_the_simulated_rates(path, capsys):
     out = capsys.readouterr().out
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert out.strip().replace("\n", "\n    ") in text, out
+
+
+def test_docs_state_the_deviation_between_launches_without_the_noise_of_rounds():
+    """The covariance of the effects of even and odd rounds, of both sides' launches in the idle sessions."""
+    products = []
+    for session in json.loads(BATTERY.read_text(encoding="utf-8"))["sessions"]:
+        for label in ("aa", "slow5"):
+            pairs = list(zip(session["rounds"][label], session["rounds"]["plain"]))
+            halves = [launch_effects(*zip(*((ours[i::2], theirs[i::2]) for ours, theirs in pairs))) for i in (0, 1)]
+            even, odd = ([effect - statistics.fmean(half) for effect in half] for half in halves)
+            products += map(operator.mul, even, odd)
+    between = math.sqrt(statistics.fmean(products))
+    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    assert f"standard deviation of {100 * between:.1f} % without the noise of their rounds" in text
