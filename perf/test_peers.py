@@ -77,8 +77,8 @@ def optimisations(side: str) -> Optimisations:
         return Optimisations()
     if side == "sd-fast-int8":
         return parse("fast,bf16,int8", CPU)
-    fast = Optimisations.fast(CPU)
-    return replace(fast, precision="bf16" if side.endswith("bf16") else "full", compile_autoencoder=fast.compile)
+    fast = parse("fast,bf16" if side.endswith("bf16") else "fast,full", CPU)
+    return replace(fast, compile_autoencoder=fast.compile)
 
 
 def diffusers_unet(unet: UNet):

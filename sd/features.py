@@ -117,6 +117,11 @@ FEATURES = {
         "def reduction_split_factor" in _source("_inductor/choices.py"),
         "torch >= 2.6",
     ),
+    "avx512_attention": Feature(
+        "operators of our own, and a check for avx512_bf16",
+        hasattr(library, "register_fake") and hasattr(getattr(torch, "cpu", None), "_is_avx512_bf16_supported"),
+        "torch >= 2.5",
+    ),
     "packed": Feature(
         "oneDNN's operators for packed weights",
         torch.backends.mkldnn.is_available()
@@ -140,14 +145,18 @@ def computes_slowly(dtype: torch.dtype) -> bool:
     return supported is not None and not supported()
 
 
+def processor_has(instructions: str) -> bool:
+    """Whether the processor has `avx512_bf16` or `amx_tile`; False where this torch cannot tell."""
+    return bool(getattr(getattr(torch, "cpu", None), f"_is_{instructions}_supported", bool)())
+
+
 @functools.cache
 def bf16_beats_fp32() -> bool:
     """Whether this processor multiplies bf16 matrices much faster than fp32: it has the instructions, and a probe of 10 ms.
 
     Capability bits alone do not decide: a processor with avx512_bf16 was seen to need twice the time of fp32.
     """
-    bits = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if not any(getattr(getattr(torch, "cpu", None), name, bool)() for name in bits):
+    if not (processor_has("avx512_bf16") or processor_has("amx_tile")):
         return False
 
     def seconds(dtype: torch.dtype) -> float:

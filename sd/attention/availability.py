@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from sd.attention import avx512
 from sd.attention.functions import CHOICES, Attention, allowed_kernels
 from sd.choices import ATTENTION, ATTENTION_WITH_KERNELS, SDPA_KERNELS
 from sd.errors import Unavailable
@@ -27,6 +28,8 @@ def _missing_requirement(attention: Attention, device: torch.device) -> str | No
             return f"the package xformers is not installed or does not import ({error})"
     if attention.implementation == "sdpa" and not has("sdpa"):
         return missing("sdpa")
+    if attention.avx512:
+        return avx512.unavailable_reason(device)
     if attention.implementation not in ATTENTION_WITH_KERNELS or not attention.restricted:
         return None
     if not has("sdpa"):
@@ -107,6 +110,7 @@ def check(
         if reason:
             usable = [name for name in ATTENTION if not unavailable_reason(Attention(name), *arguments)]
             kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
+            kernels = " with avx512_attention" if attention.avx512 else kernels
             raise Unavailable(
                 f"attention {attention.implementation}{kernels} cannot run here: {reason}. "
                 f"Available here: {', '.join(usable)}"
@@ -120,7 +124,7 @@ def for_head_dim(attention: Attention, device: torch.device | str, dtype: torch.
     """
     candidates = [attention]
     if has("sdpa") and attention.implementation != "original":
-        candidates += [replace(attention, implementation="sdpa", kernels=SDPA_KERNELS)]
+        candidates += [replace(attention, implementation="sdpa", kernels=SDPA_KERNELS, avx512=False)]
     candidates += [Attention("original")]
     return next(choice for choice in candidates if not unavailable_reason(choice, device, dtype, head_dim))
 
@@ -129,6 +133,8 @@ def labels(choice: Attention) -> tuple[str, str]:
     """Implementation and kernel of an entry of CHOICES, as the tables print them."""
     if choice.implementation not in ATTENTION_WITH_KERNELS:
         return choice.implementation, "-"
+    if choice.avx512:
+        return choice.implementation, "avx512 in bf16"
     return choice.implementation, choice.kernels[0] if choice.restricted else "any"
 
 
@@ -136,9 +142,10 @@ def availability_table(device: torch.device | str, dtype: torch.dtype) -> list[t
     """Rows (implementation, kernel, "usable" or the reason) of CHOICES, at the head sizes of the UNet and the VAE."""
     rows = []
     for choice in CHOICES.values():
-        status = unavailable_reason(choice, device, dtype)
+        own = torch.bfloat16 if choice.avx512 else dtype
+        status = unavailable_reason(choice, device, own)
         if status is None:
-            unsupported = [str(size) for size in HEAD_DIMS if unavailable_reason(choice, device, dtype, size)]
+            unsupported = [str(size) for size in HEAD_DIMS if unavailable_reason(choice, device, own, size)]
             status = "usable" + (f", but not with head size {', '.join(unsupported)}" if unsupported else "")
         rows.append((*labels(choice), status))
     return rows

@@ -27,6 +27,8 @@ A1111_SAMPLERS = {
     "euler_ancestral": "Euler a",
     "heun": "Heun",
 }
+# Fields of Optimisations that a PNG records by themselves, apart from `optimisations`.
+OWN_KEYS = ("attention", "sdpa_kernels", "attention_precision", "precision", "compile")
 SAMPLING = ("--sampler", "--timestep-spacing", "--sigmas")
 UNSCHEDULED = ("ddim", "plms")  # of which A1111 has no other timesteps and sigmas
 # Options of files that change the model, and their keys in our metadata.
@@ -190,7 +192,7 @@ def _techniques(optimisations: str) -> tuple[list[str], list[str]]:
     """Return the names for --optimise of recorded fields `name=value ...`, and a note for each field without a name."""
     techniques, notes = [], []
     recorded = dict(re.findall(r"(\w+)=(\(.*?\)|\S+)", optimisations))
-    known = {t: fields for t, fields in TECHNIQUES.items() if fields.keys() <= recorded.keys()}
+    known = {t: fields for t, fields in TECHNIQUES.items() if fields.keys() - {*OWN_KEYS} <= recorded.keys()}
     for name, value in recorded.items():
         values = re.findall(r"'(\w+)'", value) if value.startswith("(") else [value]
         for single in values:

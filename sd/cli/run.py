@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sd.cli.arguments import RANDOM_SEED, check_latents, prompt_batches
-from sd.cli.metadata import FILES, a1111_parameters, files_of, warn_of_syntax
+from sd.cli.metadata import FILES, OWN_KEYS, a1111_parameters, files_of, warn_of_syntax
 from sd.cli.output import GridFile, OutputFolder
 from sd.cli.setup import setup
 from sd.config.presets import ScheduleConfig
@@ -152,11 +152,10 @@ class Command:
         attention = chosen.attention_choice()
         kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
         upcast = f" in {attention.precision}" if attention.implementation == "original" else ""
-        listed = ("attention", "sdpa_kernels", "attention_precision", "precision", "compile")  # under their own keys
         others = [
             f"{name}={Path(str(value)).name if name == 'aot' else value}"
             for name, value in chosen.changed().items()
-            if name not in listed
+            if name not in OWN_KEYS
         ]
         return {
             **{FILES[flag]: names for flag, names in files_of(self.args).items()},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd.attention import avx512
 from sd.attention.availability import check, for_head_dim
 from sd.attention.observation import ObservedCall
 from sd.errors import ConfigError, SDWarning, Unavailable
@@ -100,6 +101,9 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
             raise Unavailable(
                 f"packed: this processor has no instructions for {name}, as packed needs: leave one of the two out"
             )
+    reason = avx512.unavailable_reason(device) if optimisations.avx512_attention else None
+    if reason:
+        raise Unavailable(f"avx512_attention: {reason}: leave it out")
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_package_path(optimisations.aot)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sd.attention import avx512
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import (
     ATTENTION_PRECISIONS,
@@ -50,6 +51,8 @@ class Optimisations:
     (fp32 weights; fp16 on CUDA, bf16 on a CPU), `fp16` and `bf16` (half weights). tf32: fp32 matrix products and
     convolutions on a GPU round their inputs to TF32; without it both are IEEE fp32.
 
+    avx512_attention: on a CPU in bf16, the kernel of sd.attention.avx512 instead of those of `sdpa`.
+
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
     cache_time_embeddings: compute time embeddings and their projections for all timesteps once per run.
@@ -89,6 +92,7 @@ class Optimisations:
     cache_context_kv: bool = False
     cache_time_embeddings: bool = False
     packed: bool = False
+    avx512_attention: bool = False
     tf32: bool = False
     cudnn_benchmark: bool = False
     whole_norms: bool = False
@@ -109,7 +113,7 @@ class Optimisations:
             raise ConfigError(f"token_merging {self.token_merging}: must be in [0, {MAX_RATIO}]")
         if self.feature_caching < 1:
             raise ConfigError(f"feature_caching {self.feature_caching}: must be at least 1, which caches nothing")
-        self.attention_choice()  # validates its three fields
+        self.attention_choice()  # validates its fields
         for contradiction in self._contradictions():
             raise ConfigError(contradiction)
 
@@ -127,7 +131,12 @@ class Optimisations:
         if self.compile_backend in RUNTIMES:
             if self.compile_scope != "unet" or self.compile_text_encoder != "none":
                 yield f"{backend}: runs the UNet and the decoder; choose compile_scope unet and no compile_text_encoder"
-            excluded = {"packed": self.packed, "quantisation": quantised, "feature_caching": self.feature_caching > 1}
+            excluded = {
+                "packed": self.packed,
+                "avx512_attention": self.avx512_attention,
+                "quantisation": quantised,
+                "feature_caching": self.feature_caching > 1,
+            }
             for name in filter(excluded.get, excluded):
                 yield f"{backend}: with {name} is not offered; leave it out"
             if self.precision == "autocast":
@@ -161,6 +170,10 @@ class Optimisations:
             self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor
         ):
             yield "packed: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
+        if self.avx512_attention and self.precision != "bf16":
+            yield f"avx512_attention: computes in bf16, and precision is {self.precision}; choose bf16, or leave it out"
+        if self.avx512_attention and self.aot is not None:
+            yield "avx512_attention: a package of aot cannot contain it; leave one of the two out"
         if self.original_steps:
             for name in self._chosen("cache_context_kv", "cache_time_embeddings"):
                 yield f"{name}: original_steps recomputes it at every step; choose one of the two"
@@ -208,8 +221,10 @@ class Optimisations:
             compiles = has("compile") and cpp_compiler() is not None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             packed = compiles and has("packed")
+            bf16 = packed and not narrow and bf16_beats_fp32()
             return cls(
-                precision="bf16" if packed and not narrow and bf16_beats_fp32() else "full",
+                precision="bf16" if bf16 else "full",
+                avx512_attention=bf16 and avx512.beats_sdpa(),
                 compile="default" if compiles else "none",
                 channels_last=compiles,
                 packed=packed,
@@ -231,8 +246,10 @@ class Optimisations:
         )
 
     def attention_choice(self) -> Attention:
-        """The three attention fields as an Attention."""
-        return Attention(self.attention, tuple(self.sdpa_kernels), self.attention_precision)
+        """The fields of attention as an Attention."""
+        return Attention(
+            self.attention, tuple(self.sdpa_kernels), self.attention_precision, avx512=self.avx512_attention
+        )
 
     def compilers(self) -> dict[str, Compiler]:
         """Compilers by network: `unet`, `autoencoder`, `text_encoder`, without those that are not compiled."""

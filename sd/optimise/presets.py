@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS, RUNTIMES
+from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS, RUNTIMES, SDPA_KERNELS
 from sd.errors import ConfigError
 from sd.features import computes_slowly
 from sd.optimise.compile import CUDA_GRAPH_MODES
@@ -18,6 +18,7 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
     **{name: {name: True} for name in ("tf32", "cudnn_benchmark", "channels_last", "fused_qkv", "fused_kv")},
     "packed": {"packed": True, "channels_last": True},
+    "avx512_attention": {"avx512_attention": True, "precision": "bf16", "attention": "sdpa"},
     "whole_norms": {"whole_norms": True},
     **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
     "compile": {"compile": "default"},
@@ -82,6 +83,14 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(fused_qkv=False, fused_kv=False, packed=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
         resets.update(packed=False)
+    other_kernels = tuple(fields.get("sdpa_kernels", SDPA_KERNELS)) != SDPA_KERNELS
+    if (
+        other_kernels
+        or fields.get("attention", "sdpa") != "sdpa"
+        or fields.get("precision", "bf16") != "bf16"
+        or fields.get("aot")
+    ):
+        resets.update(avx512_attention=False)
     if computes_slowly(WEIGHT_DTYPES[fields.get("precision", "full")]):
         resets.update(packed=False)
     networks = ("compile", "compile_autoencoder", "compile_text_encoder")
@@ -92,7 +101,7 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
     if "original_steps" in fields:
         resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
     if fields.get("compile_backend", "inductor") in RUNTIMES:
-        resets.update(packed=False)
+        resets.update(packed=False, avx512_attention=False)
         if fields["compile_backend"] == "onnxrt":
             resets.update(precision="full")
     records_graphs = fields.get("compile") in CUDA_GRAPH_MODES

@@ -92,6 +92,7 @@ def test_contents_of_the_wheel(built):
     expected = {
         *(path.relative_to(ROOT).as_posix() for folder in ("sd", "perf") for path in (ROOT / folder).rglob("*.py")),
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "sd" / "config").glob("*.yaml")),
+        *(path.relative_to(ROOT).as_posix() for path in (ROOT / "sd").rglob("*.cpp")),
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "perf" / "published").iterdir()),
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "perf" / "report").glob("page.*")),
         *("sd/py.typed", "perf/py.typed", "sd/tiny/tiny.safetensors", "sd/tiny/tiny-inpaint.safetensors"),

@@ -44,7 +44,9 @@ def tf32(allowed: bool):
 def optimisations(name: str, precision: str = "full") -> Optimisations:
     """The attention `name` of sd.attention.functions.CHOICES in that precision."""
     choice = CHOICES[name]
-    return Optimisations(choice.implementation, choice.kernels, precision=precision)
+    if choice.avx512 and precision != "bf16":
+        pytest.skip("the AVX-512 kernel computes in bf16")
+    return Optimisations(choice.implementation, choice.kernels, precision=precision, avx512_attention=choice.avx512)
 
 
 def unet_output(model: StableDiffusion, seed: int, size: int, batch: int = 2):
@@ -77,6 +79,8 @@ def only_allowed_kernels(name: str, kernels: tuple[str, ...]) -> bool:
     `native_mha` is nn.MultiheadAttention's fused self-attention, which runs an allowed kernel, or on a CPU its own `math`.
     """
     choice = CHOICES[name]
+    if choice.avx512:
+        return kernels == ("avx512",)
     if choice.implementation == "original":
         return kernels == ("softmax",)
     if choice.implementation not in ("xformers", *ATTENTION_WITH_KERNELS):

@@ -3,7 +3,8 @@
 python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour
 python tests/helpers/peers_table.py "sd2 and threads1"  full size; any expression of pytest's -k
 python tests/helpers/peers_table.py --from run.json     print the table of a saved run of perf/test_peers.py
-python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on --threads threads
+python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on --threads threads,
+                                                        in --precision bf16 or full
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PROFILED = 5  # calls
 KINDS = {  # patterns of torch.profiler's names
     "convolution_pointwise|mkldnn_convolution|slow_conv2d": "convolutions",
     "linear_pointwise|addmm|aten::mm": "linear layers",
-    "scaled_dot_product": "attention",
+    "scaled_dot_product|avx512_attention": "attention",
     "cpp_fused": "generated kernels",
     "Dynamo Cache Lookup": "guards of Dynamo",
 }
@@ -73,7 +74,7 @@ def table(run: dict) -> list[str]:
     return lines[1:]
 
 
-def profile(name: str, threads: int) -> list[str]:
+def profile(name: str, threads: int, precision: str) -> list[str]:
     """Lines of Markdown: milliseconds by operation of a call of `sd-fast`, by torch.profiler, and of OpenVINO, by its counters.
 
     Both slow the call down a little. The host's part of `sd-fast` is what no operation accounts for.
@@ -83,6 +84,7 @@ def profile(name: str, threads: int) -> list[str]:
 
     from perf.test_peers import TASKS, optimisations, own_network
 
+    suffix = "" if precision == "full" else f"-{precision}"
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     task = TASKS[name]
@@ -98,10 +100,12 @@ def profile(name: str, threads: int) -> list[str]:
 
     openvino.Core = Counting
     with torch.no_grad():
-        peer = task.ours(own_network(network, "openvino"), optimisations("openvino"), inputs)
+        side = "openvino" + suffix
+        peer = task.ours(own_network(network, side), optimisations(side), inputs)
         # Set before compilation: each generated kernel then appears in the profile.
         torch._inductor.config.cpp.enable_kernel_profile = True
-        ours = task.ours(own_network(network, "sd-fast"), optimisations("sd-fast"), inputs)
+        side = "sd-fast" + suffix
+        ours = task.ours(own_network(network, side), optimisations(side), inputs)
         for call in (ours, peer):
             for _ in range(PROFILED):
                 call()
@@ -122,7 +126,7 @@ def profile(name: str, threads: int) -> list[str]:
         theirs[node.node_type] += node.real_time.total_seconds() * 1e3
         nodes[node.node_type] += node.real_time.total_seconds() > 0
     lines = []
-    for side, times, counts in (("sd-fast", by_kind, calls), ("openvino", theirs, nodes)):
+    for side, times, counts in (("sd-fast" + suffix, by_kind, calls), ("openvino" + suffix, theirs, nodes)):
         lines += ["", f"| {name}, `{side}` | ms | calls |", "|---|---|---|"]
         rows = [(kind, ms) for kind, ms in times.most_common() if ms >= 0.01 * times.total()]
         lines += [f"| {kind} | {ms:.2f} | {counts[kind] or ''} |" for kind, ms in rows]
@@ -137,9 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="run", type=Path, metavar="RUN.json", help="print the table of a saved run")
     parser.add_argument("--profile", metavar="CASE", help="print the time by operation of a case")
     parser.add_argument("--threads", type=int, default=1, help="of --profile (default: 1)")
+    parser.add_argument("--precision", choices=("full", "bf16"), default="full", help="of --profile (default: full)")
     arguments = parser.parse_args(argv)
     if arguments.profile:
-        print(versions(), *profile(arguments.profile, arguments.threads), sep="\n")
+        print(versions(), *profile(arguments.profile, arguments.threads, arguments.precision), sep="\n")
         return 0
     if arguments.run:
         print(*table(json.loads(arguments.run.read_text(encoding="utf-8"))), sep="\n")

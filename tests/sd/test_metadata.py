@@ -139,6 +139,12 @@ def test_a1111_text_is_read(calls, capsys):
     ]
 
 
+def test_techniques_with_fields_that_are_recorded_by_themselves():
+    """As `avx512_attention`, whose precision and attention have keys of their own."""
+    techniques, notes = metadata._techniques("channels_last=True packed=True avx512_attention=True token_merging=0.3")
+    assert set(techniques) == {"channels_last", "packed", "avx512_attention"} and notes == ["token_merging=0.3"]
+
+
 def test_written_parameters():
     text = {
         "prompt": "a, b",

@@ -31,10 +31,12 @@ EXACT = {
 RESET = {
     **{name: {"fused_qkv", "packed"} for name in ("int8", "fp8")},
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step")},
-    "autocast": {"cuda_graph", "packed"},
+    "autocast": {"cuda_graph", "packed", "avx512_attention"},
+    "full": {"avx512_attention"},
     "freezing": {"packed"},
     "original_steps": {*CACHES, "cuda_graph"},
-    **{name: {"packed"} for name in ("fp16", "bf16") if computes_slowly(WEIGHT_DTYPES[name])},
+    **{name: {"packed"} for name in ("bf16", "avx512_attention") if computes_slowly(WEIGHT_DTYPES["bf16"])},
+    "fp16": {"avx512_attention", *({"packed"} if computes_slowly(WEIGHT_DTYPES["fp16"]) else set())},
 }
 # Relative error of a UNet call and of a run's latents in fp32 against `original`: only the order of sums differs.
 UNET_BOUND, LATENTS_BOUND = 1e-5, 1e-4
@@ -293,6 +295,10 @@ class TestOnAGPU:
         ({"feature_caching": 0}, "at least 1"),
         ({"token_merging": 0.9}, "must be in"),
         ({"quantisation": "int8", "fused_qkv": True}, "separate projections"),
+        ({"avx512_attention": True, "attention": "sdpa"}, "computes in bf16, and precision is full"),
+        ({"avx512_attention": True, "precision": "bf16", "attention": "original"}, "choose attention sdpa"),
+        ({"avx512_attention": True, "precision": "bf16", "sdpa_kernels": ("math",)}, "choose attention sdpa"),
+        ({"avx512_attention": True, "attention": "sdpa", "precision": "bf16", "aot": "unet.pt2"}, "aot"),
         ({"compile_scope": "model"}, "choose one of unet, blocks, step"),
         ({"cuda_graph": "vae"}, "choose one of none, unet, loop"),
     ],
