@@ -24,6 +24,7 @@ from perf.machine.nvml import NoTelemetry
 BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
 BURSTS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_bursts.json"
 WITH_LOOKS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_looks.json"
+SETTLED = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_settled.json"
 TEN = (10,)  # the launches of the stored batteries, a single look
 FIVE = (0.05,)
 
@@ -185,8 +186,8 @@ def test_interference_ends_with_its_context():
 
 @pytest.mark.parametrize(
     "path, looks, status",
-    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1)],
-    ids=["idle", "bursts", "looks"],
+    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1), (SETTLED, LOOKS, 0)],
+    ids=["idle", "bursts", "looks", "settled"],
 )
 def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys):
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -196,8 +197,34 @@ def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys
     assert out in text, out
 
 
+@pytest.mark.parametrize(
+    "path, looks, words",
+    [
+        (
+            BATTERY,
+            TEN,
+            "In {count} comparisons of a configuration with itself {alarms} was called slower or faster, and ",
+        ),
+        (BATTERY, TEN, "an injected slowdown of 5 % was detected in {found} of {count}. "),
+        (
+            WITH_LOOKS,
+            LOOKS,
+            "{alarms} was called slower or faster in {count}, and the slowdown was detected in {found} of ",
+        ),
+        (SETTLED, LOOKS, "the same noise gave {alarms} in {count}, and {found} of {count}"),
+    ],
+)
+def test_the_readme_states_the_same_counts(path, looks, words):
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    judged = [selftest.judge_session(session, looks, FIVE, MARGIN_FLOOR) for session in sessions]
+    alarms = sum(same.verdict in (Verdict.SLOWER, Verdict.FASTER) for same, _ in judged)
+    found = sum(slowed.verdict is Verdict.SLOWER for _, (slowed,) in judged)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert words.format(count=len(sessions), alarms=alarms or "none", found=found) in text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [BATTERY, BURSTS, WITH_LOOKS], ids=["idle", "bursts", "looks"])
+@pytest.mark.parametrize("path", [BATTERY, BURSTS, WITH_LOOKS, SETTLED], ids=["idle", "bursts", "looks", "settled"])
 def test_docs_state_the_simulated_rates(path, capsys):
     assert main(["battery", "--simulate", str(path)]) == 0
     out = capsys.readouterr().out
