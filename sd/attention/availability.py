@@ -134,7 +134,7 @@ def labels(choice: Attention) -> tuple[str, str]:
     if choice.implementation not in ATTENTION_WITH_KERNELS:
         return choice.implementation, "-"
     if choice.avx512:
-        return choice.implementation, "avx512 in bf16"
+        return choice.implementation, "avx512-bf16"
     return choice.implementation, choice.kernels[0] if choice.restricted else "any"
 
 

@@ -168,9 +168,9 @@ def test_the_compilers_error_is_a_reason(empty_cache, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.compile
 def test_compiled_networks_call_it():
-    """The image of the embedded model is that of its bf16 with PyTorch's kernels."""
+    """The latents of the embedded model are as near to those in fp32 as in bf16 with PyTorch's kernels."""
     latents = {}
-    for name in ("bf16,channels_last,compile", "bf16,channels_last,compile,avx512_attention"):
+    for name in ("bf16", "compile,avx512_attention"):
         model = StableDiffusion.tiny(optimisations=parse(name, "cpu"))
         for _ in range(2):  # the second is observed
             latents[name] = model.txt2img("a red star", steps=4, seed=1).latents
