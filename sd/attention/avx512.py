@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, library
 
 from sd.choices import cpp_compiler
+from sd.errors import SDWarning
 from sd.features import has, missing, processor_has
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -65,12 +67,18 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def beats_sdpa() -> bool:
-    """Whether `fast` uses it: it compiles here, and PyTorch's attention has no matrix instructions (AMX) to use instead."""
+    """Whether `fast` uses it: it compiles here, and PyTorch's attention has no matrix instructions (AMX) to use instead.
+
+    Warns where the kernel should run here and does not compile.
+    """
     if unavailable_reason(torch.device("cpu")) is not None or processor_has("amx_tile"):
         return False
     try:
         _kernel(64)
-    except RuntimeError:
+    except RuntimeError as error:
+        warnings.warn(
+            f"fast is without avx512_attention: {error}", SDWarning, stacklevel=1
+        )  # of one place, so shown once
         return False
     return True
 
@@ -140,6 +148,8 @@ def _cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError):  # the latter from a user without a home
         pass
+    problem = "no folder of this user's cache can hold the attention kernel, so every process compiles it"
+    warnings.warn(f"{problem}; name one in XDG_CACHE_HOME", SDWarning, stacklevel=1)
     temporary = tempfile.TemporaryDirectory(prefix="sd-attention-")
     atexit.register(temporary.cleanup)
     return Path(temporary.name)

@@ -92,11 +92,18 @@ def test_only_a_battery_with_the_same_options_is_resumed(tmp_path):
             selftest._earlier(path, header)
 
 
-def test_a_battery_is_measured_and_resumed(tmp_path, monkeypatch, machine, capsys):
-    """The code of the sessions on a synthetic machine; the arms slowed by 5 and 3 % are found in both sessions."""
+@pytest.fixture
+def battery_machine(tmp_path, monkeypatch, machine):
+    """The synthetic machine, on which `sd-perf battery` runs."""
     monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
     monkeypatch.setattr(selftest, "open_visible_device", lambda: NoTelemetry("a test"))
     monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
+    return machine
+
+
+@pytest.mark.usefixtures("battery_machine")
+def test_a_battery_is_measured_and_resumed(tmp_path, capsys):
+    """The code of the sessions on a synthetic machine; the arms slowed by 5 and 3 % are found in both sessions."""
     path = tmp_path / "battery.json"
 
     def battery(sessions: int) -> int:
@@ -115,11 +122,8 @@ def test_a_battery_is_measured_and_resumed(tmp_path, monkeypatch, machine, capsy
     assert json.loads(path.read_text(encoding="utf-8"))["sessions"][0] == first["sessions"][0]
 
 
-def test_a_battery_on_a_noisy_machine_has_more_rounds_as_the_gate(tmp_path, monkeypatch, machine):
-    monkeypatch.setattr("perf.session.workers.ProcessLaunch", machine)
-    monkeypatch.setattr(selftest, "open_visible_device", lambda: NoTelemetry("a test"))
-    monkeypatch.setattr("perf.session.lock.lock_folder", lambda: tmp_path / "locks")
-    machine.noise, path = 0.06, tmp_path / "battery.json"
+def test_a_battery_on_a_noisy_machine_has_more_rounds_as_the_gate(tmp_path, battery_machine):
+    battery_machine.noise, path = 0.06, tmp_path / "battery.json"
     main(["battery", "--output", str(path), "--launches", "3", "--sessions", "1"])
     rounds = json.loads(path.read_text(encoding="utf-8"))["sessions"][0]["rounds"]
     assert 8 < max(map(len, rounds["plain"])) <= 24
