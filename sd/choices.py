@@ -62,7 +62,7 @@ INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
     "freezing",
 )
 OPTIMISERS = ("auto", "fused", "foreach", "loop")  # implementations of AdamW
-CUDA_GRAPHS = ("none", "unet", "loop")
+CUDA_GRAPHS = ("none", "unet", "networks", "loop")
 
 OPTIMISE_PRESETS = ("none", "original", "fast")  # of --optimise
 QUANTISATIONS = ("none", "int8", "fp8")

@@ -1,6 +1,6 @@
 """Measure a borrowed GPU in parts of at most 9 minutes, each complete in itself.
 
-    python3 .github/scripts/gpu_session.py 1 --out DIR          part 1 of 5: DIR/part1.json, part1.tar.gz, part1-traces.tar.gz
+    python3 .github/scripts/gpu_session.py 1 --out DIR          part 1 of 6: DIR/part1.json, part1.tar.gz, part1-traces.tar.gz
     python3 .github/scripts/gpu_session.py rehearse --out DIR   all parts with the embedded model on a CPU and a fake NVML
 
 Each part may run on another machine, which has no network and nothing of an earlier part on its disk, and from which only
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -41,11 +43,12 @@ REQUIRED = ("pytest", "pytest_benchmark", "omegaconf", "open_clip", "psutil", "r
 
 @dataclass(frozen=True)
 class Step:
-    """One pytest run of a part. arguments: of pytest; measures: whether it is `pytest perf`."""
+    """One pytest run of a part. arguments: of pytest; measures: whether it is `pytest perf`; limit: in seconds."""
 
     name: str
     arguments: tuple[str, ...]
     measures: bool = True
+    limit: float = math.inf
 
 
 def _perf(name: str, *arguments: str) -> Step:
@@ -54,25 +57,31 @@ def _perf(name: str, *arguments: str) -> Step:
 
 FAST_AND_ORIGINAL = ("--model", "sd2", "--optimise", "original", "--optimise", "fast")
 HALF = ("--model", "sd2", "--precision", "fp16", "--optimise", "channels_last,cudnn_benchmark")
+# diffusers as most use it; its documented recipe, max-autotune, compiles longer than a part.
+PEERS = ("-m", "peers", "--model", "sd2", "-k", "fast or (diffusers and not xformers and not autotune)")
+CORRECTNESS = ("tests", "-m", "gpu and not slow", "-k", "not compile and not test_fast", "-rpf")
 TRACE = "{work}/traces"
 PARTS = {
     "1": (
-        Step("correctness", ("tests", "-m", "gpu and not slow", "-k", "not compile", "-rp"), measures=False),
+        # The tests of `fast` compile for minutes, and the parts that measure it check its images.
+        Step("correctness", CORRECTNESS, measures=False, limit=120.0),
         # One process measures every technique that needs no compiler, so that the first results come within minutes.
         _perf("ladder", "-m", "gpu_ladder", "--perf-inprocess"),
-        _perf("trace", *HALF, "--batch", "1", "--perf-inprocess", "--perf-trace", TRACE),
     ),
-    # Three launches, since the first one compiles for minutes; on the same machine again, this part has six.
+    # Few launches, since the first one compiles for minutes; on the same machine again, this part has more.
     "2": (
-        _perf("original-and-fast", *FAST_AND_ORIGINAL, "--batch", "1", "--perf-launches", "3", "--perf-trace", TRACE),
+        _perf("original-and-fast", *FAST_AND_ORIGINAL, "--batch", "1", "--perf-launches", "2", "--perf-rounds", "4"),
     ),
-    "3": (_perf("peers", "-m", "peers", "--model", "sd2", "--perf-launches", "3"),),
+    "3": (_perf("peers", *PEERS, "--perf-launches", "2", "--perf-rounds", "4"),),
     "4": (
-        _perf("batch-8", *FAST_AND_ORIGINAL, "--batch", "8", "--perf-launches", "2"),
+        _perf("trace", *HALF, "--optimise", "fast", "--batch", "1", "--perf-inprocess", "--perf-trace", TRACE),
+        _perf("batch-8", *FAST_AND_ORIGINAL, "--batch", "8", "--perf-launches", "1"),
+    ),
+    "5": (
         _perf("768", "--model", "sd2-v", "--optimise", "fast", "--batch", "1", "--perf-launches", "2"),
         _perf("sd1", "--model", "sd1", "--optimise", "fast", "--batch", "1", "--perf-launches", "2"),
     ),
-    "5": (_perf("published", "-m", "published", "--perf-launches", "2"),),
+    "6": (_perf("published", "-m", "published", "--perf-launches", "2"),),
 }
 # The embedded model on a CPU, in the place of a step's own.
 REHEARSAL = {"--model": "tiny", "--steps": "4", "--device": "cpu", "--perf-launches": "2"}
@@ -107,6 +116,8 @@ def command_of(step: Step, work: Path, rehearsal: bool) -> list[str]:
         arguments = [ON_A_CPU.get(argument, argument) if rehearsal else argument for argument in arguments]
         arguments += [f"--benchmark-storage=file://{work / 'runs'}", f"--benchmark-save={step.name}"]
         arguments += [f"--perf-compile-cache={Path(tempfile.gettempdir(), COMPILE_CACHE)}"]
+    elif importlib.util.find_spec("xdist") and not rehearsal:
+        arguments += ["-n", "8"]  # most of a test is its start
     return [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider"]
 
 
@@ -149,6 +160,7 @@ def run_part(part: str, out: Path, seconds: float, rehearsal: bool = False) -> l
             left = seconds - (time.monotonic() - begin) - GRACE_SECONDS - PACK_SECONDS
             if left <= 0:
                 break
+            left = min(left, step.limit)
             print(f"part {part}, {step.name}: at most {left:.0f} s", flush=True)
             started = time.monotonic()
             outcome.exit_code = run_step(command_of(step, work, rehearsal), work / "logs" / f"{step.name}.log", left)
@@ -233,8 +245,6 @@ def install(wheels: Path, target: Path) -> None:
 
 
 def _require_packages() -> None:
-    import importlib.util
-
     absent = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if absent:
         raise Refusal(

@@ -1,7 +1,7 @@
 """The reference workload of the machine's speed: fixed torch operations, timed after every round.
 
 It contains no code of the model. A change of its time between two sessions is a change of the machine, so the ratio of a
-round to its reference workload is comparable between days. It must never change; a new version gets a new NAME, which
+round to its reference workload is comparable between days. It must never change; a new version gets a new name, which
 starts a new series of baselines. The two functions below measure the device's peak rates.
 """
 
@@ -14,13 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAME = "gemm-conv-softmax-1"
 REPEATS = 3  # per round; the median counts
-SMALL_REPEATS = 250  # the operations on tiny tensors: dispatch cost, which changes apart from arithmetic
-# Shapes in SD's proportions: about 15 ms on one CPU core, about 5 ms on a large GPU.
+# Shapes in SD's proportions: about 15 ms on one CPU core and, by its rates, on a large GPU. small: repeats of the operations
+# on tiny tensors, whose cost is dispatch, which changes apart from arithmetic. A GPU has none: with 250 the workload took 13 to
+# 21 ms beside an H200 whose rounds of `fast` varied by 4 %, so that jitter of the host would have passed for drift of the GPU.
 SHAPES: dict[str, dict[str, Any]] = {
-    "cpu": {"dtype": torch.float32, "gemm": 512, "channels": 64, "cells": 32, "tokens": 512, "times": 2},
-    "cuda": {"dtype": torch.float16, "gemm": 4096, "channels": 320, "cells": 64, "tokens": 4096, "times": 8},
+    "cpu": {
+        "name": "gemm-conv-softmax-1",
+        "dtype": torch.float32,
+        "gemm": 512,
+        "channels": 64,
+        "cells": 32,
+        "tokens": 512,
+        "times": 2,
+        "small": 250,
+    },
+    "cuda": {
+        "name": "gemm-conv-softmax-2",
+        "dtype": torch.float16,
+        "gemm": 4096,
+        "channels": 320,
+        "cells": 64,
+        "tokens": 4096,
+        "times": 40,
+        "small": 0,
+    },
 }
 RATE_REPEATS = 6  # the first is a warm-up
 
@@ -40,7 +58,7 @@ class ReferenceWorkload:
         self.a, self.b = draw(side, side), draw(side, side)
         self.image, self.kernel = draw(2, channels, cells, cells), draw(channels, channels, 3, 3)
         self.scores = draw(8, tokens, tokens)
-        self.times = shapes["times"]
+        self.name, self.times, self.small_repeats = (shapes[name] for name in ("name", "times", "small"))
         self.small = draw(32, 32), draw(2, 8, 8, 8), draw(8, 8, 3, 3), draw(4, 16, 16)
 
     @torch.no_grad()
@@ -50,7 +68,7 @@ class ReferenceWorkload:
             F.conv2d(self.image, self.kernel, padding=1)
             torch.softmax(self.scores, dim=-1)
         a, image, kernel, scores = self.small
-        for _ in range(SMALL_REPEATS):
+        for _ in range(self.small_repeats):
             torch.mm(a, a)
             F.conv2d(image, kernel, padding=1)
             torch.softmax(scores, dim=-1)

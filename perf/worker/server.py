@@ -108,7 +108,7 @@ class Worker:
         return {
             "import_seconds": loading - begin,  # includes the start of the device
             "load_seconds": end - loading,
-            "anchor": reference_workload.NAME,
+            "anchor": self.reference_workload.name,
             "precision": self.engine.precision,
             "compiles": self.engine.compiles,
             "releases": self.engine.releases,

@@ -99,13 +99,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
+ALIGNMENT = 8  # elements: 16 bytes in half precision, 32 in fp32
+
+
 def _dense_heads(x: Tensor) -> Tensor:
-    """x [B, S, H, D], copied unless D has stride 1, which every fused kernel requires.
+    """x [B, S, H, D], copied unless D has stride 1 and the other strides are aligned, as the fused kernels require.
 
     The VAE's q, k and v come from convolutions and have another stride: without the copy PyTorch would fall back to `math`,
-    or raise where `math` is forbidden.
+    or raise where `math` is forbidden. A single token of them has stride 1 twice, which `mem_efficient` of a GPU refuses.
     """
-    return x if x.stride(-1) == 1 else x.contiguous()
+    aligned = all(stride % ALIGNMENT == 0 for stride in x.stride()[:-1]) or x.shape[-1] % ALIGNMENT
+    if x.stride(-1) == 1 and aligned:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps the strides of dimensions of size 1
 
 
 # The registry: one line and a name in sd.choices for each backend. `mha` is a module (sd.attention.modules.NativeAttention);

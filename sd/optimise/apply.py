@@ -30,7 +30,7 @@ from sd.optimise.compile import (
     require_cpp_compiler,
     restore,
 )
-from sd.optimise.cuda_graphs import Graphed, GraphedLoop
+from sd.optimise.cuda_graphs import Graphed, GraphedLoop, record_around_the_loop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.optimise.packed import cache_code, pack, unpack
 from sd.sampling.plan import run
@@ -119,9 +119,10 @@ class Calls:
     """
 
     unet: Callable[..., Any]
-    decode: ObservedCall
+    decode: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
     observed_unet: ObservedCall
+    observed_decoder: ObservedCall
     optimisations: Optimisations
     device: torch.device
 
@@ -150,7 +151,7 @@ class Calls:
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """The attention kernels that ran, by network; empty tuples before the first image, or the second where compiled."""
-        return {"unet": self.observed_unet.kernels, "autoencoder": self.decode.kernels}
+        return {"unet": self.observed_unet.kernels, "autoencoder": self.observed_decoder.kernels}
 
 
 def apply(
@@ -236,14 +237,21 @@ def _calls(
         call = unet
         loop = step = CompiledStep(unet, compilers["unet"], optimisations.attention_choice())
         observed = step.call
-    if optimisations.cuda_graph == "unet":
+    if optimisations.cuda_graph in ("unet", "networks"):
         call = Graphed(observed)
     elif optimisations.cuda_graph == "loop":
         loop = GraphedLoop(loop)
     # A compiled decoder's first call is tracing and autotuning, which the profiler would record.
-    decode = ObservedCall(autoencoder.decode, observe_call=2 if "autoencoder" in compilers else 1)
+    first = 2 if "autoencoder" in compilers else 1
+    decode: Callable[[Tensor], Tensor]
+    if optimisations.cuda_graph == "networks":
+        decoder = ObservedCall(autoencoder.to_pixels, first)
+        vars(autoencoder)["to_pixels"], decode = Graphed(decoder), autoencoder.decode
+        record_around_the_loop(unet, text_encoder)
+    else:
+        decode = decoder = ObservedCall(autoencoder.decode, first)
     if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
         find_vector_instructions()
         if optimisations.packed:
             cache_code()
-    return Calls(call, decode, loop, observed, optimisations, device)
+    return Calls(call, decode, loop, observed, decoder, optimisations, device)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sd.attention.modules import ProjectedContext
 from sd.features import has
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.plan import Plan, run
@@ -80,6 +82,17 @@ class Graphed:
         if key not in self.recordings:
             self.recordings[key] = _Recording(self.function, arguments)
         return self.recordings[key](arguments)
+
+
+def record_around_the_loop(unet: UNet, text_encoder: TextEncoder) -> None:
+    """Record what runs once per image before the first step: text encoder, projected context, table of times."""
+    encode, tabulate = text_encoder.forward, unet.time_table
+    # The loaded embeddings are an argument for the key: they only grow, and another number of them needs another recording.
+    encoding = Graphed(lambda tokens, added: encode(tokens))
+    table = Graphed(lambda times: tabulate(times))
+    vars(text_encoder)["forward"] = lambda tokens: encoding(tokens, text_encoder.added)
+    vars(unet)["project_context"] = Graphed(unet.project_context)
+    vars(unet)["time_table"] = lambda times, scale=None: table(times) if scale is None else tabulate(times, scale)
 
 
 class GraphedLoop:

@@ -65,7 +65,8 @@ class Optimisations:
     modes. compile_backend: `inductor`; `openvino` and `onnxrt`, which run the networks on a CPU (sd.optimise.runtimes);
     `tensorrt` and `cudagraphs` of a GPU; or `aot_eager` and `eager` for debugging. inductor: names of
     sd.optimise.compile.INDUCTOR_OPTIONS. aot: a .pt2 file of the UNet compiled ahead of time, written at the first call if
-    absent (sd.optimise.aot). cuda_graph: `unet` records each UNet call, `loop` the whole sampling loop.
+    absent (sd.optimise.aot). cuda_graph: `unet` records each UNet call, `networks` also the text encoder, the projections before
+    the first step and the decoder, `loop` the whole sampling loop.
 
     original_steps: the published sampling loop with its host synchronisations, a baseline (sd.sampling.original_loop).
 
@@ -153,16 +154,18 @@ class Optimisations:
         if self.attention == "mha":
             for name in self._chosen("fused_qkv", "fused_kv", "cache_context_kv"):
                 yield f"{name}: nn.MultiheadAttention has its own projections; choose another attention than mha"
-        if self.cuda_graph != "none" and self.compile in CUDA_GRAPH_MODES:
-            yield (
-                f"{graph}: compile mode {self.compile} records CUDA graphs by itself; choose max-autotune-no-cudagraphs "
-                "or default"
-            )
+        recorded = {"none": (), "networks": (self.compile, self.compile_autoencoder, self.compile_text_encoder)}
+        for mode in CUDA_GRAPH_MODES:
+            if mode in recorded.get(self.cuda_graph, (self.compile,)):
+                yield (
+                    f"{graph}: compile mode {mode} records CUDA graphs by itself; choose max-autotune-no-cudagraphs or "
+                    "default"
+                )
         if self.cuda_graph != "none" and self.compile_backend == "cudagraphs":
             yield f"{graph}: {backend} records CUDA graphs by itself; choose one of the two"
         if self.cuda_graph != "none" and self.precision == "autocast":
             yield f"{graph}: autocast frees its cast weights; choose precision fp16 or bf16"
-        if self.cuda_graph == "unet" and self._compiles_step:
+        if self.cuda_graph in ("unet", "networks") and self._compiles_step:
             yield f"{graph}: compile_scope step has no separate UNet call; choose cuda_graph loop"
         if self.packed and not self.channels_last:
             yield "packed: convolutions would copy NCHW images; choose channels_last too"
@@ -213,7 +216,7 @@ class Optimisations:
         """The exact techniques for throughput on `device`, without those that this torch or device lacks.
 
         narrow: keep fp32 on a CPU, as for the embedded models: conversions cost their narrow layers more than bf16 saves.
-        The first image includes minutes of compilation.
+        The first image includes the compilation, of up to minutes.
         """
         device = torch.device(device)
         caches: dict[str, Any] = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
@@ -230,16 +233,16 @@ class Optimisations:
                 packed=packed,
                 **caches,
             )
-        # The UNet runs at every step; for the other two networks autotuning would cost more than it saves.
-        once = "default" if has("compile") else "none"
+        # max-autotune measured kernels for over six minutes on the host of an H200 and had not ended (docs/your-gpu.md).
+        compiled = "default" if has("compile") else "none"
         return cls(
             precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate
             tf32=True,
             cudnn_benchmark=True,
             whole_norms=has("reduction_choices"),
-            compile="max-autotune-no-cudagraphs" if has("compile") else "none",
-            compile_autoencoder=once,
-            compile_text_encoder=once,
+            compile=compiled,
+            compile_autoencoder=compiled,
+            compile_text_encoder=compiled,
             cuda_graph="unet",
             channels_last=True,
             **caches,

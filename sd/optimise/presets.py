@@ -29,6 +29,7 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     "compile_text_encoder": {"compile_text_encoder": "default"},
     **{name: {"inductor": (name,)} for name in INDUCTOR_OPTIONS},
     "cuda_graph_unet": {"cuda_graph": "unet"},
+    "cuda_graph_networks": {"cuda_graph": "networks"},
     "cuda_graph_loop": {"cuda_graph": "loop"},
     "original_steps": {"original_steps": True},
     # approximate

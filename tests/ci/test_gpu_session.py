@@ -97,7 +97,7 @@ def test_a_rehearsal_takes_the_embedded_model_on_a_cpu(tmp_path):
             command = gpu_session.command_of(step, tmp_path, rehearsal=True)
             models = [command[i + 1] for i, word in enumerate(command) if word == "--model"]
             assert models == (["tiny"] if step.measures else [])
-    assert "sd2-v" in gpu_session.command_of(PARTS["4"][1], tmp_path, rehearsal=False)
+    assert "sd2-v" in gpu_session.command_of(PARTS["5"][0], tmp_path, rehearsal=False)
 
 
 def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):

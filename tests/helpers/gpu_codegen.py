@@ -46,6 +46,7 @@ class Case:
 CASES = {
     "sd2 unet, none": Case("unet", "sd2", "none", 1),
     "sd2 unet, fast": Case("unet", "sd2", "fast", 1),
+    "sd2 unet, fast and max-autotune": Case("unet", "sd2", "fast,max-autotune-no-cudagraphs", 1),
     "sd1 unet, fast": Case("unet", "sd1", "fast", 1),
     "sd2 step, fast": Case("step", "sd2", "fast,compile_step", 1),
     "sd2 autoencoder, fast": Case("autoencoder", "sd2", "fast", 1),

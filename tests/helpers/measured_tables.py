@@ -33,7 +33,7 @@ def table(path: Path) -> list[str]:
     if "first_runs" in document:
         return _first_runs(document)
     if "perf" in document:
-        return _session(document, path)
+        return (_session if document["perf"]["launches"] > 1 else _launch)(document, path)
     return peers_table.table(document)
 
 
@@ -69,7 +69,10 @@ def _session(document: dict[str, Any], path: Path) -> list[str]:
     assert session.saved.invalid_rounds == 0, "rounds are paired by their order"
     facts = session.facts
     clock = "CPU time" if facts.get("clock") == "cpu" else "wall time"
-    lines = [f"{facts['name']}, torch {session.torch}, {clock}, {text.counted(int(facts['threads']), 'thread')}.", ""]
+    threads = (
+        [text.counted(int(facts["threads"]), "thread")] if "threads" in facts else []
+    )  # a GPU's runs have no choice
+    lines = [f"{', '.join([facts['name'], f'torch {session.torch}', clock, *threads])}.", ""]
     kind = next((kind for kind in REFERENCES if any(f"-{kind}-" in result.id for result in results)), None)
     references = {}  # by work: times of different work are not comparable
     for result in results:
@@ -86,6 +89,27 @@ def _session(document: dict[str, Any], path: Path) -> list[str]:
         columns |= {name: lambda result, name=name: _share(result, name) for name in names if len(names) > 1}
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     return lines + [f"| {' | '.join(column(result) for column in columns.values())} |" for result in results]
+
+
+def _launch(document: dict[str, Any], path: Path) -> list[str]:
+    """Of a session with one launch, which has no interval: the rounds' median with the smallest and the largest."""
+    session, results = session_of(document, path)
+    driver = document["machine_info"]["stack"]["driver"]
+    lines = [f"{session.facts['name']}, driver {driver}, torch {session.torch}, one launch.", ""]
+    lines += [
+        "| configuration | rounds | time per image | images/s | J per image | of peak FLOP/s | PSNR |",
+        "|---" * 7 + "|",
+    ]
+    for result in results:
+        (rounds,), info = result.benchmark.launches, _info(document, result.id)
+        seconds = text.interval_seconds(result.seconds_per_image, min(rounds), max(rounds))
+        shares = f"{info['joules_per_image']:.0f} | {info['flops_fraction']:.1%} | {info['image']['psnr_db']:.0f} dB"
+        lines.append(f"| `{result.id}` | {len(rounds)} | {seconds} | {1 / result.seconds_per_image:.2f} | {shares} |")
+    return lines
+
+
+def _info(document: dict[str, Any], id: str) -> dict[str, Any]:
+    return next(x["extra_info"] for x in document["benchmarks"] if x["extra_info"]["configuration"]["id"] == id)
 
 
 def _speedup(references: dict[tuple, Result], result: Result) -> str:

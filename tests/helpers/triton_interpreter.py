@@ -70,22 +70,30 @@ class Kernel:
         module = {
             "__name__": name,
             "__file__": str(path),
-            "triton_heuristics": SimpleNamespace(pointwise=self._decorator, persistent_reduction=self._decorator),
+            "triton_heuristics": SimpleNamespace(
+                pointwise=self._decorator, persistent_reduction=self._decorator, reduction=self._looped
+            ),
             # Looked up at each call: for a launch the interpreter replaces Triton's functions.
             "libdevice": SimpleNamespace(rsqrt=lambda x: tl.rsqrt(x), exp=lambda x: tl.exp(x), erf=lambda x: tl.erf(x)),
         }
+        self.blocks: dict[str, int] = {}
         exec(compile(source, str(path), "exec"), module)
         self.function = module[name]
 
     def _decorator(self, size_hints: dict[str, int], inductor_meta: dict[str, Any], **_: Any) -> Callable[[Any], Any]:
         assert inductor_meta["grid_type"] == "Grid1D" and set(size_hints) <= {"x", "r0_"}
-        self.block = max(1, min(size_hints["x"], MOST_ELEMENTS // size_hints.get("r0_", 1)))
+        self.blocks["XBLOCK"] = max(1, min(size_hints["x"], MOST_ELEMENTS // size_hints.get("r0_", 1)))
         return lambda function: function
+
+    def _looped(self, size_hints: dict[str, int], inductor_meta: dict[str, Any], **_: Any) -> Callable[[Any], Any]:
+        """Of a reduction in a loop over blocks: at least two of them, so that the loop is tested."""
+        self.blocks["R0_BLOCK"] = size_hints["r0_"] // 2
+        return self._decorator(size_hints, inductor_meta)
 
     def run(self, *arguments: Any, stream: Any) -> None:
         self.launches[self.name] += 1
         elements = next(each for each in arguments if isinstance(each, int))
-        self.function[(triton.cdiv(elements, self.block),)](*arguments, XBLOCK=self.block)
+        self.function[(triton.cdiv(elements, self.blocks["XBLOCK"]),)](*arguments, **self.blocks)
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Sequence[Tensor]:

@@ -200,6 +200,49 @@ def test_another_threads_cuda_calls_do_not_end_a_recording(monkeypatch, availabl
     assert [x for x in received if x] == ([{"capture_error_mode": "thread_local"}] if available else [])
 
 
+class Traced:
+    """A recording on a CPU: the operators of one call with what they took from elsewhere, in the place of a CUDA graph."""
+
+    def __init__(self, function, arguments):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        for _ in range(cuda_graphs.WARM_UP_CALLS):
+            function(*arguments)
+        self.traced = make_fx(lambda *each: function(*each))(*arguments)
+
+    def __call__(self, arguments):
+        return cuda_graphs.cloned(self.traced(*arguments))
+
+
+@needs_compile
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_recorded_networks_give_the_same_images(monkeypatch, tmp_path, device):
+    """Also with another prompt, seed and guidance, and after an embedding was loaded."""
+    caches = TECHNIQUES["caches"]
+    if device == "cpu":
+        monkeypatch.setattr(cuda_graphs, "_Recording", Traced)
+        monkeypatch.setattr("sd.optimise.apply.require_available", lambda *_: None)  # it refuses graphs on a CPU
+    torch.save({"<x>": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, tmp_path / "x.pt")
+    plain = StableDiffusion.tiny(device, Optimisations(**caches))
+    recorded = StableDiffusion.tiny(device, Optimisations(cuda_graph="networks", **caches))
+
+    def compare(prompt, **options):
+        ours, theirs = (model.txt2img(prompt, steps=4, **options) for model in (recorded, plain))
+        assert relative_error(ours.latents, theirs.latents) <= 1e-4
+        assert (ours.images.int() - theirs.images.int()).abs().max() <= 1
+
+    compare("a red star", seed=1)
+    compare("a blue ring", seed=2)
+    for model in (plain, recorded):
+        model.load_embedding(tmp_path / "x.pt")
+    compare("a <x> star", seed=2)
+    compare("a red star", seed=1, scale=1.0)
+    assert recorded.kernels == plain.kernels and all(plain.kernels.values())
+    encode = recorded.text_encoder.forward
+    recorded.optimise(Optimisations(**caches))
+    assert recorded.text_encoder.forward != encode and "time_table" not in vars(recorded.unet)
+
+
 @pytest.mark.parametrize("device, expected", [("cpu", [2, 2]), pytest.param("cuda", [4], marks=GPU)])
 def test_prompt_and_negative_prompt_are_encoded_in_one_call_of_a_gpu(device, expected):
     model = StableDiffusion.tiny(device)

@@ -69,11 +69,14 @@ class DiffusersEngine:
             self._compile(configuration.compile)
 
     def _compile(self, mode: str) -> None:
-        """Compile by diffusers' own recipe ("Accelerate inference", huggingface/diffusers docs/source/en)."""
+        """Compile by diffusers' own recipe ("Accelerate inference", huggingface/diffusers docs/source/en).
+
+        Its coordinate descent, which tunes for minutes, belongs to the modes of max-autotune, as in PyTorch itself.
+        """
         from torch._inductor import config
 
         config.conv_1x1_as_mm = True
-        config.coordinate_descent_tuning = True
+        config.coordinate_descent_tuning = mode.startswith("max-autotune")
         config.coordinate_descent_check_all_directions = True
         config.epilogue_fusion = False
         self.pipe.fuse_qkv_projections()
