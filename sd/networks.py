@@ -298,7 +298,7 @@ class Networks:
     def _encode(self, ids: Tensor) -> Tensor:
         """Encode tokens [B, chunks, 77] to the context [B, 77 chunks, C], each chunk by itself."""
         with self._calls.context():
-            context: Tensor = self.text_encoder(ids.flatten(0, 1).to(self.device))
+            context: Tensor = self._calls.encode(ids.flatten(0, 1).to(self.device))
         return context.reshape(len(ids), -1, context.shape[-1])
 
     @torch.no_grad()

@@ -475,11 +475,11 @@ class StableDiffusion(Networks):
             return out
         denoise = Denoiser(self._calls.unet_of_run(), *prediction)
         if chosen.cache_context_kv and isinstance(denoise.context, Tensor):
-            denoise.context = self.unet.project_context(denoise.context)
+            denoise.context = self._calls.project_context(denoise.context)
         if plan.evaluations and (chosen.cache_time_embeddings or self.unet.embeds_guidance):
             guidance = scale if self.unet.embeds_guidance else None
             denoise.times = sorted({evaluation.t for evaluation in plan.evaluations})
-            denoise.time_table = self.unet.time_table(torch.tensor(denoise.times).to(self.device), guidance)
+            denoise.time_table = self._calls.time_table(torch.tensor(denoise.times).to(self.device), guidance)
         x = x.contiguous(memory_format=chosen.memory_format())
         return self._calls.sample(plan, denoise, x, plan.noises(noise, x), on_step, blend)
 

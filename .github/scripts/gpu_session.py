@@ -57,18 +57,18 @@ def _perf(name: str, *arguments: str) -> Step:
 
 FAST_AND_ORIGINAL = ("--model", "sd2", "--optimise", "original", "--optimise", "fast")
 HALF = ("--model", "sd2", "--precision", "fp16", "--optimise", "channels_last,cudnn_benchmark")
-# diffusers as most use it; its documented recipe, max-autotune, compiles longer than a part.
+# diffusers as most use it. Its documented recipe, max-autotune, is left out: ours had not compiled after 250 s.
 PEERS = ("-m", "peers", "--model", "sd2", "-k", "fast or (diffusers and not xformers and not autotune)")
 CORRECTNESS = ("tests", "-m", "gpu and not slow", "-k", "not compile and not test_fast", "-rpf")
 TRACE = "{work}/traces"
 PARTS = {
     "1": (
-        # The tests of `fast` compile for minutes, and the parts that measure it check its images.
+        # The test of `fast` compiles, and the parts that measure it check its images.
         Step("correctness", CORRECTNESS, measures=False, limit=120.0),
         # One process measures every technique that needs no compiler, so that the first results come within minutes.
         _perf("ladder", "-m", "gpu_ladder", "--perf-inprocess"),
     ),
-    # Few launches, since the first one compiles for minutes; on the same machine again, this part has more.
+    # Few launches, since the first one compiles for more than a minute.
     "2": (
         _perf("original-and-fast", *FAST_AND_ORIGINAL, "--batch", "1", "--perf-launches", "2", "--perf-rounds", "4"),
     ),
@@ -90,7 +90,7 @@ ON_A_CPU = {"fp16": "full", "channels_last,cudnn_benchmark": "channels_last"}
 
 @dataclass
 class Outcome:
-    """A step that ran. status: done, cut off at the end of the part, or not started."""
+    """A step that ran. status: done, cut off at its limit or at the end of the part, or not started."""
 
     name: str
     predicted_seconds: float | None

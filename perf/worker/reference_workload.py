@@ -17,7 +17,8 @@ from torch import Tensor
 REPEATS = 3  # per round; the median counts
 # Shapes in SD's proportions: about 15 ms on one CPU core and, by its rates, on a large GPU. small: repeats of the operations
 # on tiny tensors, whose cost is dispatch, which changes apart from arithmetic. A GPU has none: with 250 the workload took 13 to
-# 21 ms beside an H200 whose rounds of `fast` varied by 4 %, so that jitter of the host would have passed for drift of the GPU.
+# 21 ms beside an H200 whose rounds of `fast` varied by 5 %, so that jitter of the host would have passed for drift of the GPU.
+# Without them it has not run on a GPU yet.
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "name": "gemm-conv-softmax-1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sd.attention import avx512
 from sd.attention.availability import check, for_head_dim
+from sd.attention.modules import ProjectedContext
 from sd.attention.observation import ObservedCall
 from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.features import computes_slowly, has, require
@@ -30,7 +32,7 @@ from sd.optimise.compile import (
     require_cpp_compiler,
     restore,
 )
-from sd.optimise.cuda_graphs import Graphed, GraphedLoop, record_around_the_loop
+from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.optimise.packed import cache_code, pack, unpack
 from sd.sampling.plan import run
@@ -113,14 +115,18 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
 
 @dataclass(frozen=True)
 class Calls:
-    """The entry points of optimised networks; call them in `context`.
+    """The entry points of optimised networks; call them in `context`, and without gradients.
 
-    unet, decode: as UNet.forward and Autoencoder.decode. sample: as sd.sampling.plan.run.
+    encode, unet, decode: as TextEncoder.forward, UNet.forward and Autoencoder.decode. project_context, time_table: as those
+    of the UNet. sample: as sd.sampling.plan.run.
     """
 
+    encode: Callable[[Tensor], Tensor]
+    project_context: Callable[[Tensor], ProjectedContext]
+    time_table: Callable[[Tensor, float | None], Tensor]
     unet: Callable[..., Any]
-    decode: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
+    decode: Callable[[Tensor], Tensor]
     observed_unet: ObservedCall
     observed_decoder: ObservedCall
     optimisations: Optimisations
@@ -207,6 +213,12 @@ def apply(
     return _calls(unet, autoencoder, text_encoder, device, optimisations)
 
 
+def _loaded_embeddings(text_encoder: TextEncoder) -> tuple[int, int] | None:
+    """Address and number of the vectors that textual inversion added: a recording reads that memory."""
+    added = text_encoder.added
+    return None if added is None else (added.data_ptr(), len(added))
+
+
 def _calls(
     unet: UNet,
     autoencoder: Autoencoder,
@@ -242,16 +254,18 @@ def _calls(
     elif optimisations.cuda_graph == "loop":
         loop = GraphedLoop(loop)
     # A compiled decoder's first call is tracing and autotuning, which the profiler would record.
-    first = 2 if "autoencoder" in compilers else 1
-    decode: Callable[[Tensor], Tensor]
+    decoder = ObservedCall(autoencoder.decode, observe_call=2 if "autoencoder" in compilers else 1)
+    encode: Callable[..., Any] = text_encoder
+    project: Callable[..., Any] = unet.project_context
+    tabulate: Callable[..., Any] = unet.time_table
+    decode: Callable[..., Any] = decoder
     if optimisations.cuda_graph == "networks":
-        decoder = ObservedCall(autoencoder.to_pixels, first)
-        vars(autoencoder)["to_pixels"], decode = Graphed(decoder), autoencoder.decode
-        record_around_the_loop(unet, text_encoder)
-    else:
-        decode = decoder = ObservedCall(autoencoder.decode, first)
+        encode = Graphed(text_encoder, functools.partial(_loaded_embeddings, text_encoder))
+        project, decode = Graphed(unet.project_context), Graphed(decoder)
+        if not unet.embeds_guidance:  # whose scale is a number
+            tabulate = Graphed(unet.time_table)
     if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
         find_vector_instructions()
         if optimisations.packed:
             cache_code()
-    return Calls(call, decode, loop, observed, decoder, optimisations, device)
+    return Calls(encode, project, tabulate, call, loop, decode, observed, decoder, optimisations, device)

@@ -269,7 +269,7 @@ def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> 
 
 def restore_unet(unet: UNet) -> None:
     """Undo every replacement of a method of the UNet or its blocks."""
-    for name in ("denoise", "denoise_with_features", "project_context", "time_table"):
+    for name in ("denoise", "denoise_with_features"):
         vars(unet).pop(name, None)
     for block in (*unet.res_blocks, *unet.transformer_blocks()):
         vars(block).pop("forward", None)

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sd.attention.modules import ProjectedContext
 from sd.features import has
-from sd.models.text_encoder import TextEncoder
-from sd.models.unet import UNet
 from sd.sampling.blend import Blend
 from sd.sampling.denoiser import Denoiser
 from sd.sampling.plan import Plan, run
@@ -70,29 +68,19 @@ class _Recording:
 class Graphed:
     """`function` of nested CUDA tensors as CUDA graphs, one recorded at the first call with each set of shapes.
 
-    Results stay valid after later calls. The kernels may depend on nothing but the arguments' contents.
+    Results stay valid after later calls. The kernels may depend on nothing but the arguments' contents, the contents of
+    memory that outlives the graphs, and state(), another value of which makes another recording.
     """
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
+    def __init__(self, function: Callable[..., Any], state: Callable[[], Any] = lambda: None):
+        self.function, self.state = function, state
         self.recordings: dict[tuple[Any, ...], _Recording] = {}
 
     def __call__(self, *arguments: Nested) -> Any:
-        key = tuple((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves(arguments))
+        key = (self.state(), *((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves(arguments)))
         if key not in self.recordings:
             self.recordings[key] = _Recording(self.function, arguments)
         return self.recordings[key](arguments)
-
-
-def record_around_the_loop(unet: UNet, text_encoder: TextEncoder) -> None:
-    """Record what runs once per image before the first step: text encoder, projected context, table of times."""
-    encode, tabulate = text_encoder.forward, unet.time_table
-    # The loaded embeddings are an argument for the key: they only grow, and another number of them needs another recording.
-    encoding = Graphed(lambda tokens, added: encode(tokens))
-    table = Graphed(lambda times: tabulate(times))
-    vars(text_encoder)["forward"] = lambda tokens: encoding(tokens, text_encoder.added)
-    vars(unet)["project_context"] = Graphed(unet.project_context)
-    vars(unet)["time_table"] = lambda times, scale=None: table(times) if scale is None else tabulate(times, scale)
 
 
 class GraphedLoop:

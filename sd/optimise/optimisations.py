@@ -40,6 +40,12 @@ CHOICES = {
     "cuda_graph": CUDA_GRAPHS,
     "quantisation": QUANTISATIONS,
 }
+# The fields of compile modes whose network is recorded, by cuda_graph.
+GRAPHED_NETWORKS = {
+    "unet": ("compile",),
+    "networks": ("compile", "compile_autoencoder", "compile_text_encoder"),
+    "loop": ("compile",),
+}
 
 
 @dataclass(frozen=True)
@@ -149,17 +155,20 @@ class Optimisations:
                 yield f"{backend}: has no convolutions in half precision on a CPU; choose precision full"
         if self.inductor and not self.compilers():
             yield f"inductor {list(self.inductor)}: nothing is compiled; choose a compile mode"
+        autotuned = any(compiler.mode.startswith("max-autotune") for compiler in self.compilers().values())
+        if "persistent_tma_matmul" in self.inductor and not autotuned:
+            yield "persistent_tma_matmul: changes kernels of max-autotune alone; choose a compile mode of that"
         if self.whole_norms and (not self.compilers() or self.compile_backend != "inductor"):
             yield "whole_norms: nothing is compiled by inductor; choose a compile mode"
         if self.attention == "mha":
             for name in self._chosen("fused_qkv", "fused_kv", "cache_context_kv"):
                 yield f"{name}: nn.MultiheadAttention has its own projections; choose another attention than mha"
-        recorded = {"none": (), "networks": (self.compile, self.compile_autoencoder, self.compile_text_encoder)}
-        for mode in CUDA_GRAPH_MODES:
-            if mode in recorded.get(self.cuda_graph, (self.compile,)):
+        for name in GRAPHED_NETWORKS.get(self.cuda_graph, ()):
+            if getattr(self, name) in CUDA_GRAPH_MODES:
+                field = "compile mode" if name == "compile" else name
                 yield (
-                    f"{graph}: compile mode {mode} records CUDA graphs by itself; choose max-autotune-no-cudagraphs or "
-                    "default"
+                    f"{graph}: {field} {getattr(self, name)} records CUDA graphs by itself; choose "
+                    "max-autotune-no-cudagraphs or default"
                 )
         if self.cuda_graph != "none" and self.compile_backend == "cudagraphs":
             yield f"{graph}: {backend} records CUDA graphs by itself; choose one of the two"
@@ -190,8 +199,8 @@ class Optimisations:
             yield f"quantisation {self.quantisation}: needs separate projections; leave out fused_qkv, fused_kv and mha"
         if self.feature_caching > 1 and (self._compiles_step or self.cuda_graph == "loop" or self.original_steps):
             yield (
-                "feature_caching: needs separate UNet calls; use compile_scope unet or blocks, cuda_graph unet, and leave "
-                "out original_steps"
+                "feature_caching: needs separate UNet calls; use compile_scope unet or blocks, cuda_graph unet or networks, and "
+                "leave out original_steps"
             )
 
     def _chosen(self, *names: str) -> list[str]:
@@ -233,7 +242,7 @@ class Optimisations:
                 packed=packed,
                 **caches,
             )
-        # max-autotune measured kernels for over six minutes on the host of an H200 and had not ended (docs/your-gpu.md).
+        # On the host of an H200 max-autotune had not ended after 250 s; default ended after 76 s (docs/your-gpu.md).
         compiled = "default" if has("compile") else "none"
         return cls(
             precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate

@@ -64,6 +64,14 @@ def test_a_step_is_cut_off_at_the_end_of_the_part_and_the_rest_not_started(part,
         assert log is not None and b"KeyboardInterrupt" in log.read()
 
 
+def test_a_step_with_a_limit_leaves_the_rest_of_the_part_to_the_next(part, tmp_path):
+    endless = tmp_path / "test_endless.py"
+    endless.write_text("import time\n\ndef test_endless():\n    time.sleep(600)\n")
+    step = Step("endless", (str(endless), "--rootdir", str(tmp_path)), measures=False, limit=4.0)
+    (first, second), _ = part(step, QUICK)
+    assert (first.status, second.status, second.exit_code) == ("cut off", "done", 0)
+
+
 def test_a_file_that_could_not_come_back_is_left_out(monkeypatch, part, capsys):
     monkeypatch.setattr(gpu_session, "MOST_BYTES", 10)
     _, out = part(QUICK)

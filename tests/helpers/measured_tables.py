@@ -69,9 +69,8 @@ def _session(document: dict[str, Any], path: Path) -> list[str]:
     assert session.saved.invalid_rounds == 0, "rounds are paired by their order"
     facts = session.facts
     clock = "CPU time" if facts.get("clock") == "cpu" else "wall time"
-    threads = (
-        [text.counted(int(facts["threads"]), "thread")] if "threads" in facts else []
-    )  # a GPU's runs have no choice
+    # A session on a GPU has no choice of threads.
+    threads = [text.counted(int(facts["threads"]), "thread")] if "threads" in facts else []
     lines = [f"{', '.join([facts['name'], f'torch {session.torch}', clock, *threads])}.", ""]
     kind = next((kind for kind in REFERENCES if any(f"-{kind}-" in result.id for result in results)), None)
     references = {}  # by work: times of different work are not comparable

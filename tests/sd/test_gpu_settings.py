@@ -217,30 +217,47 @@ class Traced:
 @needs_compile
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_recorded_networks_give_the_same_images(monkeypatch, tmp_path, device):
-    """Also with another prompt, seed and guidance, and after an embedding was loaded."""
+    """Also with another prompt, seed, number of steps and guidance, and after embeddings and a LoRA were loaded."""
     caches = TECHNIQUES["caches"]
     if device == "cpu":
         monkeypatch.setattr(cuda_graphs, "_Recording", Traced)
         monkeypatch.setattr("sd.optimise.apply.require_available", lambda *_: None)  # it refuses graphs on a CPU
-    torch.save({"<x>": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, tmp_path / "x.pt")
+    normal = torch.Generator().manual_seed(0)
+    for name in "xy":
+        torch.save({f"<{name}>": torch.randn(2, 32, generator=normal)}, tmp_path / f"{name}.pt")
     plain = StableDiffusion.tiny(device, Optimisations(**caches))
     recorded = StableDiffusion.tiny(device, Optimisations(cuda_graph="networks", **caches))
+    width = "unet.middle_block.1.transformer_blocks.0.attn2.to_k"
+    rows, columns = plain.state_dict()[f"{width}.weight"].shape
+    lora = {"lora_A": torch.randn(2, columns, generator=normal), "lora_B": torch.randn(rows, 2, generator=normal)}
+    torch.save({f"{width}.{name}.weight": factor for name, factor in lora.items()}, tmp_path / "lora.pt")
 
-    def compare(prompt, **options):
-        ours, theirs = (model.txt2img(prompt, steps=4, **options) for model in (recorded, plain))
+    def compare(prompt, steps=4, **options):
+        ours, theirs = (model.txt2img(prompt, steps=steps, **options) for model in (recorded, plain))
         assert relative_error(ours.latents, theirs.latents) <= 1e-4
         assert (ours.images.int() - theirs.images.int()).abs().max() <= 1
+        return theirs.latents
 
-    compare("a red star", seed=1)
-    compare("a blue ring", seed=2)
+    first = compare("a red star", seed=1)
+    compare("a blue ring", seed=2, steps=2)
+    for name in "xy":
+        for model in (plain, recorded):
+            model.load_embedding(tmp_path / f"{name}.pt")
+        compare(f"a <{name}> star", seed=2)
     for model in (plain, recorded):
-        model.load_embedding(tmp_path / "x.pt")
-    compare("a <x> star", seed=2)
+        model.load_lora(tmp_path / "lora.pt")
+    assert relative_error(compare("a red star", seed=1), first) > 1e-2
     compare("a red star", seed=1, scale=1.0)
     assert recorded.kernels == plain.kernels and all(plain.kernels.values())
-    encode = recorded.text_encoder.forward
+    calls = recorded._calls
+    recordings = {
+        name: len(getattr(calls, name).recordings) for name in ("encode", "project_context", "unet", "decode")
+    }
+    # Without embeddings, with one and with two; with and without guidance, where a GPU encodes two prompts in one call.
+    assert recordings == {"encode": 3 if device == "cpu" else 4, "project_context": 2, "unet": 2, "decode": 1}
+    assert len(calls.time_table.recordings) == 2  # numbers of timesteps
     recorded.optimise(Optimisations(**caches))
-    assert recorded.text_encoder.forward != encode and "time_table" not in vars(recorded.unet)
+    assert recorded._calls.encode is recorded.text_encoder
 
 
 @pytest.mark.parametrize("device, expected", [("cpu", [2, 2]), pytest.param("cuda", [4], marks=GPU)])

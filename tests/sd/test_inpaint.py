@@ -105,7 +105,7 @@ def test_a_recorded_loop_takes_condition_and_blend_as_arguments(monkeypatch, req
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["inpainting", "text-to-image"])
-@pytest.mark.parametrize("cuda_graph", ["unet", "loop"])
+@pytest.mark.parametrize("cuda_graph", ["unet", "networks", "loop"])
 def test_cuda_graphs(image, mask, kind, cuda_graph):
     model = StableDiffusion.tiny("cuda", inpainting=kind == "inpainting")
     for shown in (image, -image):

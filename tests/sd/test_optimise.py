@@ -244,10 +244,9 @@ class TestOnAGPU:
     @pytest.mark.parametrize("fields", [{}, EXACT["all"], {"cuda_graph": "unet"}], ids=["plain", "fast", "graph"])
     def test_never_synchronises(self, half, monkeypatch, sampler, eta, fields):
         """PyTorch raises at the first synchronisation of the loop."""
-        model = half
-        model.optimise(Optimisations(precision="fp16", **fields))
-        _run(model, sampler=sampler, eta=eta)
-        calls = model._calls
+        half.optimise(Optimisations(precision="fp16", **fields))
+        _run(half, sampler=sampler, eta=eta)
+        calls = half._calls
 
         def checked(*arguments):
             torch.cuda.set_sync_debug_mode("error")
@@ -256,8 +255,8 @@ class TestOnAGPU:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        monkeypatch.setattr(model, "_calls", _with_sample(calls, checked))
-        _run(model, sampler=sampler, eta=eta)
+        monkeypatch.setattr(half, "_calls", _with_sample(calls, checked))
+        _run(half, sampler=sampler, eta=eta)
 
     @pytest.mark.parametrize("cuda_graph", ["unet", "networks", "loop"])
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
@@ -307,7 +306,11 @@ class TestOnAGPU:
         ({"avx512_attention": True, "precision": "bf16", "sdpa_kernels": ("math",)}, "choose attention sdpa"),
         ({"avx512_attention": True, "attention": "sdpa", "precision": "bf16", "aot": "unet.pt2"}, "aot"),
         ({"compile_scope": "model"}, "choose one of unet, blocks, step"),
-        ({"cuda_graph": "networks", "compile_text_encoder": "reduce-overhead"}, "by itself"),
+        ({"cuda_graph": "networks", "compile_text_encoder": "reduce-overhead"}, "compile_text_encoder reduce-overhead"),
+        (
+            {"compile": "default", "inductor": ("persistent_tma_matmul",)},
+            "persistent_tma_matmul: changes kernels of max",
+        ),
         ({"cuda_graph": "networks", "compile": "default", "compile_scope": "step"}, "cuda_graph loop"),
         ({"cuda_graph": "vae"}, "choose one of none, unet, networks, loop"),
     ],
