@@ -56,6 +56,8 @@ def _perf(name: str, *arguments: str) -> Step:
 
 
 FAST_AND_ORIGINAL = ("--model", "sd2", "--optimise", "original", "--optimise", "fast")
+NETWORKS = ("--optimise", "fast,cuda_graph_networks")
+FEW = ("--perf-launches", "2", "--perf-rounds", "4")
 HALF = ("--model", "sd2", "--precision", "fp16", "--optimise", "channels_last,cudnn_benchmark")
 # diffusers as most use it. Its documented recipe, max-autotune, is left out: ours had not compiled after 250 s.
 PEERS = ("-m", "peers", "--model", "sd2", "-k", "fast or (diffusers and not xformers and not autotune)")
@@ -69,10 +71,8 @@ PARTS = {
         _perf("ladder", "-m", "gpu_ladder", "--perf-inprocess"),
     ),
     # Few launches, since the first one compiles for more than a minute.
-    "2": (
-        _perf("original-and-fast", *FAST_AND_ORIGINAL, "--batch", "1", "--perf-launches", "2", "--perf-rounds", "4"),
-    ),
-    "3": (_perf("peers", *PEERS, "--perf-launches", "2", "--perf-rounds", "4"),),
+    "2": (_perf("original-and-fast", *FAST_AND_ORIGINAL, *NETWORKS, "--batch", "1", *FEW),),
+    "3": (_perf("peers", *PEERS, *FEW),),
     "4": (
         _perf("trace", *HALF, "--optimise", "fast", "--batch", "1", "--perf-inprocess", "--perf-trace", TRACE),
         _perf("batch-8", *FAST_AND_ORIGINAL, "--batch", "8", "--perf-launches", "1"),

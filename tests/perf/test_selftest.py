@@ -24,7 +24,9 @@ from perf.machine.nvml import NoTelemetry
 BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
 BURSTS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_bursts.json"
 WITH_LOOKS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_looks.json"
-SETTLED = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_settled.json"
+SETTLED, *LOADED = (
+    ROOT / "perf" / "baselines" / f"battery_two_cpu_cores_settled{load}.json" for load in ("", "_bursts", "_wander")
+)
 TEN = (10,)  # the launches of the stored batteries, a single look
 FIVE = (0.05,)
 
@@ -190,8 +192,8 @@ def test_interference_ends_with_its_context():
 
 @pytest.mark.parametrize(
     "path, looks, status",
-    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1), (SETTLED, LOOKS, 0)],
-    ids=["idle", "bursts", "looks", "settled"],
+    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1), *((path, LOOKS, 0) for path in (SETTLED, *LOADED))],
+    ids=["idle", "bursts", "looks", "settled", "settled-bursts", "settled-wander"],
 )
 def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys):
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -216,6 +218,14 @@ def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys
             "{alarms} was called slower or faster in {count}, and the slowdown was detected in {found} of ",
         ),
         (SETTLED, LOOKS, "the same noise gave {alarms} in {count}, and {found} of {count}"),
+        *(
+            (
+                path,
+                LOOKS,
+                "beside bursts of load and beside wandering load {alarms} in {count} each, and {found} of {count}",
+            )
+            for path in LOADED
+        ),
     ],
 )
 def test_the_readme_states_the_same_counts(path, looks, words):
@@ -228,7 +238,7 @@ def test_the_readme_states_the_same_counts(path, looks, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [BATTERY, BURSTS, WITH_LOOKS, SETTLED], ids=["idle", "bursts", "looks", "settled"])
+@pytest.mark.parametrize("path", [BATTERY, BURSTS, WITH_LOOKS, SETTLED, *LOADED], ids=lambda path: path.stem)
 def test_docs_state_the_simulated_rates(path, capsys):
     assert main(["battery", "--simulate", str(path)]) == 0
     out = capsys.readouterr().out
