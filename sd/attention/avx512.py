@@ -76,9 +76,8 @@ def beats_sdpa() -> bool:
     try:
         _kernel(64)
     except RuntimeError as error:
-        warnings.warn(
-            f"fast is without avx512_attention: {error}", SDWarning, stacklevel=1
-        )  # of one place, so shown once
+        problem = f"fast is without avx512_attention: {error}"
+        warnings.warn(problem, SDWarning, stacklevel=1)  # of one place, so shown once
         return False
     return True
 

@@ -103,13 +103,12 @@ ALIGNMENT = 8  # elements: 16 bytes in half precision, 32 in fp32
 
 
 def _dense_heads(x: Tensor) -> Tensor:
-    """x [B, S, H, D], copied unless D has stride 1 and the other strides are aligned, as the fused kernels require.
+    """x [B, S, H, D], copied unless D has stride 1 and S an aligned one, as the fused kernels require.
 
     The VAE's q, k and v come from convolutions and have another stride: without the copy PyTorch would fall back to `math`,
     or raise where `math` is forbidden. A single token of them has stride 1 twice, which `mem_efficient` of a GPU refuses.
     """
-    aligned = all(stride % ALIGNMENT == 0 for stride in x.stride()[:-1]) or x.shape[-1] % ALIGNMENT
-    if x.stride(-1) == 1 and aligned:
+    if x.stride(-1) == 1 and (x.stride(1) % ALIGNMENT == 0 or x.shape[-1] % ALIGNMENT):
         return x
     return x.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps the strides of dimensions of size 1
 

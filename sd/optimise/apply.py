@@ -268,4 +268,15 @@ def _calls(
         find_vector_instructions()
         if optimisations.packed:
             cache_code()
-    return Calls(encode, project, tabulate, call, loop, decode, observed, decoder, optimisations, device)
+    return Calls(
+        encode=encode,
+        project_context=project,
+        time_table=tabulate,
+        unet=call,
+        sample=loop,
+        decode=decode,
+        observed_unet=observed,
+        observed_decoder=decoder,
+        optimisations=optimisations,
+        device=device,
+    )

@@ -40,12 +40,6 @@ CHOICES = {
     "cuda_graph": CUDA_GRAPHS,
     "quantisation": QUANTISATIONS,
 }
-# The fields of compile modes whose network is recorded, by cuda_graph.
-GRAPHED_NETWORKS = {
-    "unet": ("compile",),
-    "networks": ("compile", "compile_autoencoder", "compile_text_encoder"),
-    "loop": ("compile",),
-}
 
 
 @dataclass(frozen=True)
@@ -163,12 +157,15 @@ class Optimisations:
         if self.attention == "mha":
             for name in self._chosen("fused_qkv", "fused_kv", "cache_context_kv"):
                 yield f"{name}: nn.MultiheadAttention has its own projections; choose another attention than mha"
-        for name in GRAPHED_NETWORKS.get(self.cuda_graph, ()):
-            if getattr(self, name) in CUDA_GRAPH_MODES:
-                field = "compile mode" if name == "compile" else name
+        recorded = {"compile mode": self.compile} if self.cuda_graph != "none" else {}
+        if self.cuda_graph == "networks":
+            recorded.update(
+                compile_autoencoder=self.compile_autoencoder, compile_text_encoder=self.compile_text_encoder
+            )
+        for field, mode in recorded.items():
+            if mode in CUDA_GRAPH_MODES:
                 yield (
-                    f"{graph}: {field} {getattr(self, name)} records CUDA graphs by itself; choose "
-                    "max-autotune-no-cudagraphs or default"
+                    f"{graph}: {field} {mode} records CUDA graphs by itself; choose max-autotune-no-cudagraphs or default"
                 )
         if self.cuda_graph != "none" and self.compile_backend == "cudagraphs":
             yield f"{graph}: {backend} records CUDA graphs by itself; choose one of the two"

@@ -28,6 +28,7 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     "compile_autoencoder": {"compile_autoencoder": "default"},
     "compile_text_encoder": {"compile_text_encoder": "default"},
     **{name: {"inductor": (name,)} for name in INDUCTOR_OPTIONS},
+    # Its kernels are candidates of max-autotune alone.
     "persistent_tma_matmul": {"inductor": ("persistent_tma_matmul",), "compile": "max-autotune-no-cudagraphs"},
     "cuda_graph_unet": {"cuda_graph": "unet"},
     "cuda_graph_networks": {"cuda_graph": "networks"},

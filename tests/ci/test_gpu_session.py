@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import zipfile
+from dataclasses import replace
 from importlib import metadata
 
 import gpu_session
@@ -30,6 +31,14 @@ def part(monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture
+def endless(tmp_path):
+    """A step that does not end by itself."""
+    test = tmp_path / "test_endless.py"
+    test.write_text("import time\n\ndef test_endless():\n    time.sleep(600)\n")
+    return Step("endless", (str(test), "--rootdir", str(tmp_path)), measures=False)
+
+
 def members(path) -> list[str]:
     with tarfile.open(path) as archive:
         return archive.getnames()
@@ -52,11 +61,8 @@ def test_a_failed_step_does_not_end_the_part(part):
     assert gpu_session.exit_code([first, second]) == 1 and gpu_session.exit_code([second]) == 0
 
 
-def test_a_step_is_cut_off_at_the_end_of_the_part_and_the_rest_not_started(part, tmp_path):
-    endless = tmp_path / "test_endless.py"
-    endless.write_text("import time\n\ndef test_endless():\n    time.sleep(600)\n")
-    step = Step("endless", (str(endless), "--rootdir", str(tmp_path)), measures=False)
-    (first, second), out = part(step, QUICK, seconds=16.0)
+def test_a_step_is_cut_off_at_the_end_of_the_part_and_the_rest_not_started(part, endless):
+    (first, second), out = part(endless, QUICK, seconds=16.0)
     assert (first.status, first.exit_code, second.status) == ("cut off", None, "not started")
     assert gpu_session.exit_code([first, second]) == gpu_session.INCOMPLETE == 3
     with tarfile.open(out / "part1.tar.gz") as archive:
@@ -64,11 +70,8 @@ def test_a_step_is_cut_off_at_the_end_of_the_part_and_the_rest_not_started(part,
         assert log is not None and b"KeyboardInterrupt" in log.read()
 
 
-def test_a_step_with_a_limit_leaves_the_rest_of_the_part_to_the_next(part, tmp_path):
-    endless = tmp_path / "test_endless.py"
-    endless.write_text("import time\n\ndef test_endless():\n    time.sleep(600)\n")
-    step = Step("endless", (str(endless), "--rootdir", str(tmp_path)), measures=False, limit=4.0)
-    (first, second), _ = part(step, QUICK)
+def test_a_step_with_a_limit_leaves_the_rest_of_the_part_to_the_next(part, endless):
+    (first, second), _ = part(replace(endless, limit=4.0), QUICK)
     assert (first.status, second.status, second.exit_code) == ("cut off", "done", 0)
 
 

@@ -100,15 +100,12 @@ def _launch(document: dict[str, Any], path: Path) -> list[str]:
         "|---" * 7 + "|",
     ]
     for result in results:
-        (rounds,), info = result.benchmark.launches, _info(document, result.id)
-        seconds = text.interval_seconds(result.seconds_per_image, min(rounds), max(rounds))
-        shares = f"{info['joules_per_image']:.0f} | {info['flops_fraction']:.1%} | {info['image']['psnr_db']:.0f} dB"
+        (rounds,) = result.benchmark.launches
+        low, high = min(rounds) / result.images, max(rounds) / result.images
+        seconds = text.interval_seconds(result.seconds_per_image, low, high)
+        shares = f"{result.joules.value:.0f} | {result.flops_fraction:.1%} | {result.psnr_db:.0f} dB"
         lines.append(f"| `{result.id}` | {len(rounds)} | {seconds} | {1 / result.seconds_per_image:.2f} | {shares} |")
     return lines
-
-
-def _info(document: dict[str, Any], id: str) -> dict[str, Any]:
-    return next(x["extra_info"] for x in document["benchmarks"] if x["extra_info"]["configuration"]["id"] == id)
 
 
 def _speedup(references: dict[tuple, Result], result: Result) -> str:

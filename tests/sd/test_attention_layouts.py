@@ -67,3 +67,8 @@ def test_strides_are_those_that_the_kernels_of_a_gpu_require(layout, tokens, bat
     assert dense.stride(-1) == 1 and all(stride % ALIGNMENT == 0 for stride in dense.stride()[:-1])
     assert torch.equal(dense, x)
     assert (dense is x) is (layout != "channels first, as in the VAE")
+
+
+def test_a_head_size_that_no_copy_could_align_is_not_copied():
+    x = torch.rand(2, 3, 3, 4)
+    assert _dense_heads(x) is x

@@ -236,9 +236,8 @@ class TestOnAGPU:
 
     @pytest.fixture(scope="class")
     def half(self):
-        return StableDiffusion.tiny(
-            "cuda", Optimisations(precision="fp16")
-        )  # separate weights, since these are rounded
+        """Apart from `model`, since its weights are rounded."""
+        return StableDiffusion.tiny("cuda", Optimisations(precision="fp16"))
 
     @pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
     @pytest.mark.parametrize("fields", [{}, EXACT["all"], {"cuda_graph": "unet"}], ids=["plain", "fast", "graph"])
