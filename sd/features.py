@@ -126,7 +126,8 @@ FEATURES = {
         "oneDNN's operators for packed weights",
         torch.backends.mkldnn.is_available()
         and hasattr(library, "register_fake")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md"),
         "torch >= 2.4 with oneDNN",
     ),
     "cache_validator": Feature(

@@ -30,6 +30,7 @@ from perf.machine.facts import cpu_facts
 from perf.machine.nvml import NoTelemetry, open_visible_device
 from perf.machine.stack import stack
 from perf.machine.telemetry import Watch, no_watch
+from perf.runs.baselines import why_foreign
 from perf.runs.storage import why_unwritable, write_atomically
 from perf.session import loading, pairs
 from perf.session.lock import DeviceBusy, DeviceLock
@@ -152,13 +153,15 @@ def _simulated(arguments: argparse.Namespace) -> str:
 
 
 def _earlier(path: Path, header: dict) -> list[dict]:
-    """The sessions of an interrupted battery. Raises ValueError for another file or other options."""
+    """The sessions of an interrupted battery. Raises ValueError for another file, machine, software or options."""
     if not path.exists():
         return []
     document = _document(path)
     different = [key for key in header if document.get(key) != header[key] and key != "stack"]
     if different:
         raise ValueError(f"{path}: is a battery with other {', '.join(different)}; name another file")
+    if reason := why_foreign(document.get("stack") or {}, header["stack"]):
+        raise ValueError(f"{path}: has sessions of another machine or software ({reason}); name another file")
     return document["sessions"]
 
 

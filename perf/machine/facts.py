@@ -20,11 +20,14 @@ T = TypeVar("T")
 class CpuFacts:
     """The CPU and memory of this machine.
 
-    cores: usable by this process. cgroup_cpus: the CPU limit of its cgroups. cpu_seconds, steal_seconds: since boot, over
-    all CPUs; the difference of two readings gives the share of time that the hypervisor gave to other machines.
+    processor: tells processors of one name apart, since virtual machines often hide the model: "family 25, model 17,
+    stepping 1". cores: usable by this process. cgroup_cpus: the CPU limit of its cgroups. cpu_seconds, steal_seconds:
+    since boot, over all CPUs; the difference of two readings gives the share of time that the hypervisor gave to other
+    machines.
     """
 
     name: str | None = None
+    processor: str | None = None
     cores: int | None = None
     governors: tuple[str, ...] | None = None
     load_average_1_minute: float | None = None
@@ -48,6 +51,7 @@ def cpu_facts(root: Path | str = "/") -> CpuFacts:
     )
     return CpuFacts(
         name=_cpu_name(root),
+        processor=_processor(root),
         cores=_cores(),
         governors=_governors(root),
         load_average_1_minute=load[0] if load else None,
@@ -93,13 +97,22 @@ def _cores() -> int | None:
         return psutil.cpu_count()
 
 
-def _cpu_name(root: Path) -> str | None:
+def _cpuinfo(root: Path) -> dict[str, str]:
     lines = [line.partition(":") for line in (_text(root / "proc/cpuinfo") or "").splitlines()]
-    values = {
-        key.strip(): value.strip() for key, _, value in reversed(lines)
-    }  # reversed: the first of equal keys stays
-    names = (values.get(key) for key in ("model name", "Model", "Hardware"))  # x86, then ARM
+    return {key.strip(): value.strip() for key, _, value in reversed(lines)}  # reversed: the first of equal keys stays
+
+
+def _cpu_name(root: Path) -> str | None:
+    names = map(_cpuinfo(root).get, ("model name", "Model", "Hardware"))  # x86, then ARM
     return next(filter(None, names), None) or platform.processor() or platform.machine() or None
+
+
+def _processor(root: Path) -> str | None:
+    values = _cpuinfo(root)
+    if "cpu family" in values:  # x86; the words are those of saved_run._processor
+        return f"family {values['cpu family']}, model {values.get('model')}, stepping {values.get('stepping')}"
+    arm = ("CPU implementer", "CPU variant", "CPU part", "CPU revision")
+    return ", ".join(f"{key[4:]} {values[key]}" for key in arm if key in values) or None
 
 
 def _governors(root: Path) -> tuple[str, ...] | None:

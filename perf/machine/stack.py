@@ -21,6 +21,7 @@ def stack(device: str, gpu: Device | NoTelemetry) -> dict:
     facts = {
         "device": device,
         "name": cpu.name,
+        "processor": cpu.processor if device == "cpu" else None,
         "uuid": None,
         "driver": None,
         "torch": torch_version("__version__") or package_version("torch"),

@@ -33,6 +33,7 @@ ROWS_AT_ONCE = 30  # of a table, before the reader asks for all
 HERE = Path(__file__).parent
 FACTS = {
     "name": "device",
+    "processor": "processor",
     "uuid": "UUID",
     "driver": "driver",
     "torch": "torch",

@@ -25,7 +25,7 @@ READ_ADVICE = "name a saved run, or measure this one again"
 # The facts that two machines must share for their seconds to be comparable. GPUs of one model differ by 8 % on average
 # (arXiv 2208.11035), hence the UUID. `identity` reduces the Python version to its minor version.
 IDENTITY = (
-    *("device", "name", "uuid", "driver", "torch", "cuda", "cudnn", "triton", "xformers", "python"),
+    *("device", "name", "processor", "uuid", "driver", "torch", "cuda", "cudnn", "triton", "xformers", "python"),
     *("power_limit_watts", "sm_clock_max_mhz", "memory_clock_max_mhz", "clock", "threads", "isolated"),
 )
 
@@ -228,6 +228,9 @@ def parse(document: object, path: Path) -> SavedRun:
     stack = machine_info["stack"]
     if perf["clock"].value not in ("wall", "cpu"):
         perf["clock"].fail("is neither wall nor cpu")
+    stored = {key: _scalar(stack[key]) for key in stack.object()}
+    if stored.get("device") == "cpu":
+        stored.setdefault("processor", _processor(machine_info))
     session: dict[str, object] = {
         "clock": perf["clock"].value,
         "threads": perf["threads"].optional_number(1, 1e6),
@@ -239,7 +242,7 @@ def parse(document: object, path: Path) -> SavedRun:
     run = SavedRun(
         path=path,
         plain=False,
-        machine=identity({**{key: _scalar(stack[key]) for key in stack.object()}, **session}),
+        machine=identity({**stored, **session}),
         benchmarks=tuple(
             _benchmark(node) if node["extra_info"].object().get("schema") is not None else _plain_benchmark(node)
             for node in benchmarks
@@ -297,13 +300,23 @@ def identity(facts: Mapping[str, object]) -> dict[str, object]:
     return known
 
 
+def _processor(machine_info: _Node) -> str | None:
+    """As perf.machine.facts.CpuFacts.processor, of an x86 processor by pytest-benchmark's facts, which leave out zeros."""
+    cpu = machine_info["cpu"]
+    if not isinstance(cpu.value, dict) or cpu["family"].value is None:
+        return None
+    family, model, stepping = (cpu[key].optional_count() or 0 for key in ("family", "model", "stepping"))
+    return f"family {family}, model {model}, stepping {stepping}"
+
+
 def _plain_machine(info: _Node) -> dict[str, object]:
     if isinstance(info["stack"].value, dict):  # saved beside our plugin, without a measured configuration
         return identity({key: _scalar(info["stack"][key]) for key in info["stack"].object()})
     facts = {key: _scalar(info[key]) for key in ("torch", "cuda", "threads")}
     gpu = _scalar(info["gpu"])
     cpu = _scalar(info["cpu"]["brand_raw"]) if isinstance(info["cpu"].value, dict) else None
-    return identity({**facts, "name": gpu or cpu, "python": _scalar(info["python_version"])})
+    processor = None if gpu else _processor(info)
+    return identity({**facts, "name": gpu or cpu, "processor": processor, "python": _scalar(info["python_version"])})
 
 
 def _data(node: _Node) -> tuple[float, ...]:

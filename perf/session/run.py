@@ -200,7 +200,7 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
         "slowdown": settings.slowdown,
         "against": settings.against_name,
         "source": fingerprints.source_sha256(ROOT / "sd"),
-        "stack": {key: facts[key] for key in ("name", "uuid", "driver", "torch")},
+        "stack": {key: facts[key] for key in ("name", "processor", "uuid", "driver", "torch")},
     }
     if not settings.resume:
         return start_journal(folder, plan, protocol, begin)

@@ -1,14 +1,16 @@
 """Weights of convolutions and linear layers in oneDNN's own blocked layout, reordered once and not at every call of a CPU.
 
 The packed weights replace the plain ones, so that no second copy remains; `state_dict` and `unpack` return the plain ones bit
-for bit. A weight in another layout than oneDNN wants costs up to 300 times the product. For linear layers and wide 3x3
-convolutions the layout depends on the channels alone; for 1x1 convolutions also on the image, so these are computed as linear
-layers.
+for bit. oneDNN reorders a weight in another layout than it wants at every call, for up to 300 times the product. Which one it
+wants for a convolution depends on the processor, the image's size and the threads, so a convolution's weight is reordered
+again where these change. For a linear layer of more than one row it depends on the channels alone; 1x1 convolutions are
+computed as such.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,22 +21,64 @@ from sd.features import has
 
 # Channels in and out from which a layer is packed: a narrow layer loses more in oneDNN's call than it gains.
 SMALLEST_PACKED = 128
-MULTIPLE = 16  # of the channels of a convolution; for others the layout depends on the image
-# Sizes that oneDNN requires and that do not change the layout.
-ROWS, IMAGES, SIDE = 1024, 2, 32
+ROWS = 1024  # oneDNN requires a number, which does not change the layout
 
 
 @functools.cache
-def _define_operator() -> None:
-    """Define torch.ops.sd.packed_linear: oneDNN's own operator, which inductor compiles for constants only.
+def _define_operators() -> None:
+    """Define torch.ops.sd.packed_linear and packed_convolution.
 
-    Constants could not be replaced, as by a LoRA, without another compilation.
+    The first is oneDNN's own operator, which inductor compiles for constants only. Constants could not be replaced, as by a
+    LoRA, without another compilation. The second is `_convolve`.
     """
     library.define("sd::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     library.impl("sd::packed_linear", "CompositeExplicitAutograd")(
         lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     )
     library.register_fake("sd::packed_linear")(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+    geometry = "int[] padding, int[] stride, int[] dilation, int groups"
+    library.define("sd::packed_convolution", f"(Tensor x, Tensor weight, Tensor? bias, {geometry}) -> Tensor")
+    library.impl("sd::packed_convolution", "CompositeExplicitAutograd")(_convolve)
+    library.register_fake("sd::packed_convolution")(_convolution)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
+    return out
+
+
+def _convolve(x: Tensor, weight: Any, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """oneDNN's convolution; where images of this size want another layout of the weight, it is reordered first."""
+    use = (x.shape, torch.get_num_threads())
+    if use not in vars(weight).setdefault("fits", set()):
+        # Layers of one network often share their channels, so the layout is looked up before the weight is touched.
+        wanted = _layout(weight.shape, weight.dtype, *use, *map(_hashable, geometry))
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():  # as set_data requires
+            if _description(weight) != wanted:
+                weight.data = _reordered(weight.to_dense().to_mkldnn(), geometry, x.shape)
+                weight.fits.clear()
+        weight.fits.add(use)
+    return _convolution(x, weight, bias, *geometry)
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _reordered(weight: Tensor, geometry: Sequence[Any], image: torch.Size) -> Tensor:
+    reordered: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight, *geometry, image)
+    return reordered
+
+
+def _description(weight: Tensor) -> bytes:
+    """oneDNN's description of a tensor: shape, dtype and layout."""
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(weight).tolist())
+
+
+@functools.cache
+def _layout(size: torch.Size, dtype: torch.dtype, image: torch.Size, threads: int, *geometry: Any) -> bytes:
+    """The description that oneDNN wants of a convolution's weight; it decides only while it reorders one."""
+    return _description(_reordered(torch.zeros(size, dtype=dtype).to_mkldnn(), geometry, image))
 
 
 @functools.cache
@@ -88,9 +132,9 @@ class PackedConv2d(_Packed, nn.Conv2d):
     plain = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *_geometry(self), "none", [], ""
-        )
+        assert not isinstance(self.padding, str)
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        out: Tensor = torch.ops.sd.packed_convolution.default(x, self.weight, self.bias, *geometry)
         return out
 
 
@@ -118,14 +162,9 @@ class PackedLinear(_Packed, nn.Linear):
         return out
 
 
-def _geometry(layer: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
-    assert not isinstance(layer.padding, str)
-    return list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-
-
 def pack(network: nn.Module) -> None:
     """Pack every wide convolution and linear layer of the network. Fused projections of that width are separated first."""
-    _define_operator()
+    _define_operators()
     for module in network.modules():
         if isinstance(module, CrossAttention) and module.fused is not None and _is_wide("", module.fused):
             module.fuse("")
@@ -136,8 +175,7 @@ def pack(network: nn.Module) -> None:
 
 def _is_wide(name: str, weight: Tensor) -> bool:
     # Time embeddings have one row a call, or run once.
-    multiple = MULTIPLE if weight.dim() == 4 else 1
-    return "emb" not in name and all(size >= SMALLEST_PACKED and size % multiple == 0 for size in weight.shape[:2])
+    return "emb" not in name and min(weight.shape[:2]) >= SMALLEST_PACKED
 
 
 def _pack(layer: nn.Module) -> None:
@@ -145,8 +183,7 @@ def _pack(layer: nn.Module) -> None:
     weight = layer.weight.detach()
     packed_class: type[nn.Module]
     if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-        size = [IMAGES, weight.shape[1], SIDE, SIDE]
-        packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *_geometry(layer), size)
+        packed = weight.to_mkldnn()  # in a plain layout until the first call
         packed_class = PackedConv2d
     else:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), ROWS)

@@ -34,6 +34,7 @@ def current(slow: dict[str, float] | None = None, offset: float = 1.1) -> SavedR
     [
         ("name", "NVIDIA H200", "name Synthetic GPU, here NVIDIA H200"),
         ("uuid", "GPU-1", "uuid GPU-0"),
+        ("processor", "family 25, model 1", "processor unknown, here family 25, model 1"),
         ("driver", "580.1", "driver 570.86, here 580.1"),
         ("torch", "2.14.0", "torch 2.15.0+cu132, here 2.14.0"),
         ("cuda", None, "cuda 13.2, here unknown"),
@@ -54,6 +55,20 @@ def test_foreign(tmp_path, fact, value, message):
     choice = candidates(tmp_path, here, here["clock"], here["threads"], here["isolated"])
     assert choice.newest is None
     assert choice.refused[0][1].startswith(f"foreign: {message}")
+
+
+@pytest.mark.parametrize("cpu, wanted", [({"family": 25, "model": 17}, "family 25, model 17, stepping 0"), ({}, None)])
+def test_the_processor_of_a_run_stored_without_one(cpu, wanted):
+    """pytest-benchmark's facts of the CPU have it, without zeros."""
+    earlier = document(3)
+    info = earlier["machine_info"]
+    info["stack"]["device"], info["cpu"] = "cpu", cpu
+    assert parse(earlier, Path("earlier.json")).machine["processor"] == wanted
+    info["stack"]["processor"] = "family 6, model 1, stepping 2"
+    assert parse(earlier, Path("stored.json")).machine["processor"] == "family 6, model 1, stepping 2"
+    del earlier["perf"], info["stack"]
+    info["cpu"] = cpu
+    assert parse(earlier, Path("plain.json")).machine["processor"] == wanted
 
 
 def test_irrelevant_facts_are_not_foreign():

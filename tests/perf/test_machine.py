@@ -38,11 +38,39 @@ def plant(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
+X86 = """processor\t: 0
+cpu family\t: 25
+model\t\t: 17
+model name\t: AMD EPYC 9654
+stepping\t: 1
+"""
+ARM = """processor\t: 0
+CPU implementer\t: 0x41
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+"""
+
+
+@pytest.mark.parametrize(
+    "text, processor",
+    [
+        (X86, "family 25, model 17, stepping 1"),
+        (ARM, "implementer 0x41, variant 0x3, part 0xd0c, revision 1"),
+        ("", None),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(tmp_path, text, processor):
+    """Virtual machines often hide the model's name."""
+    plant(tmp_path, {"proc/cpuinfo": text})
+    assert cpu_facts(tmp_path).processor == processor
+
+
 def test_cpu_facts(tmp_path):
     plant(
         tmp_path,
         {
-            "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9654\n\nprocessor\t: 1\nmodel name\t: other\n",
+            "proc/cpuinfo": f"{X86}\nprocessor\t: 1\nmodel name\t: other\n",
             "proc/meminfo": MEMINFO_TEXT,
             "proc/vmstat": "pswpin 0\npswpout 0\n",
             "proc/stat": "cpu  10 0 20 60 5 0 0 5 3 0\ncpu0 1 1 1 1\n",

@@ -82,12 +82,17 @@ def test_invalid_sessions_fail_and_give_no_verdict(draw, capsys):
 
 
 def test_only_a_battery_with_the_same_options_is_resumed(tmp_path):
-    path, header = tmp_path / "battery.json", {"schema": 2, "clock": "cpu", "looks": [8, 12]}
+    stack = {"name": "AMD EPYC", "processor": "family 25, model 1", "memory_bytes": 1}
+    path, header = tmp_path / "battery.json", {"schema": 2, "clock": "cpu", "looks": [8, 12], "stack": stack}
     assert selftest._earlier(path, header) == []
     path.write_text(json.dumps({**header, "sessions": [{"rounds": {}}]}))
-    assert selftest._earlier(path, header) == [{"rounds": {}}]
+    assert selftest._earlier(path, {**header, "stack": {**stack, "memory_bytes": 2}}) == [{"rounds": {}}]
     with pytest.raises(ValueError, match="other looks"):
         selftest._earlier(path, {**header, "looks": [10]})
+    with pytest.raises(
+        ValueError, match=r"another machine .*\(processor family 25, model 1, here family 25, model 17\)"
+    ):
+        selftest._earlier(path, {**header, "stack": {"name": "AMD EPYC", "processor": "family 25, model 17"}})
     for damaged in ("", "[]", "{", json.dumps(header)):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is no battery"):
