@@ -33,7 +33,7 @@ from perf.worker.reference_workload import matmul_flops_per_second
 from sd.checkpoint import diffusers_folder, layouts
 from sd.config.presets import TextConfig, UNetConfig, preset
 from sd.errors import Unavailable
-from sd.features import has
+from sd.features import computes_slowly, has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
@@ -171,6 +171,8 @@ def missing(side: str) -> str | None:
     absent = [name for name in packages.get(side.split("-")[0], ()) if find_spec(name) is None]
     if absent:
         return f"needs {', '.join(absent)}, of the extra `{'peers' if 'diffusers' in absent else 'peers-cpu'}`"
+    if side.endswith(("bf16", "int8")) and computes_slowly(torch.bfloat16):
+        return "this processor emulates bf16"
     if side == "sd-fast-bf16" and not has("packed"):
         return "this torch has no packed weights"
     if side == "sd-fast-int8":
