@@ -104,6 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     try:
         sessions = _earlier(arguments.output, header)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.REFUSED
+    try:
         with DeviceLock(facts["uuid"] or device), compile_cache() as cache:
             watch = no_watch if isinstance(gpu, NoTelemetry) else Watch(gpu)
             while len(sessions) < arguments.sessions:

@@ -86,7 +86,7 @@ def _benchmark_as_dict(benchmark: SavedBenchmark) -> dict:
 
 def _show(session: SavedRun) -> None:
     facts = session.machine
-    keys = ("name", "driver", "torch", "cuda", "python", "clock", "threads")
+    keys = ("name", "processor", "driver", "torch", "cuda", "python", "clock", "threads")
     print(f"{session.name}: " + ", ".join(f"{key} {facts[key]}" for key in keys if facts[key] is not None))
     if session.started_unix_seconds is not None:
         begin = datetime.fromtimestamp(session.started_unix_seconds, timezone.utc)

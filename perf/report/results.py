@@ -86,7 +86,8 @@ class SavedSession:
     def machine(self) -> str:
         """Device, clock and whether the run is synthetic, for titles."""
         clock = ", CPU time" if self.facts.get("clock") == "cpu" else ""
-        return f"{self.gpu}{clock}{', synthetic' if self.synthetic else ''}"
+        processor = f" ({self.facts['processor']})" if self.facts.get("processor") else ""
+        return f"{self.gpu}{processor}{clock}{', synthetic' if self.synthetic else ''}"
 
     @property
     def device(self) -> tuple[str, ...]:

@@ -99,7 +99,8 @@ def series_of(runs: Iterable[SavedRun]) -> list[Series]:
     series = []
     for key, by_start in points.items():
         ordered = [point for _, point in sorted(by_start.items(), key=lambda item: item[0])]
-        name = str(dict(zip(MACHINE, key))["name"])
+        facts = dict(zip(MACHINE, key))
+        name = f"{facts['name']} ({facts['processor']})" if facts["processor"] else str(facts["name"])
         series.append(
             Series(name, str(key[-1]), tuple(run for run, _ in ordered), tuple(value for _, value in ordered))
         )

@@ -225,12 +225,8 @@ def parse(document: object, path: Path) -> SavedRun:
         return _without_duplicates(root, SavedRun(path, True, _plain_machine(machine_info), plain))
     perf = root["perf"]
     _require_schema(perf)
-    stack = machine_info["stack"]
     if perf["clock"].value not in ("wall", "cpu"):
         perf["clock"].fail("is neither wall nor cpu")
-    stored = {key: _scalar(stack[key]) for key in stack.object()}
-    if stored.get("device") == "cpu":
-        stored.setdefault("processor", _processor(machine_info))
     session: dict[str, object] = {
         "clock": perf["clock"].value,
         "threads": perf["threads"].optional_number(1, 1e6),
@@ -242,7 +238,7 @@ def parse(document: object, path: Path) -> SavedRun:
     run = SavedRun(
         path=path,
         plain=False,
-        machine=identity({**stored, **session}),
+        machine=identity({**_stack(machine_info), **session}),
         benchmarks=tuple(
             _benchmark(node) if node["extra_info"].object().get("schema") is not None else _plain_benchmark(node)
             for node in benchmarks
@@ -303,15 +299,25 @@ def identity(facts: Mapping[str, object]) -> dict[str, object]:
 def _processor(machine_info: _Node) -> str | None:
     """As perf.machine.facts.CpuFacts.processor, of an x86 processor by pytest-benchmark's facts, which leave out zeros."""
     cpu = machine_info["cpu"]
-    if not isinstance(cpu.value, dict) or cpu["family"].value is None:
+    if machine_info["system"].value != "Linux" or not isinstance(cpu.value, dict):
         return None
-    family, model, stepping = (cpu[key].optional_count() or 0 for key in ("family", "model", "stepping"))
-    return f"family {family}, model {model}, stepping {stepping}"
+    numbers = {key: cpu.value.get(key, 0) for key in ("family", "model", "stepping")}
+    if not numbers["family"] or not all(isinstance(number, int) for number in numbers.values()):
+        return None
+    return ", ".join(f"{key} {number}" for key, number in numbers.items())
+
+
+def _stack(machine_info: _Node) -> dict[str, object]:
+    stack = machine_info["stack"]
+    facts = {key: _scalar(stack[key]) for key in stack.object()}
+    if facts.get("device") == "cpu":  # files of earlier versions have no processor there
+        facts.setdefault("processor", _processor(machine_info))
+    return facts
 
 
 def _plain_machine(info: _Node) -> dict[str, object]:
     if isinstance(info["stack"].value, dict):  # saved beside our plugin, without a measured configuration
-        return identity({key: _scalar(info["stack"][key]) for key in info["stack"].object()})
+        return identity(_stack(info))
     facts = {key: _scalar(info[key]) for key in ("torch", "cuda", "threads")}
     gpu = _scalar(info["gpu"])
     cpu = _scalar(info["cpu"]["brand_raw"]) if isinstance(info["cpu"].value, dict) else None

@@ -114,7 +114,8 @@ class References:
     def _path(self, configuration: Configuration, seed: int) -> Path:
         label = configuration.interpreter
         torch = self.interpreters[label].python if label else self.facts["torch"]
-        origin = {"device": f"{configuration.device or self.device} {self.facts['name']}", "torch": torch}
+        device = (configuration.device or self.device, self.facts["name"], self.facts.get("processor"))
+        origin = {"device": " ".join(filter(None, device)), "torch": torch}
         folder = self.own_folder if configuration.own else self.folder
         return reference_path(folder, configuration, seed, fingerprints.identity(configuration), origin)
 

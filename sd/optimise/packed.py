@@ -1,10 +1,10 @@
-"""Weights of convolutions and linear layers in oneDNN's own blocked layout, reordered once and not at every call of a CPU.
+"""Weights of convolutions and linear layers in oneDNN's own blocked layout, not reordered at every call of a CPU.
 
 The packed weights replace the plain ones, so that no second copy remains; `state_dict` and `unpack` return the plain ones bit
 for bit. oneDNN reorders a weight in another layout than it wants at every call, for up to 300 times the product. Which one it
-wants for a convolution depends on the processor, the image's size and the threads, so a convolution's weight is reordered
-again where these change. For a linear layer of more than one row it depends on the channels alone; 1x1 convolutions are
-computed as such.
+wants for a convolution depends on the processor, the threads, and the size and the number of the images, so a convolution's
+weight is reordered again where these change. For a linear layer of more than one row it depends on the channels alone; 1x1
+convolutions are computed as such.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any)
 
 
 def _convolve(x: Tensor, weight: Any, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """oneDNN's convolution; where images of this size want another layout of the weight, it is reordered first."""
+    """oneDNN's convolution; where images of this size want another layout of the weight, it is reordered first.
+
+    That changes neither shape nor values, so that the operator need not declare it. One thread at a time for each weight.
+    """
     use = (x.shape, torch.get_num_threads())
     if use not in vars(weight).setdefault("fits", set()):
         # Layers of one network often share their channels, so the layout is looked up before the weight is touched.

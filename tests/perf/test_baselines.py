@@ -57,7 +57,10 @@ def test_foreign(tmp_path, fact, value, message):
     assert choice.refused[0][1].startswith(f"foreign: {message}")
 
 
-@pytest.mark.parametrize("cpu, wanted", [({"family": 25, "model": 17}, "family 25, model 17, stepping 0"), ({}, None)])
+@pytest.mark.parametrize(
+    "cpu, wanted",
+    [({"family": 25, "model": 17}, "family 25, model 17, stepping 0"), ({}, None), ({"family": "?", "model": 1}, None)],
+)
 def test_the_processor_of_a_run_stored_without_one(cpu, wanted):
     """pytest-benchmark's facts of the CPU have it, without zeros."""
     earlier = document(3)
@@ -66,8 +69,9 @@ def test_the_processor_of_a_run_stored_without_one(cpu, wanted):
     assert parse(earlier, Path("earlier.json")).machine["processor"] == wanted
     info["stack"]["processor"] = "family 6, model 1, stepping 2"
     assert parse(earlier, Path("stored.json")).machine["processor"] == "family 6, model 1, stepping 2"
-    del earlier["perf"], info["stack"]
-    info["cpu"] = cpu
+    del earlier["perf"], info["stack"]["processor"]
+    assert parse(earlier, Path("plain, beside our plugin.json")).machine["processor"] == wanted
+    del info["stack"]
     assert parse(earlier, Path("plain.json")).machine["processor"] == wanted
 
 

@@ -109,6 +109,20 @@ def test_missing_keys_are_none():
     assert found[0].session.machine == "T4"
 
 
+def test_processors_of_one_name_have_columns_of_their_own():
+    found = []
+    for model in (1, 17):
+        made = synthetic_runs.published_run("T4")
+        made["machine_info"]["stack"].update(device="cpu", name="AMD EPYC", processor=f"family 25, model {model}")
+        found += newest(results_of(made))
+    assert len(newest(found)) == len(found) == 2 * 15
+    columns = [table.columns for table in tables.article_tables(newest(found))]
+    own = {name for table in columns for name, published in table if not published}
+    assert len(own) == 2 and all(
+        any(f"AMD EPYC (family 25, model {model})" in name for name in own) for model in (1, 17)
+    )
+
+
 @pytest.mark.parametrize(
     "key, value",
     [("flops", "many"), ("stages", {"unet": -1}), ("kernel", {"unet": [1]}), ("speedup", {"estimate": "x"})],

@@ -37,18 +37,23 @@ from torch import nn
 from sd.optimise import packed
 
 torch.set_num_threads(1)
-network = nn.Sequential(nn.Conv2d(320, 320, 3, padding=1)).requires_grad_(False)
-sides, images = (16, 16, 32, 32, 16), {}
-for side in sides:
-    image = torch.randn(2, 320, side, side).contiguous(memory_format=torch.channels_last)
-    images[side] = image, network(image)
-packed.pack(network)
-for side in sides:
-    image, expected = images[side]
-    print("call", flush=True)
-    out = network(image)
-    print("layout", packed._description(network[0].weight).hex(), flush=True)
-    assert (out - expected).norm() <= 1e-5 * expected.norm()
+calls, images = ((2, 16), (2, 16), (2, 32), (2, 32), (1, 32), (1, 32), (2, 16)), {}
+for packing, calling in (torch.no_grad, torch.no_grad), (torch.no_grad, torch.inference_mode), (torch.inference_mode,) * 2:
+    layers = nn.Conv2d(320, 320, 3, padding=1), nn.Conv2d(320, 136, 3, padding=1, stride=2), nn.Conv2d(136, 128, 1)
+    with packing():
+        network = nn.Sequential(*layers)
+        for batch, side in calls:
+            image = torch.randn(batch, 320, side, side).contiguous(memory_format=torch.channels_last)
+            images[batch, side] = image, network(image)
+        packed.pack(network)
+    for call in calls:
+        image, expected = images[call]
+        print("call", flush=True)
+        with calling():
+            out = network(image)
+            layouts = [packed._description(layer.weight) for layer in network]
+        print("layout", b"".join(layouts).hex(), flush=True)
+        assert (out - expected).norm() <= 1e-5 * expected.norm()
 """
 CLASSES = (packed.PackedConv2d, packed.PackedConv1x1, packed.PackedLinear)
 
@@ -182,14 +187,19 @@ def test_a_weight_is_reordered_for_another_image_size_only(instructions):
     command = [sys.executable, "-c", CALLS_OF_TWO_SIZES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    calls = done.stdout.split("call\n")[1:]
-    convolutions, reorders = ([call.count(f",{name},") for call in calls] for name in ("convolution", "reorder"))
-    layouts = re.findall(r"^layout (\w+)$", done.stdout, re.MULTILINE)
-    assert convolutions == [1] * 5
-    assert reorders[1] == reorders[3] == 0
-    assert (reorders[4] > 0) is (layouts[4] != layouts[3])
-    if instructions == "AVX2":
-        assert reorders[4] > 0
+    every = re.findall(r"^call$(.*?)^layout (\w+)$", done.stdout, re.MULTILINE | re.DOTALL)
+    assert len(every) == 3 * 7
+    for calls in every[:7], every[7:14], every[14:]:
+        products, reorders = (
+            [sum(log.count(f",{name},") for name in names) for log, _ in calls]
+            for names in (("convolution", "inner_product"), ("reorder",))
+        )
+        layouts = [layout for _, layout in calls]
+        assert products == [3] * 7
+        assert reorders[1] == reorders[3] == reorders[5] == 0, "a call like the last one"
+        assert (reorders[6] > 0) is (layouts[6] != layouts[5]), "a size that was seen before"
+        if instructions == "AVX2":
+            assert layouts[6] != layouts[5]
 
 
 @needs_packed
@@ -214,6 +224,7 @@ def test_code_with_packed_weights_is_cached(dtype, tmp_path, monkeypatch):
         packed.pack(network)
         bound = 1e-5 if dtype == torch.float32 else 0.02
         assert relative_error(Compiler("default")(network.forward)(x), expected) < bound
+        assert vars(network[0].weight)["fits"], "compiled code passes another tensor"
         hits.append(_cache_hits(counters))
     assert hits[0] == 0 < hits[1]
 
@@ -229,10 +240,6 @@ def test_code_with_constants_of_onednn_is_not_cached():
 
 def _cache_hits(counters):
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-
-
-def _layout(weight):
-    return torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
 
 
 @pytest.mark.parametrize(
