@@ -79,15 +79,15 @@ class SavedSession:
 
     @property
     def gpu(self) -> str:
-        """Short name of the device, such as `A100`."""
-        return short_device(str(self.facts.get("name") or "unknown device"))
+        """Short name of the device, such as `A100`; of a CPU with its processor, since several share a name."""
+        processor = f" ({self.facts['processor']})" if self.facts.get("processor") else ""
+        return short_device(str(self.facts.get("name") or "unknown device")) + processor
 
     @property
     def machine(self) -> str:
         """Device, clock and whether the run is synthetic, for titles."""
         clock = ", CPU time" if self.facts.get("clock") == "cpu" else ""
-        processor = f" ({self.facts['processor']})" if self.facts.get("processor") else ""
-        return f"{self.gpu}{processor}{clock}{', synthetic' if self.synthetic else ''}"
+        return f"{self.gpu}{clock}{', synthetic' if self.synthetic else ''}"
 
     @property
     def device(self) -> tuple[str, ...]:
