@@ -119,7 +119,7 @@ def test_other_precisions(tmp_path, precision):
     before.load_embedding(tmp_path / "a.pt")
     context = model.encode_prompts(["a <x> star"])
     assert torch.equal(context, before.encode_prompts(["a <x> star"]))
-    assert (context - expected).norm() <= 0.02 * expected.norm()
+    assert (context - expected).norm() <= 0.03 * expected.norm()
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
