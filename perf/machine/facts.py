@@ -49,9 +49,10 @@ def cpu_facts(root: Path | str = "/") -> CpuFacts:
     memory, swap, times, load = map(
         _read, (psutil.virtual_memory, psutil.swap_memory, psutil.cpu_times, psutil.getloadavg)
     )
+    cpuinfo = _cpuinfo(root)
     return CpuFacts(
-        name=_cpu_name(root),
-        processor=_processor(root),
+        name=_cpu_name(cpuinfo),
+        processor=_processor(cpuinfo),
         cores=_cores(),
         governors=_governors(root),
         load_average_1_minute=load[0] if load else None,
@@ -102,17 +103,16 @@ def _cpuinfo(root: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in reversed(lines)}  # reversed: the first of equal keys stays
 
 
-def _cpu_name(root: Path) -> str | None:
-    names = map(_cpuinfo(root).get, ("model name", "Model", "Hardware"))  # x86, then ARM
+def _cpu_name(cpuinfo: dict[str, str]) -> str | None:
+    names = map(cpuinfo.get, ("model name", "Model", "Hardware"))  # x86, then ARM
     return next(filter(None, names), None) or platform.processor() or platform.machine() or None
 
 
-def _processor(root: Path) -> str | None:
-    values = _cpuinfo(root)
-    if "cpu family" in values:  # x86; the words are those of saved_run._processor
-        return f"family {values['cpu family']}, model {values.get('model')}, stepping {values.get('stepping')}"
+def _processor(cpuinfo: dict[str, str]) -> str | None:
+    if "cpu family" in cpuinfo:  # x86; the words are those of saved_run._processor
+        return f"family {cpuinfo['cpu family']}, model {cpuinfo.get('model')}, stepping {cpuinfo.get('stepping')}"
     arm = ("CPU implementer", "CPU variant", "CPU part", "CPU revision")
-    return ", ".join(f"{key[4:]} {values[key]}" for key in arm if key in values) or None
+    return ", ".join(f"{key[4:]} {cpuinfo[key]}" for key in arm if key in cpuinfo) or None
 
 
 def _governors(root: Path) -> tuple[str, ...] | None:
