@@ -122,6 +122,11 @@ FEATURES = {
         hasattr(library, "register_fake") and hasattr(getattr(torch, "cpu", None), "_is_avx512_bf16_supported"),
         "torch >= 2.5",
     ),
+    "avx2": Feature(
+        "operators in C++ that do not depend on the version of torch, with its threads",
+        "parallel_for" in _source("include/torch/csrc/stable/ops.h"),
+        "torch >= 2.10",
+    ),
     "packed": Feature(
         "oneDNN's operators for packed weights",
         torch.backends.mkldnn.is_available()
@@ -147,7 +152,7 @@ def computes_slowly(dtype: torch.dtype) -> bool:
 
 
 def processor_has(instructions: str) -> bool:
-    """Whether the processor has `avx512_bf16` or `amx_tile`; False where this torch cannot tell."""
+    """Whether the processor has `avx2`, `avx512`, `avx512_bf16` or `amx_tile`; False where this torch cannot tell."""
     return bool(getattr(getattr(torch, "cpu", None), f"_is_{instructions}_supported", bool)())
 
 

@@ -24,9 +24,9 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.tokenizer import tokenize, tokenize_chunks
 from sd.models.unet import UNet
-from sd.optimise.apply import apply, float32_precision
+from sd.optimise.apply import apply, float32_precision, pack_weights
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
-from sd.optimise.packed import pack, unpack
+from sd.optimise.packed import unpack
 from sd.prompts import PromptChunks, number_of_chunks, warn_of_dropped
 from sd.sampling.schedule import Schedule
 
@@ -213,14 +213,13 @@ class Networks:
     @contextmanager
     def _plain_weights(self) -> Iterator[None]:
         """Context in which no weight is packed, so that `state_dict` shares memory with the model."""
-        networks = (self.unet, self.autoencoder) if self.optimisations.packed else ()
+        networks = (self.unet, self.autoencoder)
         for network in networks:
             unpack(network)
         try:
             yield
         finally:
-            for network in networks:
-                pack(network)
+            pack_weights(networks, self.optimisations)
 
     def _require_weights_in_use(self, caller: str) -> None:
         chosen = self.optimisations

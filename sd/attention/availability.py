@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from sd.attention import avx512
 from sd.attention.functions import CHOICES, Attention, allowed_kernels
 from sd.choices import ATTENTION, ATTENTION_WITH_KERNELS, SDPA_KERNELS
 from sd.errors import Unavailable
 from sd.features import has, missing
+from sd.kernels import OWN_ATTENTION
 
 # SD1's UNet: 40, 80, 160; SD2's: 64; the VAE: 512; 32 is the largest that xFormers' CPU kernel supports.
 HEAD_DIMS = (32, 40, 64, 80, 160, 512)
@@ -28,8 +28,9 @@ def _missing_requirement(attention: Attention, device: torch.device) -> str | No
             return f"the package xformers is not installed or does not import ({error})"
     if attention.implementation == "sdpa" and not has("sdpa"):
         return missing("sdpa")
-    if attention.avx512:
-        return avx512.unavailable_reason(device)
+    if attention.own:
+        reason: str | None = OWN_ATTENTION[attention.own].unavailable_reason(device)
+        return reason
     if attention.implementation not in ATTENTION_WITH_KERNELS or not attention.restricted:
         return None
     if not has("sdpa"):
@@ -110,7 +111,7 @@ def check(
         if reason:
             usable = [name for name in ATTENTION if not unavailable_reason(Attention(name), *arguments)]
             kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
-            kernels = " with avx512_attention" if attention.avx512 else kernels
+            kernels = f" with {attention.own}_attention" if attention.own else kernels
             raise Unavailable(
                 f"attention {attention.implementation}{kernels} cannot run here: {reason}. "
                 f"Available here: {', '.join(usable)}"
@@ -124,7 +125,7 @@ def for_head_dim(attention: Attention, device: torch.device | str, dtype: torch.
     """
     candidates = [attention]
     if has("sdpa") and attention.implementation != "original":
-        candidates += [replace(attention, implementation="sdpa", kernels=SDPA_KERNELS, avx512=False)]
+        candidates += [replace(attention, implementation="sdpa", kernels=SDPA_KERNELS, own="")]
     candidates += [Attention("original")]
     return next(choice for choice in candidates if not unavailable_reason(choice, device, dtype, head_dim))
 
@@ -133,8 +134,8 @@ def labels(choice: Attention) -> tuple[str, str]:
     """Implementation and kernel of an entry of CHOICES, as the tables print them."""
     if choice.implementation not in ATTENTION_WITH_KERNELS:
         return choice.implementation, "-"
-    if choice.avx512:
-        return choice.implementation, "avx512-bf16"
+    if choice.own:
+        return choice.implementation, f"{choice.own}-{str(OWN_ATTENTION[choice.own].DTYPE)[6:]}"
     return choice.implementation, choice.kernels[0] if choice.restricted else "any"
 
 
@@ -142,7 +143,7 @@ def availability_table(device: torch.device | str, dtype: torch.dtype) -> list[t
     """Rows (implementation, kernel, "usable" or the reason) of CHOICES, at the head sizes of the UNet and the VAE."""
     rows = []
     for choice in CHOICES.values():
-        own = torch.bfloat16 if choice.avx512 else dtype
+        own = OWN_ATTENTION[choice.own].DTYPE if choice.own else dtype
         status = unavailable_reason(choice, device, own)
         if status is None:
             unsupported = [str(size) for size in HEAD_DIMS if unavailable_reason(choice, device, own, size)]

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.attention.avx512 import avx512_attention
 from sd.choices import ATTENTION, ATTENTION_PRECISIONS, ATTENTION_WITH_KERNELS, SDPA_KERNELS
 from sd.errors import ConfigError
 from sd.features import has
+from sd.kernels import OWN_ATTENTION
 
 # The torch version alone decides the default, never whether a package imports.
 DEFAULT_ATTENTION = "sdpa" if has("sdpa") else "original"
@@ -33,13 +33,14 @@ class Attention:
 
     implementation: one of ATTENTION. kernels: the SDPA kernels allowed in `mha` and `sdpa`. precision, of `original`:
     `fp32` upcasts q and k before their product, the published default (ATTN_PRECISION); `input` does not, and overflows
-    fp16 scores on SD 2.1, which gives black images. avx512: the kernel of sd.attention.avx512 instead of those of `sdpa`.
+    fp16 scores on SD 2.1, which gives black images. own: a kernel of sd.kernels,
+    `avx2` or `avx512`, instead of those of `sdpa`.
     """
 
     implementation: str = DEFAULT_ATTENTION
     kernels: tuple[str, ...] = SDPA_KERNELS
     precision: str = "fp32"
-    avx512: bool = False
+    own: str = ""
 
     def __post_init__(self) -> None:
         if self.implementation not in ATTENTION:
@@ -51,8 +52,10 @@ class Attention:
             raise ConfigError(
                 f"attention precision {self.precision!r}: choose one of {', '.join(ATTENTION_PRECISIONS)}"
             )
-        if self.avx512 and (self.implementation != "sdpa" or self.restricted):
-            raise ConfigError("avx512_attention: replaces every kernel of sdpa; choose attention sdpa with all of them")
+        if self.own and (self.implementation != "sdpa" or self.restricted):
+            raise ConfigError(
+                f"{self.own}_attention: replaces every kernel of sdpa; choose attention sdpa with all of them"
+            )
         # A fixed order, so that equal choices compare equal.
         object.__setattr__(self, "kernels", tuple(kernel for kernel in SDPA_KERNELS if kernel in self.kernels))
 
@@ -63,8 +66,9 @@ class Attention:
 
     def function(self) -> AttentionFunction:
         """The attention function; for `mha`, the SDPA function that replaces the module in the VAE."""
-        if self.avx512:
-            return avx512_attention
+        if self.own:
+            kernel: AttentionFunction = OWN_ATTENTION[self.own].attention
+            return kernel
         if self.implementation == "original" and self.precision == "input":
             return functools.partial(original, upcast=False)
         return FUNCTIONS[self.implementation]
@@ -123,13 +127,13 @@ FUNCTIONS: dict[str, AttentionFunction] = {
 }
 assert tuple(FUNCTIONS) == ATTENTION, "sd.choices must list the same names in the same order"
 
-# By name: every backend, followed by each of its SDPA kernels alone and the one of our own.
+# By name: every backend, followed by each of its SDPA kernels alone and those of our own.
 CHOICES: dict[str, Attention] = {}
 for _name in ATTENTION:
     CHOICES[_name] = Attention(_name)
     if _name in ATTENTION_WITH_KERNELS:
         CHOICES.update({f"{_name}-{kernel}": Attention(_name, (kernel,)) for kernel in SDPA_KERNELS})
-CHOICES["sdpa-avx512"] = Attention("sdpa", avx512=True)
+CHOICES.update({f"sdpa-{name}": Attention("sdpa", own=name) for name in OWN_ATTENTION})
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ KERNEL_OPERATORS = {
     "aten::_flash_attention_forward": "flash",
     "aten::_efficient_attention_forward": "mem_efficient",
     "aten::_native_multi_head_attention": "native_mha",
+    "sd::avx2_attention": "avx2",
     "sd::avx512_attention": "avx512",
     "xformers::efficient_attention": "small_k",  # until 0.0.16
     "xformers::efficient_attention_forward_small_k": "small_k",

@@ -5,24 +5,25 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sd.attention import avx512
 from sd.attention.availability import check, for_head_dim
 from sd.attention.modules import ProjectedContext
 from sd.attention.observation import ObservedCall
 from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.features import computes_slowly, has, require
+from sd.kernels import OWN_ATTENTION, avx2
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
+from sd.optimise import avx2_layers
 from sd.optimise.aot import AheadOfTime, check_package_path
 from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, require_quantisation, require_wide_layers
 from sd.optimise.compile import (
@@ -103,9 +104,11 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
             raise Unavailable(
                 f"packed: this processor has no instructions for {name}, as packed needs: leave one of the two out"
             )
-    reason = avx512.unavailable_reason(device) if optimisations.avx512_attention else None
-    if reason:
-        raise Unavailable(f"avx512_attention: {reason}: leave it out")
+    kernels = {f"{name}_attention": module for name, module in OWN_ATTENTION.items()}
+    for name, module in {**kernels, "avx2_layers": avx2}.items():
+        reason = module.unavailable_reason(device) if getattr(optimisations, name) else None
+        if reason:
+            raise Unavailable(f"{name}: {reason}: leave it out")
     require_quantisation(optimisations.quantisation, device)
     if optimisations.aot is not None:
         check_package_path(optimisations.aot)
@@ -207,10 +210,17 @@ def apply(
         # Autocast caches the casts of weights that require a gradient, and no others; every run is under no_grad.
         for weight in (*network.parameters(), *network.buffers()):
             weight.requires_grad_(optimisations.precision == "autocast")
-    if optimisations.packed:
-        pack(unet)
-        pack(autoencoder)
+    pack_weights((unet, autoencoder), optimisations)
     return _calls(unet, autoencoder, text_encoder, device, optimisations)
+
+
+def pack_weights(networks: Iterable[nn.Module], optimisations: Optimisations) -> None:
+    """Pack the weights of the layers as chosen; `sd.optimise.packed.unpack` undoes it."""
+    for network in networks:
+        if optimisations.avx2_layers:
+            avx2_layers.pack(network)
+        if optimisations.packed:
+            pack(network)
 
 
 def _loaded_embeddings(text_encoder: TextEncoder) -> tuple[int, int] | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sd.attention import avx512
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import (
     ATTENTION_PRECISIONS,
@@ -26,10 +25,12 @@ from sd.choices import (
 )
 from sd.errors import ConfigError
 from sd.features import bf16_beats_fp32, has
+from sd.kernels import OWN_ATTENTION, avx2, avx512
 from sd.models.token_merging import MAX_RATIO
 from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler
 
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OWN_KERNELS = {"avx2_layers": "full", "avx2_attention": "full", "avx512_attention": "bf16"}  # and their precision
 CHOICES = {
     "precision": PRECISIONS,
     "compile": COMPILE_MODES,
@@ -51,7 +52,8 @@ class Optimisations:
     (fp32 weights; fp16 on CUDA, bf16 on a CPU), `fp16` and `bf16` (half weights). tf32: fp32 matrix products and
     convolutions on a GPU round their inputs to TF32; without it both are IEEE fp32.
 
-    avx512_attention: on a CPU in bf16, the kernel of sd.attention.avx512 instead of those of `sdpa`.
+    avx2_attention, avx512_attention: on a CPU, a kernel of sd.kernels in fp32 or bf16 instead of those of `sdpa`.
+    avx2_layers: on a CPU in fp32, convolutions and linear layers by the kernel of sd.kernels.avx2; these are not fused.
 
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
@@ -93,6 +95,8 @@ class Optimisations:
     cache_context_kv: bool = False
     cache_time_embeddings: bool = False
     packed: bool = False
+    avx2_layers: bool = False
+    avx2_attention: bool = False
     avx512_attention: bool = False
     tf32: bool = False
     cudnn_benchmark: bool = False
@@ -134,7 +138,7 @@ class Optimisations:
                 yield f"{backend}: runs the UNet and the decoder; choose compile_scope unet and no compile_text_encoder"
             excluded = {
                 "packed": self.packed,
-                "avx512_attention": self.avx512_attention,
+                **{name: getattr(self, name) for name in OWN_KERNELS},
                 "quantisation": quantised,
                 "feature_caching": self.feature_caching > 1,
             }
@@ -173,16 +177,20 @@ class Optimisations:
             yield f"{graph}: autocast frees its cast weights; choose precision fp16 or bf16"
         if self.cuda_graph in ("unet", "networks") and self._compiles_step:
             yield f"{graph}: compile_scope step has no separate UNet call; choose cuda_graph loop"
-        if self.packed and not self.channels_last:
-            yield "packed: convolutions would copy NCHW images; choose channels_last too"
-        if self.packed and (
-            self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor
-        ):
-            yield "packed: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
-        if self.avx512_attention and self.precision != "bf16":
-            yield f"avx512_attention: computes in bf16, and precision is {self.precision}; choose bf16, or leave it out"
-        if self.avx512_attention and self.aot is not None:
-            yield "avx512_attention: a package of aot cannot contain it; leave one of the two out"
+        if self.packed and self.avx2_layers:
+            yield "packed: avx2_layers packs the same weights for its kernel; choose one of the two"
+        for name in self._chosen("packed", "avx2_layers"):
+            if not self.channels_last:
+                yield f"{name}: convolutions would copy NCHW images; choose channels_last too"
+            if self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor:
+                yield f"{name}: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
+        for name in self._chosen(*OWN_KERNELS):
+            precision = OWN_KERNELS[name]
+            if self.precision != precision:
+                wanted = f"choose {precision}, or leave it out"
+                yield f"{name}: computes in precision {precision}, and precision is {self.precision}; {wanted}"
+            if self.aot is not None:
+                yield f"{name}: a package of aot cannot contain it; leave one of the two out"
         if self.original_steps:
             for name in self._chosen("cache_context_kv", "cache_time_embeddings"):
                 yield f"{name}: original_steps recomputes it at every step; choose one of the two"
@@ -231,12 +239,15 @@ class Optimisations:
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             packed = compiles and has("packed")
             bf16 = packed and not narrow and bf16_beats_fp32()
+            own = compiles and not bf16 and avx2.beats_onednn()
             return cls(
                 precision="bf16" if bf16 else "full",
                 avx512_attention=bf16 and avx512.beats_sdpa(),
+                avx2_layers=own,
+                avx2_attention=own,
                 compile="default" if compiles else "none",
                 channels_last=compiles,
-                packed=packed,
+                packed=packed and not own,
                 **caches,
             )
         # On the host of an H200 max-autotune had not ended after 250 s; default ended after 76 s (docs/your-gpu.md).
@@ -256,9 +267,8 @@ class Optimisations:
 
     def attention_choice(self) -> Attention:
         """The fields of attention as an Attention."""
-        return Attention(
-            self.attention, tuple(self.sdpa_kernels), self.attention_precision, avx512=self.avx512_attention
-        )
+        own = "".join(name for name in OWN_ATTENTION if getattr(self, f"{name}_attention"))
+        return Attention(self.attention, tuple(self.sdpa_kernels), self.attention_precision, own=own)
 
     def compilers(self) -> dict[str, Compiler]:
         """Compilers by network: `unet`, `autoencoder`, `text_encoder`, without those that are not compiled."""

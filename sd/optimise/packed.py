@@ -107,7 +107,7 @@ def cache_code() -> None:
     validator.check_tensor = staticmethod(check_constant)
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A layer whose weight is packed; its state dict has the plain weight."""
 
     plain: type[nn.Module]
@@ -129,7 +129,7 @@ class _Packed(nn.Module):
         self.__class__ = self.plain  # type: ignore[assignment]
 
 
-class PackedConv2d(_Packed, nn.Conv2d):
+class PackedConv2d(Packed, nn.Conv2d):
     """A convolution with packed weights."""
 
     plain = nn.Conv2d
@@ -141,7 +141,7 @@ class PackedConv2d(_Packed, nn.Conv2d):
         return out
 
 
-class PackedConv1x1(_Packed, nn.Conv2d):
+class PackedConv1x1(Packed, nn.Conv2d):
     """A 1x1 convolution of NHWC images as a linear layer over their positions."""
 
     plain = nn.Conv2d
@@ -155,7 +155,7 @@ class PackedConv1x1(_Packed, nn.Conv2d):
         return out
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """A linear layer with packed weights."""
 
     plain = nn.Linear
@@ -198,5 +198,5 @@ def _pack(layer: nn.Module) -> None:
 def unpack(network: nn.Module) -> None:
     """Undo `pack`: the weights are plain again, bit for bit."""
     for module in network.modules():
-        if isinstance(module, _Packed):
+        if isinstance(module, Packed):
             module.unpack()

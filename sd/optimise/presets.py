@@ -9,15 +9,17 @@ import torch
 
 from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECISIONS, RUNTIMES, SDPA_KERNELS
 from sd.errors import ConfigError
-from sd.features import computes_slowly
+from sd.features import computes_slowly, has
 from sd.optimise.compile import CUDA_GRAPH_MODES
-from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
+from sd.optimise.optimisations import OWN_KERNELS, WEIGHT_DTYPES, Optimisations
 
 # Fields of Optimisations by the name of the technique that sets them.
 TECHNIQUES: dict[str, dict[str, object]] = {
     **{name: {"precision": name} for name in PRECISIONS},
     **{name: {name: True} for name in ("tf32", "cudnn_benchmark", "channels_last", "fused_qkv", "fused_kv")},
     "packed": {"packed": True, "channels_last": True},
+    "avx2_layers": {"avx2_layers": True, "precision": "full", "channels_last": True},
+    "avx2_attention": {"avx2_attention": True, "precision": "full", "attention": "sdpa"},
     "avx512_attention": {"avx512_attention": True, "precision": "bf16", "attention": "sdpa"},
     "whole_norms": {"whole_norms": True},
     **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
@@ -76,24 +78,27 @@ def parse(
     if implies_compile and base.compile == "none":
         fields.setdefault("compile", "default")
     fields.update(changes or {})
-    return replace(base, **{**_resets(fields), **fields})
+    return replace(base, **{**_resets(base, fields), **fields})
 
 
-def _resets(fields: dict[str, Any]) -> dict[str, Any]:
+def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of `fast` that contradict `fields`, at their defaults."""
     resets: dict[str, Any] = {}
+    other_precision = {
+        name: False for name in OWN_KERNELS if fields.get("precision", OWN_KERNELS[name]) != OWN_KERNELS[name]
+    }
+    if base.avx2_layers and "avx2_layers" in other_precision:
+        resets.update(packed=has("packed"))
+    resets.update(other_precision)
     if "quantisation" in fields:
-        resets.update(fused_qkv=False, fused_kv=False, packed=False)
+        resets.update(fused_qkv=False, fused_kv=False, packed=False, avx2_layers=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
-        resets.update(packed=False)
+        resets.update(packed=False, avx2_layers=False)
+    if fields.get("packed") or fields.get("avx2_layers"):
+        resets.update(packed=False, avx2_layers=False)
     other_kernels = tuple(fields.get("sdpa_kernels", SDPA_KERNELS)) != SDPA_KERNELS
-    if (
-        other_kernels
-        or fields.get("attention", "sdpa") != "sdpa"
-        or fields.get("precision", "bf16") != "bf16"
-        or fields.get("aot")
-    ):
-        resets.update(avx512_attention=False)
+    if other_kernels or fields.get("attention", "sdpa") != "sdpa" or fields.get("aot"):
+        resets.update(avx2_attention=False, avx512_attention=False)
     if computes_slowly(WEIGHT_DTYPES[fields.get("precision", "full")]):
         resets.update(packed=False)
     networks = ("compile", "compile_autoencoder", "compile_text_encoder")
@@ -104,7 +109,7 @@ def _resets(fields: dict[str, Any]) -> dict[str, Any]:
     if "original_steps" in fields:
         resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
     if fields.get("compile_backend", "inductor") in RUNTIMES:
-        resets.update(packed=False, avx512_attention=False)
+        resets.update(packed=False, **dict.fromkeys(OWN_KERNELS, False))
         if fields["compile_backend"] == "onnxrt":
             resets.update(precision="full")
     records_graphs = fields.get("compile") in CUDA_GRAPH_MODES

@@ -14,6 +14,7 @@ from sd.attention.functions import CHOICES
 from sd.attention.observation import ObservedCall
 from sd.choices import ATTENTION_WITH_KERNELS
 from sd.features import has
+from sd.optimise.optimisations import OWN_KERNELS
 
 SEED = int(os.environ.get("SD_PERF_SEED") or random.SystemRandom().getrandbits(32))
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -44,9 +45,10 @@ def tf32(allowed: bool):
 def optimisations(name: str, precision: str = "full") -> Optimisations:
     """The attention `name` of sd.attention.functions.CHOICES in that precision."""
     choice = CHOICES[name]
-    if choice.avx512 and precision != "bf16":
-        pytest.skip("the AVX-512 kernel computes in bf16")
-    return Optimisations(choice.implementation, choice.kernels, precision=precision, avx512_attention=choice.avx512)
+    own = {f"{choice.own}_attention": True} if choice.own else {}
+    if choice.own and precision != OWN_KERNELS[f"{choice.own}_attention"]:
+        pytest.skip(f"{choice.own}_attention computes in another precision")
+    return Optimisations(choice.implementation, choice.kernels, precision=precision, **own)
 
 
 def unet_output(model: StableDiffusion, seed: int, size: int, batch: int = 2):
@@ -79,8 +81,8 @@ def only_allowed_kernels(name: str, kernels: tuple[str, ...]) -> bool:
     `native_mha` is nn.MultiheadAttention's fused self-attention, which runs an allowed kernel, or on a CPU its own `math`.
     """
     choice = CHOICES[name]
-    if choice.avx512:
-        return kernels == ("avx512",)
+    if choice.own:
+        return kernels == (choice.own,)
     if choice.implementation == "original":
         return kernels == ("softmax",)
     if choice.implementation not in ("xformers", *ATTENTION_WITH_KERNELS):

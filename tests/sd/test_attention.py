@@ -12,6 +12,7 @@ from sd.attention.availability import HEAD_DIMS, check, for_head_dim, unavailabl
 from sd.attention.functions import CHOICES, Attention, allowed_kernels, original
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
+from sd.kernels import OWN_ATTENTION
 
 FUNCTIONS = [name for name in CHOICES if not name.startswith("mha")]
 
@@ -78,6 +79,7 @@ def test_error_table_lists_the_usable_backends():
         usable = unavailable_reason(choice, "cpu", torch.float32, 32) is None
         implementation, _, kernel = name.partition("-")
         kernel = kernel or ("any" if implementation in ("mha", "sdpa") else "-")
+        kernel += "-float32" if kernel in OWN_ATTENTION else ""
         assert ((implementation, kernel, "float32") in rows) == usable
 
 

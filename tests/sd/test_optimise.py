@@ -13,7 +13,7 @@ from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION
 from sd.errors import ConfigError, Unavailable
 from sd.features import computes_slowly, has
-from sd.optimise.optimisations import WEIGHT_DTYPES
+from sd.optimise.optimisations import OWN_KERNELS, WEIGHT_DTYPES
 from sd.optimise.presets import TECHNIQUES, parse
 from sd.sampling.samplers import SAMPLERS
 
@@ -29,14 +29,19 @@ EXACT = {
 }
 # Fields of `fast` that contradict a technique and are reset when it is named.
 RESET = {
-    **{name: {"fused_qkv", "packed"} for name in ("int8", "fp8")},
+    **{name: {"fused_qkv", "packed", "avx2_layers"} for name in ("int8", "fp8")},
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step")},
-    "autocast": {"cuda_graph", "packed", "avx512_attention"},
-    "full": {"avx512_attention"},
-    "freezing": {"packed"},
+    "autocast": {"cuda_graph", "packed", *OWN_KERNELS},
+    **{name: {"avx512_attention"} for name in ("full", "avx2_attention")},
+    "avx2_layers": {"packed", "avx512_attention"},
+    "packed": {"avx2_layers"},
+    "freezing": {"packed", "avx2_layers"},
     "original_steps": {*CACHES, "cuda_graph"},
-    **{name: {"packed"} for name in ("bf16", "avx512_attention") if computes_slowly(WEIGHT_DTYPES["bf16"])},
-    "fp16": {"avx512_attention", *({"packed"} if computes_slowly(WEIGHT_DTYPES["fp16"]) else set())},
+    **{
+        name: {"avx2_layers", "avx2_attention", *({"packed"} if computes_slowly(WEIGHT_DTYPES["bf16"]) else set())}
+        for name in ("bf16", "avx512_attention")
+    },
+    "fp16": {*OWN_KERNELS, *({"packed"} if computes_slowly(WEIGHT_DTYPES["fp16"]) else set())},
 }
 # Relative error of a UNet call and of a run's latents in fp32 against `original`: only the order of sums differs.
 UNET_BOUND, LATENTS_BOUND = 1e-5, 1e-4
@@ -300,7 +305,7 @@ class TestOnAGPU:
         ({"feature_caching": 0}, "at least 1"),
         ({"token_merging": 0.9}, "must be in"),
         ({"quantisation": "int8", "fused_qkv": True}, "separate projections"),
-        ({"avx512_attention": True, "attention": "sdpa"}, "computes in bf16, and precision is full"),
+        ({"avx512_attention": True, "attention": "sdpa"}, "computes in precision bf16, and precision is full"),
         ({"avx512_attention": True, "precision": "bf16", "attention": "original"}, "choose attention sdpa"),
         ({"avx512_attention": True, "precision": "bf16", "sdpa_kernels": ("math",)}, "choose attention sdpa"),
         ({"avx512_attention": True, "attention": "sdpa", "precision": "bf16", "aot": "unet.pt2"}, "aot"),

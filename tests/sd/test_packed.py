@@ -20,14 +20,18 @@ from torch import nn
 from sd import Optimisations, StableDiffusion
 from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.features import FEATURES, PROBE_REPEATS, bf16_beats_fp32, computes_slowly, has
-from sd.optimise import apply, packed
+from sd.kernels import avx2
+from sd.optimise import apply, avx2_layers, packed
 from sd.optimise.compile import Compiler
 from sd.optimise.presets import parse
 
+NO_AVX2 = avx2.unavailable_reason(torch.device("cpu"))
+needs_avx2 = pytest.mark.skipif(NO_AVX2 is not None, reason=str(NO_AVX2))
 needs_packed = pytest.mark.skipif(not has("packed"), reason="this torch has no operators for packed weights")
 needs_bf16 = pytest.mark.skipif(computes_slowly(torch.bfloat16), reason="this processor emulates bf16")
 PLAIN = Optimisations(channels_last=True, fused_qkv=True, cache_context_kv=True)
 PACKED = replace(PLAIN, packed=True)
+TECHNIQUES = {"packed": PACKED, "avx2_layers": replace(PLAIN, avx2_layers=True)}
 WIDE = replace(
     SMALLEST, unet=replace(SMALLEST.unet, model_channels=128), autoencoder=replace(SMALLEST.autoencoder, channels=128)
 )
@@ -55,7 +59,10 @@ for packing, calling in (torch.no_grad, torch.no_grad), (torch.no_grad, torch.in
         print("layout", b"".join(layouts).hex(), flush=True)
         assert (out - expected).norm() <= 1e-5 * expected.norm()
 """
-CLASSES = (packed.PackedConv2d, packed.PackedConv1x1, packed.PackedLinear)
+CLASSES = {
+    "packed": {packed.PackedConv2d, packed.PackedConv1x1, packed.PackedLinear},
+    "avx2_layers": {avx2_layers.Avx2Conv2d, avx2_layers.Avx2Linear},
+}
 
 
 @pytest.fixture
@@ -76,42 +83,46 @@ def _equal(state, other):
 
 
 def _packed_layers(network):
-    return [module for module in network.modules() if isinstance(module, CLASSES)]
+    return [module for module in network.modules() if isinstance(module, packed.Packed)]
 
 
-@needs_packed
+@pytest.mark.parametrize(
+    "technique", [pytest.param("packed", marks=needs_packed), pytest.param("avx2_layers", marks=needs_avx2)]
+)
 class TestPacked:
     @pytest.mark.slow
-    def test_same_images_and_undone_bit_for_bit(self, model):
+    def test_same_images_and_undone_bit_for_bit(self, model, technique):
         plain, weights = _run(model), _copy(model)
         layer = model.unet.middle_block[0].out_layers[3]
         alive = weakref.ref(layer.weight)
-        model.optimise(PACKED)
+        model.optimise(TECHNIQUES[technique])
         assert alive() is None  # no second copy
-        assert {type(module) for module in _packed_layers(model.unet)} == set(CLASSES)
+        assert {type(module) for module in _packed_layers(model.unet)} == CLASSES[technique]
         assert relative_error(_run(model).latents, plain.latents) <= 1e-5
         assert _equal(model.state_dict(), weights)
         for attention in ("original", "mha", "sdpa"):
-            model.optimise(replace(parse("none,packed", "cpu"), attention=attention))
+            model.optimise(replace(parse(f"none,{technique}", "cpu"), attention=attention))
             assert relative_error(_run(model).latents, plain.latents) <= 1e-5
         model.optimise(PLAIN)
         assert not _packed_layers(model.unet) and not _packed_layers(model.autoencoder)
         assert _equal(model.state_dict(), weights)
         assert torch.equal(_run(model).latents, plain.latents)
 
-    def test_every_wide_layer_runs_packed(self, model):
+    def test_every_wide_layer_runs_packed(self, model, technique):
         latents, counts = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last), []
-        for fields in (PLAIN, PACKED):
+        autoencoder = model.autoencoder
+        for fields in (PLAIN, TECHNIQUES[technique]):
             model.optimise(fields)
             with torch.no_grad(), Counting() as counting:
-                model.autoencoder.decode(latents)
+                autoencoder.decode(latents)
             counts.append(counting.copies)
-        expected = len(_packed_layers(model.autoencoder.decoder))
+        expected = sum(len(_packed_layers(part)) for part in (autoencoder.post_quant_conv, autoencoder.decoder))
         assert expected > 10
-        assert counting.ops["packed_convolution"] + counting.ops["packed_linear"] == expected
+        operators = {"packed": ("packed_convolution", "packed_linear"), "avx2_layers": ("avx2_layer",)}[technique]
+        assert sum(counting.ops[name] for name in operators) == expected
         assert counts[0] == counts[1]
 
-    def test_lora_is_merged_into_the_plain_weights(self, model, tmp_path):
+    def test_lora_is_merged_into_the_plain_weights(self, model, tmp_path, technique):
         generator, factors = torch.Generator().manual_seed(0), {}
         for name, weight in model.state_dict().items():
             if name.endswith(("to_q.weight", "to_out.0.weight")):
@@ -123,7 +134,7 @@ class TestPacked:
         model.load_lora(tmp_path / "lora.pt")
         merged, plain = _copy(model), _run(model)
         model.unload_lora()
-        model.optimise(PACKED)
+        model.optimise(TECHNIQUES[technique])
         model.load_lora(tmp_path / "lora.pt")
         assert _packed_layers(model.unet)
         assert _equal(model.state_dict(), merged)
@@ -138,11 +149,11 @@ class TestPacked:
 
     @pytest.mark.slow
     @pytest.mark.compile
-    def test_other_weights_compile_nothing_again(self, model):
+    def test_other_weights_compile_nothing_again(self, model, technique):
         from torch._dynamo.utils import counters
 
         weights = _copy(model)
-        model.optimise(replace(PACKED, compile="default", compile_backend="aot_eager"))
+        model.optimise(replace(TECHNIQUES[technique], compile="default", compile_backend="aot_eager"))
         first = _run(model).latents
         torch._dynamo.reset()
         counters.clear()
@@ -163,14 +174,14 @@ class TestPacked:
             pytest.param({"compile_scope": "blocks"}, marks=pytest.mark.nightly),
         ],
     )
-    def test_inductor(self, model, fields):
+    def test_inductor(self, model, fields, technique):
         from torch._dynamo.utils import counters
 
         plain = _run(model).latents
         for _ in range(2):
             torch._dynamo.reset()
             counters.clear()
-            model.optimise(replace(PACKED, compile="default", **fields))
+            model.optimise(replace(TECHNIQUES[technique], compile="default", **fields))
             assert relative_error(_run(model).latents, plain) <= 1e-5
         convolutions = [layer for layer in _packed_layers(model.unet) if isinstance(layer, packed.PackedConv2d)]
         assert all(vars(layer.weight)["fits"] for layer in convolutions), "compiled code passes other tensors"
@@ -275,7 +286,7 @@ def test_packed_needs_the_instructions_of_its_precision(monkeypatch):
         monkeypatch.setattr("sd.optimise.presets.computes_slowly", slow)
         monkeypatch.setattr("sd.optimise.apply.computes_slowly", slow)
         assert parse("fast,fp16", "cpu").packed is supported
-        assert parse("fast,full", "cpu").packed
+        assert parse("fast,full,packed", "cpu").packed
     monkeypatch.setattr("sd.optimise.apply.computes_slowly", lambda dtype: True)
     with (
         pytest.warns(SDWarning),

@@ -1,4 +1,4 @@
-// Flash attention (Dao and others 2022) in bf16 for one head size, HEAD; sd/attention/avx512.py compiles and calls it.
+// Flash attention (Dao and others 2022) in bf16 for one head size, HEAD; sd/kernels/avx512.py compiles and calls it.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -7,14 +7,9 @@ inductor uses compiles it for each head size at the first use, and the user's ca
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import subprocess
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,15 +20,17 @@ from torch import Tensor, library
 from sd.choices import cpp_compiler
 from sd.errors import SDWarning
 from sd.features import has, missing, processor_has
+from sd.kernels.build import compiled
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPE = torch.bfloat16
 KEYS, PANEL = 128, 64  # keys of a block, lanes of a product
 LARGEST_HEAD = 512  # whose blocks fit the stack of a thread
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", f"-DKEYS={KEYS}", f"-DPANEL={PANEL}")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", f"-DKEYS={KEYS}", f"-DPANEL={PANEL}")
 INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 
 
-def avx512_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(QK^T / sqrt(D)) V of bf16 tensors q [B, S, H, D] and k, v [B, T, H, D]; [B, S, H, D] in bf16.
 
     Raises NotImplementedError for another dtype, an odd D or one above LARGEST_HEAD, or where a backward pass is needed,
@@ -107,48 +104,10 @@ def _kernel(head_dim: int) -> Any:
     """The compiled function. Raises RuntimeError with the reason where it cannot be compiled or loaded."""
     # torch's own copy of GCC's OpenMP, where it has one: two copies would have two pools of threads.
     openmp = map(str, sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
-    command = [cpp_compiler() or "g++", *FLAGS, *INSTRUCTIONS, f"-DHEAD={head_dim}"]
-    libraries = ["-Wl,--as-needed", *openmp]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr([*command, *libraries]).encode()).hexdigest()[:16]
-    file = _cache_folder() / f"attention-{head_dim}-{key}.so"
-    try:
-        try:
-            loaded = ctypes.CDLL(str(file))
-        except OSError:  # there is none, or one that is damaged or of another system
-            _compile([*command, str(SOURCE), *libraries], file)
-            loaded = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise RuntimeError(f"the AVX-512 kernel cannot be compiled or loaded: {error}") from None
+    options = (*FLAGS, *INSTRUCTIONS, f"-DHEAD={head_dim}")
+    libraries = ("-Wl,--as-needed", *openmp)
+    loaded = compiled(SOURCE, f"attention-{head_dim}", options, libraries, lambda file: ctypes.CDLL(file))
     function = loaded.attention
     function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4 + [ctypes.POINTER(ctypes.c_int64), ctypes.c_int]
     function.restype = None
     return function
-
-
-def _compile(command: list[str], file: Path) -> None:
-    """Renamed when complete, so that another process never loads a part."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"{command[0]} cannot compile {SOURCE.name}: {result.stderr.strip()[:300]}")
-        made.replace(file)
-
-
-@functools.cache
-def _cache_folder() -> Path:
-    """A folder that only this user can write, since what it holds is executed; a temporary one where there is none."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "sd-perf"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-        if os.access(folder, os.W_OK) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
-            return folder
-    except (OSError, RuntimeError):  # the latter from a user without a home
-        pass
-    problem = "no folder of this user's cache can hold the attention kernel, so every process compiles it"
-    warnings.warn(f"{problem}; name one in XDG_CACHE_HOME", SDWarning, stacklevel=1)
-    temporary = tempfile.TemporaryDirectory(prefix="sd-attention-")
-    atexit.register(temporary.cleanup)
-    return Path(temporary.name)

@@ -1,0 +1,242 @@
+// Layers and attention in fp32 by AVX2; sd/kernels/avx2.py compiles it and says what it computes.
+//
+// A convolution is a matrix product whose rows are the positions of the output. Their inputs are found by pointers, one for each
+// position and tap, and are not copied (indirect convolution, Dukhan 2019, arXiv 1907.02129). Blocks as of Goto and van de Geijn
+// 2008: a chunk of the weights stays in the first cache while all positions of a block use it. Attention is flash attention
+// (Dao and others 2022).
+#include <immintrin.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+using torch::stable::Tensor;
+
+typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int LANES = 8, VECTORS = PANEL / LANES;
+constexpr int ROWS = 6;          // rows of a product: 12 of 16 registers hold its sums
+constexpr int BLOCK = 240;       // positions that share a chunk of weights
+constexpr int CHUNK = 512;       // channels times taps of a chunk
+constexpr int PREFETCHED = 256;  // rows of weights ahead, for the memory's latency
+constexpr int KEYS = 64;         // of a block of attention
+static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
+const float ZEROS[CHUNK] = {};
+
+int64_t panels_of(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
+
+// out [R][PANEL] = start (a row, or out where nullptr) + the sum over taps of rows [R][depth] . weight [depth][PANEL].
+// rows: pointers [taps][count], of which R are used, each then offset; nullptr is a row of zeros.
+template <int R, bool strided>
+void multiply(const float* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
+              const float* weight, const float* start, float* out, int64_t stride) {
+  Lanes sums[R][VECTORS];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = *(const Lanes*)((start ? start : out + r * stride) + v * LANES);
+  for (int64_t tap = 0; tap < taps; ++tap, rows += count) {
+    const float* row[R];
+    for (int r = 0; r < R; ++r) row[r] = rows[r] ? rows[r] + offset : ZEROS;
+#pragma GCC unroll 4
+    for (int64_t k = 0, at = 0; k < depth; ++k, at += strided ? step : 1, weight += PANEL) {
+      if (!strided) __builtin_prefetch(weight + PREFETCHED * PANEL);
+      Lanes right[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) right[v] = *(const Lanes*)(weight + v * LANES);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] += row[r][at] * right[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < VECTORS; ++v) *(Lanes*)(out + r * stride + v * LANES) = sums[r][v];
+}
+
+// The same for any number of rows, in products as even as possible: few rows have too few sums to hide an addition's latency.
+template <bool strided = false>
+void multiply_all(const float* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
+                  const float* weight, const float* start, float* out, int64_t stride) {
+  static constexpr decltype(&multiply<1, strided>) BY_ROWS[ROWS] = {multiply<1, strided>, multiply<2, strided>,
+                                                                    multiply<3, strided>, multiply<4, strided>,
+                                                                    multiply<5, strided>, multiply<6, strided>};
+  for (int64_t i = 0, left = (count + ROWS - 1) / ROWS, now; i < count; i += now, --left) {
+    now = (count - i + left - 1) / left;
+    BY_ROWS[now - 1](rows + i, count, taps, offset, depth, step, weight, start, out + i * stride, stride);
+  }
+}
+
+bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
+
+Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes twice as long
+  std::vector<int64_t> strides(size.size(), 1);
+  for (size_t i = size.size() - 1; i; --i) strides[i - 1] = strides[i] * size[i];
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
+struct Shape {
+  int64_t images, height, width, channels, out_height, out_width, out_channels, kernel, stride, padding;
+};
+
+// The address of the input of each tap and position, [taps][count]; nullptr outside of the image.
+void find_inputs(const float* x, const Shape& s, int64_t begin, int64_t count, const float** inputs) {
+  int64_t column = begin % s.out_width, line = begin / s.out_width % s.out_height;
+  int64_t image = begin / (s.out_width * s.out_height);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
+      const int64_t y = line * s.stride - s.padding + tap / s.kernel, z = column * s.stride - s.padding + tap % s.kernel;
+      const bool inside = y >= 0 && y < s.height && z >= 0 && z < s.width;
+      inputs[tap * count + i] = inside ? x + ((image * s.height + y) * s.width + z) * s.channels : nullptr;
+    }
+    if (++column == s.out_width) {
+      column = 0;
+      if (++line == s.out_height) line = 0, ++image;
+    }
+  }
+}
+
+// x [images, height, width, channels], weight [panels, taps, channels, PANEL], out [images, out_height, out_width, out_channels]
+void convolve(const float* x, const float* weight, const float* bias, float* out, const Shape& s) {
+  const int64_t taps = s.kernel * s.kernel, positions = s.images * s.out_height * s.out_width;
+  const int64_t panels = panels_of(s.out_channels);
+  const int64_t chunks = (s.channels + CHUNK - 1) / CHUNK, depth = (s.channels + chunks - 1) / chunks;
+  const int64_t together = std::max<int64_t>(1, CHUNK / depth);  // taps of a chunk
+  torch::stable::parallel_for(0, (positions + BLOCK - 1) / BLOCK * panels, 1, [&](int64_t first, int64_t last) {
+    std::vector<const float*> inputs(taps * BLOCK);
+    float narrow[BLOCK * PANEL], start[PANEL];
+    int64_t begin = -1, count = 0;
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
+      if (begin != unit / panels * BLOCK) {
+        begin = unit / panels * BLOCK;
+        count = std::min<int64_t>(BLOCK, positions - begin);
+        find_inputs(x, s, begin, count, inputs.data());
+      }
+      float* const wide = out + begin * s.out_channels + panel * PANEL;
+      float* const sums = width == PANEL ? wide : narrow;
+      const int64_t stride = width == PANEL ? s.out_channels : PANEL;
+      for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
+      for (int64_t tap = 0; tap < taps; tap += together)
+        for (int64_t channel = 0; channel < s.channels; channel += depth)
+          multiply_all(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
+                       std::min(depth, s.channels - channel), 1, weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
+                       tap || channel ? nullptr : start, sums, stride);
+      if (sums == narrow)
+        for (int64_t i = 0; i < count; ++i) std::copy_n(narrow + i * PANEL, width, wide + i * s.out_channels);
+    }
+  });
+}
+
+Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels, int64_t kernel, int64_t stride,
+             int64_t padding) {
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const bool is_rows = kernel == 1 && stride == 1 && padding == 0;
+  const auto reaches = [&](int side) { return kernel > 0 && stride > 0 && padding >= 0 && x.size(side) + 2 * padding >= kernel; };
+  STD_TORCH_CHECK(is_float(x) && is_float(weight) && (!bias || is_float(*bias)), "avx2_layer: computes in fp32");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
+                      weight.size(2) == x.size(-1) && weight.size(3) == PANEL && weight.is_contiguous() &&
+                      (!bias || bias->numel() == out_channels) && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))),
+                  "avx2_layer: the shapes of input, weight and bias do not match");
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  Shape s{1, 1, 1, size.back(), 1, 1, out_channels, kernel, stride, padding};
+  size.back() = out_channels;
+  if (!is_rows) {
+    s.images = size[0], s.height = size[1], s.width = size[2];
+    size[1] = s.out_height = (s.height + 2 * padding - kernel) / stride + 1;
+    size[2] = s.out_width = (s.width + 2 * padding - kernel) / stride + 1;
+  } else {
+    s.width = s.out_width = x.numel() / s.channels;
+  }
+  Tensor out = empty(size);
+  convolve((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
+           (float*)out.data_ptr(), s);
+  return out;
+}
+
+Lanes power_of_two(Lanes x) {  // of x <= 0: Taylor polynomial on [-1/2, 1/2], relative error 1e-7
+  x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);  // in this order NaN stays NaN
+  const Lanes whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
+  Lanes sum = _mm256_set1_ps(1.5252734e-5f);
+  for (float term : {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 0.24022651f, 0.69314718f, 1.0f})
+    sum = sum * part + term;
+  return sum * (Lanes)_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+}
+
+// q and out [images, queries, heads, head], k and v [images, keys, heads, head]; strides of image, token and head of q, k, v
+struct Heads {
+  int64_t images, queries, keys, heads, head;
+  const int64_t* strides[3];
+  const float* of(const float* tensor, int index, int64_t item, int64_t token) const {
+    return tensor + item / heads * strides[index][0] + token * strides[index][1] + item % heads * strides[index][2];
+  }
+};
+
+// PANEL queries of one head, of which `count` exist. Scores and sums are transposed, [keys][PANEL] and [head][PANEL]: neither
+// keys nor values are copied, and the softmax has a lane for each query. work: head * PANEL * 2 + KEYS * PANEL.
+void attend(const float* q, const float* k, const float* v, float* out, int64_t count, const Heads& s, float* work) {
+  const int64_t head = s.head, out_stride = s.heads * head;
+  float *scaled = work, *sums = scaled + head * PANEL, *scores = sums + head * PANEL;
+  const float scale = 1.44269504f / std::sqrt((float)head);  // of powers of two
+  for (int64_t j = 0; j < head; ++j)
+    for (int64_t i = 0; i < PANEL; ++i) scaled[j * PANEL + i] = i < count ? q[i * s.strides[0][1] + j] * scale : 0.0f;
+  Lanes most[VECTORS], total[VECTORS] = {};
+  for (Lanes& x : most) x = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  const float* rows[std::max(KEYS, LARGEST_HEAD)];
+  for (int64_t first = 0; first < s.keys; first += KEYS) {
+    const int64_t keys = std::min<int64_t>(KEYS, s.keys - first);
+    for (int64_t i = 0; i < keys; ++i) rows[i] = k + (first + i) * s.strides[1][1];
+    multiply_all<false>(rows, keys, 1, 0, head, 1, scaled, ZEROS, scores, PANEL);
+    Lanes(*const of_key)[VECTORS] = (Lanes(*)[VECTORS])scores;
+    Lanes highest[VECTORS], factor[VECTORS];
+    std::copy_n(most, VECTORS, highest);
+    for (int64_t i = 0; i < keys; ++i)
+      for (int lane = 0; lane < VECTORS; ++lane) highest[lane] = _mm256_max_ps(highest[lane], of_key[i][lane]);
+    for (int lane = 0; lane < VECTORS; ++lane) total[lane] *= factor[lane] = power_of_two(most[lane] - highest[lane]);
+    for (int64_t i = 0; i < keys; ++i)
+      for (int lane = 0; lane < VECTORS; ++lane)
+        total[lane] += of_key[i][lane] = power_of_two(of_key[i][lane] - highest[lane]);
+    std::copy_n(highest, VECTORS, most);
+    for (int64_t j = 0; first && j < head; ++j)
+      for (int lane = 0; lane < VECTORS; ++lane) ((Lanes*)(sums + j * PANEL))[lane] *= factor[lane];
+    for (int64_t j = 0; j < head; ++j) rows[j] = v + first * s.strides[2][1] + j;
+    multiply_all<true>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, sums, PANEL);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < head; ++j) out[i * out_stride + j] = sums[j * PANEL + i] / total[i / LANES][i % LANES];
+}
+
+Tensor attention(Tensor q, Tensor k, Tensor v) {
+  STD_TORCH_CHECK(is_float(q) && is_float(k) && is_float(v) && q.dim() == 4 && q.size(3) <= LARGEST_HEAD,
+                  "avx2_attention: computes in fp32 with head sizes of at most ", LARGEST_HEAD);
+  bool match = k.dim() == 4 && v.dim() == 4 && k.numel() > 0 && k.size(1) == v.size(1);
+  for (int i : {0, 2, 3}) match = match && q.size(i) == k.size(i) && q.size(i) == v.size(i);
+  STD_TORCH_CHECK(match, "avx2_attention: the shapes of q, k and v do not match");
+  for (Tensor* x : {&q, &k, &v})
+    if (x->strides()[3] != 1) *x = torch::stable::contiguous(*x);
+  const Heads s{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), {q.strides().data(), k.strides().data(), v.strides().data()}};
+  Tensor out = empty({s.images, s.queries, s.heads, s.head});
+  const float *of_q = (const float*)q.data_ptr(), *of_k = (const float*)k.data_ptr(), *of_v = (const float*)v.data_ptr();
+  float* const result = (float*)out.data_ptr();
+  const int64_t panels = panels_of(s.queries);
+  torch::stable::parallel_for(0, s.images * s.heads * panels, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> work((2 * s.head + KEYS) * PANEL);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t item = unit / panels, begin = unit % panels * PANEL;
+      attend(s.of(of_q, 0, item, begin), s.of(of_k, 1, item, 0), s.of(of_v, 2, item, 0),
+             result + ((item / s.heads * s.queries + begin) * s.heads + item % s.heads) * s.head,
+             std::min<int64_t>(PANEL, s.queries - begin), s, work.data());
+    }
+  });
+  return out;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sd, CPU, library) {
+  library.impl("avx2_layer", TORCH_BOX(&layer));
+  library.impl("avx2_attention", TORCH_BOX(&attention));
+}

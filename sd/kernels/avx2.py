@@ -1,0 +1,104 @@
+"""Convolutions, linear layers and attention in fp32 by the instructions of AVX2, kernels of our own for a CPU (avx2.cpp).
+
+oneDNN's and MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes
+of small images. The operators are in C++ too, since one in Python costs 18 us a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, library
+
+from sd.choices import cpp_compiler
+from sd.errors import SDWarning
+from sd.features import has, missing, processor_has
+from sd.kernels.build import compiled
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPE = torch.float32
+PANEL = 16  # channels that share a read of the input
+LARGEST_HEAD = 512  # up to which its blocks stay in the caches
+FLAGS = ("-std=c++20", "-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-fno-math-errno")
+SIZES = (f"-DPANEL={PANEL}", f"-DLARGEST_HEAD={LARGEST_HEAD}")
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """None where the kernels should compile and run, else the reason."""
+    if device.type != "cpu":
+        return f"the AVX2 kernels run on a CPU, and the device is {device}"
+    if not has("avx2"):
+        return missing("avx2")
+    if platform.system() != "Linux" or not processor_has("avx2"):
+        return "the AVX2 kernels need Linux and a processor with AVX2"
+    if cpp_compiler() is None:
+        return "the AVX2 kernels need a C++ compiler: install g++, or name one in CXX"
+    return None
+
+
+def beats_onednn() -> bool:
+    """Whether `fast` uses them: they compile here, and the processor lacks AVX-512, with which they have not been measured.
+
+    Warns where the kernels should run here and do not compile.
+    """
+    if unavailable_reason(torch.device("cpu")) is not None or processor_has("avx512"):
+        return False
+    try:
+        define_operators()
+    except RuntimeError as error:
+        warnings.warn(
+            f"fast is without the AVX2 kernels: {error}", SDWarning, stacklevel=1
+        )  # of one place, so shown once
+        return False
+    return True
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(QK^T / sqrt(D)) V of fp32 tensors q [B, S, H, D] and k, v [B, T, H, D]; [B, S, H, D] in fp32.
+
+    Raises NotImplementedError for another dtype, a D above LARGEST_HEAD, or where a backward pass is needed, ValueError for
+    shapes that do not match, and RuntimeError where the kernel cannot be compiled.
+    """
+    if not (q.dtype == k.dtype == v.dtype == DTYPE) or q.shape[-1] > LARGEST_HEAD:
+        raise NotImplementedError(f"computes in fp32 with head sizes of at most {LARGEST_HEAD}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or not k.numel():
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not match")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError("has no backward pass")
+    if not torch.compiler.is_compiling():
+        define_operators()
+    out: Tensor = torch.ops.sd.avx2_attention.default(q, k, v)
+    return out
+
+
+@functools.cache
+def define_operators() -> None:
+    """Define torch.ops.sd.avx2_layer and avx2_attention; no gradients.
+
+    avx2_layer: x [..., C] or, for a convolution, [B, H, W, C]; weight [panels, taps, C, PANEL], bias [C'] -> [..., C'].
+    avx2_attention: softmax(QK^T / sqrt(D)) V of q [B, S, H, D] and k, v [B, T, H, D] -> [B, S, H, D].
+    Raises RuntimeError with the reason where the kernels cannot be compiled or loaded.
+    """
+    # The library gives the operators their code when it is loaded; they need not be defined before.
+    torch_folder = Path(torch.__file__).parent
+    includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
+    options = (*FLAGS, *SIZES, *(f"-I{folder}" for folder in includes))
+    compiled(SOURCE, "avx2", options, (f"-L{torch_folder / 'lib'}", "-ltorch_cpu"), torch.ops.load_library)
+    geometry = "int channels, int kernel, int stride, int padding"
+    library.define("sd::avx2_layer", f"(Tensor x, Tensor weight, Tensor? bias, {geometry}) -> Tensor")
+    library.register_fake("sd::avx2_layer")(_layer)
+    library.define("sd::avx2_attention", "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    library.register_fake("sd::avx2_attention")(lambda q, k, v: q.new_empty(q.shape))
+
+
+def _layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, kernel: int, stride: int, padding: int
+) -> Tensor:
+    sizes = x.shape[:-1]
+    if (kernel, stride, padding) != (1, 1, 0):
+        sizes = torch.Size([len(x), *((size + 2 * padding - kernel) // stride + 1 for size in x.shape[1:3])])
+    return x.new_empty(*sizes, channels)

@@ -1,0 +1,68 @@
+"""Kernels of our own in C++, compiled at their first use by the compiler of inductor and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from sd.choices import cpp_compiler
+from sd.errors import SDWarning
+
+Loaded = TypeVar("Loaded")
+
+
+def compiled(
+    source: Path, name: str, options: Sequence[str], libraries: Sequence[str], load: Callable[[str], Loaded]
+) -> Loaded:
+    """`load` of the shared library of `source`, which is compiled where the cache folder has none for this command.
+
+    name: the start of the file's name. Raises RuntimeError with the reason where it cannot be compiled or loaded.
+    """
+    command = [cpp_compiler() or "g++", *options, "-shared", "-fPIC"]
+    key = hashlib.sha256(source.read_bytes() + repr([*command, *libraries]).encode()).hexdigest()[:16]
+    file = _cache_folder() / f"{name}-{key}.so"
+    try:
+        try:
+            return load(str(file))
+        except OSError:  # there is none, or one that is damaged or of another system
+            _compile([*command, str(source), *libraries], file)
+            return load(str(file))
+    except OSError as error:
+        raise RuntimeError(f"{source.name} cannot be compiled or loaded: {error}") from None
+
+
+def _compile(command: list[str], file: Path) -> None:
+    """Renamed when complete, so that another process never loads a part."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(f"{command[0]} cannot compile {file.name}: {result.stderr.strip()[:300]}")
+        made.replace(file)
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    """A folder that only this user can write, since what it holds is executed; a temporary one where there is none."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "sd-perf"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if os.access(folder, os.W_OK) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+            return folder
+    except (OSError, RuntimeError):  # the latter from a user without a home
+        pass
+    problem = "no folder of this user's cache can hold the C++ kernels, so every process compiles them"
+    warnings.warn(f"{problem}; name one in XDG_CACHE_HOME", SDWarning, stacklevel=1)
+    temporary = tempfile.TemporaryDirectory(prefix="sd-kernels-")
+    atexit.register(temporary.cleanup)
+    return Path(temporary.name)
