@@ -25,7 +25,8 @@ PROFILED = 5  # calls
 KINDS = {  # patterns of torch.profiler's names
     "convolution_pointwise|mkldnn_convolution|slow_conv2d": "convolutions",
     "linear_pointwise|addmm|aten::mm": "linear layers",
-    "scaled_dot_product|avx512_attention": "attention",
+    "avx2_layer": "convolutions and linear layers",
+    "scaled_dot_product|avx(2|512)_attention": "attention",
     "cpp_fused": "generated kernels",
     "Dynamo Cache Lookup": "guards of Dynamo",
 }
