@@ -74,8 +74,9 @@ Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes t
   std::vector<int64_t> strides(size.size(), 1);
   for (size_t i = size.size() - 1; i; --i) strides[i - 1] = strides[i] * size[i];
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), aoti_torch_dtype_float32(),
-                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  const auto error = aoti_torch_empty_strided(size.size(), size.data(), strides.data(), aoti_torch_dtype_float32(),
+                                              aoti_torch_device_type_cpu(), 0, &tensor);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for the output");
   return Tensor(tensor);
 }
 
