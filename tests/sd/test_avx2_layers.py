@@ -142,9 +142,12 @@ def test_wrong_inputs_are_refused():
         (x, weight, bias, 32, 5, 1, 1),
         (x[0], weight, bias, 32, 3, 1, 1),
         (x[:, :2, :2], weight, bias, 32, 3, 1, 0),
+        (x[..., :0], weight[:, :, :0], bias, 32, 3, 1, 1),
+        (x[0, 0, 0, 0], weight[:, :1, :1], bias, 32, 1, 1, 0),
     ):
         with pytest.raises(RuntimeError, match="do not match"):
             layer(*arguments)
     for arguments in ((x.double(), weight, bias), (x, weight.half(), bias), (x, weight, bias.bfloat16())):
         with pytest.raises(RuntimeError, match="computes in fp32"):
             layer(*arguments, 32, 3, 1, 1)
+    assert layer(x[:0], weight, bias, 32, 3, 1, 1).shape == (0, 8, 8, 32)
