@@ -123,7 +123,7 @@ FEATURES = {
         "torch >= 2.5",
     ),
     "avx2": Feature(
-        "operators in C++ that do not depend on the version of torch, with its threads",
+        "torch's stable C++ interface with parallel_for (torch/csrc/stable/ops.h)",
         "parallel_for" in _source("include/torch/csrc/stable/ops.h"),
         "torch >= 2.10",
     ),

@@ -72,7 +72,7 @@ bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::Sc
 
 Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes twice as long
   std::vector<int64_t> strides(size.size(), 1);
-  for (size_t i = size.size() - 1; i; --i) strides[i - 1] = strides[i] * size[i];
+  for (size_t i = size.size() - 1; i; --i) strides[i - 1] = strides[i] * std::max<int64_t>(size[i], 1);
   AtenTensorHandle tensor;
   const auto error = aoti_torch_empty_strided(size.size(), size.data(), strides.data(), aoti_torch_dtype_float32(),
                                               aoti_torch_device_type_cpu(), 0, &tensor);
@@ -141,7 +141,7 @@ Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_ch
   STD_TORCH_CHECK(is_float(x) && is_float(weight) && (!bias || is_float(*bias)), "avx2_layer: computes in fp32");
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && weight.dim() == 4 && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
                       weight.size(2) == x.size(-1) && weight.size(3) == PANEL && weight.is_contiguous() &&
-                      (!bias || bias->numel() == out_channels) && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))),
+                      (!bias || (bias->numel() == out_channels && bias->is_contiguous())) && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))),
                   "avx2_layer: the shapes of input, weight and bias do not match");
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   Shape s{1, 1, 1, size.back(), 1, 1, out_channels, kernel, stride, padding};

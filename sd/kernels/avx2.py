@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import threading
 import warnings
 from pathlib import Path
 
@@ -27,8 +28,15 @@ FLAGS = ("-std=c++20", "-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-fno-mat
 SIZES = (f"-DPANEL={PANEL}", f"-DLARGEST_HEAD={LARGEST_HEAD}")
 
 
+_DEFINING = threading.Lock()
+
+
 def unavailable_reason(device: torch.device) -> str | None:
-    """None where the kernels should compile and run, else the reason."""
+    """None where the kernels run, which compiles them at the first call; else the reason."""
+    return _missing(device) or _problem()
+
+
+def _missing(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the AVX2 kernels run on a CPU, and the device is {device}"
     if not has("avx2"):
@@ -40,21 +48,19 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def beats_onednn() -> bool:
-    """Whether `fast` uses them: they compile here, and the processor lacks AVX-512, with which they have not been measured.
+def chosen_by_fast() -> bool:
+    """Whether `fast` uses them: they run here, and the processor lacks AVX-512, with which they have not been measured.
 
     Warns where the kernels should run here and do not compile.
     """
-    if unavailable_reason(torch.device("cpu")) is not None or processor_has("avx512"):
+    if _missing(torch.device("cpu")) is not None or processor_has("avx512"):
         return False
-    try:
-        define_operators()
-    except RuntimeError as error:
+    problem = _problem()
+    if problem is not None:
         warnings.warn(
-            f"fast is without the AVX2 kernels: {error}", SDWarning, stacklevel=1
+            f"fast is without the AVX2 kernels: {problem}", SDWarning, stacklevel=1
         )  # of one place, so shown once
-        return False
-    return True
+    return problem is None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,7 +81,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
 def define_operators() -> None:
     """Define torch.ops.sd.avx2_layer and avx2_attention; no gradients.
 
@@ -83,16 +88,34 @@ def define_operators() -> None:
     avx2_attention: softmax(QK^T / sqrt(D)) V of q [B, S, H, D] and k, v [B, T, H, D] -> [B, S, H, D].
     Raises RuntimeError with the reason where the kernels cannot be compiled or loaded.
     """
-    # The library gives the operators their code when it is loaded; they need not be defined before.
+    problem = _problem()
+    if problem is not None:
+        raise RuntimeError(problem)
+
+
+def _problem() -> str | None:
+    with _DEFINING:  # operators can be defined once in a process
+        return _defined()
+
+
+@functools.cache
+def _defined() -> str | None:
+    """None after the operators are defined, or the reason why they cannot be."""
     torch_folder = Path(torch.__file__).parent
     includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
     options = (*FLAGS, *SIZES, *(f"-I{folder}" for folder in includes))
-    compiled(SOURCE, "avx2", options, (f"-L{torch_folder / 'lib'}", "-ltorch_cpu"), torch.ops.load_library)
+    libraries = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+    try:
+        # The library gives the operators their code when it is loaded; they need not be defined before.
+        compiled(SOURCE, f"avx2-torch{torch.__version__}", options, libraries, torch.ops.load_library)
+    except RuntimeError as error:
+        return str(error)
     geometry = "int channels, int kernel, int stride, int padding"
     library.define("sd::avx2_layer", f"(Tensor x, Tensor weight, Tensor? bias, {geometry}) -> Tensor")
     library.register_fake("sd::avx2_layer")(_layer)
     library.define("sd::avx2_attention", "(Tensor q, Tensor k, Tensor v) -> Tensor")
     library.register_fake("sd::avx2_attention")(lambda q, k, v: q.new_empty(q.shape))
+    return None
 
 
 def _layer(

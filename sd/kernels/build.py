@@ -33,19 +33,19 @@ def compiled(
         try:
             return load(str(file))
         except OSError:  # there is none, or one that is damaged or of another system
-            _compile([*command, str(source), *libraries], file)
+            _compile(source, [*command, str(source), *libraries], file)
             return load(str(file))
     except OSError as error:
-        raise RuntimeError(f"{source.name} cannot be compiled or loaded: {error}") from None
+        raise RuntimeError(f"{source.name} cannot be compiled or loaded: {error.__cause__ or error}") from None
 
 
-def _compile(command: list[str], file: Path) -> None:
+def _compile(source: Path, command: list[str], file: Path) -> None:
     """Renamed when complete, so that another process never loads a part."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
         result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
         if result.returncode:
-            raise RuntimeError(f"{command[0]} cannot compile {file.name}: {result.stderr.strip()[:300]}")
+            raise RuntimeError(f"{command[0]} cannot compile {source.name}: {result.stderr.strip()[:300]}")
         made.replace(file)
 
 

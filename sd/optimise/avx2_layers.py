@@ -25,6 +25,7 @@ class Avx2Conv2d(Packed, nn.Conv2d):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        _require(x)
         geometry = (self.out_channels, self.kernel_size[0], self.stride[0], int(self.padding[0]))
         out: Tensor = torch.ops.sd.avx2_layer.default(x.permute(0, 2, 3, 1), self.weight, self.bias, *geometry)
         return out.permute(0, 3, 1, 2)
@@ -39,8 +40,16 @@ class Avx2Linear(Packed, nn.Linear):
         return _unpacked(self.get_parameter("weight"), self.out_features).squeeze(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        _require(x)
         out: Tensor = torch.ops.sd.avx2_layer.default(x, self.weight, self.bias, self.out_features, 1, 1, 0)
         return out
+
+
+def _require(x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError("avx2_layers: has no backward pass; choose optimisations without it")
+    if not torch.compiler.is_compiling():
+        define_operators()  # a network that was loaded by pickle in another process has not been packed there
 
 
 def pack(network: nn.Module) -> None:
@@ -59,7 +68,7 @@ def pack(network: nn.Module) -> None:
 
 def _computes(layer: nn.Module) -> bool:
     if type(layer) is nn.Linear:
-        return True
+        return layer.in_features > 0
     if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
         return False
     square = all(height == width for height, width in (layer.kernel_size, layer.stride, layer.padding))

@@ -239,7 +239,7 @@ class Optimisations:
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             packed = compiles and has("packed")
             bf16 = packed and not narrow and bf16_beats_fp32()
-            own = compiles and not bf16 and avx2.beats_onednn()
+            own = compiles and not bf16 and avx2.chosen_by_fast()
             return cls(
                 precision="bf16" if bf16 else "full",
                 avx512_attention=bf16 and avx512.beats_sdpa(),

@@ -183,8 +183,9 @@ class TestPacked:
             counters.clear()
             model.optimise(replace(TECHNIQUES[technique], compile="default", **fields))
             assert relative_error(_run(model).latents, plain) <= 1e-5
-        convolutions = [layer for layer in _packed_layers(model.unet) if isinstance(layer, packed.PackedConv2d)]
-        assert all(vars(layer.weight)["fits"] for layer in convolutions), "compiled code passes other tensors"
+        if technique == "packed":
+            convolutions = [layer for layer in _packed_layers(model.unet) if isinstance(layer, packed.PackedConv2d)]
+            assert all(vars(layer.weight)["fits"] for layer in convolutions), "compiled code passes other tensors"
         if has("compile_cache"):
             assert _cache_hits(counters), "the reset simulates another process"
 
