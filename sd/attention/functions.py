@@ -33,8 +33,8 @@ class Attention:
 
     implementation: one of ATTENTION. kernels: the SDPA kernels allowed in `mha` and `sdpa`. precision, of `original`:
     `fp32` upcasts q and k before their product, the published default (ATTN_PRECISION); `input` does not, and overflows
-    fp16 scores on SD 2.1, which gives black images. own: `avx2` or
-    `avx512`, a kernel of sd.kernels instead of those of `sdpa`; empty for none.
+    fp16 scores on SD 2.1, which gives black images. own: a kernel
+    of OWN_ATTENTION, `avx2` or `avx512`, instead of those of `sdpa`; empty for none.
     """
 
     implementation: str = DEFAULT_ATTENTION

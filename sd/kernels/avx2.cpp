@@ -139,9 +139,10 @@ Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_ch
   const bool is_rows = kernel == 1 && stride == 1 && padding == 0;
   const auto reaches = [&](int side) { return kernel > 0 && stride > 0 && padding >= 0 && x.size(side) + 2 * padding >= kernel; };
   STD_TORCH_CHECK(is_float(x) && is_float(weight) && (!bias || is_float(*bias)), "avx2_layer: computes in fp32");
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && weight.dim() == 4 && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))) &&
+                      weight.dim() == 4 && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
                       weight.size(2) == x.size(-1) && weight.size(3) == PANEL && weight.is_contiguous() &&
-                      (!bias || (bias->numel() == out_channels && bias->is_contiguous())) && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))),
+                      (!bias || (bias->numel() == out_channels && bias->is_contiguous())),
                   "avx2_layer: the shapes of input, weight and bias do not match");
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   Shape s{1, 1, 1, size.back(), 1, 1, out_channels, kernel, stride, padding};

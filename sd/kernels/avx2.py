@@ -7,7 +7,6 @@ of small images. The operators are in C++ too, since one in Python costs 18 us a
 from __future__ import annotations
 
 import functools
-import platform
 import threading
 import warnings
 from pathlib import Path
@@ -15,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, library
 
-from sd.choices import cpp_compiler
 from sd.errors import SDWarning
-from sd.features import has, missing, processor_has
-from sd.kernels.build import compiled
+from sd.features import processor_has
+from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPE = torch.float32
@@ -26,8 +24,6 @@ PANEL = 16  # channels that share a read of the input
 LARGEST_HEAD = 512  # up to which its blocks stay in the caches
 FLAGS = ("-std=c++20", "-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-fno-math-errno")
 SIZES = (f"-DPANEL={PANEL}", f"-DLARGEST_HEAD={LARGEST_HEAD}")
-
-
 _DEFINING = threading.Lock()
 
 
@@ -37,15 +33,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def _missing(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the AVX2 kernels run on a CPU, and the device is {device}"
-    if not has("avx2"):
-        return missing("avx2")
-    if platform.system() != "Linux" or not processor_has("avx2"):
-        return "the AVX2 kernels need Linux and a processor with AVX2"
-    if cpp_compiler() is None:
-        return "the AVX2 kernels need a C++ compiler: install g++, or name one in CXX"
-    return None
+    return missing_requirement("AVX2", device, "avx2", "avx2")
 
 
 def chosen_by_fast() -> bool:
@@ -57,9 +45,8 @@ def chosen_by_fast() -> bool:
         return False
     problem = _problem()
     if problem is not None:
-        warnings.warn(
-            f"fast is without the AVX2 kernels: {problem}", SDWarning, stacklevel=1
-        )  # of one place, so shown once
+        # Of one place, so shown once.
+        warnings.warn(f"fast is without the AVX2 kernels: {problem}", SDWarning, stacklevel=1)
     return problem is None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from sd.choices import cpp_compiler
 from sd.errors import SDWarning
-from sd.features import has, missing, processor_has
-from sd.kernels.build import compiled
+from sd.features import has, processor_has
+from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPE = torch.bfloat16
@@ -52,15 +50,7 @@ def _require(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def unavailable_reason(device: torch.device) -> str | None:
     """None where the kernel should compile and run, else the reason."""
-    if device.type != "cpu":
-        return f"the AVX-512 kernel runs on a CPU, and the device is {device}"
-    if not has("avx512_attention"):
-        return missing("avx512_attention")
-    if platform.system() != "Linux" or not processor_has("avx512_bf16"):
-        return "the AVX-512 kernel needs Linux and a processor with avx512_bf16"
-    if cpp_compiler() is None:
-        return "the AVX-512 kernel needs a C++ compiler: install g++, or name one in CXX"
-    return None
+    return missing_requirement("AVX-512", device, "avx512_attention", "avx512_bf16")
 
 
 def beats_sdpa() -> bool:

@@ -6,6 +6,7 @@ import atexit
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 import warnings
@@ -13,10 +14,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from sd.choices import cpp_compiler
 from sd.errors import SDWarning
+from sd.features import has, missing, processor_has
 
 Loaded = TypeVar("Loaded")
+
+
+def missing_requirement(kernel: str, device: torch.device, feature: str, instructions: str) -> str | None:
+    """None where the kernel should compile and run, else the reason. feature: of sd.features. kernel: its name in the reason."""
+    if device.type != "cpu":
+        return f"the {kernel} kernel runs on a CPU, and the device is {device}"
+    if not has(feature):
+        return missing(feature)
+    if platform.system() != "Linux" or not processor_has(instructions):
+        return f"the {kernel} kernel needs Linux and a processor with {instructions}"
+    if cpp_compiler() is None:
+        return f"the {kernel} kernel needs a C++ compiler: install g++, or name one in CXX"
+    return None
 
 
 def compiled(

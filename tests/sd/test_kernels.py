@@ -176,12 +176,16 @@ def test_a_home_that_cannot_be_written_is_no_error(empty_cache, monkeypatch, tmp
     assert build._cache_folder().is_dir() and tmp_path not in build._cache_folder().parents
 
 
-@needs_avx512
-def test_the_compilers_error_is_a_reason(empty_cache, monkeypatch, tmp_path):
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\necho no such instruction >&2; exit 1\n")
+def _break_compiler(monkeypatch, folder, error):
+    compiler = folder / "g++"
+    compiler.write_text(f"#!/bin/sh\necho {error} >&2; exit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(build, "cpp_compiler", lambda: str(compiler))
+
+
+@needs_avx512
+def test_the_compilers_error_is_a_reason(empty_cache, monkeypatch, tmp_path):
+    _break_compiler(monkeypatch, tmp_path, "no such instruction")
     with pytest.raises(Unavailable, match=r"cannot compile avx512\.cpp: no such instruction"):
         check(Attention("sdpa", own="avx512"), "cpu", torch.bfloat16, [64])
     with pytest.warns(SDWarning, match="fast is without avx512_attention: .* no such instruction"):
@@ -232,21 +236,33 @@ def test_a_head_that_it_does_not_support_has_sdpa(name):
     assert for_head_dim(chosen, "cpu", torch.float16, 64) == Attention("sdpa")
 
 
-def test_machines_that_cannot_run_it(monkeypatch):
-    chosen = Optimisations(attention="sdpa", precision="bf16", avx512_attention=True)
-    with pytest.raises(Unavailable, match="avx512_attention: the AVX-512 kernel runs on a CPU, and the device is meta"):
-        require_available(chosen, torch.device("meta"))  # a GPU without bf16 would be refused for that
-    monkeypatch.setitem(FEATURES, "avx512_attention", replace(FEATURES["avx512_attention"], available=True))
-    monkeypatch.setattr(avx512, "processor_has", lambda name: True)
-    monkeypatch.setattr(avx512.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(avx512, "cpp_compiler", lambda: None)
-    assert "install g++" in avx512.unavailable_reason(CPU)
-    monkeypatch.setattr(avx512, "cpp_compiler", lambda: "g++")
-    assert avx512.unavailable_reason(CPU) is None
-    monkeypatch.setattr(avx512.platform, "system", lambda: "Darwin")
-    assert "Linux and a processor with avx512_bf16" in avx512.unavailable_reason(CPU)
-    monkeypatch.setitem(FEATURES, "avx512_attention", replace(FEATURES["avx512_attention"], available=False))
-    assert "torch >= 2.5" in avx512.unavailable_reason(CPU)
+@pytest.mark.parametrize(
+    "technique, kernel, feature, instructions, version",
+    [
+        ("avx512_attention", "AVX-512", "avx512_attention", "avx512_bf16", "2.5"),
+        ("avx2_attention", "AVX2", "avx2", "avx2", "2.10"),
+        ("avx2_layers", "AVX2", "avx2", "avx2", "2.10"),
+    ],
+)
+def test_machines_that_cannot_run_it(monkeypatch, technique, kernel, feature, instructions, version):
+    with pytest.raises(Unavailable, match=f"{technique}: the {kernel} kernel runs on a CPU, and the device is meta"):
+        require_available(parse(technique, "cpu"), torch.device("meta"))  # a GPU without bf16 would be refused for that
+    module = avx512 if feature == "avx512_attention" else avx2
+    monkeypatch.setitem(FEATURES, feature, replace(FEATURES[feature], available=True))
+    monkeypatch.setattr(avx2, "_problem", lambda: None)
+    monkeypatch.setattr(build, "processor_has", lambda name: name == instructions)
+    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(build, "cpp_compiler", lambda: None)
+    assert "install g++" in module.unavailable_reason(CPU)
+    monkeypatch.setattr(build, "cpp_compiler", lambda: "g++")
+    assert module.unavailable_reason(CPU) is None
+    monkeypatch.setattr(build, "processor_has", lambda name: False)
+    assert f"Linux and a processor with {instructions}" in module.unavailable_reason(CPU)
+    monkeypatch.setattr(build, "processor_has", lambda name: True)
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    assert f"Linux and a processor with {instructions}" in module.unavailable_reason(CPU)
+    monkeypatch.setitem(FEATURES, feature, replace(FEATURES[feature], available=False))
+    assert f"torch >= {version}" in module.unavailable_reason(CPU)
 
 
 @pytest.mark.skipif(not has("packed"), reason="fast is fp32 here")
@@ -265,24 +281,6 @@ def test_fast_uses_it_in_bf16_without_amx(monkeypatch, amx):
         parse("bf16,avx512_attention", "cpu", {"compile": "default", "compile_backend": "openvino"})
     openvino = parse("fast", "cpu", {"compile_backend": "openvino"})
     assert (openvino.precision, openvino.avx512_attention) == ("bf16", False)
-
-
-def test_machines_that_cannot_run_the_avx2_kernels(monkeypatch):
-    for name in ("avx2_layers", "avx2_attention"):
-        with pytest.raises(Unavailable, match=f"{name}: the AVX2 kernels run on a CPU, and the device is cuda"):
-            require_available(parse(name, "cpu"), torch.device("cuda"))
-    monkeypatch.setitem(FEATURES, "avx2", replace(FEATURES["avx2"], available=True))
-    monkeypatch.setattr(avx2, "_problem", lambda: None)
-    monkeypatch.setattr(avx2, "processor_has", lambda name: True)
-    monkeypatch.setattr(avx2.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(avx2, "cpp_compiler", lambda: None)
-    assert "install g++" in avx2.unavailable_reason(CPU)
-    monkeypatch.setattr(avx2, "cpp_compiler", lambda: "g++")
-    assert avx2.unavailable_reason(CPU) is None
-    monkeypatch.setattr(avx2, "processor_has", lambda name: False)
-    assert "Linux and a processor with AVX2" in avx2.unavailable_reason(CPU)
-    monkeypatch.setitem(FEATURES, "avx2", replace(FEATURES["avx2"], available=False))
-    assert "torch >= 2.10" in avx2.unavailable_reason(CPU)
 
 
 @pytest.mark.skipif(not has("packed"), reason="this torch has no packed weights to choose instead")
@@ -306,10 +304,7 @@ def test_fast_uses_the_avx2_kernels_without_avx512(monkeypatch, avx512_too):
 
 @SKIPPED["avx2"]
 def test_an_avx2_kernel_that_does_not_compile_is_left_out(empty_cache, monkeypatch, tmp_path):
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\necho no such header >&2; exit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setattr(build, "cpp_compiler", lambda: str(compiler))
+    _break_compiler(monkeypatch, tmp_path, "no such header")
     monkeypatch.setattr(avx2, "_defined", avx2._defined.__wrapped__)
     monkeypatch.setattr(avx2, "processor_has", lambda name: name == "avx2")
     with pytest.warns(
