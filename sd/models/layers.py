@@ -54,7 +54,7 @@ class GroupNorm(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, ...]
-        x = super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        x = F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
         return F.silu(x) if self.silu else x
 
 
@@ -66,7 +66,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 class GEGLU(nn.Module):

@@ -102,6 +102,7 @@ class UNet(nn.Module):
         self.quantisation = "none"  # see sd.optimise.approximate
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        self.time_channels = [block.out_channels for block in self.res_blocks]
         for i, block in enumerate(self.res_blocks):
             block.index = i
         for i, transformer in enumerate(self.transformers):
@@ -144,17 +145,19 @@ class UNet(nn.Module):
         (see sd.optimise.approximate).
         """
         times, contexts = self._times(timesteps), self._contexts(context)
-        first = self.input_blocks[0](x.to(self.dtype), times, contexts)
+        first_block, *input_blocks = self.input_blocks  # a slice of a ModuleList is a new one, which guards check slowly
+        *output_blocks, last_block = self.output_blocks
+        first = first_block(x.to(self.dtype), times, contexts)
         if deep is None:
             h, skips = first, []
-            for stage in self.input_blocks[1:]:
+            for stage in input_blocks:
                 h = stage(h, times, contexts)
                 skips.append(h)
             h = self.middle_block(h, times, contexts)
-            for stage in self.output_blocks[:-1]:
+            for stage in output_blocks:
                 h = stage(torch.cat([h, skips.pop()], dim=1), times, contexts)
             deep = h
-        return self.out(self.output_blocks[-1](torch.cat([deep, first], dim=1), times, contexts)), deep
+        return self.out(last_block(torch.cat([deep, first], dim=1), times, contexts)), deep
 
     @property
     def embeds_guidance(self) -> bool:
@@ -164,7 +167,7 @@ class UNet(nn.Module):
     def _times(self, timesteps: Tensor, guidance: float | None = None) -> Sequence[Tensor]:
         """Time projections [B or 1, C, 1, 1] of all ResBlocks: split from a row of the table, or computed."""
         if timesteps.dim() == 4:
-            times: Sequence[Tensor] = timesteps.split([block.out_channels for block in self.res_blocks], dim=1)
+            times: Sequence[Tensor] = timesteps.split(self.time_channels, dim=1)
             return times
         emb = timestep_embedding(timesteps, self.config.model_channels, self.frequencies_device)
         emb = emb.to(self.dtype)
