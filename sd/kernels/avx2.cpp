@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -26,14 +27,22 @@ constexpr int BLOCK = 240;       // positions that share a chunk of weights
 constexpr int CHUNK = 512;       // channels times taps of a chunk
 constexpr int PREFETCHED = 256;  // rows of weights ahead, for the memory's latency
 constexpr int KEYS = 64;         // of a block of attention
+constexpr int SIDE = 4, SQUARE = SIDE * SIDE;  // of the inputs of a tile of 2 x 2 outputs
+constexpr int DEPTH = 96;          // channels of a chunk of transformed weights
+constexpr int INPUTS = 96 << 10;   // transformed inputs of a block of tiles, for the second cache
+constexpr int TILES = 72;          // of a block at least, which share a transform of the weights
+constexpr int OF_WEIGHTS = 96;     // products that take as long as a transform of their weights
 static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
 const float ZEROS[CHUNK] = {};
+
+// Of a product: consecutive inputs and weights from memory or from a cache, or inputs at a distance.
+enum Kind { STREAMED, CACHED, STRIDED };
 
 int64_t panels_of(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
 
 // out [R][PANEL] = start (a row, or out where nullptr) + the sum over taps of rows [R][depth] . weight [depth][PANEL].
 // rows: pointers [taps][count], of which R are used, each then offset; nullptr is a row of zeros.
-template <int R, bool strided>
+template <Kind kind, int R>
 void multiply(const float* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
               const float* weight, const float* start, float* out, int64_t stride) {
   Lanes sums[R][VECTORS];
@@ -43,8 +52,8 @@ void multiply(const float* const* rows, int64_t count, int64_t taps, int64_t off
     const float* row[R];
     for (int r = 0; r < R; ++r) row[r] = rows[r] ? rows[r] + offset : ZEROS;
 #pragma GCC unroll 4
-    for (int64_t k = 0, at = 0; k < depth; ++k, at += strided ? step : 1, weight += PANEL) {
-      if (!strided) __builtin_prefetch(weight + PREFETCHED * PANEL);
+    for (int64_t k = 0, at = 0; k < depth; ++k, at += kind == STRIDED ? step : 1, weight += PANEL) {
+      if (kind == STREAMED) __builtin_prefetch(weight + PREFETCHED * PANEL);
       Lanes right[VECTORS];
       for (int v = 0; v < VECTORS; ++v) right[v] = *(const Lanes*)(weight + v * LANES);
       for (int r = 0; r < R; ++r)
@@ -56,12 +65,11 @@ void multiply(const float* const* rows, int64_t count, int64_t taps, int64_t off
 }
 
 // The same for any number of rows, in products as even as possible: few rows have too few sums to hide an addition's latency.
-template <bool strided = false>
+template <Kind kind>
 void multiply_all(const float* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
                   const float* weight, const float* start, float* out, int64_t stride) {
-  static constexpr decltype(&multiply<1, strided>) BY_ROWS[ROWS] = {multiply<1, strided>, multiply<2, strided>,
-                                                                    multiply<3, strided>, multiply<4, strided>,
-                                                                    multiply<5, strided>, multiply<6, strided>};
+  static constexpr decltype(&multiply<kind, 1>) BY_ROWS[ROWS] = {multiply<kind, 1>, multiply<kind, 2>, multiply<kind, 3>,
+                                                                 multiply<kind, 4>, multiply<kind, 5>, multiply<kind, 6>};
   for (int64_t i = 0, left = (count + ROWS - 1) / ROWS, now; i < count; i += now, --left) {
     now = (count - i + left - 1) / left;
     BY_ROWS[now - 1](rows + i, count, taps, offset, depth, step, weight, start, out + i * stride, stride);
@@ -124,11 +132,142 @@ void convolve(const float* x, const float* weight, const float* bias, float* out
       for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
       for (int64_t tap = 0; tap < taps; tap += together)
         for (int64_t channel = 0; channel < s.channels; channel += depth)
-          multiply_all(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
+          multiply_all<STREAMED>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
                        std::min(depth, s.channels - channel), 1, weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
                        tap || channel ? nullptr : start, sums, stride);
       if (sums == narrow)
         for (int64_t i = 0; i < count; ++i) std::copy_n(narrow + i * PANEL, width, wide + i * s.out_channels);
+    }
+  });
+}
+
+// Winograd's convolution of 3 x 3 taps and stride 1 (Lavin and Gray 2016, arXiv 1509.09308): 16 products for 2 x 2 outputs
+// instead of 36. A transform of a square of vectors is one of each of its columns, then of each row of the results.
+struct Four {
+  Lanes a, b, c, d;
+};
+
+inline Four of_inputs(Four x) { return {x.a - x.c, x.b + x.c, x.c - x.b, x.b - x.d}; }
+
+inline Four of_weights(Lanes a, Lanes b, Lanes c) {
+  const Lanes even = (a + c) * 0.5f, odd = b * 0.5f;
+  return {a, even + odd, even - odd, c};
+}
+
+inline Lanes load(const float* x) { return *(const Lanes*)x; }
+inline void store(float* x, Lanes value) { *(Lanes*)x = value; }
+
+inline void store(float* x, int64_t stride, Four values) {
+  store(x, values.a), store(x + stride, values.b), store(x + 2 * stride, values.c), store(x + 3 * stride, values.d);
+}
+
+// pixels: of the 4 x 4 inputs of a tile, nullptr outside of the image. out: 16 rows of `stride`.
+void transform_inputs(const float* const* pixels, int64_t channels, float* out, int64_t stride) {
+  for (int64_t k = 0; k < channels; k += LANES) {
+    const auto column = [&](int i) {
+      const auto pixel = [&](int j) { return pixels[i + j * SIDE] ? load(pixels[i + j * SIDE] + k) : Lanes{}; };
+      return of_inputs({pixel(0), pixel(1), pixel(2), pixel(3)});
+    };
+    const Four w = column(0), x = column(1), y = column(2), z = column(3);
+    store(out + k, stride, of_inputs({w.a, x.a, y.a, z.a}));
+    store(out + k + 4 * stride, stride, of_inputs({w.b, x.b, y.b, z.b}));
+    store(out + k + 8 * stride, stride, of_inputs({w.c, x.c, y.c, z.c}));
+    store(out + k + 12 * stride, stride, of_inputs({w.d, x.d, y.d, z.d}));
+  }
+}
+
+// weight: 9 rows of `step`, of which `count` values each. out: 16 rows of `stride`.
+void transform_weights(const float* weight, int64_t step, int64_t count, float* out, int64_t stride) {
+  for (int64_t k = 0; k < count; k += LANES) {
+    const float* const taps = weight + k;
+    const auto column = [&](int i) { return of_weights(load(taps + i * step), load(taps + (i + 3) * step), load(taps + (i + 6) * step)); };
+    const Four x = column(0), y = column(1), z = column(2);
+    store(out + k, stride, of_weights(x.a, y.a, z.a));
+    store(out + k + 4 * stride, stride, of_weights(x.b, y.b, z.b));
+    store(out + k + 8 * stride, stride, of_weights(x.c, y.c, z.c));
+    store(out + k + 12 * stride, stride, of_weights(x.d, y.d, z.d));
+  }
+}
+
+// products: 16 rows of `stride`. outputs: of the 2 x 2 pixels of a tile, nullptr outside of the image.
+void transform_products(const float* products, int64_t stride, Lanes bias, float* const* outputs) {
+  const auto sums = [](Lanes a, Lanes b, Lanes c, Lanes d) { return std::pair(a + b + c, b - c - d); };
+  const auto column = [&](int i) {
+    const auto value = [&](int j) { return load(products + (i + j * SIDE) * stride); };
+    return sums(value(0), value(1), value(2), value(3));
+  };
+  const auto w = column(0), x = column(1), y = column(2), z = column(3);
+  const auto top = sums(w.first, x.first, y.first, z.first), bottom = sums(w.second, x.second, y.second, z.second);
+  if (outputs[0]) store(outputs[0], top.first + bias);
+  if (outputs[1]) store(outputs[1], top.second + bias);
+  if (outputs[2]) store(outputs[2], bottom.first + bias);
+  if (outputs[3]) store(outputs[3], bottom.second + bias);
+}
+
+int64_t tiles_of(const Shape& s) { return s.images * ((s.height + 1) / 2) * ((s.width + 1) / 2); }
+
+bool is_faster_by_tiles(const Shape& s) {
+  return s.kernel == 3 && s.stride == 1 && s.padding == 1 && s.channels % LANES == 0 &&
+         tiles_of(s) * SQUARE + OF_WEIGHTS < s.images * s.height * s.width * 9;
+}
+
+// As `convolve`, where `is_faster_by_tiles`.
+void convolve_tiles(const float* x, const float* weight, const float* bias, float* out, const Shape& s) {
+  const int64_t high = (s.height + 1) / 2, wide = (s.width + 1) / 2, tiles = tiles_of(s);
+  const int64_t panels = panels_of(s.out_channels);
+  const int64_t chunks = (s.channels + DEPTH - 1) / DEPTH, chunk = (s.channels + chunks - 1) / chunks;
+  const int64_t most = std::max<int64_t>(TILES, INPUTS / SQUARE / s.channels), blocks = (tiles + most - 1) / most;
+  const int64_t block = (tiles + blocks - 1) / blocks;
+  // A line more than its values for each row, since a cache holds few lines whose distance is a power of two.
+  const int64_t input_row = block * s.channels + PANEL, weight_row = chunk * PANEL + PANEL, product_row = block * PANEL + PANEL;
+  torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> inputs(SQUARE * input_row), weights(SQUARE * weight_row), products(SQUARE * product_row);
+    std::vector<const float*> rows(SQUARE * block);
+    float narrow[4 * PANEL], start[PANEL];
+    int64_t begin = -1, count = 0;
+    const auto pixel = [&](int64_t tile, int64_t down, int64_t right) {  // -1 outside of the image
+      const int64_t line = tile / wide % high * 2 + down, column = tile % wide * 2 + right;
+      const bool inside = line >= 0 && line < s.height && column >= 0 && column < s.width;
+      return inside ? (tile / wide / high * s.height + line) * s.width + column : -1;
+    };
+    for (int64_t unit = first; unit < last; ++unit) {
+      if (begin != unit / panels * block) {
+        begin = unit / panels * block;
+        count = std::min(block, tiles - begin);
+        for (int64_t i = 0; i < count; ++i) {
+          const float* pixels[SQUARE];
+          for (int j = 0; j < SQUARE; ++j) {
+            const int64_t at = pixel(begin + i, j / SIDE - 1, j % SIDE - 1);
+            pixels[j] = at < 0 ? nullptr : x + at * s.channels;
+            rows[j * count + i] = &inputs[j * input_row + i * s.channels];
+          }
+          transform_inputs(pixels, s.channels, &inputs[i * s.channels], input_row);
+        }
+      }
+      const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
+      for (int64_t channel = 0; channel < s.channels; channel += chunk) {
+        const int64_t depth = std::min(chunk, s.channels - channel);
+        transform_weights(weight + (panel * 9 * s.channels + channel) * PANEL, s.channels * PANEL, depth * PANEL, weights.data(),
+                          weight_row);
+        for (int j = 0; j < SQUARE; ++j)
+          multiply_all<CACHED>(rows.data() + j * count, count, 1, channel, depth, 1, &weights[j * weight_row], channel ? nullptr : ZEROS,
+                       &products[j * product_row], PANEL);
+      }
+      for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
+      for (int64_t i = 0; i < count; ++i) {
+        float *outputs[4], *sums[4];
+        for (int j = 0; j < 4; ++j) {
+          const int64_t at = pixel(begin + i, j / 2, j % 2);
+          outputs[j] = at < 0 ? nullptr : out + at * s.out_channels + panel * PANEL;
+        }
+        for (int v = 0; v < VECTORS; ++v) {
+          for (int j = 0; j < 4; ++j)
+            sums[j] = (width == PANEL ? outputs[j] : narrow + j * PANEL) + (outputs[j] || width < PANEL ? v * LANES : 0);
+          transform_products(&products[i * PANEL + v * LANES], product_row, load(start + v * LANES), sums);
+        }
+        for (int j = 0; width < PANEL && j < 4; ++j)
+          if (outputs[j]) std::copy_n(narrow + j * PANEL, width, outputs[j]);
+      }
     }
   });
 }
@@ -155,7 +294,7 @@ Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_ch
     s.width = s.out_width = x.numel() / s.channels;
   }
   Tensor out = empty(size);
-  convolve((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
+  (is_faster_by_tiles(s) ? convolve_tiles : convolve)((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
            (float*)out.data_ptr(), s);
   return out;
 }
@@ -192,7 +331,7 @@ void attend(const float* q, const float* k, const float* v, float* out, int64_t 
   for (int64_t first = 0; first < s.keys; first += KEYS) {
     const int64_t keys = std::min<int64_t>(KEYS, s.keys - first);
     for (int64_t i = 0; i < keys; ++i) rows[i] = k + (first + i) * s.strides[1][1];
-    multiply_all<false>(rows, keys, 1, 0, head, 1, scaled, ZEROS, scores, PANEL);
+    multiply_all<CACHED>(rows, keys, 1, 0, head, 1, scaled, ZEROS, scores, PANEL);
     Lanes(*const of_key)[VECTORS] = (Lanes(*)[VECTORS])scores;
     Lanes highest[VECTORS], factor[VECTORS];
     std::copy_n(most, VECTORS, highest);
@@ -206,7 +345,7 @@ void attend(const float* q, const float* k, const float* v, float* out, int64_t 
     for (int64_t j = 0; first && j < head; ++j)
       for (int lane = 0; lane < VECTORS; ++lane) ((Lanes*)(sums + j * PANEL))[lane] *= factor[lane];
     for (int64_t j = 0; j < head; ++j) rows[j] = v + first * s.strides[2][1] + j;
-    multiply_all<true>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, sums, PANEL);
+    multiply_all<STRIDED>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, sums, PANEL);
   }
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < head; ++j) out[i * out_stride + j] = sums[j * PANEL + i] / total[i / LANES][i % LANES];
