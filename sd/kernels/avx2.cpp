@@ -22,16 +22,16 @@ using torch::stable::Tensor;
 
 typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int LANES = 8, VECTORS = PANEL / LANES;
-constexpr int ROWS = 6;          // rows of a product: 12 of 16 registers hold its sums
-constexpr int BLOCK = 240;       // positions that share a chunk of weights
-constexpr int CHUNK = 512;       // channels times taps of a chunk
-constexpr int PREFETCHED = 256;  // rows of weights ahead, for the memory's latency
-constexpr int KEYS = 64;         // of a block of attention
-constexpr int SIDE = 4, SQUARE = SIDE * SIDE;  // of the inputs of a tile of 2 x 2 outputs
-constexpr int DEPTH = 96;          // channels of a chunk of transformed weights
-constexpr int INPUTS = 96 << 10;   // transformed inputs of a block of tiles, for the second cache
-constexpr int TILES = 72;          // of a block at least, which share a transform of the weights
-constexpr int OF_WEIGHTS = 96;     // products that take as long as a transform of their weights
+constexpr int ROWS = 6;                        // rows of a product: 12 of 16 registers hold its sums
+constexpr int BLOCK = 240;                     // positions that share a chunk of weights
+constexpr int CHUNK = 512;                     // channels times taps of a chunk
+constexpr int PREFETCHED = 256;                // rows of weights ahead, for the memory's latency
+constexpr int KEYS = 64;                       // of a block of attention
+constexpr int SIDE = 4, SQUARE = SIDE * SIDE;  // inputs of a tile of 2 x 2 outputs
+constexpr int TILES = 72;                      // of a block at least: they share a transform of the weights
+constexpr int INPUTS = 96 << 10;               // of a block with more tiles, transformed, for the second cache
+constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
+constexpr int TRANSFORM = 96;                  // of a weight: takes as long as this many products, measured
 static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
 const float ZEROS[CHUNK] = {};
 
@@ -86,6 +86,14 @@ Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes t
                                               aoti_torch_device_type_cpu(), 0, &tensor);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for the output");
   return Tensor(tensor);
+}
+
+// Memory of this thread that its next use overwrites. It is kept: to get and clear it anew takes longer than some convolutions.
+float* workspace(size_t floats) {
+  constexpr size_t LINE = 64 / sizeof(float);
+  thread_local std::vector<float> memory;
+  if (memory.size() < floats + LINE) memory = std::vector<float>(floats + LINE);
+  return memory.data() + -(uintptr_t)memory.data() / sizeof(float) % LINE;
 }
 
 struct Shape {
@@ -180,7 +188,8 @@ void transform_inputs(const float* const* pixels, int64_t channels, float* out, 
 void transform_weights(const float* weight, int64_t step, int64_t count, float* out, int64_t stride) {
   for (int64_t k = 0; k < count; k += LANES) {
     const float* const taps = weight + k;
-    const auto column = [&](int i) { return of_weights(load(taps + i * step), load(taps + (i + 3) * step), load(taps + (i + 6) * step)); };
+    const auto tap = [&](int i) { return load(taps + i * step); };
+    const auto column = [&](int i) { return of_weights(tap(i), tap(i + 3), tap(i + 6)); };
     const Four x = column(0), y = column(1), z = column(2);
     store(out + k, stride, of_weights(x.a, y.a, z.a));
     store(out + k + 4 * stride, stride, of_weights(x.b, y.b, z.b));
@@ -189,84 +198,88 @@ void transform_weights(const float* weight, int64_t step, int64_t count, float* 
   }
 }
 
-// products: 16 rows of `stride`. outputs: of the 2 x 2 pixels of a tile, nullptr outside of the image.
-void transform_products(const float* products, int64_t stride, Lanes bias, float* const* outputs) {
+// products: 16 rows of `stride`. outputs: of the 2 x 2 pixels of a tile, each then offset; nullptr outside of the image.
+void transform_products(const float* products, int64_t stride, Lanes bias, float* const* outputs, int64_t offset) {
   const auto sums = [](Lanes a, Lanes b, Lanes c, Lanes d) { return std::pair(a + b + c, b - c - d); };
   const auto column = [&](int i) {
-    const auto value = [&](int j) { return load(products + (i + j * SIDE) * stride); };
+    const auto value = [&](int j) { return load(products + (i + j * SIDE) * stride + offset); };
     return sums(value(0), value(1), value(2), value(3));
   };
   const auto w = column(0), x = column(1), y = column(2), z = column(3);
   const auto top = sums(w.first, x.first, y.first, z.first), bottom = sums(w.second, x.second, y.second, z.second);
-  if (outputs[0]) store(outputs[0], top.first + bias);
-  if (outputs[1]) store(outputs[1], top.second + bias);
-  if (outputs[2]) store(outputs[2], bottom.first + bias);
-  if (outputs[3]) store(outputs[3], bottom.second + bias);
+  if (outputs[0]) store(outputs[0] + offset, top.first + bias);
+  if (outputs[1]) store(outputs[1] + offset, top.second + bias);
+  if (outputs[2]) store(outputs[2] + offset, bottom.first + bias);
+  if (outputs[3]) store(outputs[3] + offset, bottom.second + bias);
 }
 
 int64_t tiles_of(const Shape& s) { return s.images * ((s.height + 1) / 2) * ((s.width + 1) / 2); }
 
 bool is_faster_by_tiles(const Shape& s) {
   return s.kernel == 3 && s.stride == 1 && s.padding == 1 && s.channels % LANES == 0 &&
-         tiles_of(s) * SQUARE + OF_WEIGHTS < s.images * s.height * s.width * 9;
+         tiles_of(s) * SQUARE + TRANSFORM < s.images * s.height * s.width * 9;
 }
 
 // As `convolve`, where `is_faster_by_tiles`.
 void convolve_tiles(const float* x, const float* weight, const float* bias, float* out, const Shape& s) {
-  const int64_t high = (s.height + 1) / 2, wide = (s.width + 1) / 2, tiles = tiles_of(s);
-  const int64_t panels = panels_of(s.out_channels);
-  const int64_t chunks = (s.channels + DEPTH - 1) / DEPTH, chunk = (s.channels + chunks - 1) / chunks;
+  const int64_t high = (s.height + 1) / 2, wide = (s.width + 1) / 2, tiles = tiles_of(s), panels = panels_of(s.out_channels);
   const int64_t most = std::max<int64_t>(TILES, INPUTS / SQUARE / s.channels), blocks = (tiles + most - 1) / most;
   const int64_t block = (tiles + blocks - 1) / blocks;
+  const int64_t chunks = (s.channels + DEPTH - 1) / DEPTH, chunk = (s.channels + chunks - 1) / chunks;
   // A line more than its values for each row, since a cache holds few lines whose distance is a power of two.
   const int64_t input_row = block * s.channels + PANEL, weight_row = chunk * PANEL + PANEL, product_row = block * PANEL + PANEL;
   torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> inputs(SQUARE * input_row), weights(SQUARE * weight_row), products(SQUARE * product_row);
+    float* const weights = workspace(SQUARE * (weight_row + product_row + input_row));
+    float *const products = weights + SQUARE * weight_row, *const inputs = products + SQUARE * product_row;
     std::vector<const float*> rows(SQUARE * block);
-    float narrow[4 * PANEL], start[PANEL];
+    alignas(64) float narrow[4 * PANEL], start[PANEL];
     int64_t begin = -1, count = 0;
-    const auto pixel = [&](int64_t tile, int64_t down, int64_t right) {  // -1 outside of the image
-      const int64_t line = tile / wide % high * 2 + down, column = tile % wide * 2 + right;
-      const bool inside = line >= 0 && line < s.height && column >= 0 && column < s.width;
-      return inside ? (tile / wide / high * s.height + line) * s.width + column : -1;
+    // A square of pixels that begins `from` lines and columns behind a tile's first output; -1 outside of the image.
+    const auto find_pixels = [&](int64_t tile, int64_t from, int64_t side, int64_t* pixels) {
+      const int64_t top = tile / wide % high * 2 + from, left = tile % wide * 2 + from, image = tile / wide / high;
+      for (int64_t line = top; line < top + side; ++line)
+        for (int64_t column = left; column < left + side; ++column) {
+          const bool inside = line >= 0 && line < s.height && column >= 0 && column < s.width;
+          *pixels++ = inside ? (image * s.height + line) * s.width + column : -1;
+        }
     };
     for (int64_t unit = first; unit < last; ++unit) {
       if (begin != unit / panels * block) {
         begin = unit / panels * block;
         count = std::min(block, tiles - begin);
         for (int64_t i = 0; i < count; ++i) {
-          const float* pixels[SQUARE];
+          int64_t pixels[SQUARE];
+          const float* of_tile[SQUARE];
+          find_pixels(begin + i, -1, SIDE, pixels);
           for (int j = 0; j < SQUARE; ++j) {
-            const int64_t at = pixel(begin + i, j / SIDE - 1, j % SIDE - 1);
-            pixels[j] = at < 0 ? nullptr : x + at * s.channels;
-            rows[j * count + i] = &inputs[j * input_row + i * s.channels];
+            of_tile[j] = pixels[j] < 0 ? nullptr : x + pixels[j] * s.channels;
+            rows[j * count + i] = inputs + j * input_row + i * s.channels;
           }
-          transform_inputs(pixels, s.channels, &inputs[i * s.channels], input_row);
+          transform_inputs(of_tile, s.channels, inputs + i * s.channels, input_row);
         }
       }
       const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
       for (int64_t channel = 0; channel < s.channels; channel += chunk) {
         const int64_t depth = std::min(chunk, s.channels - channel);
-        transform_weights(weight + (panel * 9 * s.channels + channel) * PANEL, s.channels * PANEL, depth * PANEL, weights.data(),
+        transform_weights(weight + (panel * 9 * s.channels + channel) * PANEL, s.channels * PANEL, depth * PANEL, weights,
                           weight_row);
         for (int j = 0; j < SQUARE; ++j)
-          multiply_all<CACHED>(rows.data() + j * count, count, 1, channel, depth, 1, &weights[j * weight_row], channel ? nullptr : ZEROS,
-                       &products[j * product_row], PANEL);
+          multiply_all<CACHED>(rows.data() + j * count, count, 1, channel, depth, 1, weights + j * weight_row,
+                               channel ? nullptr : ZEROS, products + j * product_row, PANEL);
       }
       for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
       for (int64_t i = 0; i < count; ++i) {
-        float *outputs[4], *sums[4];
+        int64_t pixels[4];
+        float *of_tile[4], *targets[4];
+        find_pixels(begin + i, 0, 2, pixels);
         for (int j = 0; j < 4; ++j) {
-          const int64_t at = pixel(begin + i, j / 2, j % 2);
-          outputs[j] = at < 0 ? nullptr : out + at * s.out_channels + panel * PANEL;
+          of_tile[j] = pixels[j] < 0 ? nullptr : out + pixels[j] * s.out_channels + panel * PANEL;
+          targets[j] = width == PANEL || !of_tile[j] ? of_tile[j] : narrow + j * PANEL;
         }
-        for (int v = 0; v < VECTORS; ++v) {
-          for (int j = 0; j < 4; ++j)
-            sums[j] = (width == PANEL ? outputs[j] : narrow + j * PANEL) + (outputs[j] || width < PANEL ? v * LANES : 0);
-          transform_products(&products[i * PANEL + v * LANES], product_row, load(start + v * LANES), sums);
-        }
-        for (int j = 0; width < PANEL && j < 4; ++j)
-          if (outputs[j]) std::copy_n(narrow + j * PANEL, width, outputs[j]);
+        for (int64_t at = 0; at < PANEL; at += LANES)
+          transform_products(products + i * PANEL, product_row, load(start + at), targets, at);
+        for (int j = 0; j < 4; ++j)
+          if (targets[j] != of_tile[j]) std::copy_n(targets[j], width, of_tile[j]);
       }
     }
   });
@@ -294,8 +307,9 @@ Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_ch
     s.width = s.out_width = x.numel() / s.channels;
   }
   Tensor out = empty(size);
-  (is_faster_by_tiles(s) ? convolve_tiles : convolve)((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
-           (float*)out.data_ptr(), s);
+  const auto compute = is_faster_by_tiles(s) ? convolve_tiles : convolve;
+  compute((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
+          (float*)out.data_ptr(), s);
   return out;
 }
 
@@ -359,18 +373,19 @@ Tensor attention(Tensor q, Tensor k, Tensor v) {
   STD_TORCH_CHECK(match, "avx2_attention: the shapes of q, k and v do not match");
   for (Tensor* x : {&q, &k, &v})
     if (x->strides()[3] != 1) *x = torch::stable::contiguous(*x);
-  const Heads s{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), {q.strides().data(), k.strides().data(), v.strides().data()}};
+  const Heads s{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3),
+                {q.strides().data(), k.strides().data(), v.strides().data()}};
   Tensor out = empty({s.images, s.queries, s.heads, s.head});
   const float *of_q = (const float*)q.data_ptr(), *of_k = (const float*)k.data_ptr(), *of_v = (const float*)v.data_ptr();
   float* const result = (float*)out.data_ptr();
   const int64_t panels = panels_of(s.queries);
   torch::stable::parallel_for(0, s.images * s.heads * panels, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> work((2 * s.head + KEYS) * PANEL);
+    float* const work = workspace((2 * s.head + KEYS) * PANEL);
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t item = unit / panels, begin = unit % panels * PANEL;
       attend(s.of(of_q, 0, item, begin), s.of(of_k, 1, item, 0), s.of(of_v, 2, item, 0),
              result + ((item / s.heads * s.queries + begin) * s.heads + item % s.heads) * s.head,
-             std::min<int64_t>(PANEL, s.queries - begin), s, work.data());
+             std::min<int64_t>(PANEL, s.queries - begin), s, work);
     }
   });
   return out;

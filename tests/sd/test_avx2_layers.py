@@ -42,6 +42,9 @@ def _error(layer, x):
         (3, 1, 1, 4, 320, (3, 5, 31)),  # all taps in one chunk
         (3, 1, 1, 513, 4, (1, 6, 4)),  # two chunks of channels, and less than a panel
         (3, 1, 1, 1290, 24, (1, 3, 3)),
+        (3, 1, 1, 8, 16, (1, 4, 5)),  # from here by tiles: fewer than the rows of a product
+        (3, 1, 1, 200, 17, (2, 21, 15)),  # cut by the image's edges, several blocks, and less than a panel
+        (3, 1, 1, 1288, 40, (1, 9, 20)),
         (3, 1, 0, 170, 33, (2, 12, 21)),  # three taps in a chunk
         (3, 2, 0, 16, 16, (1, 3, 3)),
         (1, 1, 0, 72, 48, (2, 13, 11)),
