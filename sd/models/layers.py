@@ -54,8 +54,9 @@ class GroupNorm(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, ...]
-        x = F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
-        return F.silu(x) if self.silu else x
+        # Not by super(): guards of compiled code then look up the class of each norm at every call.
+        normed = F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        return F.silu(normed) if self.silu else normed
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,7 +67,8 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        normed = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+        return normed.to(x.dtype)
 
 
 class GEGLU(nn.Module):

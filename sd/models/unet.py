@@ -145,7 +145,8 @@ class UNet(nn.Module):
         (see sd.optimise.approximate).
         """
         times, contexts = self._times(timesteps), self._contexts(context)
-        first_block, *input_blocks = self.input_blocks  # a slice of a ModuleList is a new one, which guards check slowly
+        # Not by slices, new ModuleLists, which guards of compiled code check at every call.
+        first_block, *input_blocks = self.input_blocks
         *output_blocks, last_block = self.output_blocks
         first = first_block(x.to(self.dtype), times, contexts)
         if deep is None:
