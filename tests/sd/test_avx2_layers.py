@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import relative_error
 from torch import nn
 
@@ -59,6 +60,17 @@ def test_convolutions(kernel, stride, padding, channels, out_channels, size, bia
     x = torch.randn(batch, channels, height, width)
     assert _error(copy.deepcopy(layer), x) <= BOUND
     assert _error(layer, x.contiguous(memory_format=torch.channels_last)) <= BOUND
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [64, 320])
+def test_tiles_are_no_less_exact_than_direct_products(channels):
+    torch.manual_seed(channels)
+    by_tiles, direct = nn.Conv2d(channels, 64, 3, padding=1), nn.Conv2d(channels, 64, 3)
+    direct.load_state_dict(by_tiles.state_dict())
+    x = torch.randn(2, channels, 16, 16)
+    assert 0 < _error(by_tiles, x) <= _error(direct, F.pad(x, (1, 1, 1, 1)))
+    assert not torch.equal(by_tiles(x), direct(F.pad(x, (1, 1, 1, 1))))  # they are two algorithms
 
 
 @torch.no_grad()
