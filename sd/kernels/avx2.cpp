@@ -2,8 +2,9 @@
 //
 // A convolution is a matrix product whose rows are the positions of the output. Their inputs are found by pointers, one for each
 // position and tap, and are not copied (indirect convolution, Dukhan 2019, arXiv 1907.02129). Blocks as of Goto and van de Geijn
-// 2008: a chunk of the weights stays in the first cache while all positions of a block use it. Attention is flash attention
-// (Dao and others 2022).
+// 2008: a chunk of the weights stays in the first cache while all positions of a block use it. Most convolutions of 3 x 3 taps are
+// products too, but of transformed inputs, copied a block at a time (Winograd's algorithm, Lavin and Gray 2016, arXiv 1509.09308).
+// Attention is flash attention (Dao and others 2022).
 #include <immintrin.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,7 +30,7 @@ constexpr int PREFETCHED = 256;                // rows of weights ahead, for the
 constexpr int KEYS = 64;                       // of a block of attention
 constexpr int SIDE = 4, SQUARE = SIDE * SIDE;  // inputs of a tile of 2 x 2 outputs
 constexpr int TILES = 72;                      // of a block at least: they share a transform of the weights
-constexpr int INPUTS = 96 << 10;               // of a block with more tiles, transformed, for the second cache
+constexpr int INPUTS = 96 << 10;               // transformed values of a block with more tiles, for the second cache
 constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
 constexpr int TRANSFORM = 96;                  // of a weight: takes as long as this many products, measured
 static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
@@ -92,7 +93,10 @@ Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes t
 float* workspace(size_t floats) {
   constexpr size_t LINE = 64 / sizeof(float);
   thread_local std::vector<float> memory;
-  if (memory.size() < floats + LINE) memory = std::vector<float>(floats + LINE);
+  if (memory.size() < floats + LINE) {
+    memory = {};  // before the larger one is there
+    memory = std::vector<float>(floats + LINE);
+  }
   return memory.data() + -(uintptr_t)memory.data() / sizeof(float) % LINE;
 }
 
@@ -141,16 +145,16 @@ void convolve(const float* x, const float* weight, const float* bias, float* out
       for (int64_t tap = 0; tap < taps; tap += together)
         for (int64_t channel = 0; channel < s.channels; channel += depth)
           multiply_all<STREAMED>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
-                       std::min(depth, s.channels - channel), 1, weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
-                       tap || channel ? nullptr : start, sums, stride);
+                                 std::min(depth, s.channels - channel), 1,
+                                 weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
+                                 tap || channel ? nullptr : start, sums, stride);
       if (sums == narrow)
         for (int64_t i = 0; i < count; ++i) std::copy_n(narrow + i * PANEL, width, wide + i * s.out_channels);
     }
   });
 }
 
-// Winograd's convolution of 3 x 3 taps and stride 1 (Lavin and Gray 2016, arXiv 1509.09308): 16 products for 2 x 2 outputs
-// instead of 36. A transform of a square of vectors is one of each of its columns, then of each row of the results.
+// Winograd's convolution of 3 x 3 taps and stride 1: 16 products for a tile of 2 x 2 outputs instead of 36. A transform of a square of vectors is one of each of its columns, then of each row of the results.
 struct Four {
   Lanes a, b, c, d;
 };
@@ -216,7 +220,7 @@ void transform_products(const float* products, int64_t stride, Lanes bias, float
 int64_t tiles_of(const Shape& s) { return s.images * ((s.height + 1) / 2) * ((s.width + 1) / 2); }
 
 bool is_faster_by_tiles(const Shape& s) {
-  return s.kernel == 3 && s.stride == 1 && s.padding == 1 && s.channels % LANES == 0 &&
+  return s.kernel == 3 && s.stride == 1 && s.padding == 1 && s.channels % LANES == 0 && s.height > 1 && s.width > 1 &&
          tiles_of(s) * SQUARE + TRANSFORM < s.images * s.height * s.width * 9;
 }
 
