@@ -279,15 +279,17 @@ def test_verdicts_reasons_and_exit_codes_match_the_documents():
 
 
 @pytest.mark.parametrize(
-    "side, peer, words",
+    "run, side, peer, words",
     [
-        ("sd-fast", "openvino", "{:.2f} times [{:.2f}, {:.2f}] as long as OpenVINO's in fp32"),
-        ("sd-fast-bf16", "openvino_bf16", "{:.2f} [{:.2f}, {:.2f}] in bf16"),
-        ("sd-fast", "diffusers_compiled", "{:.2f} [{:.2f}, {:.2f}] of the time of compiled diffusers in fp32"),
+        ("sd2", "sd-fast", "openvino", "{:.2f} times [{:.2f}, {:.2f}] as long as OpenVINO's in fp32"),
+        ("sd2", "sd-fast-bf16", "openvino_bf16", "{:.2f} [{:.2f}, {:.2f}] in bf16"),
+        ("sd2", "sd-fast", "diffusers_compiled", "{:.2f} [{:.2f}, {:.2f}] of the time of compiled diffusers in fp32"),
+        ("avx2_sd2", "sd-fast", "openvino", "{:.2f} [{:.2f}, {:.2f}] of OpenVINO's time"),
+        ("avx2_sd2", "sd-fast", "diffusers_compiled", "{:.2f} [{:.2f}, {:.2f}] of that of compiled diffusers"),
     ],
 )
-def test_the_readme_states_the_measured_ratios_to_peers(side, peer, words):
-    run = json.loads((ROOT / "perf" / "baselines" / "peers_cpu_sd2.json").read_text(encoding="utf-8"))
+def test_the_readme_states_the_measured_ratios_to_peers(run, side, peer, words):
+    run = json.loads((ROOT / "perf" / "baselines" / f"peers_cpu_{run}.json").read_text(encoding="utf-8"))
     (info,) = [made["extra_info"] for made in run["benchmarks"] if made["params"]["side"] == side]
     assert words.format(*info[f"ratio_to_{peer}"]) in (ROOT / "README.md").read_text(encoding="utf-8")
 
