@@ -154,12 +154,13 @@ void convolve(const float* x, const float* weight, const float* bias, float* out
   });
 }
 
-// Winograd's convolution of 3 x 3 taps and stride 1: 16 products for a tile of 2 x 2 outputs instead of 36. A transform of a square of vectors is one of each of its columns, then of each row of the results.
+// Winograd's convolution of 3 x 3 taps and stride 1: 16 products for a tile of 2 x 2 outputs instead of 36. A transform of a
+// square of vectors is one of each of its columns, then of each row of the results.
 struct Four {
   Lanes a, b, c, d;
 };
 
-inline Four of_inputs(Four x) { return {x.a - x.c, x.b + x.c, x.c - x.b, x.b - x.d}; }
+inline Four of_inputs(Lanes a, Lanes b, Lanes c, Lanes d) { return {a - c, b + c, c - b, b - d}; }
 
 inline Four of_weights(Lanes a, Lanes b, Lanes c) {
   const Lanes even = (a + c) * 0.5f, odd = b * 0.5f;
@@ -173,18 +174,23 @@ inline void store(float* x, int64_t stride, Four values) {
   store(x, values.a), store(x + stride, values.b), store(x + 2 * stride, values.c), store(x + 3 * stride, values.d);
 }
 
+// The 16 values of a square at a distance of `stride`: the transform of each row of its columns.
+template <typename Transform, typename... Columns>
+inline void store_rows(float* out, int64_t stride, Transform transform, Columns... columns) {
+  store(out, stride, transform(columns.a...));
+  store(out + 4 * stride, stride, transform(columns.b...));
+  store(out + 8 * stride, stride, transform(columns.c...));
+  store(out + 12 * stride, stride, transform(columns.d...));
+}
+
 // pixels: of the 4 x 4 inputs of a tile, nullptr outside of the image. out: 16 rows of `stride`.
 void transform_inputs(const float* const* pixels, int64_t channels, float* out, int64_t stride) {
   for (int64_t k = 0; k < channels; k += LANES) {
     const auto column = [&](int i) {
       const auto pixel = [&](int j) { return pixels[i + j * SIDE] ? load(pixels[i + j * SIDE] + k) : Lanes{}; };
-      return of_inputs({pixel(0), pixel(1), pixel(2), pixel(3)});
+      return of_inputs(pixel(0), pixel(1), pixel(2), pixel(3));
     };
-    const Four w = column(0), x = column(1), y = column(2), z = column(3);
-    store(out + k, stride, of_inputs({w.a, x.a, y.a, z.a}));
-    store(out + k + 4 * stride, stride, of_inputs({w.b, x.b, y.b, z.b}));
-    store(out + k + 8 * stride, stride, of_inputs({w.c, x.c, y.c, z.c}));
-    store(out + k + 12 * stride, stride, of_inputs({w.d, x.d, y.d, z.d}));
+    store_rows(out + k, stride, of_inputs, column(0), column(1), column(2), column(3));
   }
 }
 
@@ -194,11 +200,7 @@ void transform_weights(const float* weight, int64_t step, int64_t count, float* 
     const float* const taps = weight + k;
     const auto tap = [&](int i) { return load(taps + i * step); };
     const auto column = [&](int i) { return of_weights(tap(i), tap(i + 3), tap(i + 6)); };
-    const Four x = column(0), y = column(1), z = column(2);
-    store(out + k, stride, of_weights(x.a, y.a, z.a));
-    store(out + k + 4 * stride, stride, of_weights(x.b, y.b, z.b));
-    store(out + k + 8 * stride, stride, of_weights(x.c, y.c, z.c));
-    store(out + k + 12 * stride, stride, of_weights(x.d, y.d, z.d));
+    store_rows(out + k, stride, of_weights, column(0), column(1), column(2));
   }
 }
 
