@@ -47,16 +47,33 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in the dtype of its weights, which under autocast is fp32, then SiLU if `silu`.
 
     The output has the dtype of the input. Kernels for half weights accumulate their statistics in fp32 in any case.
+    nhwc: compute in NHWC order and fp32 by elementary operators, of which inductor makes two kernels that read and write NHWC.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, silu: bool = False):
         super().__init__(groups, channels, eps)
-        self.silu = silu
+        self.silu, self.nhwc = silu, False
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, ...]
+        if self.nhwc:
+            return self._forward_nhwc(x)
         # Not by super(): guards of compiled code then look up the class of each norm at every call.
         normed = F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
         return F.silu(normed) if self.silu else normed
+
+    def _forward_nhwc(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        batch, channels, height, width = x.shape
+        groups = self.num_groups
+        of_group = x.permute(0, 2, 3, 1).reshape(batch, height * width, groups, channels // groups).float()
+        var, mean = torch.var_mean(of_group, dim=(1, 3), unbiased=False)
+        # Applied in the shape of the image, from which inductor concludes the order of the channels-last result.
+        deviation, mean = [
+            of_group[:, :, None].expand(batch, groups, channels // groups).reshape(batch, channels, 1, 1)
+            for of_group in ((var + self.eps).rsqrt(), mean)
+        ]
+        weight, bias = [weights.float().reshape(1, channels, 1, 1) for weights in (self.weight, self.bias)]
+        normed = (x.float() - mean) * deviation * weight + bias
+        return (F.silu(normed) if self.silu else normed).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -129,6 +146,11 @@ class BasicTransformerBlock(nn.Module):
         """Keys and values [B, T, H, D] of the cross-attention to the context [B, T, C']."""
         assert isinstance(self.attn2, CrossAttention), "nn.MultiheadAttention projects by itself"
         return self.attn2.keys_values(context)
+
+    def output_layers(self) -> list[nn.Module]:
+        """The linear layers before the residuals, without those inside of nn.MultiheadAttention."""
+        attentions = (self.attn1, self.attn2)
+        return [*(x.to_out[0] for x in attentions if isinstance(x, CrossAttention)), self.ff.net[2]]
 
     def use_attention(self, attention: Attention) -> None:
         """Switch both attentions to `attention`, over the same weights."""

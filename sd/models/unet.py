@@ -46,6 +46,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.attention = Attention()
+        self.nhwc = False  # see `_concatenate`
         groups = config.norm_groups
         embedding = 4 * config.model_channels
         self.time_embed = nn.Sequential(
@@ -156,9 +157,15 @@ class UNet(nn.Module):
                 skips.append(h)
             h = self.middle_block(h, times, contexts)
             for stage in output_blocks:
-                h = stage(torch.cat([h, skips.pop()], dim=1), times, contexts)
+                h = stage(self._concatenate(h, skips.pop()), times, contexts)
             deep = h
-        return self.out(last_block(torch.cat([deep, first], dim=1), times, contexts)), deep
+        return self.out(last_block(self._concatenate(deep, first), times, contexts)), deep
+
+    def _concatenate(self, h: Tensor, skip: Tensor) -> Tensor:
+        """[B, C, H, W] and [B, C', H, W] -> [B, C + C', H, W]; nhwc: by views in NHWC, since inductor may write NCHW."""
+        if not self.nhwc:
+            return torch.cat([h, skip], dim=1)
+        return torch.cat([h.permute(0, 2, 3, 1), skip.permute(0, 2, 3, 1)], dim=3).permute(0, 3, 1, 2)
 
     @property
     def embeds_guidance(self) -> bool:

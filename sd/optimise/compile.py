@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sd import choices
 from sd.attention.functions import Attention, allowed_kernels
@@ -48,11 +49,10 @@ INDUCTOR_OPTIONS: dict[str, dict[str, bool]] = {
     "programmatic_launch": {"triton.enable_pdl": True},  # Hopper: a kernel starts before the end of the one before it
 }
 CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of GPUs
-# Elements of a group of a norm at 64 x 64 pixels with 640 channels. PyTorch measured limits of 40960, and of 32768 where there
-# are fewer groups than multiprocessors, on a GB200 with UNets of Stable Diffusion 1.5 among others; it has 8192 for older GPUs
-# (torch/_inductor/choices.py of torch 2.15). This one leaves the fewest launches but for those of the two largest norms, and
-# has not been timed.
-WHOLE_NORM = 81920
+# Most elements of a group of a norm that are reduced in one kernel. On an H200 one kernel is faster for 20480 and slower for
+# 40960 elements (docs/your-gpu.md). PyTorch has this limit for a GB200 where there are fewer groups than multiprocessors, and
+# 8192 for older GPUs (torch/_inductor/choices.py of torch 2.15).
+WHOLE_NORM = 32768
 VECTOR_THREAD = "inductor-vector-instructions"
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
@@ -258,6 +258,27 @@ def compile_blocks(unet: UNet, compiler: Compiler) -> None:
     """Regional compilation: each ResBlock and transformer block by itself; blocks of equal shapes share their code."""
     for block in (*unet.res_blocks, *unet.transformer_blocks()):
         vars(block)["forward"] = compiler(block.forward)
+
+
+def separate_biases(unet: UNet, enabled: bool) -> None:
+    """Add the bias of the linear layers before a residual or a norm in the kernel that follows, not in the product.
+
+    A product with a bias is slower, and the kernel that follows reads its result in any case. Inductor has this as a pass
+    (torch/_inductor/fx_passes/post_grad.py), but since torch 2.11 not in half precision, because the product is rounded once
+    more. False undoes it.
+    """
+    linears: list[nn.Module] = [linear for block in unet.transformer_blocks() for linear in block.output_layers()]
+    for transformer in unet.transformers:
+        linears += [transformer.proj_in, transformer.proj_out]
+    for linear in linears:
+        vars(linear).pop("forward", None)
+        if enabled and isinstance(linear, nn.Linear):  # SD1 projects by convolutions
+            vars(linear)["forward"] = functools.partial(_product_then_bias, linear)
+
+
+def _product_then_bias(linear: nn.Linear, x: Tensor) -> Tensor:
+    product = F.linear(x, linear.weight)
+    return product + linear.bias.to(product.dtype)  # under autocast the bias is fp32
 
 
 def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:

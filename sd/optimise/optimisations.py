@@ -61,6 +61,8 @@ class Optimisations:
     packed: weights in oneDNN's layout on a CPU, from sd.optimise.packed.SMALLEST_PACKED channels; these are not fused.
     cudnn_benchmark: cuDNN measures its convolution algorithms at the first call of each shape.
     whole_norms: compiled for a GPU, most group norms compute their statistics in one kernel.
+    nhwc_norms: group norms and concatenations in NHWC order (sd.models.layers.GroupNorm), so that compiled code transposes none.
+    separate_bias: compiled, biases before residuals and norms are added by the next kernel (sd.optimise.compile.separate_biases).
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
     `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder), compile_text_encoder: their
@@ -101,6 +103,8 @@ class Optimisations:
     tf32: bool = False
     cudnn_benchmark: bool = False
     whole_norms: bool = False
+    nhwc_norms: bool = False
+    separate_bias: bool = False
     original_steps: bool = False
     token_merging: float = 0.0
     feature_caching: int = 1
@@ -158,6 +162,13 @@ class Optimisations:
             yield "persistent_tma_matmul: changes kernels of max-autotune alone; choose a compile mode of that"
         if self.whole_norms and (not self.compilers() or self.compile_backend != "inductor"):
             yield "whole_norms: nothing is compiled by inductor; choose a compile mode"
+        if self.nhwc_norms and not self.channels_last:
+            yield "nhwc_norms: images are NCHW; choose channels_last too"
+        if self.separate_bias and (self.compile == "none" or self.compile_backend in RUNTIMES):
+            yield "separate_bias: the UNet is not compiled by torch.compile; choose a compile mode"
+        for name in self._chosen("packed", "avx2_layers"):
+            if self.separate_bias:
+                yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
         if self.attention == "mha":
             for name in self._chosen("fused_qkv", "fused_kv", "cache_context_kv"):
                 yield f"{name}: nn.MultiheadAttention has its own projections; choose another attention than mha"
@@ -255,12 +266,13 @@ class Optimisations:
         return cls(
             precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate
             tf32=True,
-            cudnn_benchmark=True,
             whole_norms=has("reduction_choices"),
+            nhwc_norms=has("compile"),
+            separate_bias=has("compile"),
             compile=compiled,
             compile_autoencoder=compiled,
             compile_text_encoder=compiled,
-            cuda_graph="unet",
+            cuda_graph="networks",
             channels_last=True,
             **caches,
         )

@@ -22,6 +22,8 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     "avx2_attention": {"avx2_attention": True, "precision": "full", "attention": "sdpa"},
     "avx512_attention": {"avx512_attention": True, "precision": "bf16", "attention": "sdpa"},
     "whole_norms": {"whole_norms": True},
+    "nhwc_norms": {"nhwc_norms": True, "channels_last": True},
+    "separate_bias": {"separate_bias": True},
     **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
@@ -74,7 +76,9 @@ def parse(
             fields[field] = value
     compiles_another = {"compile_autoencoder", "compile_text_encoder"} & set(fields)
     of_compiler = {"inductor", "whole_norms"} & set(fields)
-    implies_compile = "compile_scope" in fields or (of_compiler and not compiles_another)
+    implies_compile = bool({"compile_scope", "separate_bias"} & set(fields)) or bool(
+        of_compiler and not compiles_another
+    )
     if implies_compile and base.compile == "none":
         fields.setdefault("compile", "default")
     fields.update(changes or {})
@@ -95,7 +99,7 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
         resets.update(packed=False, avx2_layers=False)
     if fields.get("packed") or fields.get("avx2_layers"):
-        resets.update(packed=False, avx2_layers=False)
+        resets.update(packed=False, avx2_layers=False, separate_bias=False)
     other_kernels = tuple(fields.get("sdpa_kernels", SDPA_KERNELS)) != SDPA_KERNELS
     if other_kernels or fields.get("attention", "sdpa") != "sdpa" or fields.get("aot"):
         resets.update(avx2_attention=False, avx512_attention=False)
@@ -108,10 +112,16 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:
         resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
+    if fields.get("compile", base.compile) == "none" or fields.get("compile_backend") in RUNTIMES:
+        resets.update(separate_bias=False)
+    if fields.get("separate_bias"):
+        resets.update(packed=False, avx2_layers=False)
     if fields.get("compile_backend", "inductor") in RUNTIMES:
         resets.update(packed=False, **dict.fromkeys(OWN_KERNELS, False))
         if fields["compile_backend"] == "onnxrt":
             resets.update(precision="full")
+    if {fields.get("compile_autoencoder"), fields.get("compile_text_encoder")} & set(CUDA_GRAPH_MODES):
+        resets.update(cuda_graph="unet")
     records_graphs = fields.get("compile") in CUDA_GRAPH_MODES
     if records_graphs or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
         resets.update(cuda_graph="none")

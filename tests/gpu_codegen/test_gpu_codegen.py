@@ -10,12 +10,12 @@ import sys
 import gpu_codegen
 import pytest
 import torch
-from gpu_codegen import CASES, HEAD, PAGE, Counts, Generated, only_moves
+from gpu_codegen import CASES, HEAD, PAGE, Counts, Generated, only_moves, strides
 
 from perf.launch.process import ROOT
 from sd.choices import INDUCTOR_OPTIONS
 
-GIVEN = "{'signature': {'in_ptr0': '*fp16', 'in_ptr1': '*fp16', 'out_ptr0': '*%s', 'xnumel': 'i32'}}\n"
+GIVEN = "size_hints={'x': 4194304},\n{'signature': {'in_ptr0': '*fp16', 'in_ptr1': '*fp16', 'out_ptr0': '*%s', 'xnumel': 'i32'}}\n"
 LOAD = "    tmp0 = tl.load(in_ptr0 + (x0), None).to(tl.float32)\n"
 SLOW = ("sd2 unet, fast", "sd1 unet", "sd2 step")  # over a minute of CPU time each: not in .ci/run
 MOST_ERROR = (
@@ -40,7 +40,7 @@ def test_generated_code(name, tmp_path):
     counts = Counts(**result["counts"])
     assert not counts.others
     if CASES[name].optimise != "none":
-        assert counts.copies == 0
+        assert counts.copies == counts.transposed == 0
         assert counts.convolutions_nhwc == counts.convolutions
         assert len(result["resources"]) == counts.kernels
     for kernel, use in result["resources"].items():
@@ -84,10 +84,10 @@ def test_the_docs_have_exactly_these_calls():
 
 def test_what_changed_is_named():
     name = next(iter(CASES))
-    page = f"{HEAD}\n| `{name}` | 548 | 52 (52) | 142 | 32 | 322 | 159 | 0 | 5.74 | 51 | 978 |\n"
-    row = f"| `{name}` | 568 | 52 (52) | 142 | 32 | 342 | 159 | 0 | 5.80 | 51 | 978 |"
+    page = f"{HEAD}\n| `{name}` | 548 | 52 (52) | 142 | 32 | 322 | 159 | 0 | 0 | 5.74 | 51 | 978 |\n"
+    row = f"| `{name}` | 568 | 52 (52) | 142 | 32 | 342 | 159 | 0 | 42 | 5.80 | 51 | 978 |"
     assert gpu_codegen.changes(name, row, page) == (
-        f"COUNTS {name}: launches 548 -> 568, generated 322 -> 342, GB 5.74 -> 5.80"
+        f"COUNTS {name}: launches 548 -> 568, generated 322 -> 342, transposed 0 -> 42, GB 5.74 -> 5.80"
     )
     assert gpu_codegen.changes("another", row, page).startswith("COUNTS another: new")
 
@@ -103,6 +103,32 @@ def test_what_changed_is_named():
 )
 def test_copies_of_a_layout_are_recognised(body, output, moves):
     assert only_moves(GIVEN % output + body) is moves
+
+
+@pytest.mark.parametrize(
+    "sizes, indices, address, expected",
+    [
+        ("{'x': 4194304}", "    x0 = (xindex % 320)\n    x1 = xindex // 320\n", "x0 + 320*x1", False),
+        ("{'x': 4194304}", "    x0 = (xindex % 320)\n    x1 = xindex // 320\n", "x1 + 4096*x0", True),
+        (
+            "{'x': 64}",
+            "    x0 = (xindex % 320)\n    x1 = xindex // 320\n",
+            "x1 + 4096*x0",
+            False,
+        ),  # too small to matter
+        ("{'y': 8192, 'x': 512}", "    x2 = xindex\n    y0 = (yindex % 4096)\n", "y0 + 4096*x2 + 1310720*y1", True),
+        ("{'y': 8192, 'x': 512}", "    x2 = xindex\n    y3 = yindex\n", "x2 + 320*y3", False),
+        ("{'x': 64, 'r0_': 65536}", "    r0_index = 0\n    r0_2 = (r0_index % 10)\n", "r0_2 + 10*x0 + 320*r0_3", False),
+        (
+            "{'x': 64, 'r0_': 65536}",
+            "    r0_index = 0\n    r0_2 = (r0_index % 4096)\n",
+            "r0_3 + 10*x0 + 320*r0_2",
+            True,
+        ),
+    ],
+)
+def test_strided_accesses_are_recognised(sizes, indices, address, expected):
+    assert strides(f"size_hints={sizes}\n{indices}    tmp0 = tl.load(in_ptr0 + ({address}), None)") is expected
 
 
 def test_counts_of_a_known_output():
@@ -122,8 +148,8 @@ triton_poi_fused_clone_0 = async_compile.triton('triton_poi_fused_clone_0', '''
             triton_poi_fused_clone_0.run(buf4, buf5, 8, stream=raw_stream0)
 """
     counts = Generated(code, 5_000_000_000, {"mm a": 3, "mm b": 4, "mm c": 0}).counts()
-    assert counts == Counts(2, 1, 1, 2, 1, 1, 2, 5_000_000_000, 3, 7, ())
-    assert counts.row("x") == "| `x` | 6 | 2 (1) | 1 | 1 | 2 | 1 | 2 | 5.00 | 3 | 7 |"
+    assert counts == Counts(2, 1, 1, 2, 1, 1, 2, 0, 5_000_000_000, 3, 7, ())
+    assert counts.row("x") == "| `x` | 6 | 2 (1) | 1 | 1 | 2 | 1 | 2 | 0 | 5.00 | 3 | 7 |"
 
 
 @pytest.mark.skipif(torch.__version__.startswith(("2.15.", "2.11.")), reason="this is a torch of the counts")

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -60,6 +61,7 @@ NEWEST = "2.15"
 # The torch of the GPU machines at hand; its calls are some of CASES.
 OLDER, OLDER_CALLS = "2.11", ("sd2 unet, fast", "sd2 autoencoder, fast", "sd2 text encoder, fast", "tiny unet, fast")
 RELEASE = ".".join(metadata.version("torch").split(".")[:2])  # of this interpreter's torch
+MANY = 65536  # elements: the images of all levels, but not the partial statistics of a norm
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-code.md"
 
 
@@ -88,7 +90,8 @@ class Counts:
     """Counts of one call; launches are the sum of the next four.
 
     generated: launches of generated kernels; of a call that is not compiled, all other operators. kernels: distinct generated
-    kernels. copies: launches that only change a layout; of a call that is not compiled, also a dtype. bytes: inductor's
+    kernels. copies: launches that only change a layout; of a call that is not compiled, also a dtype. transposed: launches of
+    generated kernels with strided accesses (`strides`), None of a call that is not compiled. bytes: inductor's
     count of what all kernels read and write. problems: distinct shapes for which inductor would measure kernels;
     candidates: Triton's for these.
     """
@@ -100,6 +103,7 @@ class Counts:
     kernels: int
     convolutions_nhwc: int
     copies: int
+    transposed: int | None
     bytes: int
     problems: int
     candidates: int
@@ -120,6 +124,7 @@ class Counts:
             self.generated,
             self.kernels,
             self.copies,
+            "-" if self.transposed is None else self.transposed,
             f"{self.bytes / 1e9:.2f}",
             self.problems,
             self.candidates,
@@ -128,8 +133,8 @@ class Counts:
 
 
 HEAD = (
-    "| call | launches | convolutions (NHWC) | products | attention | generated | distinct | copies | GB | autotuned | "
-    "candidates |\n" + "|---" * 11 + "|"
+    "| call | launches | convolutions (NHWC) | products | attention | generated | distinct | copies | transposed | GB | "
+    "autotuned | candidates |\n" + "|---" * 12 + "|"
 )
 
 
@@ -145,7 +150,7 @@ def eager_counts(call: Callable[[], Any]) -> Counts:
     nhwc = sum(_is_nhwc(out.shape, out.stride()) for name, _, out in counting.calls if name == "convolution")
     others = counting.total - ops["convolution"] - products - attention
     counts = ops["convolution"], products, attention, others
-    return Counts(*counts, 0, nhwc, counting.copies, counting.bytes, 0, 0, ())
+    return Counts(*counts, 0, nhwc, counting.copies, None, counting.bytes, 0, 0, ())
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,7 @@ class Generated:
             kernels=len(kernels),
             convolutions_nhwc=sum(_is_nhwc(*map(_numbers, layout[1:])) for layout in layouts),
             copies=sum(count for name, count in launched.items() if only_moves(kernels[name])),
+            transposed=sum(count for name, count in launched.items() if strides(kernels[name])),
             bytes=self.bytes,
             problems=len(self.choices),
             candidates=sum(self.choices.values()),
@@ -206,6 +212,21 @@ def only_moves(source: str) -> bool:
     types = set(re.findall(r"'\*(\w+)'", signature[1]))
     values = re.findall(r"^ +tmp\d+ = (.*)$", source, re.M)
     return len(types) == 1 and bool(values) and all(re.match(r"tl\.load\(|tmp\d+\.to\(", value) for value in values)
+
+
+def strides(source: str) -> bool:
+    """Whether a generated kernel of at least MANY elements loads or stores with a stride along its fastest index.
+
+    Neighbouring threads then access distant memory, as where an image is written in NCHW and read in NHWC.
+    """
+    sizes = re.search(r"size_hints=\{(.*?)\}", source)
+    assert sizes, source
+    if math.prod(map(int, re.findall(r": (\d+)", sizes[1]))) < MANY:
+        return False
+    index = "r0_index" if re.search(r"^ +r0_index = ", source, re.M) else "xindex"
+    fastest = [index, *re.findall(rf"^ +(\w+) = (?:\({index} % \d+\)|{index})$", source, re.M)]
+    addresses = re.findall(r"tl\.(?:load|store)\(\w+ \+ \((.*?)\), ", source)
+    return any(re.search(rf"\b\d+\*({'|'.join(fastest)})\b", address) for address in addresses)
 
 
 def generate(call: Callable[[], Any]) -> Generated:

@@ -37,7 +37,10 @@ from sd.sampling.samplers import SAMPLERS
 from sd.sampling.schedule import Schedule
 
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")]
-CACHES = {"channels_last": True, "fused_qkv": True, "cache_context_kv": True, "cache_time_embeddings": True}
+CACHES = {
+    **dict.fromkeys(("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings"), True),
+    **dict.fromkeys(("nhwc_norms", "separate_bias"), True),  # of `fast` on a GPU
+}
 DRAWING_NOISE = ("euler_ancestral", "dpm_solver_sde", "lcm")
 BOUND = 2e-5  # relative error of the latents after 5 steps in fp32 against the original attention
 
@@ -213,9 +216,11 @@ def test_inductor(model, references, counters, scope):
 
 
 @pytest.mark.slow
-def test_group_norm_of_a_large_mean_in_nhwc(counters):
-    """`fast` on a CPU requires that inductor's statistics do not cancel, unlike those of PyTorch's NHWC kernel."""
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_group_norm_of_a_large_mean_in_nhwc(counters, nhwc):
+    """`fast` requires that inductor's statistics do not cancel, unlike those of PyTorch's NHWC kernel on a CPU."""
     norm = GroupNorm(32, 320, silu=True).requires_grad_(False)
+    norm.nhwc = nhwc
     x = torch.randn(2, 320, 16, 16, generator=torch.Generator().manual_seed(0)) + 30
     expected = F.silu(F.group_norm(x.double(), 32, eps=norm.eps))
     compiled = Compiler("default")(norm)

@@ -87,7 +87,8 @@ def test_cudnn_measures_its_algorithms_only_around_the_models_calls(monkeypatch,
 
 @pytest.mark.skipif(not has("reduction_choices"), reason="inductor's choices cannot be overridden in this torch")
 @pytest.mark.parametrize(
-    "elements, whole", [(10240, True), (40960, True), (WHOLE_NORM, True), (WHOLE_NORM + 1, False), (122880, False)]
+    "elements, whole",
+    [(10240, True), (20480, True), (WHOLE_NORM, True), (WHOLE_NORM + 1, False), (40960, False), (122880, False)],
 )
 def test_whole_norms_split_only_large_reductions(monkeypatch, elements, whole):
     """64 groups of SD2 have 10240 elements at 16 x 16 pixels, up to 122880 at 64 x 64; inductor itself splits all."""

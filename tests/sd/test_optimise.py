@@ -13,6 +13,7 @@ from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION
 from sd.errors import ConfigError, Unavailable
 from sd.features import computes_slowly, has
+from sd.optimise.compile import separate_biases
 from sd.optimise.optimisations import OWN_KERNELS, WEIGHT_DTYPES
 from sd.optimise.presets import TECHNIQUES, parse
 from sd.sampling.samplers import SAMPLERS
@@ -20,12 +21,13 @@ from sd.sampling.samplers import SAMPLERS
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
 EXACT = {
     "channels_last": {"channels_last": True},
+    "nhwc_norms": {"channels_last": True, "nhwc_norms": True},
     "fused_qkv": {"fused_qkv": True},
     "fused_kv": {"fused_kv": True},
     "cache_context_kv": {"cache_context_kv": True},
     "cache_time_embeddings": {"cache_time_embeddings": True},
     "original_steps": {"original_steps": True},
-    "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES},
+    "all": {"channels_last": True, "nhwc_norms": True, "fused_qkv": True, "fused_kv": True, **CACHES},
 }
 # Fields of `fast` that contradict a technique and are reset when it is named.
 RESET = {
@@ -33,8 +35,9 @@ RESET = {
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step")},
     "autocast": {"cuda_graph", "packed", *OWN_KERNELS},
     **{name: {"avx512_attention"} for name in ("full", "avx2_attention")},
-    "avx2_layers": {"packed", "avx512_attention"},
-    "packed": {"avx2_layers"},
+    "avx2_layers": {"packed", "avx512_attention", "separate_bias"},
+    "packed": {"avx2_layers", "separate_bias"},
+    "separate_bias": {"packed", "avx2_layers"},
     "freezing": {"packed", "avx2_layers"},
     "original_steps": {*CACHES, "cuda_graph"},
     **{
@@ -111,6 +114,25 @@ def test_equals_the_original_and_is_undone_bit_for_bit(model, reference, name, a
     state = model.unet.state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+@needs_counting
+def test_separate_biases_are_added_after_the_product(model, reference):
+    """Those of the attentions, of the feed-forward and of the projection back to the image; False undoes them.
+
+    That of the projection before is separate in NCHW anyway, since the tokens are a transposed view.
+    """
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    plain, before, after = _call(model), Counting(), Counting()
+    _call(model, before)
+    separate_biases(model.unet, True)  # as compiled; compiled code is not counted
+    assert relative_error(_call(model, after), reference[0]) <= UNET_BOUND
+    assert model.config.unet.use_linear_in_transformer
+    separated = 3 * len(model.unet.transformer_blocks()) + len(model.unet.transformers)
+    differences = [after.ops[name] - before.ops[name] for name in ("addmm", "mm", "add")]
+    assert differences == [-separated, separated, separated]
+    separate_biases(model.unet, False)
+    assert torch.equal(_call(model), plain)
 
 
 def test_fused_weights_are_shared_and_stay_out_of_checkpoints(model):
@@ -316,6 +338,9 @@ class TestOnAGPU:
             "persistent_tma_matmul: changes kernels of max",
         ),
         ({"cuda_graph": "networks", "compile": "default", "compile_scope": "step"}, "cuda_graph loop"),
+        ({"nhwc_norms": True}, "nhwc_norms: images are NCHW"),
+        ({"separate_bias": True}, "separate_bias: the UNet is not compiled"),
+        ({"separate_bias": True, "compile": "default", "packed": True, "channels_last": True}, "with packed"),
         ({"cuda_graph": "vae"}, "choose one of none, unet, networks, loop"),
     ],
 )
@@ -343,8 +368,9 @@ def test_presets():
 
 def test_fast_of_a_gpu():
     fast = Optimisations.fast("cuda")
-    assert (fast.precision, fast.cudnn_benchmark) == ("fp16", True)
+    assert (fast.precision, fast.cuda_graph, fast.cudnn_benchmark) == ("fp16", "networks", False)
     assert fast.whole_norms is has("reduction_choices")
+    assert fast.nhwc_norms is fast.separate_bias is has("compile")
     if has("compile"):
         assert (fast.compile, fast.compile_autoencoder, fast.compile_text_encoder) == ("default",) * 3
     assert (fast.token_merging, fast.feature_caching, fast.quantisation) == (0.0, 1, "none")
@@ -365,6 +391,8 @@ def test_every_technique_combines_with_fast(name, device):
 def test_an_option_beside_fast_acts_like_the_technique():
     for name in ("autocast", "reduce-overhead"):
         assert parse("fast", "cuda", TECHNIQUES[name]) == parse(f"fast,{name}", "cuda")
+    assert parse("fast", "cuda", {"compile_autoencoder": "max-autotune"}).cuda_graph == "unet"
+    assert not parse("fast", "cuda", {"compile": "none"}).separate_bias
     chosen = parse("fast", "cuda", {"attention": "mha"})
     assert (chosen.attention, chosen.fused_qkv, chosen.cache_context_kv) == ("mha", False, False)
     with pytest.raises(ConfigError, match="autocast frees"):  # named, therefore not reset
