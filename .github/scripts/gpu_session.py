@@ -56,7 +56,6 @@ def _perf(name: str, *arguments: str) -> Step:
 
 
 FAST_AND_ORIGINAL = ("--model", "sd2", "--optimise", "original", "--optimise", "fast")
-NETWORKS = ("--optimise", "fast,cuda_graph_networks")
 FEW = ("--perf-launches", "2", "--perf-rounds", "4")
 HALF = ("--model", "sd2", "--precision", "fp16", "--optimise", "channels_last,cudnn_benchmark")
 # diffusers as most use it. Its documented recipe, max-autotune, is left out: ours had not compiled after 250 s.
@@ -71,7 +70,7 @@ PARTS = {
         _perf("ladder", "-m", "gpu_ladder", "--perf-inprocess"),
     ),
     # Few launches, since the first one compiles for more than a minute.
-    "2": (_perf("original-and-fast", *FAST_AND_ORIGINAL, *NETWORKS, "--batch", "1", *FEW),),
+    "2": (_perf("original-and-fast", *FAST_AND_ORIGINAL, "--batch", "1", *FEW),),
     "3": (_perf("peers", *PEERS, *FEW),),
     "4": (
         _perf("trace", *HALF, "--optimise", "fast", "--batch", "1", "--perf-inprocess", "--perf-trace", TRACE),

@@ -33,7 +33,9 @@ def table(path: Path) -> list[str]:
     if "first_runs" in document:
         return _first_runs(document)
     if "perf" in document:
-        return (_session if document["perf"]["launches"] > 1 else _launch)(document, path)
+        # Those that were made: an interrupted session has fewer than it planned.
+        launches = min(len(benchmark["extra_info"]["launches"]) for benchmark in document["benchmarks"])
+        return (_session if launches > 1 else _launch)(document, path)
     return peers_table.table(document)
 
 
