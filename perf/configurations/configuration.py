@@ -139,7 +139,14 @@ class Configuration:
     def compiles(self) -> bool:
         """Whether torch.compile runs, as far as the options tell."""
         names = self.optimise.split(",")
-        compiling = {"fast", "whole_norms", *choices.COMPILE_MODES, *choices.INDUCTOR_OPTIONS} - {"none"}
+        compiling = {
+            "fast",
+            "whole_norms",
+            "nhwc_norms",
+            "separate_bias",
+            *choices.COMPILE_MODES,
+            *choices.INDUCTOR_OPTIONS,
+        } - {"none"}
         return self.compile != "none" or any(name in compiling or name.startswith("compile") for name in names)
 
     @property

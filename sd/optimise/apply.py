@@ -21,7 +21,6 @@ from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.features import computes_slowly, has, require
 from sd.kernels import OWN_ATTENTION, avx2
 from sd.models.autoencoder import Autoencoder
-from sd.models.layers import GroupNorm
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise import avx2_layers
@@ -34,6 +33,7 @@ from sd.optimise.compile import (
     require_cpp_compiler,
     restore,
     separate_biases,
+    use_nhwc,
 )
 from sd.optimise.cuda_graphs import Graphed, GraphedLoop
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
@@ -205,11 +205,10 @@ def apply(
     unet.use_attention(attention)
     autoencoder.use_attention(decoder_attention)
     unet.fuse_projections(optimisations.fused_qkv, optimisations.fused_kv)
+    compiled = optimisations.compilers()
     separate_biases(unet, optimisations.separate_bias)
-    for network in (unet, autoencoder):
-        for module in network.modules():
-            if isinstance(module, (GroupNorm, UNet)):
-                module.nhwc = optimisations.nhwc_norms
+    use_nhwc(unet, optimisations.nhwc_norms and "unet" in compiled)
+    use_nhwc(autoencoder.decoder, optimisations.nhwc_norms and "autoencoder" in compiled)
     quantise(unet, optimisations.quantisation)
     unet.frequencies_device = torch.device("cpu") if optimisations.original_steps else None
     merge_tokens(unet, optimisations.token_merging)

@@ -23,6 +23,7 @@ from sd.attention.observation import ObservedCall
 from sd.errors import Unavailable
 from sd.features import has, require
 from sd.models.autoencoder import Autoencoder
+from sd.models.layers import GroupNorm
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise.cuda_graphs import cloned
@@ -276,6 +277,13 @@ def separate_biases(unet: UNet, enabled: bool) -> None:
             vars(linear)["forward"] = functools.partial(_product_then_bias, linear)
 
 
+def use_nhwc(network: nn.Module, enabled: bool) -> None:
+    """Write the group norms and concatenations of a network that is compiled in NHWC order, or as PyTorch's operators."""
+    for module in network.modules():
+        if isinstance(module, (GroupNorm, UNet)):
+            module.nhwc = enabled
+
+
 def _product_then_bias(linear: nn.Linear, x: Tensor) -> Tensor:
     product = F.linear(x, linear.weight)
     return product + linear.bias.to(product.dtype)  # under autocast the bias is fp32
@@ -289,7 +297,9 @@ def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> 
 
 
 def restore_unet(unet: UNet) -> None:
-    """Undo every replacement of a method of the UNet or its blocks."""
+    """Undo every replacement of a method of the UNet, its blocks or layers, and what is written for compiled code alone."""
+    separate_biases(unet, False)
+    use_nhwc(unet, False)
     for name in ("denoise", "denoise_with_features"):
         vars(unet).pop(name, None)
     for block in (*unet.res_blocks, *unet.transformer_blocks()):

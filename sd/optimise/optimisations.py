@@ -61,7 +61,8 @@ class Optimisations:
     packed: weights in oneDNN's layout on a CPU, from sd.optimise.packed.SMALLEST_PACKED channels; these are not fused.
     cudnn_benchmark: cuDNN measures its convolution algorithms at the first call of each shape.
     whole_norms: compiled for a GPU, most group norms compute their statistics in one kernel.
-    nhwc_norms: group norms and concatenations in NHWC order (sd.models.layers.GroupNorm), so that compiled code transposes none.
+    nhwc_norms: group norms and concatenations of the compiled UNet and decoder in NHWC order (sd.models.layers.GroupNorm), so
+    that compiled code transposes none.
     separate_bias: compiled, biases before residuals and norms are added by the next kernel (sd.optimise.compile.separate_biases).
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
@@ -164,8 +165,13 @@ class Optimisations:
             yield "whole_norms: nothing is compiled by inductor; choose a compile mode"
         if self.nhwc_norms and not self.channels_last:
             yield "nhwc_norms: images are NCHW; choose channels_last too"
-        if self.separate_bias and (self.compile == "none" or self.compile_backend in RUNTIMES):
-            yield "separate_bias: the UNet is not compiled by torch.compile; choose a compile mode"
+        for name in self._chosen("nhwc_norms", "separate_bias"):
+            if not self.compilers() or self.compile_backend in RUNTIMES:
+                yield f"{name}: nothing is compiled by torch.compile; choose a compile mode"
+            if self.compile != "none" and self.compile_scope == "blocks":
+                yield f"{name}: also changes layers between the blocks, which are not compiled; choose compile_scope unet or step"
+        if self.separate_bias and self.compile == "none":
+            yield "separate_bias: changes the UNet, which is not compiled; choose a compile mode"
         for name in self._chosen("packed", "avx2_layers"):
             if self.separate_bias:
                 yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
@@ -261,7 +267,7 @@ class Optimisations:
                 packed=packed and not own,
                 **caches,
             )
-        # On the host of an H200 max-autotune had not ended after 250 s; default ended after 76 s (docs/your-gpu.md).
+        # On the host of an H200 max-autotune had not ended after 250 s; default ended after 76 to 99 s (docs/your-gpu.md).
         compiled = "default" if has("compile") else "none"
         return cls(
             precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate

@@ -75,7 +75,7 @@ def parse(
                 raise ConfigError(f"optimise {text}: {field} is both {fields[field]} and {value}: choose one of them")
             fields[field] = value
     compiles_another = {"compile_autoencoder", "compile_text_encoder"} & set(fields)
-    of_compiler = {"inductor", "whole_norms"} & set(fields)
+    of_compiler = {"inductor", "whole_norms", "nhwc_norms"} & set(fields)
     implies_compile = bool({"compile_scope", "separate_bias"} & set(fields)) or bool(
         of_compiler and not compiles_another
     )
@@ -106,21 +106,26 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     if computes_slowly(WEIGHT_DTYPES[fields.get("precision", "full")]):
         resets.update(packed=False)
     networks = ("compile", "compile_autoencoder", "compile_text_encoder")
-    if fields.get("compile_backend", "inductor") != "inductor" or all(fields.get(name) == "none" for name in networks):
+    nothing_compiled = all(fields.get(name) == "none" for name in networks)
+    if nothing_compiled or fields.get("compile_backend", "inductor") != "inductor":
         resets.update(whole_norms=False)
+    of_parts = fields.get("compile_scope") == "blocks" or fields.get("compile_backend") in RUNTIMES
+    if of_parts or nothing_compiled or fields.get("channels_last") is False:
+        resets.update(nhwc_norms=False)
+    if of_parts or fields.get("compile", base.compile) == "none":
+        resets.update(separate_bias=False)
     if fields.get("attention") == "mha":
         resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:
         resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
-    if fields.get("compile", base.compile) == "none" or fields.get("compile_backend") in RUNTIMES:
-        resets.update(separate_bias=False)
     if fields.get("separate_bias"):
         resets.update(packed=False, avx2_layers=False)
     if fields.get("compile_backend", "inductor") in RUNTIMES:
         resets.update(packed=False, **dict.fromkeys(OWN_KERNELS, False))
         if fields["compile_backend"] == "onnxrt":
             resets.update(precision="full")
-    if {fields.get("compile_autoencoder"), fields.get("compile_text_encoder")} & set(CUDA_GRAPH_MODES):
+    others = {fields.get("compile_autoencoder"), fields.get("compile_text_encoder")}
+    if base.cuda_graph == "networks" and others & set(CUDA_GRAPH_MODES):
         resets.update(cuda_graph="unet")
     records_graphs = fields.get("compile") in CUDA_GRAPH_MODES
     if records_graphs or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":

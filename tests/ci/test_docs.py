@@ -64,10 +64,18 @@ def runnable(block: Block) -> bool:
 
 # --- commands
 
+# They take longest; those of the README and of the first five minutes are run at every change.
+OF_A_MINUTE = [f"docs/{name}.md" for name in ("add-attention", "training", "your-gpu", "your-pipeline")]
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize(
-    "document", [document for document in DOCUMENTS if any(map(runnable, blocks(document)))], ids=named
+    "document",
+    [
+        pytest.param(document, marks=pytest.mark.nightly if named(document) in OF_A_MINUTE else pytest.mark.slow)
+        for document in DOCUMENTS
+        if any(map(runnable, blocks(document)))
+    ],
+    ids=named,
 )
 def test_commands_run(document, tmp_path):
     """Run all blocks of a document in order, in a copy of the repository."""

@@ -15,7 +15,7 @@ from perf.analysis.verdicts import ExitCode
 WHAT = "--attention original --compile none --steps 1 --perf-launches 1 --perf-rounds 2"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.report
 def test_from_the_event_to_the_comment(tmp_path):
     for package in ("jinja2", "matplotlib"):

@@ -116,6 +116,28 @@ def test_copies_of_a_layout_are_recognised(body, output, moves):
         ),  # too small to matter
         ("{'y': 8192, 'x': 512}", "    x2 = xindex\n    y0 = (yindex % 4096)\n", "y0 + 4096*x2 + 1310720*y1", True),
         ("{'y': 8192, 'x': 512}", "    x2 = xindex\n    y3 = yindex\n", "x2 + 320*y3", False),
+        ("{'y': 2048, 'x': 4096}", "    x2 = xindex\n", "320*x2 + 1310720*y1 + (y0)", True),
+        ("{'x': 4194304}", "    x0 = (xindex % 640)\n", "320*x1 + 4096*((-320) + x0)", True),
+        (
+            "{'x': 512, 'r0_': 32768}",
+            "    r0_index = 0\n    r0_2 = r0_index\n",
+            "8*x0 + 256*(r0_2 // 8) + ((r0_2 % 8))",
+            False,
+        ),
+        (
+            "{'x': 512, 'r0_': 8192}",
+            "    r0_index = 0\n    r0_3 = r0_index\n",
+            "960*((r0_3 + 8192*x1) // 30) + x0",
+            False,
+        ),
+        ("{'x': 4194304}", "    x0 = (xindex % 640)\n", "320*x4 + (20*(x0 // 20) + ((x0 % 20)))", False),
+        (
+            "{'x': 4096, 'r0_': 128}, ReductionHint.OUTER",
+            "    r0_index = 0\n    x0 = xindex\n",
+            "x0 + 320*r0_index",
+            False,
+        ),
+        ("{'x': 64, 'r0_': 65536}, ReductionHint.OUTER", "    r0_index = 0\n    x0 = xindex\n", "r0_3 + 10*x0", True),
         ("{'x': 64, 'r0_': 65536}", "    r0_index = 0\n    r0_2 = (r0_index % 10)\n", "r0_2 + 10*x0 + 320*r0_3", False),
         (
             "{'x': 64, 'r0_': 65536}",

@@ -223,10 +223,12 @@ def strides(source: str) -> bool:
     assert sizes, source
     if math.prod(map(int, re.findall(r": (\d+)", sizes[1]))) < MANY:
         return False
-    index = "r0_index" if re.search(r"^ +r0_index = ", source, re.M) else "xindex"
-    fastest = [index, *re.findall(rf"^ +(\w+) = (?:\({index} % \d+\)|{index})$", source, re.M)]
-    addresses = re.findall(r"tl\.(?:load|store)\(\w+ \+ \((.*?)\), ", source)
-    return any(re.search(rf"\b\d+\*({'|'.join(fastest)})\b", address) for address in addresses)
+    reduces_neighbours = "r0_index = " in source and "ReductionHint.OUTER" not in source
+    index = "r0_index" if reduces_neighbours else "xindex"
+    fastest = "|".join([index, *re.findall(rf"^ +(\w+) = (?:\({index} % \d+\)|{index})$", source, re.M)])
+    addresses = " ".join(re.findall(r"tl\.(?:load|store)\(\w+ \+ \((.*?)\), ", source))
+    # A factor of the index, as in 320*x0 or 4096*((-320) + x0); 512*(x0 // 16) + x0 % 16 has runs of 16 neighbours.
+    return re.search(rf"\b\d+\*(?:\((?:\(-\d+\) \+ )?)?(?:{fastest})\b(?! //)", addresses) is not None
 
 
 def generate(call: Callable[[], Any]) -> Generated:

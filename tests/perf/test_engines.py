@@ -330,7 +330,7 @@ def test_example_of_stable_diffusion_cpp(tmp_path):
         assert (image_failure(image, answer["ok"]["precision"], "cpu") is None) == same, (prompt, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_example_of_a_command(tmp_path):
     """In processes of its own, as a user runs it."""
     arguments = ["--perf-launches=1", "--perf-rounds=1", "--steps=2", "--benchmark-json", tmp_path / "saved.json"]
@@ -347,7 +347,7 @@ def test_example_of_a_command(tmp_path):
     assert "command_engine.Engine-steps2" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_engine_of_another_commit(tmp_path):
     """A change of the user's own code is found, with real processes."""
 

@@ -585,6 +585,7 @@ def test_twenty_sessions_of_eleven_configurations_are_short(tmp_path):
         assert len(changes) == 1 and changes[0].startswith("+6.")
 
 
+@pytest.mark.nightly
 def test_four_hundred_files_fit(tmp_path):
     """A fleet: every file is another machine, so that nothing is aggregated."""
     documents = []

@@ -95,7 +95,7 @@ class TestAheadOfTime:
         caches = {"cache_context_kv": True, "cache_time_embeddings": True}
         return smallest(Optimisations(aot=str(path), channels_last=True, fused_qkv=fused_qkv, **caches))
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_a_package_serves_the_same_model_and_refuses_others(self, tmp_path):
         path = tmp_path / "unet.pt2"
         expected = smallest().txt2img("a red circle", steps=5, scale=4.0).latents

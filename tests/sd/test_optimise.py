@@ -13,7 +13,7 @@ from sd.attention.functions import DEFAULT_ATTENTION, Attention
 from sd.choices import ATTENTION
 from sd.errors import ConfigError, Unavailable
 from sd.features import computes_slowly, has
-from sd.optimise.compile import separate_biases
+from sd.optimise.compile import separate_biases, use_nhwc
 from sd.optimise.optimisations import OWN_KERNELS, WEIGHT_DTYPES
 from sd.optimise.presets import TECHNIQUES, parse
 from sd.sampling.samplers import SAMPLERS
@@ -21,13 +21,12 @@ from sd.sampling.samplers import SAMPLERS
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
 EXACT = {
     "channels_last": {"channels_last": True},
-    "nhwc_norms": {"channels_last": True, "nhwc_norms": True},
     "fused_qkv": {"fused_qkv": True},
     "fused_kv": {"fused_kv": True},
     "cache_context_kv": {"cache_context_kv": True},
     "cache_time_embeddings": {"cache_time_embeddings": True},
     "original_steps": {"original_steps": True},
-    "all": {"channels_last": True, "nhwc_norms": True, "fused_qkv": True, "fused_kv": True, **CACHES},
+    "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES},
 }
 # Fields of `fast` that contradict a technique and are reset when it is named.
 RESET = {
@@ -38,6 +37,7 @@ RESET = {
     "avx2_layers": {"packed", "avx512_attention", "separate_bias"},
     "packed": {"avx2_layers", "separate_bias"},
     "separate_bias": {"packed", "avx2_layers"},
+    "compile_blocks": {"nhwc_norms", "separate_bias"},
     "freezing": {"packed", "avx2_layers"},
     "original_steps": {*CACHES, "cuda_graph"},
     **{
@@ -133,6 +133,40 @@ def test_separate_biases_are_added_after_the_product(model, reference):
     assert differences == [-separated, separated, separated]
     separate_biases(model.unet, False)
     assert torch.equal(_call(model), plain)
+
+
+def test_norms_and_concatenations_in_nhwc(model, reference):
+    """As compiled: the error, the layout of every convolution's input, and that they are undone."""
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION, channels_last=True))
+    plain, convolutions = _call(model), []
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoded = model.decode(latents)
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: convolutions.append(inputs[0]))
+        for network in (model.unet, model.autoencoder.decoder)
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    for network in (model.unet, model.autoencoder.decoder):
+        use_nhwc(network, True)
+    assert relative_error(_call(model), reference[0]) <= UNET_BOUND
+    assert relative_error(model.decode(latents), decoded) <= UNET_BOUND
+    assert len(convolutions) == len(hooks)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in convolutions)
+    for hook in hooks:
+        hook.remove()
+    for network in (model.unet, model.autoencoder.decoder):
+        use_nhwc(network, False)
+    assert torch.equal(_call(model), plain) and torch.equal(model.decode(latents), decoded)
+
+
+@pytest.mark.parametrize("change", [separate_biases, use_nhwc])
+def test_rounding_of_what_is_written_for_compiled_code(model, reference, change):
+    """In bf16, whose mantissa is the shortest, each alone adds little to the error of a UNet call."""
+    rounded = StableDiffusion.tiny(optimisations=Optimisations(precision="bf16", channels_last=True))
+    plain = relative_error(_call(rounded).float(), reference[0])
+    change(rounded.unet, True)
+    assert relative_error(_call(rounded).float(), reference[0]) <= 1.1 * plain
 
 
 def test_fused_weights_are_shared_and_stay_out_of_checkpoints(model):
@@ -338,8 +372,11 @@ class TestOnAGPU:
             "persistent_tma_matmul: changes kernels of max",
         ),
         ({"cuda_graph": "networks", "compile": "default", "compile_scope": "step"}, "cuda_graph loop"),
-        ({"nhwc_norms": True}, "nhwc_norms: images are NCHW"),
-        ({"separate_bias": True}, "separate_bias: the UNet is not compiled"),
+        ({"nhwc_norms": True, "compile": "default"}, "nhwc_norms: images are NCHW"),
+        ({"nhwc_norms": True, "channels_last": True}, "nhwc_norms: nothing is compiled by torch.compile"),
+        ({"separate_bias": True}, "separate_bias: nothing is compiled by torch.compile"),
+        ({"separate_bias": True, "compile_autoencoder": "default"}, "separate_bias: changes the UNet"),
+        ({"separate_bias": True, "compile": "default", "compile_scope": "blocks"}, "between the blocks"),
         ({"separate_bias": True, "compile": "default", "packed": True, "channels_last": True}, "with packed"),
         ({"cuda_graph": "vae"}, "choose one of none, unet, networks, loop"),
     ],
@@ -392,7 +429,12 @@ def test_an_option_beside_fast_acts_like_the_technique():
     for name in ("autocast", "reduce-overhead"):
         assert parse("fast", "cuda", TECHNIQUES[name]) == parse(f"fast,{name}", "cuda")
     assert parse("fast", "cuda", {"compile_autoencoder": "max-autotune"}).cuda_graph == "unet"
+    for base, device in (("none", "cuda"), ("original", "cuda"), ("fast", "cpu")):
+        assert parse(base, device, {"compile_autoencoder": "reduce-overhead"}).cuda_graph == "none"
     assert not parse("fast", "cuda", {"compile": "none"}).separate_bias
+    assert not parse("fast", "cuda", {"channels_last": False}).nhwc_norms
+    nothing = {"compile": "none", "compile_autoencoder": "none", "compile_text_encoder": "none"}
+    assert not parse("fast", "cuda", nothing).nhwc_norms
     chosen = parse("fast", "cuda", {"attention": "mha"})
     assert (chosen.attention, chosen.fused_qkv, chosen.cache_context_kv) == ("mha", False, False)
     with pytest.raises(ConfigError, match="autocast frees"):  # named, therefore not reset
