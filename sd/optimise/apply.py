@@ -205,10 +205,6 @@ def apply(
     unet.use_attention(attention)
     autoencoder.use_attention(decoder_attention)
     unet.fuse_projections(optimisations.fused_qkv, optimisations.fused_kv)
-    compiled = optimisations.compilers()
-    separate_biases(unet, optimisations.separate_bias)
-    use_nhwc(unet, optimisations.nhwc_norms and "unet" in compiled)
-    use_nhwc(autoencoder.decoder, optimisations.nhwc_norms and "autoencoder" in compiled)
     quantise(unet, optimisations.quantisation)
     unet.frequencies_device = torch.device("cpu") if optimisations.original_steps else None
     merge_tokens(unet, optimisations.token_merging)
@@ -243,6 +239,9 @@ def _calls(
     optimisations: Optimisations,
 ) -> Calls:
     compilers = optimisations.compilers()
+    separate_biases(unet, optimisations.separate_bias)
+    use_nhwc(unet, optimisations.nhwc_norms and "unet" in compilers)
+    use_nhwc(autoencoder.decoder, optimisations.nhwc_norms and "autoencoder" in compilers)
     if "autoencoder" in compilers:
         vars(autoencoder)["to_pixels"] = compilers["autoencoder"].with_cloned_outputs(autoencoder.to_pixels)
     if "text_encoder" in compilers:

@@ -292,6 +292,7 @@ def _product_then_bias(linear: nn.Linear, x: Tensor) -> Tensor:
 def restore(unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:
     """Undo every compilation of the networks."""
     restore_unet(unet)
+    use_nhwc(autoencoder.decoder, False)
     vars(autoencoder).pop("to_pixels", None)
     vars(text_encoder).pop("forward", None)
 

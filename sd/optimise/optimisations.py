@@ -172,9 +172,6 @@ class Optimisations:
                 yield f"{name}: also changes layers between the blocks, which are not compiled; choose compile_scope unet or step"
         if self.separate_bias and self.compile == "none":
             yield "separate_bias: changes the UNet, which is not compiled; choose a compile mode"
-        for name in self._chosen("packed", "avx2_layers"):
-            if self.separate_bias:
-                yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
         if self.attention == "mha":
             for name in self._chosen("fused_qkv", "fused_kv", "cache_context_kv"):
                 yield f"{name}: nn.MultiheadAttention has its own projections; choose another attention than mha"
@@ -199,6 +196,8 @@ class Optimisations:
         for name in self._chosen("packed", "avx2_layers"):
             if not self.channels_last:
                 yield f"{name}: convolutions would copy NCHW images; choose channels_last too"
+            if self.separate_bias:
+                yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
             if self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor:
                 yield f"{name}: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
         for name in self._chosen(*OWN_KERNELS):

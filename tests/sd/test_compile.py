@@ -37,7 +37,7 @@ from sd.sampling.samplers import SAMPLERS
 from sd.sampling.schedule import Schedule
 
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")]
-CACHES = {
+FAST = {
     **dict.fromkeys(("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings"), True),
     **dict.fromkeys(("nhwc_norms", "separate_bias"), True),  # of `fast` on a GPU
 }
@@ -82,7 +82,7 @@ def _optimise(model, scope, backend, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, CACHES], ids=["plain", "fast"])
+@pytest.mark.parametrize("fields", [{}, FAST], ids=["plain", "fast"])
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_no_recompilation(model, references, counters, scope, fields):
     """No later step and no other prompt, seed, sampler or guidance scale compiles again."""
@@ -108,7 +108,7 @@ def test_no_recompilation(model, references, counters, scope, fields):
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_only_a_new_shape_compiles_again(model, references, counters, scope):
     """Without guidance the batch is half as large and has separate graphs; afterwards both are cached."""
-    _optimise(model, scope, "eager", **CACHES)
+    _optimise(model, scope, "eager", **FAST)
     _latents(model)
     graphs = counters["stats"]["unique_graphs"]
     assert relative_error(_latents(model, scale=1.0), references["plms", 1.0]) <= BOUND
@@ -124,7 +124,7 @@ def test_only_a_new_shape_compiles_again(model, references, counters, scope):
 def test_noise_of_ddim_is_part_of_the_step(model, counters):
     model.optimise(Optimisations(attention="original"))
     expected = _latents(model, "ddim", eta=1.0)
-    _optimise(model, "step", "eager", **CACHES)
+    _optimise(model, "step", "eager", **FAST)
     assert relative_error(_latents(model, "ddim", eta=1.0), expected) <= BOUND
 
 
@@ -217,7 +217,7 @@ def test_decoder_and_text_encoder(model, counters):
 @pytest.mark.parametrize("scope", COMPILE_SCOPES)
 def test_inductor(model, references, counters, scope):
     """Inductor's code for each scope; fp32 sums in another order."""
-    _optimise(model, scope, "inductor", **CACHES)
+    _optimise(model, scope, "inductor", **FAST)
     assert relative_error(_latents(model), references["plms", 4.0]) <= BOUND
     assert relative_error(_latents(model, "dpm_solver"), references["dpm_solver", 4.0]) <= BOUND
 
