@@ -24,7 +24,7 @@ from perf.launch.in_process import InProcessLaunch
 from perf.launch.process import ROOT, Interpreter, ProcessLaunch
 from perf.session.image_check import image_failure
 from perf.session.settings import SessionError
-from perf.worker.server import Worker, collect_garbage, error_kind
+from perf.worker.server import BusyLoop, Worker, collect_garbage, error_kind
 from perf.worker.wire import KINDS, WorkerError
 from sd.features import has
 
@@ -204,15 +204,38 @@ def test_diffusers_inpaints_the_same_image(model):
     assert (ours.images.int() - theirs.images.int()).abs().max() <= 2
 
 
-@pytest.mark.slow
-def test_the_busy_loop_makes_a_round_slower_in_the_workers_clock():
-    seconds = {}
-    for slowdown in (0.0, 1.0):
-        slowed = Worker()
-        ok(slowed.handle(loading(slowdown=slowdown)))
-        rounds = [ok(slowed.handle({"op": "round", "seed": seed})) for seed in (1, 2, 3)]
-        seconds[slowdown] = min(one["seconds"] for one in rounds[1:])
-    assert seconds[1.0] > 1.5 * seconds[0.0], seconds
+def test_the_busy_loop_prolongs_each_step_by_its_fraction():
+    seconds = [0.0]
+
+    def clock() -> float:
+        seconds[0] += 0.01  # what a reading takes
+        return seconds[0]
+
+    busy = BusyLoop(0.5, clock)
+    for step in range(3):
+        seconds[0] += 1.0
+        begin = seconds[0]
+        busy(step, 3)
+        assert 0.5 <= seconds[0] - begin < 0.55
+
+
+def test_a_round_contains_the_busy_loop_of_every_step(monkeypatch):
+    """By the loop's own account of the steps, whose time differs from run to run."""
+    steps = []
+
+    class Recorded(BusyLoop):
+        def __call__(self, step, count):
+            steps.append(self.clock() - self.last)
+            super().__call__(step, count)
+
+    monkeypatch.setattr("perf.worker.server.BusyLoop", Recorded)
+    slowed = Worker()
+    ok(slowed.handle(loading(slowdown=1.0)))
+    for seed in (1, 2):
+        steps.clear()
+        seconds = ok(slowed.handle({"op": "round", "seed": seed}))["seconds"]
+        assert len(steps) == TINY.steps and min(steps) > 0
+        assert seconds >= 2 * sum(steps)
 
 
 def test_collections_between_rounds_leave_out_the_libraries_objects():
