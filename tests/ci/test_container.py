@@ -78,7 +78,7 @@ def test_devcontainer_builds_the_dockerfile():
     assert content["workspaceFolder"] == dict(instructions())["WORKDIR"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.report
 def test_notebook_runs(tmp_path):
     """All cells in order, in a process of its own and an empty folder."""

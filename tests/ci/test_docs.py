@@ -29,6 +29,7 @@ from documents import (
     links,
     without_code,
 )
+from selection import slow_or_nightly
 
 from perf.__main__ import COMMANDS
 from perf.__main__ import main as perf_main
@@ -64,17 +65,17 @@ def runnable(block: Block) -> bool:
 
 # --- commands
 
-# They take longest; those of the README and of the first five minutes are run at every change.
-OF_A_MINUTE = [f"docs/{name}.md" for name in ("add-attention", "training", "your-gpu", "your-pipeline")]
+# They take from a quarter of a minute to two minutes each.
+AT_NIGHT = ["add-attention", "first-five-minutes", "inpainting", "install", "measuring"]
+AT_NIGHT += ["prompts-and-images", "samplers", "training", "your-gpu", "your-pipeline"]
 
 
 @pytest.mark.parametrize(
     "document",
-    [
-        pytest.param(document, marks=pytest.mark.nightly if named(document) in OF_A_MINUTE else pytest.mark.slow)
-        for document in DOCUMENTS
-        if any(map(runnable, blocks(document)))
-    ],
+    slow_or_nightly(
+        [document for document in DOCUMENTS if any(map(runnable, blocks(document)))],
+        lambda document: document.stem not in AT_NIGHT,
+    ),
     ids=named,
 )
 def test_commands_run(document, tmp_path):

@@ -187,6 +187,7 @@ def test_commands_of_the_suite(installed, elsewhere):
     assert (elsewhere / "summary.md").read_text(encoding="utf-8").startswith("## perf")
 
 
+@pytest.mark.nightly
 def test_plugin_of_the_installed_package(installed, elsewhere):
     """The entry point gives a suite `measured`, and no option without our prefix."""
     (elsewhere / "test_mine.py").write_text("def test_mine(measured):\n    assert measured(sum, [1, 2]) == 3\n")

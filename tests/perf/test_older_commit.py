@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 
 import pytest
+from selection import slow_or_nightly
 
 from perf.configurations.configuration import Configuration
 from perf.launch.process import ROOT, Interpreter, ProcessLaunch
@@ -36,8 +37,9 @@ def older(tmp_path_factory) -> Interpreter:
     return Interpreter(source=folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize(
+    "configuration", slow_or_nightly(CONFIGURATIONS, lambda one: one.workload != "txt2img"), ids=str
+)
 @pytest.mark.parametrize("head_is_older", [False, True], ids=["head-is-newer", "head-is-older"])
 def test_both_sides_of_a_pair_make_the_same_image(older, configuration, head_is_older):
     if configuration.attention == "sdpa" and not has("sdpa"):

@@ -181,7 +181,7 @@ REAL = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_real_processes(tmp_path):
     (tmp_path / "test_real.py").write_text(textwrap.dedent(REAL))
     done = subprocess.run(

@@ -314,7 +314,7 @@ def test_real_measurement_in_this_process(inner):
     assert info["facts"]["torch"] == torch.__version__ and inner.last()["perf"]["isolated"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_real_measurement_in_a_fresh_process(inner, tmp_path):
     """One launch through pipes; the pytest process itself never imports torch."""
     (inner.path / "conftest.py").write_text(

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import synthetic_runs
 from saved_runs import GOLDEN
+from selection import slow_or_nightly
 from synthetic_runs import results_of
 
 from perf.__main__ import main
@@ -266,8 +267,7 @@ def test_report_needs_neither_torch_nor_pytest(tmp_path):
     assert (tmp_path / "out" / "index.html").stat().st_size < 6_000_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["synthetic", "golden", "real"])
+@pytest.mark.parametrize("which", slow_or_nightly(["synthetic", "golden", "real"], lambda which: which != "synthetic"))
 def test_every_golden_run_renders(which, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
@@ -296,7 +296,7 @@ def test_plain_pytest_benchmark_file_gives_an_empty_report(tmp_path):
     assert not list((tmp_path / "out" / "plots").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hostile_names_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")

@@ -270,7 +270,7 @@ def test_raw_json_is_the_saved_run(gpus):
     assert json.loads(text) == saved == json.loads(gzip.decompress(base64.b64decode(raw["gzip"])))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_browser
 def test_hostile_texts_do_nothing(tmp_path):
     assert len(set(HOSTILE)) == 200
@@ -572,6 +572,7 @@ def test_terms_are_explained_on_hover(judged):
         assert browser.run("document.getElementById('hint').hidden")
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_twenty_sessions_of_eleven_configurations_are_short(tmp_path):
     index = made(tmp_path, synthetic_runs.nightly_runs(20, configurations=11))
@@ -602,6 +603,7 @@ def test_four_hundred_files_fit(tmp_path):
     assert text.count("From <code>plots/</code> beside the page") == text.count('<img loading="lazy"')
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_what_has_no_room_in_the_page_is_loaded_from_beside(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "LARGEST_BYTES", 330_000)
@@ -623,7 +625,7 @@ def test_what_has_no_room_in_the_page_is_loaded_from_beside(tmp_path, monkeypatc
         assert browser.errors == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ten_thousand_rounds_of_fifty_sessions(tmp_path):
     """CPU time and memory of a process of its own. 50 x 5 configurations x 10 launches x 4 rounds."""
     documents = synthetic_runs.nightly_runs(50, rounds=4)

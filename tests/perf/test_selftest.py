@@ -12,6 +12,7 @@ import time
 
 import pytest
 from inner_session import machine_fixture  # noqa: F401
+from selection import slow_or_nightly
 
 from perf.__main__ import main
 from perf.analysis.paired import LOOKS, launch_effects
@@ -242,8 +243,11 @@ def test_the_readme_states_the_same_counts(path, looks, words):
     assert words.format(count=len(sessions), alarms=alarms or "none", found=found) in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [BATTERY, BURSTS, WITH_LOOKS, SETTLED, *LOADED], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    slow_or_nightly([BATTERY, BURSTS, WITH_LOOKS, SETTLED, *LOADED], lambda path: path == SETTLED),
+    ids=lambda path: path.stem,
+)
 def test_docs_state_the_simulated_rates(path, capsys):
     assert main(["battery", "--simulate", str(path)]) == 0
     out = capsys.readouterr().out

@@ -355,7 +355,7 @@ def runner():
 SCRIPT = {"noise": 0.02, "sleep": 0.002}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigkill_loses_no_journalled_round(runner, tmp_path):
     """Sessions killed at random moments and resumed until they are complete."""
     (tmp_path / "whole").mkdir()

@@ -219,6 +219,7 @@ def test_the_busy_loop_prolongs_each_step_by_its_fraction():
         assert 0.5 <= seconds[0] - begin < 0.55
 
 
+@pytest.mark.slow
 def test_a_round_contains_the_busy_loop_of_every_step(monkeypatch):
     """By the loop's own account of the steps, whose time differs from run to run."""
     steps = []
@@ -450,7 +451,7 @@ def workers() -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kill_9_of_workers_at_random_moments_is_one_line_each(fake, tmp_path):  # noqa: F811
     fake(**SCRIPT)
     begin = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from agreement import (
@@ -18,6 +20,7 @@ from agreement import (
     unet_output,
 )
 from models import relative_error
+from selection import slow_or_nightly
 
 from sd import Optimisations, StableDiffusion
 from sd.attention.functions import CHOICES
@@ -90,17 +93,22 @@ def test_images_agree(device, name):
 HALF = [("cpu", "autocast"), ("cpu", "bf16")] + [
     pytest.param("cuda", precision, marks=GPU) for precision in ("autocast", "fp16", "bf16")
 ]
+# Half precision takes seconds on a CPU.
+HALF_CHOICES = slow_or_nightly(CHOICES, lambda name: name in ("sdpa", "mha", "original", "sdpa-avx512"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHOICES)
+@functools.cache
+def fp32_images(make, *arguments) -> torch.Tensor:
+    with tf32(False):
+        return images_of(make(*arguments))
+
+
+@pytest.mark.parametrize("name", HALF_CHOICES)
 @pytest.mark.parametrize("device, precision", HALF)
 def test_images_agree_in_half_precision(device, name, precision):
     model = model_of("tiny", device)
-    with tf32(False):
-        reference = images_of(model)
     optimise_or_skip(model, optimisations(name, precision))
-    assert psnr(images_of(model), reference) >= 35
+    assert psnr(images_of(model), fp32_images(model_of, "tiny", device)) >= 35
 
 
 # --- scores that overflow fp16
@@ -130,15 +138,12 @@ def test_upcast_prevents_the_black_image(device, precision):
     assert images_of(model).float().std() > 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", HALF_CHOICES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_large_scores_in_fp16_give_the_image_of_fp32(device, name):
     model = with_large_scores(device)
-    with tf32(False):
-        reference = images_of(model)
     optimise_or_skip(model, optimisations(name, "fp16"))
-    assert psnr(images_of(model), reference) >= 40
+    assert psnr(images_of(model), fp32_images(with_large_scores, device)) >= 40
 
 
 # --- compiling, switching and recording kernels

@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import original, random_networks, same, small
 from safetensors.torch import save_file
+from selection import slow_or_nightly
 
 from sd.checkpoint import layouts
 from sd.checkpoint import load as checkpoint
@@ -379,9 +380,8 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of a process is read from /proc")
-@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+@pytest.mark.parametrize("name", slow_or_nightly(["a.safetensors", "a.ckpt"], lambda name: name == "a.safetensors"))
 def test_peak_memory_is_the_size_of_the_file(tmp_path, name):
     config = small(model_channels=160)
     path = write(tmp_path / name, original(config, released=False))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from counting import needs_fused_attention
 from models import relative_error, smallest
+from selection import slow_or_nightly
 from torch import nn
 from torch.nn import functional as F
 
@@ -81,9 +82,8 @@ def _optimise(model, scope, backend, **fields):
         pytest.skip(str(reason))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, FAST], ids=["plain", "fast"])
-@pytest.mark.parametrize("scope", COMPILE_SCOPES)
+@pytest.mark.parametrize("scope", slow_or_nightly(COMPILE_SCOPES, lambda scope: scope != "step"))
 def test_no_recompilation(model, references, counters, scope, fields):
     """No later step and no other prompt, seed, sampler or guidance scale compiles again."""
     _optimise(model, scope, "eager", **fields)
@@ -104,8 +104,7 @@ def test_no_recompilation(model, references, counters, scope, fields):
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scope", COMPILE_SCOPES)
+@pytest.mark.parametrize("scope", slow_or_nightly(COMPILE_SCOPES, lambda scope: scope == "step"))
 def test_only_a_new_shape_compiles_again(model, references, counters, scope):
     """Without guidance the batch is half as large and has separate graphs; afterwards both are cached."""
     _optimise(model, scope, "eager", **FAST)
@@ -143,13 +142,7 @@ def test_another_choice_undoes_the_compilation(model, counters):
 
 
 @needs_fused_attention
-@pytest.mark.parametrize(
-    "scope",
-    [
-        pytest.param(scope, marks=pytest.mark.slow if scope == "blocks" else pytest.mark.nightly)
-        for scope in COMPILE_SCOPES
-    ],
-)
+@pytest.mark.parametrize("scope", slow_or_nightly(COMPILE_SCOPES, lambda scope: scope == "blocks"))
 def test_another_choice_of_kernels_compiles_again(model, counters, scope):
     """The kernel choice is a context around compiled code, and none of PyTorch's cache keys includes it."""
     ran = []

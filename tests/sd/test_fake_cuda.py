@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from selection import slow_or_nightly
 
 from sd import Optimisations
 from sd.config.presets import preset
@@ -116,10 +117,9 @@ def test_a_step_and_a_decoded_image(fake, name, choice):
     assert pixels.shape == (2, 3, config.image_size, config.image_size) and pixels.device.type == "cuda"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-@pytest.mark.parametrize("choice", ["autocast-sdpa", "exact"])
+@pytest.mark.parametrize("choice", slow_or_nightly(["autocast-sdpa", "exact"], lambda choice: choice == "exact"))
 def test_no_sampler_synchronises(fake, sampler, eta, choice):
     if eta and sampler != "ddim":
         pytest.skip("this sampler has no eta")

@@ -12,6 +12,7 @@ from counting import Counting, needs_counting
 from lora_files import WEIGHTS, factors, kohya, kohya_key
 from models import relative_error, smallest
 from PIL import Image
+from selection import slow_or_nightly
 
 from sd import Optimisations, StableDiffusion
 from sd.checkpoint.file_formats import write_safetensors
@@ -312,10 +313,9 @@ def test_a_merged_lora_costs_nothing(tmp_path, name):
     assert merged.ops == without.ops and merged.bytes == without.bytes and without.total > 100
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
-@pytest.mark.parametrize("scope", ["unet", "blocks", "step"])
+@pytest.mark.parametrize("scope", slow_or_nightly(["unet", "blocks", "step"], lambda scope: scope == "blocks"))
 def test_a_swap_compiles_nothing(tmp_path, scope):
     import torch._dynamo.utils
 

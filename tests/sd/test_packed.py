@@ -15,6 +15,7 @@ import pytest
 import torch
 from counting import Counting
 from models import SMALLEST, relative_error
+from selection import slow_or_nightly
 from torch import nn
 
 from sd import Optimisations, StableDiffusion
@@ -192,7 +193,7 @@ class TestPacked:
 
 @needs_packed
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
-@pytest.mark.parametrize("instructions", ["DEFAULT", "AVX2", "SSE41"])
+@pytest.mark.parametrize("instructions", slow_or_nightly(["DEFAULT", "AVX2", "SSE41"], lambda one: one != "SSE41"))
 def test_a_weight_is_reordered_for_another_image_size_only(instructions):
     """With AVX2 the layout depends on the size, and oneDNN would reorder a weight of another one at every call."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"}

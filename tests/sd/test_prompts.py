@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import SMALLEST, relative_error, smallest
+from selection import slow_or_nightly
 
 from sd import ConfigError, Optimisations, SDWarning, StableDiffusion, Unavailable
 from sd.checkpoint import layouts
@@ -161,10 +162,9 @@ def test_every_attention_and_optimisation(optimisations):
     check_chunks(optimisations)
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")
-@pytest.mark.parametrize("caches", [False, True])
+@pytest.mark.parametrize("caches", slow_or_nightly([False, True], lambda caches: caches))
 def test_compiled_step(caches):
     step = {"compile": "default", "compile_scope": "step", "compile_backend": "aot_eager"}
     check_chunks({**step, "cache_context_kv": caches, "cache_time_embeddings": caches})
