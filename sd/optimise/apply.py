@@ -29,7 +29,7 @@ from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, requ
 from sd.optimise.compile import (
     CompiledStep,
     compile_blocks,
-    find_vector_instructions,
+    prepare_cpp_compiler,
     require_cpp_compiler,
     restore,
     separate_biases,
@@ -280,7 +280,7 @@ def _calls(
         if not unet.embeds_guidance:  # whose scale is a number
             tabulate = Graphed(unet.time_table)
     if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
-        find_vector_instructions()
+        prepare_cpp_compiler()
         if optimisations.packed:
             cache_code()
     return Calls(

@@ -54,7 +54,7 @@ CPU_OPTIONS = ("conv_1x1_as_mm", "freezing")  # the others change only code of G
 # 40960 elements (docs/your-gpu.md). PyTorch has this limit for a GB200 where there are fewer groups than multiprocessors, and
 # 8192 for older GPUs (torch/_inductor/choices.py of torch 2.15).
 WHOLE_NORM = 32768
-VECTOR_THREAD = "inductor-vector-instructions"
+PREPARING_THREAD = "inductor-cpp-compiler"
 # Limit of graphs per code object: sizes and batches of the UNet, or its 14 distinct blocks at several sizes.
 MAX_GRAPHS = 128
 
@@ -235,24 +235,28 @@ def require_cpp_compiler(option: str) -> None:
 
 
 @functools.cache
-def find_vector_instructions() -> None:
-    """Let inductor find this CPU's vector instructions in a thread, where torch has that as a module of its own.
+def prepare_cpp_compiler() -> None:
+    """Let inductor prepare the compilation of C++ kernels in a thread, where torch has the parts of that apart.
 
-    It compiles up to three test programs for that, one after the other, for 7 s of a first call with an empty cache in
-    which a second core has nothing to do. Inductor keeps the result for the process. If the search raises, the compilation
-    repeats it and raises.
+    It compiles up to three test programs to find the vector instructions of this CPU, and a header that all kernels share; also
+    with a warm cache each process preprocesses that header, to see whether it has changed. The first call would do these one
+    after the other, while a second core has nothing to do. Inductor keeps the results for the process. If anything raises, the
+    compilation repeats it and raises.
     """
     if not has("vector_instructions"):
         return
     # Imported before the thread starts: two threads that import one package may see it half-initialised.
-    from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
+    from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa  # noqa: F401
 
-    def find() -> None:
+    def prepare() -> None:
         with suppress(Exception):
             cpu_vec_isa.valid_vec_isa_list()
+            if has_setting(config, "cpp_cache_precompile_headers"):
+                # A kernel that does nothing: its compilation needs the header.
+                codecache.CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}')
 
     # Settings of inductor are variables of the context. Not a daemon, which could leave half a file to another process.
-    threading.Thread(target=contextvars.copy_context().run, args=(find,), name=VECTOR_THREAD).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(prepare,), name=PREPARING_THREAD).start()
 
 
 def compile_blocks(unet: UNet, compiler: Compiler) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 from contextlib import ExitStack
 from itertools import product
@@ -15,6 +17,7 @@ from selection import slow_or_nightly
 from torch import nn
 from torch.nn import functional as F
 
+from perf.launch.process import ROOT
 from sd import Optimisations
 from sd.attention.functions import Attention, allowed_kernels
 from sd.attention.observation import ObservedCall
@@ -26,11 +29,11 @@ from sd.optimise.compile import (
     COLUMNS,
     CPU_OPTIONS,
     INDUCTOR_OPTIONS,
-    VECTOR_THREAD,
+    PREPARING_THREAD,
     Compiler,
-    find_vector_instructions,
     has_setting,
     plan_table,
+    prepare_cpp_compiler,
 )
 from sd.sampling.noise import PerImageNoise
 from sd.sampling.plan import HISTORY_LENGTH, run
@@ -229,8 +232,8 @@ def test_group_norm_of_a_large_mean_in_nhwc(counters, nhwc):
 
 
 @pytest.mark.skipif(not has("vector_instructions"), reason="torch >= 2.5")
-def test_vector_instructions_are_found_before_the_first_call(model, monkeypatch):
-    """By inductor's own search, in a thread: what it raises is left to the compilation."""
+def test_the_compiler_is_prepared_before_the_first_call(model, monkeypatch):
+    """By inductor's own functions, in a thread: what they raise is left to the compilation."""
     from torch._inductor import cpu_vec_isa
 
     threads, uncaught = [], []
@@ -241,14 +244,35 @@ def test_vector_instructions_are_found_before_the_first_call(model, monkeypatch)
 
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", search)
     monkeypatch.setattr(threading, "excepthook", uncaught.append)
-    monkeypatch.setattr("sd.optimise.apply.find_vector_instructions", find_vector_instructions.__wrapped__)
-    for backend, expected in (("eager", []), ("inductor", [VECTOR_THREAD])):
+    monkeypatch.setattr("sd.optimise.apply.prepare_cpp_compiler", prepare_cpp_compiler.__wrapped__)
+    for backend, expected in (("eager", []), ("inductor", [PREPARING_THREAD])):
         _optimise(model, "unet", backend)
         for thread in threading.enumerate():
-            if thread.name == VECTOR_THREAD:
+            if thread.name == PREPARING_THREAD:
                 thread.join(60)
         assert threads == expected
     assert not uncaught
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.skipif(not has("vector_instructions"), reason="torch >= 2.5")
+def test_the_header_of_the_kernels_is_compiled_once_and_before_the_first_call():
+    """In a process of its own, since inductor keeps it for the process."""
+    code = """
+import threading, torch
+from torch._inductor import codecache
+from sd.optimise.compile import PREPARING_THREAD, prepare_cpp_compiler
+prepare_cpp_compiler()
+[thread.join() for thread in threading.enumerate() if thread.name == PREPARING_THREAD]
+before = codecache._precompile_header.cache_info().misses
+torch.compile(lambda x: (x + 1).relu())(torch.ones(100))
+print(before, codecache._precompile_header.cache_info().misses)
+"""
+    if not has_setting(torch._inductor.config, "cpp_cache_precompile_headers"):
+        pytest.skip("this torch precompiles no header")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["1", "1"]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
