@@ -254,7 +254,7 @@ def test_the_compiler_is_prepared_before_the_first_call(model, monkeypatch):
     assert not uncaught
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.compile
 @pytest.mark.skipif(not has("vector_instructions"), reason="torch >= 2.5")
 def test_the_header_of_the_kernels_is_compiled_once_and_before_the_first_call():
