@@ -182,9 +182,13 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
             assert arguments == ["--version"], block.where
         elif program == "pytest":
             parsed = pytestconfig._parser.parse_known_args(arguments)
-            assert set((parsed.markexpr or "").replace("not ", "").split()) <= {*SETS, "slow", "or", "gpu_codegen"}, (
-                block.where
-            )
+            assert set((parsed.markexpr or "").replace("not ", "").split()) <= {
+                *SETS,
+                "slow",
+                "nightly",
+                "or",
+                "gpu_codegen",
+            }, block.where
             options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
             unknown = set(options) - known_options(pytestconfig)
             assert not unknown, f"{block.where}: {unknown}"
