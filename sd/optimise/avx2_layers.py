@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sd.attention.modules import CrossAttention
 from sd.kernels.avx2 import PANEL, define_operators
-from sd.optimise.packed import Packed
+from sd.optimise.packed import Packed, refuse_gradients
 
 
 class Avx2Conv2d(Packed, nn.Conv2d):
@@ -46,8 +46,7 @@ class Avx2Linear(Packed, nn.Linear):
 
 
 def _require(x: Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise NotImplementedError("avx2_layers: has no backward pass; choose optimisations without it")
+    refuse_gradients(x, "avx2_layers")
     if not torch.compiler.is_compiling():
         define_operators()  # a network that was loaded by pickle in another process has not been packed there
 

@@ -107,6 +107,15 @@ def cache_code() -> None:
     validator.check_tensor = staticmethod(check_constant)
 
 
+def refuse_gradients(x: Tensor, technique: str) -> None:
+    """Raise NotImplementedError where the operators of the technique would return an output without its gradient.
+
+    A function rather than a method, which guards of compiled code would look up in the class of each layer.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError(f"{technique}: has no backward pass; choose optimisations without it")
+
+
 class Packed(nn.Module):
     """A layer whose weight is packed; its state dict has the plain weight."""
 
@@ -135,6 +144,7 @@ class PackedConv2d(Packed, nn.Conv2d):
     plain = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x, "packed")
         assert not isinstance(self.padding, str)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         out: Tensor = torch.ops.sd.packed_convolution.default(x, self.weight, self.bias, *geometry)
@@ -150,6 +160,7 @@ class PackedConv1x1(Packed, nn.Conv2d):
         return super()._dense()[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x, "packed")
         positions = torch.ops.sd.packed_linear.default(x.permute(0, 2, 3, 1), self.weight, self.bias)
         out: Tensor = positions.permute(0, 3, 1, 2)
         return out
@@ -161,6 +172,7 @@ class PackedLinear(Packed, nn.Linear):
     plain = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x, "packed")
         out: Tensor = torch.ops.sd.packed_linear.default(x, self.weight, self.bias)
         return out
 

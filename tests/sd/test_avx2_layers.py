@@ -148,13 +148,6 @@ def test_unpacked_bit_for_bit():
     assert not _layers(network)
 
 
-def test_gradients_are_refused():
-    for layer, shape in ((nn.Linear(16, 16), (2, 16)), (nn.Conv2d(16, 16, 3), (1, 16, 4, 4))):
-        avx2_layers.pack(layer)
-        with pytest.raises(NotImplementedError, match="avx2_layers: has no backward pass"):
-            layer(torch.zeros(shape, requires_grad=True))
-
-
 def test_wrong_inputs_are_refused():
     """The operator can be called by itself: it must not read beyond a tensor."""
     avx2.define_operators()

@@ -91,6 +91,20 @@ def _packed_layers(network):
     "technique", [pytest.param("packed", marks=needs_packed), pytest.param("avx2_layers", marks=needs_avx2)]
 )
 class TestPacked:
+    def test_gradients_are_refused(self, technique):
+        image = (1, 128, 4, 4)
+        for layer, shape in (
+            (nn.Linear(128, 128), (2, 128)),
+            (nn.Conv2d(128, 128, 3), image),
+            (nn.Conv2d(128, 128, 1), image),
+        ):
+            (packed if technique == "packed" else avx2_layers).pack(layer)
+            assert type(layer) in CLASSES[technique]
+            with torch.no_grad():
+                layer(torch.zeros(shape, requires_grad=True))
+            with pytest.raises(NotImplementedError, match=f"{technique}: has no backward pass"):
+                layer(torch.zeros(shape, requires_grad=True))
+
     @pytest.mark.slow
     def test_same_images_and_undone_bit_for_bit(self, model, technique):
         plain, weights = _run(model), _copy(model)
