@@ -95,7 +95,7 @@ class Runner:
     def _loading_groups(
         self, launch: int, opened: Sequence[tuple[SlotMeasurements, Iterator[None]]]
     ) -> Iterator[list[tuple[SlotMeasurements, Iterator[None]]]]:
-        """Slots that load at the same time. `fast` loads alone: it chooses its precision by a probe of the processor."""
+        """Slots that load at the same time. `fast` loads alone: it chooses by probes of the processor."""
         group: list[tuple[SlotMeasurements, Iterator[None]]] = []
         for pair in opened:
             alone = launch == 0 or pair[0].slot.configuration.preset == "fast"
@@ -152,7 +152,7 @@ class Runner:
             loaded = worker.receive(self.limits.load)
             if loaded.get("releases"):
                 stack.callback(_release, worker, self.limits.release)
-            self._require_precision(measured, loaded)
+            self._require_same_choice(measured, loaded)
             self._record("load", measured, launch, {"answer": loaded})
             yield
             self.progress(launch, slot, WARM_UP_ROUND)
@@ -179,17 +179,19 @@ class Runner:
                 self._record("round", measured, launch, content)
 
     @staticmethod
-    def _require_precision(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
-        """Raise WorkerError if `fast` chose another precision than in an earlier launch: their times would be mixed."""
+    def _require_same_choice(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
+        """Raise WorkerError if `fast` chose something else than in an earlier launch: their times would be mixed."""
         launches = measured.ordered_launches()
-        now = loaded["precision"]
-        before = launches[0].load["precision"] if launches else now
-        if before != now:
-            raise WorkerError(
-                "failed",
-                f"this launch loaded precision {now}, an earlier one {before}: other programs disturbed the probe of the "
-                "processor; choose one, for example --optimise fast,full or fast,bf16",
-            )
+        ways_out = {"precision": "fast,full or fast,bf16", "layers": "fast,packed or fast,avx2_layers"}
+        for name, choices in ways_out.items():
+            now = loaded.get(name)
+            before = launches[0].load.get(name) if launches else now
+            if before != now:
+                raise WorkerError(
+                    "failed",
+                    f"this launch loaded {name} {now}, an earlier one {before}: other programs disturbed the probe of the "
+                    f"processor; choose one, for example --optimise {choices}",
+                )
 
     def _image_failure(
         self, slot: Slot, loaded: dict[str, Any], image: dict[str, Any], hashes: list[str]

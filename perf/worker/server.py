@@ -110,6 +110,7 @@ class Worker:
             "load_seconds": end - loading,
             "anchor": self.reference_workload.name,
             "precision": self.engine.precision,
+            "layers": self.engine.chosen_layers,
             "compiles": self.engine.compiles,
             "releases": self.engine.releases,
             "sd": os.path.dirname(os.path.abspath(sys.modules["sd"].__file__ or "")) if "sd" in sys.modules else None,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, library
 
 from sd.errors import SDWarning
-from sd.features import processor_has
 from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -36,12 +35,9 @@ def _missing(device: torch.device) -> str | None:
     return missing_requirement("AVX2", device, "avx2", "avx2")
 
 
-def chosen_by_fast() -> bool:
-    """Whether `fast` uses them: they run here, and the processor lacks AVX-512, with which they have not been measured.
-
-    Warns where the kernels should run here and do not compile.
-    """
-    if _missing(torch.device("cpu")) is not None or processor_has("avx512"):
+def run_here() -> bool:
+    """Whether the kernels run. Warns where they should and do not compile."""
+    if _missing(torch.device("cpu")) is not None:
         return False
     problem = _problem()
     if problem is not None:

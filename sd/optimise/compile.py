@@ -236,12 +236,12 @@ def require_cpp_compiler(option: str) -> None:
 
 @functools.cache
 def prepare_cpp_compiler() -> None:
-    """Let inductor prepare the compilation of C++ kernels in a thread, where torch has the parts of that apart.
+    """Let inductor prepare the compilation of C++ kernels in a thread, where torch has functions for these steps.
 
     It compiles up to three test programs to find the vector instructions of this CPU, and a header that all kernels share; also
     with a warm cache each process preprocesses that header, to see whether it has changed. The first call would do these one
-    after the other, while a second core has nothing to do. Inductor keeps the results for the process. If anything raises, the
-    compilation repeats it and raises.
+    after the other, while a second core has nothing to do. Inductor keeps the results for the process. What raises here is left
+    to the compilation, which does what is missing.
     """
     if not has("vector_instructions"):
         return
@@ -251,7 +251,7 @@ def prepare_cpp_compiler() -> None:
     def prepare() -> None:
         with suppress(Exception):
             cpu_vec_isa.valid_vec_isa_list()
-            if has_setting(config, "cpp_cache_precompile_headers"):
+            if getattr(config, "cpp_cache_precompile_headers", False):
                 # A kernel that does nothing: its compilation needs the header.
                 codecache.CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}')
 

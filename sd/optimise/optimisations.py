@@ -24,9 +24,10 @@ from sd.choices import (
     cpp_compiler,
 )
 from sd.errors import ConfigError
-from sd.features import bf16_beats_fp32, has
+from sd.features import bf16_beats_fp32, has, processor_has
 from sd.kernels import OWN_ATTENTION, avx2, avx512
 from sd.models.token_merging import MAX_RATIO
+from sd.optimise import avx2_layers
 from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler
 
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -255,7 +256,9 @@ class Optimisations:
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             packed = compiles and has("packed")
             bf16 = packed and not narrow and bf16_beats_fp32()
-            own = compiles and not bf16 and avx2.chosen_by_fast()
+            own = compiles and not bf16 and avx2.run_here()
+            if packed and own and processor_has("avx512"):  # which oneDNN uses
+                own = avx2_layers.beat_packed()
             return cls(
                 precision="bf16" if bf16 else "full",
                 avx512_attention=bf16 and avx512.beats_sdpa(),

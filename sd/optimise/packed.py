@@ -108,9 +108,9 @@ def cache_code() -> None:
 
 
 def refuse_gradients(x: Tensor, technique: str) -> None:
-    """Raise NotImplementedError where the operators of the technique would return an output without its gradient.
+    """Raise NotImplementedError for an input that requires a gradient, which the technique's operators do not compute.
 
-    A function rather than a method, which guards of compiled code would look up in the class of each layer.
+    A function, since compiled code has one more guard for each layer with a method.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise NotImplementedError(f"{technique}: has no backward pass; choose optimisations without it")

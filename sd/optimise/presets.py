@@ -59,7 +59,8 @@ def parse(
     base = Optimisations.none()
     if names[0] in OPTIMISE_PRESETS:
         preset = names.pop(0)
-        base = Optimisations.fast(device, narrow) if preset == "fast" else base
+        if preset == "fast":  # with fp32 by name, its kernels are chosen
+            base = Optimisations.fast(device, narrow or "full" in (*names, (changes or {}).get("precision")))
         base = Optimisations.original() if preset == "original" else base
     fields: dict[str, Any] = {}
     for name in names:

@@ -78,7 +78,11 @@ class Fake:
     def load(self, configuration, device, threads, **_):
         facts = {**IDENTITY, "device": device, "threads": threads}
         answer = {"import_seconds": 0.01, "load_seconds": 0.02, "anchor": "fake-1", "sd": os.getcwd()}
-        answer |= {"precision": configuration["precision"], "compiles": configuration["compile"] != "none"}
+        answer |= {
+            "precision": configuration["precision"],
+            "layers": "plain",
+            "compiles": configuration["compile"] != "none",
+        }
         return {**answer, "facts": facts, "pid": os.getpid()}
 
     def round(self, seed, check=None):

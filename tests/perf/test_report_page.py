@@ -645,6 +645,6 @@ sys.exit(status)
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     seconds, mebibytes = map(float, done.stdout.splitlines()[-1].split())  # CPU seconds, for a busy machine
     print(f"{seconds:.1f} s, {mebibytes:.0f} MiB")
-    assert seconds < 60  # 8 to 10 on the slowest machine so far: what grows with the square takes minutes
+    assert seconds < 60  # 8 to 10 on the slowest machine so far
     assert mebibytes < 500
     assert (tmp_path / "out" / "index.html").stat().st_size < LARGEST_BYTES

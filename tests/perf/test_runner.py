@@ -170,21 +170,28 @@ def test_a_launch_loads_warms_up_and_runs_rounds_with_different_seeds():
     assert first not in [one["seconds"] for one in measured.launches[0].rounds]
 
 
-def test_launches_in_different_precisions_are_a_failure():
-    """`fast` on a CPU chooses the precision in each process, by a short probe."""
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"precision": "bf16"}, "precision bf16, an earlier one full"),
+        ({"layers": "packed"}, "layers packed, an earlier one plain"),
+    ],
+)
+def test_launches_with_different_choices_are_a_failure(choice, message):
+    """`fast` on a CPU chooses precision and kernels in each process, by short probes."""
     bench = Bench(Plan(THREE[:1], launches=3, rounds=2))
     opened = bench.open
 
     @contextlib.contextmanager
-    def second_in_bf16(slot):
+    def another_choice_in_the_second(slot):
         with opened(slot) as worker:
-            ask, precision = worker.ask, {"precision": "bf16"} if worker.launch == 1 else {}
-            worker.ask = lambda operation, *args, **more: {**ask(operation, *args, **more), **precision}
+            ask, changed = worker.ask, choice if worker.launch == 1 else {}
+            worker.ask = lambda operation, *args, **more: {**ask(operation, *args, **more), **changed}
             yield worker
 
-    bench.open = second_in_bf16
+    bench.open = another_choice_in_the_second
     measured = bench.run().by_name[A.id]
-    assert measured.failure.kind == "failed" and "precision bf16, an earlier one full" in measured.failure.message
+    assert measured.failure.kind == "failed" and message in measured.failure.message
     assert len(measured.rounds()) == 2
 
 

@@ -212,9 +212,10 @@ def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys
 @pytest.mark.parametrize(
     "path, looks, row",
     [
-        (BATTERY, TEN, "idle machine, earlier rule"),
-        (WITH_LOOKS, LOOKS, "noisier day, earlier rule"),
-        (SETTLED, LOOKS, "noisier day, present rule, with more rounds for noisy launches"),
+        (BATTERY, TEN, "idle machine, 10 launches and one look"),
+        (BURSTS, TEN, "beside bursts of load on both cores, 10 launches and one look"),
+        (WITH_LOOKS, LOOKS, "noisier day, present looks, without further rounds for noisy launches"),
+        (SETTLED, LOOKS, "noisier day, present rule"),
         (LOADED[0], LOOKS, "beside bursts of load on both cores, present rule"),
         (LOADED[1], LOOKS, "beside load that wanders over minutes, present rule"),
     ],

@@ -126,7 +126,7 @@ def torchrun(*arguments: str, replicas: int = 2) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.nightly  # two processes import torch
+@pytest.mark.slow  # two processes import torch
 def test_replicas_on_the_cpu(tmp_path):
     done = torchrun(*TASK, "--cycles=2", f"--output={tmp_path / 'a.json'}")
     assert done.returncode == 0, done

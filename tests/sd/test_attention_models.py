@@ -93,7 +93,7 @@ def test_images_agree(device, name):
 HALF = [("cpu", "autocast"), ("cpu", "bf16")] + [
     pytest.param("cuda", precision, marks=GPU) for precision in ("autocast", "fp16", "bf16")
 ]
-# Half precision takes seconds on a CPU.
+# The other choices differ in the kernels of SDPA alone, and half precision takes seconds on a CPU.
 HALF_CHOICES = slow_or_nightly(CHOICES, lambda name: name in ("sdpa", "mha", "original", "sdpa-avx512"))
 
 

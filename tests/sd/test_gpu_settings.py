@@ -215,7 +215,7 @@ class Traced:
         return cuda_graphs.cloned(self.traced(*arguments))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @needs_compile
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_recorded_networks_give_the_same_images(monkeypatch, tmp_path, device):

@@ -20,6 +20,7 @@ from sd.choices import cpp_compiler
 from sd.errors import ConfigError, SDWarning, Unavailable
 from sd.features import FEATURES, has
 from sd.kernels import OWN_ATTENTION, avx2, avx512, build
+from sd.optimise import avx2_layers
 from sd.optimise.apply import require_available
 from sd.optimise.optimisations import OWN_KERNELS
 from sd.optimise.presets import parse
@@ -284,14 +285,15 @@ def test_fast_uses_it_in_bf16_without_amx(monkeypatch, amx):
 
 
 @pytest.mark.skipif(not has("packed"), reason="this torch has no packed weights to choose instead")
-@pytest.mark.parametrize("avx512_too", [False, True])
-def test_fast_uses_the_avx2_kernels_without_avx512(monkeypatch, avx512_too):
+@pytest.mark.parametrize("avx512_too, faster", [(False, False), (True, False), (True, True)])
+def test_fast_uses_the_avx2_kernels_without_avx512_or_where_they_are_faster(monkeypatch, avx512_too, faster):
     monkeypatch.setattr(avx2, "_missing", lambda device: None)
-    monkeypatch.setattr(avx2, "processor_has", lambda name: avx512_too and name == "avx512")
     monkeypatch.setattr(avx2, "_problem", lambda: None)
+    monkeypatch.setattr("sd.optimise.optimisations.processor_has", lambda name: avx512_too and name == "avx512")
+    monkeypatch.setattr(avx2_layers, "beat_packed", lambda: faster)
     monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
     monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: False)
-    own = not avx512_too
+    own = faster or not avx512_too
     chosen = parse("fast", "cpu")
     assert (chosen.avx2_layers, chosen.avx2_attention, chosen.packed) == (own, own, not own)
     for name, fields in {"packed": (False, own, True), "avx2_layers": (True, own, False)}.items():
@@ -300,17 +302,32 @@ def test_fast_uses_the_avx2_kernels_without_avx512(monkeypatch, avx512_too):
     for changes in ({"precision": "bf16"}, {"precision": "autocast"}, {"compile_backend": "openvino"}):
         chosen = parse("fast", "cpu", changes)
         assert not chosen.avx2_layers and not chosen.avx2_attention
+    monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: True)
+    assert (parse("fast", "cpu").precision, parse("fast", "cpu").avx2_layers) == ("bf16", False)
+    for chosen in (parse("fast,full", "cpu"), parse("fast", "cpu", {"precision": "full"})):
+        assert (chosen.precision, chosen.avx2_layers, chosen.packed) == ("full", own, not own)
+
+
+@SKIPPED["avx2"]
+@pytest.mark.skipif(not has("packed"), reason="this torch has no packed weights to choose instead")
+@pytest.mark.parametrize("ours, theirs, faster", [(1, 2, True), (2, 2, False), (2, 1, False)])
+def test_the_kernel_is_compared_with_packed_weights_by_the_fastest_repetition(monkeypatch, ours, theirs, faster):
+    slow = [0, 9, 0, 9]
+    clock = iter(slow + [0, ours, 0, theirs] * avx2_layers.PROBE_REPEATS)
+    monkeypatch.setattr(avx2_layers.time, "perf_counter", lambda: next(clock))
+    state = torch.get_rng_state()
+    assert avx2_layers.beat_packed.__wrapped__() is faster
+    assert torch.equal(torch.get_rng_state(), state) and next(clock, None) is None
 
 
 @SKIPPED["avx2"]
 def test_an_avx2_kernel_that_does_not_compile_is_left_out(empty_cache, monkeypatch, tmp_path):
     _break_compiler(monkeypatch, tmp_path, "no such header")
     monkeypatch.setattr(avx2, "_defined", avx2._defined.__wrapped__)
-    monkeypatch.setattr(avx2, "processor_has", lambda name: name == "avx2")
     with pytest.warns(
         SDWarning, match=r"fast is without the AVX2 kernels: .* cannot compile avx2\.cpp: no such header"
     ):
-        assert not avx2.chosen_by_fast()
+        assert not avx2.run_here()
     model = StableDiffusion.tiny()
     with pytest.raises(Unavailable, match=r"avx2_layers: .* no such header: leave it out"):
         model.optimise(parse("avx2_layers", "cpu"))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import SMALLEST, UNETS, seeded
 from PIL import Image
+from selection import slow_or_nightly
 
 from sd import StableDiffusion, train
 from sd.attention import availability, functions
@@ -283,10 +284,9 @@ def test_overflow_in_fp16_skips_the_update():
     assert trainer.scaler.get_scale() == 2.0**39
 
 
-@pytest.mark.nightly
 @pytest.mark.compile
 @pytest.mark.skipif(not has("compile"), reason="needs torch.compile")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_or_nightly([False, True], lambda checkpointing: not checkpointing))
 def test_compiled_step_equals_the_eager_one(checkpointing):
     # The fewest kernels: to compile a graph with its gradients takes more than twice the time of the graph.
     config = replace(CONFIGS["smallest"], channel_mult=(1,), attention_resolutions=(1,))
@@ -461,7 +461,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_two_processes_give_the_trace_of_one_with_twice_the_batch(images, finished, tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd.train"]
     options = command(images, tmp_path, "--steps", "6", "--batch", "1", "--device", "cpu")

@@ -24,6 +24,7 @@ class LoadedEngine:
         if not callable(self._round):
             raise WorkerError("usage", f"{fields.values['engine']}: {engine!r} has no function `round(seed)`")
         self.precision: str = getattr(engine, "precision", None) or fields.values["precision"]
+        self.chosen_layers: str | None = getattr(engine, "chosen_layers", None)
         self.compiles: bool = getattr(engine, "compiles", fields.values["compile"] != "none")
         self.config = getattr(engine, "config", None)
 

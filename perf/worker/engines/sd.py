@@ -115,6 +115,10 @@ class SDEngine:
             self.model = load_model(configuration, device, chosen)
         self.config = self.model.config
         self.precision = self.model.optimisations.precision
+        techniques = ("packed", "avx2_layers")  # which older commits lack
+        self.chosen_layers = next(
+            (name for name in techniques if getattr(self.model.optimisations, name, False)), "plain"
+        )
         self.compiles = self.model.optimisations.compile != "none"
         workloads = {
             "txt2img": self._txt2img,
