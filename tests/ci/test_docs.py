@@ -182,13 +182,8 @@ def test_options_of_skipped_commands_are_valid(block, pytestconfig):
             assert arguments == ["--version"], block.where
         elif program == "pytest":
             parsed = pytestconfig._parser.parse_known_args(arguments)
-            assert set((parsed.markexpr or "").replace("not ", "").split()) <= {
-                *SETS,
-                "slow",
-                "nightly",
-                "or",
-                "gpu_codegen",
-            }, block.where
+            known = {*SETS, "slow", "nightly", "or", "gpu_codegen"}
+            assert set((parsed.markexpr or "").replace("not ", "").split()) <= known, block.where
             options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
             unknown = set(options) - known_options(pytestconfig)
             assert not unknown, f"{block.where}: {unknown}"
