@@ -17,7 +17,8 @@ from torch import library
 
 from sd.errors import Unavailable
 
-PROBE_SIDE, PROBE_REPEATS, PROBE_RATIO = 384, 8, 1.3  # of bf16_beats_fp32: the ratio is about 2, or far below 1
+PROBE_CALLS = 9  # the first one may allocate or reorder weights
+PROBE_SIDE, PROBE_RATIO = 384, 1.3  # of bf16_beats_fp32: the ratio is about 2, or far below 1
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,18 @@ def processor_has(instructions: str) -> bool:
     return bool(getattr(getattr(torch, "cpu", None), f"_is_{instructions}_supported", bool)())
 
 
+@torch.no_grad()
+def fastest_calls(*functions: Callable[[], object]) -> list[float]:
+    """Seconds of the fastest of PROBE_CALLS calls of each function, which take turns, so that load on the machine affects all."""
+    durations: list[list[float]] = [[] for _ in functions]
+    for _ in range(PROBE_CALLS):
+        for function, of_function in zip(functions, durations):
+            begin = time.perf_counter()
+            function()
+            of_function.append(time.perf_counter() - begin)
+    return list(map(min, durations))
+
+
 @functools.cache
 def bf16_beats_fp32() -> bool:
     """Whether this processor multiplies bf16 matrices much faster than fp32: it has the instructions, and a probe of 10 ms.
@@ -164,17 +177,10 @@ def bf16_beats_fp32() -> bool:
     """
     if not (processor_has("avx512_bf16") or processor_has("amx_tile")):
         return False
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, durations = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype), []
-        for _ in range(PROBE_REPEATS):
-            begin = time.perf_counter()
-            torch.mm(a, a)
-            durations.append(time.perf_counter() - begin)
-        return min(durations)
-
-    with torch.no_grad():
-        return seconds(torch.float32) >= PROBE_RATIO * seconds(torch.bfloat16)
+    a = torch.ones(PROBE_SIDE, PROBE_SIDE)
+    b = a.bfloat16()
+    fp32, bf16 = fastest_calls(lambda: torch.mm(a, a), lambda: torch.mm(b, b))
+    return fp32 >= PROBE_RATIO * bf16
 
 
 def has(name: str) -> bool:

@@ -7,18 +7,19 @@ the plain ones bit for bit.
 from __future__ import annotations
 
 import functools
-import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.attention.modules import CrossAttention
+from sd.features import fastest_calls
 from sd.kernels.avx2 import PANEL, define_operators
 from sd.optimise import packed
 from sd.optimise.packed import Packed, refuse_gradients
 
-PROBE_REPEATS, PROBE_RATIO = 8, 1.05  # of beat_packed
+PROBE_RATIO = 1.05  # of beat_packed
 
 
 class Avx2Conv2d(Packed, nn.Conv2d):
@@ -78,21 +79,15 @@ def beat_packed() -> bool:
     oneDNN uses AVX-512 where the processor has it, at the rate of AVX2 on some processors and at twice that on others.
     """
     image, rows = torch.ones(2, 128, 16, 16).contiguous(memory_format=torch.channels_last), torch.ones(512, 256)
-    sides: list[tuple[nn.Module, nn.Module, list[float]]] = []
-    for technique in (pack, packed.pack):
-        with torch.random.fork_rng(devices=[]):  # the layers draw weights
-            layers = nn.Conv2d(128, 128, 3, padding=1), nn.Linear(256, 256)
-        for layer in layers:
+
+    def layers(technique: Callable[[nn.Module], None]) -> Callable[[], object]:
+        with torch.random.fork_rng(devices=[]):  # they draw weights
+            convolve, project = nn.Conv2d(128, 128, 3, padding=1), nn.Linear(256, 256)
+        for layer in (convolve, project):
             technique(layer.to(memory_format=torch.channels_last))
-        sides.append((*layers, []))
-    with torch.no_grad():
-        for _ in range(1 + PROBE_REPEATS):  # in turns; the first calls reorder weights
-            for convolve, project, durations in sides:
-                begin = time.perf_counter()
-                convolve(image)
-                project(rows)
-                durations.append(time.perf_counter() - begin)
-    ours, theirs = (min(durations) for *_, durations in sides)
+        return lambda: (convolve(image), project(rows))
+
+    ours, theirs = fastest_calls(layers(pack), layers(packed.pack))
     return theirs >= PROBE_RATIO * ours
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from sd import Optimisations, StableDiffusion
 from sd.errors import ConfigError, SDWarning, Unavailable
-from sd.features import FEATURES, PROBE_REPEATS, bf16_beats_fp32, computes_slowly, has
+from sd.features import FEATURES, PROBE_CALLS, bf16_beats_fp32, computes_slowly, has
 from sd.kernels import avx2
 from sd.optimise import apply, avx2_layers, packed
 from sd.optimise.compile import Compiler
@@ -329,7 +329,7 @@ def test_bf16_needs_instructions_and_a_faster_product(monkeypatch):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda bits=bits: bits, raising=False)
         assert not bf16_beats_fp32.__wrapped__()  # on this clock both take the same time
-    durations = iter([0, 2] * PROBE_REPEATS + [0, 1] * PROBE_REPEATS)
+    durations = iter([0, 2, 0, 1] * PROBE_CALLS)
     monkeypatch.setattr("sd.features.time.perf_counter", lambda: next(durations))
     assert bf16_beats_fp32.__wrapped__()
 
