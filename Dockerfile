@@ -10,7 +10,8 @@ ARG DEVICE=cuda
 ARG TORCH=torch215
 ARG EXTRAS=test,report
 
-# torch.compile calls a compiler, and a saved run names the commit. The image is named by its digest, not by these versions.
+# torch.compile calls a compiler, and --perf-against calls git in a mounted clone; saved runs of the image itself name no
+# commit, since it has no .git. The image is named by its digest, not by these versions.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git \

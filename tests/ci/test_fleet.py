@@ -159,6 +159,8 @@ def test_kubernetes_requests_one_gpu_per_index():
     assert resources["limits"]["nvidia.com/gpu"] == "1" and resources["limits"] == resources["requests"]
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    installs_for_the_system = "uv pip install --system" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert installs_for_the_system and variables["SD_PERF_PYTHON"] == "python"
     mounts, volumes = container["volumeMounts"], {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in mounts} == volumes and variables["SD_PERF_OUT"] in {
         mount["mountPath"] for mount in mounts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -238,3 +240,15 @@ def test_every_input_of_the_action_is_read_by_the_scripts():
         assert step["env"][variable] == f"${{{{ inputs.{name} }}}}"
         assert variable in scripts
     assert set(text["outputs"]) == {"verdict", "exit-code", "run", "reason", "report"}
+
+
+def test_the_key_of_the_package_cache_has_no_comma(tmp_path):
+    """With one, actions/cache ends the job. Other pins and other extras are other keys."""
+    keys = []
+    for extras in ("peers,report", "peers"):
+        (tmp_path / "output").write_text("")
+        environment = {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": str(tmp_path / "output"), "INPUT_EXTRAS": extras}
+        subprocess.run(["bash", str(ROOT / ".github" / "scripts" / "cache-key")], env=environment, check=True)
+        (line,) = (tmp_path / "output").read_text().splitlines()
+        keys.append(line.removeprefix("key="))
+    assert all(re.fullmatch(r"torch215-[a-z+]+-[0-9a-f]{16}", key) for key in keys) and keys[0] != keys[1]

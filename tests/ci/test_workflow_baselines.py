@@ -137,6 +137,18 @@ def test_noisy_aa_session_blocks_promotion_on_its_machine(runner):
     assert "h200 published: promoted as 0009_" in promoted(runner)
 
 
+def test_an_aa_session_with_further_launches_is_stored(runner):
+    """An undecided pair goes on to 12 launches and more; a session with fewer than requested is not complete."""
+    undecided = judged(session(9), "INCONCLUSIVE", "interval_too_wide", 1.0)
+    undecided["perf"]["launches"] -= 1
+    left(runner.path / "artifacts", undecided, series="aa", code=1, reasons=("THE GATE DOES NOT WORK",))
+    assert "h200 aa: promoted as" in promoted(runner)
+    shutil.rmtree(runner.path / "artifacts")
+    undecided["perf"]["launches"] += 2
+    left(runner.path / "artifacts", undecided, series="aa")
+    assert "lacks launches or rounds" in promoted(runner)
+
+
 def test_another_torch_starts_its_own_series(runner):
     stored(runner.path / "baselines")
     made = session(9, slow=dict.fromkeys(saved_runs.IDS, 1.5))

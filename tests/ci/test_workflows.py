@@ -243,11 +243,10 @@ def test_rules_5_and_7_machine_is_checked_first(name):
 
 @pytest.mark.parametrize("name", GPU_JOBS)
 def test_rule_6_one_measurement_per_gpu_without_cancellation(name):
-    assert GPU_JOBS[name]["concurrency"] == {"group": "gpu-${{ matrix.label }}", "cancel-in-progress": False}
+    concurrency = {"group": "gpu-${{ matrix.label }}", "cancel-in-progress": False, "queue": "max"}
+    assert GPU_JOBS[name]["concurrency"] == concurrency
     assert GPU_JOBS[name]["strategy"]["fail-fast"] is False
-    assert list(GPU_JOBS[name]["strategy"]["matrix"]) == [
-        "label"
-    ]  # of several waiting jobs in a group only the last remains
+    assert list(GPU_JOBS[name]["strategy"]["matrix"]) == ["label"]  # all sets of a label are one job
     assert not PARSED[name.partition("/")[0]].get("concurrency", {}).get("cancel-in-progress")
 
 
@@ -256,7 +255,7 @@ def test_rule_8_only_hosted_jobs_of_main_write_baselines():
     assert sorted(writers) == ["canary/promote", "perf/promote"]
     for name in writers:
         assert "github.ref == 'refs/heads/main'" in JOBS[name]["if"]
-        assert JOBS[name]["concurrency"] == {"group": "perf-data", "cancel-in-progress": False}
+        assert JOBS[name]["concurrency"] == {"group": "perf-data", "cancel-in-progress": False, "queue": "max"}
     measuring = (ROOT / ".github" / "scripts" / "measure.py").read_text()
     assert "--benchmark-autosave" not in measuring
     assert "--benchmark-save" not in measuring
