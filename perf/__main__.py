@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 
 from perf.analysis.verdicts import ExitCode
-from perf.commands import COMMANDS
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose usage errors exit with ExitCode.REFUSED rather than argparse's 2."""
-
-    def error(self, message: str):
-        self.print_usage(sys.stderr)
-        self.exit(ExitCode.REFUSED, f"{self.prog}: error: {message}\n")
+from perf.commands import COMMANDS, Parser
 
 
 def main(argv=None) -> int:

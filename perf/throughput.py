@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import math
 import os
 import platform
@@ -24,9 +23,11 @@ from typing import Any, Protocol
 from perf.analysis.paired import ratio_of_effects
 from perf.analysis.statistics import Interval
 from perf.analysis.verdicts import ExitCode
+from perf.commands import Parser
 from perf.configurations.configuration import Configuration, UnknownChoice, usual
 from perf.configurations.sets import cross
 from perf.plugin.options import MATRIX
+from perf.runs.storage import why_unwritable, write_atomically
 
 SCHEMA = 1
 MIN_CYCLES = 2  # of an interval
@@ -180,9 +181,9 @@ class Replica:
         return seconds
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options: those that describe a configuration, as in `pytest perf`, and those of this measurement."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="torchrun --nproc-per-node N -m perf.throughput",
         description="Measure N replicas of one configuration: images/s together, scaling efficiency, slowest replica.",
         allow_abbrev=False,
@@ -246,6 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         options.error("start it with torchrun, one process per device: torchrun --nproc-per-node 2 -m perf.throughput")
     if arguments.cycles < MIN_CYCLES:
         options.error(f"--cycles {arguments.cycles}: at least {MIN_CYCLES}, for an interval")
+    writes = os.environ.get("RANK", "0") == "0" and arguments.output is not None
+    if writes and (reason := why_unwritable(arguments.output)):
+        options.error(f"--output {arguments.output}: {reason}")
     try:
         configuration = configuration_of(arguments)
     except UnknownChoice as error:
@@ -279,7 +283,7 @@ def _measure_and_report(group: GlooGroup, configuration: Configuration, argument
     if group.rank == 0:
         print("\n".join(report(throughput, configuration, replicas)))
         if arguments.output is not None:
-            arguments.output.write_text(json.dumps(as_json(throughput, configuration, replicas), indent=1) + "\n")
+            write_atomically(arguments.output, as_json(throughput, configuration, replicas))
     return ExitCode.OK
 
 

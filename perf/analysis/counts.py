@@ -63,6 +63,8 @@ def compare(new: Mapping[str, Any] | None, old: Mapping[str, Any] | None, agains
         if None not in (new.get(key), old.get(key)) and new[key] != old[key]:
             return CountsComparison(against, not_compared=f"they are {phrase.format(old[key])}, here {new[key]}")
     for side, counts in (("this session", new), (against, old)):
+        if counts.get("error"):
+            return CountsComparison(against, not_compared=f"{side} has none ({counts['error']})")
         if not counts["operators"] and not counts["generated_kernels"]:
             reason = f"{side} counted no operators (torch 1.x, or an engine that works in another process)"
             return CountsComparison(against, not_compared=reason)

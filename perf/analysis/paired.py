@@ -31,7 +31,7 @@ SETTLED = 0.015
 MIN_LAUNCHES = 2
 MOST_LAUNCHES = 1000
 
-Rounds = Sequence[Sequence[float]]  # seconds, by launch and cycle
+Rounds = Sequence[Sequence[float | None]]  # seconds, by launch and cycle; None for an invalid round
 
 
 def launch_effects(head: Rounds, base: Rounds) -> list[float]:
@@ -47,11 +47,11 @@ def launch_effects(head: Rounds, base: Rounds) -> list[float]:
     return effects
 
 
-def log_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Log ratio ours / theirs of each cycle of one launch. Raises ValueError for seconds that are not positive."""
-    if not all(0 < seconds < math.inf for seconds in (*ours, *theirs)):
+def log_ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float]:
+    """Log ratio ours / theirs of each valid cycle of one launch. Raises ValueError for seconds that are not positive."""
+    if not all(0 < seconds < math.inf for seconds in (*ours, *theirs) if seconds is not None):
         raise ValueError("durations must be positive and finite")
-    return [math.log(a / b) for a, b in zip(ours, theirs)]
+    return [math.log(a / b) for a, b in zip(ours, theirs) if a is not None and b is not None]
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
@@ -150,7 +150,10 @@ def break_even(compile_seconds: float, eager: Rounds, compiled: Rounds) -> Break
     if not 0 <= compile_seconds < math.inf:
         raise ValueError(f"compiling cannot take {compile_seconds} seconds")
     launch_effects(eager, compiled)  # rejects impossible durations
-    launches = ([a - b for a, b in zip(ours, theirs)] for ours, theirs in zip(eager, compiled))
+    launches = (
+        [a - b for a, b in zip(ours, theirs) if a is not None and b is not None]
+        for ours, theirs in zip(eager, compiled)
+    )
     saving = mean_interval([trimmed_mean(differences) for differences in launches if differences])
 
     def images(seconds: float) -> int | None:

@@ -1,4 +1,11 @@
-"""The commands of `python -m perf`."""
+"""The commands of `python -m perf`, and the parser of their options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from perf.analysis.verdicts import ExitCode
 
 # name -> (module with `add_arguments(parser)` and `run(arguments) -> exit status`, summary)
 COMMANDS = {
@@ -15,3 +22,11 @@ COMMANDS = {
     "report": ("perf.commands.report", "write plots, tables and one page from saved runs"),
     "completion": ("perf.commands.completion", "print a script that completes these commands in a shell"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose usage errors exit with ExitCode.REFUSED rather than argparse's 2."""
+
+    def error(self, message: str):
+        self.print_usage(sys.stderr)
+        self.exit(ExitCode.REFUSED, f"{self.prog}: error: {message}\n")

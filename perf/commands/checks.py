@@ -17,7 +17,7 @@ from perf.machine.facts import CpuFacts, cpu_facts
 from perf.machine.nvml import GpuFacts
 from perf.machine.stack import package_version
 from perf.machine.telemetry import THROTTLE_REASONS
-from sd.choices import cpp_compiler
+from sd.choices import cpp_compiler, why_no_inductor
 
 OK, WARNING, BUSY, CANNOT = "ok", "warning", "busy", "cannot"
 GIB = 1 << 30
@@ -206,9 +206,11 @@ def _xformers(stack: StackFacts) -> Check:
 
 
 def compiler_check() -> Check:
-    """Presence of the C++ compiler that inductor calls."""
-    path = cpp_compiler()
-    return _check("c++ compiler", bool(path), path or "none", "compilation on the CPU is impossible; install g++")
+    """Presence of the C++ compiler that inductor calls, and of the headers that its code includes."""
+    reason = why_no_inductor()
+    return _check(
+        "c++ compiler", reason is None, reason or str(cpp_compiler()), "nothing is compiled for the CPU without it"
+    )
 
 
 def compile_check(trial: CompileTrial) -> Check:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from perf.analysis.statistics import MIN_SESSIONS, margin
 from perf.analysis.verdicts import ExitCode, exit_code
 from perf.commands.show import SCHEMA, as_dict, flags, print_table
 from perf.report.text import seconds
-from perf.runs.baselines import Choice, Judgement, candidates, compare_counts, judge, judge_foreign, why_foreign
+from perf.runs.baselines import (
+    Choice,
+    Judgement,
+    candidates,
+    compare_counts,
+    judge,
+    judge_foreign,
+    missing_in,
+    why_foreign,
+)
 from perf.runs.saved_run import BaselineError, SavedRun, read, shown
 
 
@@ -55,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     history = choice.history if choice else ()
     limit = args.margin or margin([ratio for session in (baseline, current, *history) for ratio in session.aa_ratios])
     judgement = judge_foreign(current, baseline) if foreign else judge(current, choice or baseline, limit)
+    judgement = replace(judgement, missing=missing_in(current, baseline))  # in A, which the user named
     status = exit_code(judgement.decisions.values(), failed=bool(judgement.missing), strict=args.strict)
     if args.json:
         print(

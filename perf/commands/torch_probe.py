@@ -122,6 +122,9 @@ def _run_probe(python: str, arguments: list[str], timeout_seconds: float) -> tup
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
             error = f"no answer within {timeout_seconds:g} s"
+        except BaseException:  # Ctrl-C does not reach a process group of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     answers: dict = {}
     for line in out.splitlines():
         try:

@@ -18,6 +18,12 @@ OWN_MODEL = "own"  # the model of such an engine, which chooses it itself
 # Fields that describe the measurement of an engine, and which no engine needs to read.
 OF_THE_SESSION = ("model", "engine", "workload", "device", "interpreter", "prompt", "seed")
 REFERENCE = "reference"
+EMBEDDED = ("tiny", "tiny-inpaint")  # models whose weights are part of the package
+NATIVE_PIXELS = {
+    **dict.fromkeys(EMBEDDED, 64),
+    **dict.fromkeys(("sd1", "sd2", "sd1-inpaint", "sd2-inpaint", "sd2-depth"), 512),
+    "sd2-v": 768,
+}  # of a side
 PROMPT = "A photo"  # from the published experiment, like the default seed, sampler and steps
 CHOICES = {
     "model": tuple(x for x in choices.MODELS if x != "sd2-depth"),  # no workload has a depth image
@@ -301,7 +307,7 @@ def from_dict(values: dict[str, Any]) -> Configuration:
 
 def usual_precision(model: str) -> str:
     """The default precision: autocast, as in the published experiment; fp32 for the embedded model, which is for CPUs."""
-    return "full" if model in ("tiny", "tiny-inpaint", OWN_MODEL) else "autocast"
+    return "full" if model in (*EMBEDDED, OWN_MODEL) else "autocast"
 
 
 def usual(model: str) -> Configuration:

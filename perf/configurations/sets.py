@@ -105,7 +105,7 @@ FEW_STEPS: list[dict[str, Any]] = [
     for steps in (1, 2, 4)
 ]
 # From the original code's loop, each step adding one optimisation, to the preset.
-EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings")
+EXACT = ("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings", "shared_guidance")
 LADDER: list[dict[str, Any]] = [
     {"optimise": "original"},
     {"attention": "original"},
@@ -191,7 +191,7 @@ SUMMARIES = {
     "published": "the article's five configurations on SD2, batch 1, 2 and 4",
     "published_sd1": "the companion article's two on SD1, batch 2",
     "sd1_compile": "compile on SD1, the article's first exercise",
-    "peers": "diffusers' SD1 with xFormers and PyTorch's attention compared with ours, its second",
+    "peers": "SD1 in diffusers (xFormers, PyTorch's attention, compiled) compared with ours, the article's second exercise",
     "peers_cpu": "OpenVINO, ONNX Runtime and diffusers beside ours on a CPU, with the embedded model",
     "ladder": "one optimisation at a time on SD2",
     "gpu_ladder": "the first minutes on a GPU: precision, CUDA graphs, layout, cuDNN's algorithms, attention kernels",
@@ -200,7 +200,7 @@ SUMMARIES = {
     "inductor": "Inductor's options, one at a time",
     "approximate": "techniques that change the image, one at a time added to the preset",
     "lora": "without and with a merged LoRA of rank 16, eager and with the preset fast",
-    "few_step": "1, 2 and 4 steps without guidance, as of SD-Turbo and LCM, with the time of each stage, compared with diffusers",
+    "few_step": "1, 2 and 4 steps without guidance, as SD-Turbo and LCM use them, with each stage, compared with diffusers",
     "smoke": "the embedded model, for a machine without a GPU",
     "batches": "every attention at batch 1, 2 and 4",
     "inpaint": "inpainting models and blending compared with txt2img on SD1",

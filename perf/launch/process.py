@@ -5,7 +5,9 @@ Every failure of a worker (it dies, hangs, runs out of memory or sends an invali
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -15,18 +17,34 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from perf.worker.wire import PROTOCOL, WorkerError, one_line, parse_response
 
-ROOT = Path(__file__).resolve().parents[2]  # `perf` and this tree's `sd` are imported from here
+ROOT = Path(__file__).resolve().parents[2]  # the folder of `perf` and this tree's `sd`
 START_SECONDS = 60.0  # for an interpreter to start and send its greeting
 EXIT_SECONDS = 5.0  # for a process that has closed its pipe to exit by itself, which yields its exit status
 POLL_SECONDS = 1.0  # interval of liveness checks: a child of a dead worker may keep the pipe open
 MAX_LINE_BYTES = 1 << 20
 STDERR_BYTES = 4000  # read from the end of stderr for an error message
+
+
+@functools.cache
+def import_root() -> Path:
+    """The folder from which workers import `perf` and this tree's `sd`.
+
+    Of an installed package it is a temporary one with links to these two: beside them are all other packages of this
+    interpreter, such as its torch, which another interpreter must not import.
+    """
+    if ROOT.name not in ("site-packages", "dist-packages"):
+        return ROOT
+    folder = tempfile.TemporaryDirectory(prefix="sd-perf-packages-")
+    atexit.register(folder.cleanup)
+    for name in ("perf", "sd"):
+        Path(folder.name, name).symlink_to(ROOT / name, target_is_directory=True)
+    return Path(folder.name)
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Interpreter:
     """
 
     python: str = sys.executable
-    source: Path = ROOT
+    source: Path = field(default_factory=import_root)
     environment: tuple[tuple[str, str], ...] = ()
     tree: tuple[Path, Path] | None = None
 
@@ -49,7 +67,7 @@ class Interpreter:
 
     def variables(self) -> dict[str, str]:
         """The worker's environment: this process's, with `sd` and `perf` first on the import path."""
-        path = [str(self.source), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(self.source), str(import_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), **dict(self.environment)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,7 +106,18 @@ def _cpuinfo(root: Path) -> dict[str, str]:
 
 def _cpu_name(cpuinfo: dict[str, str]) -> str | None:
     names = map(cpuinfo.get, ("model name", "Model", "Hardware"))  # x86, then ARM
-    return next(filter(None, names), None) or platform.processor() or platform.machine() or None
+    return next(filter(None, names), None) or _apple_name() or platform.processor() or platform.machine() or None
+
+
+def _apple_name() -> str | None:
+    """Such as `Apple M2 Pro`, where platform.processor() is only `arm`."""
+    if platform.system() != "Darwin":
+        return None
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _processor(cpuinfo: dict[str, str]) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
+from perf.configurations.configuration import Configuration
 from perf.machine.stack import torch_version
 from perf.plugin import after_run, benchmark_bridge, options, preflight, selection, terminal
 from perf.plugin.benchmark_bridge import ReplayClock
@@ -161,6 +162,13 @@ def perf_session(request) -> Session:
 def _measure(request, state: RunState) -> Session:
     selected = [selection.configuration_of(item) or selection.test_of(item) for item in request.session.items]
     configurations = list(dict.fromkeys(filter(None, selected)))
+    by_id: dict[str, Configuration] = {}
+    for configuration in configurations:
+        other = by_id.setdefault(configuration.id, configuration)
+        if other != configuration:
+            raise pytest.UsageError(
+                f"two tests are both called {other.id}: {other.engine} and {configuration.engine}; rename one of them"
+            )
     if state.settings.against:
         own = {configuration.own for configuration in configurations}
         against = options.complete(state.settings.against, request.config.rootpath, True in own, False in own)

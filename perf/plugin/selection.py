@@ -78,6 +78,19 @@ def select(config, items: list, values: dict[str, list], device: str) -> list:
     return [item for item in items if selected(item)]
 
 
+def described(config, values: dict[str, list]) -> str:
+    """The options that select configurations, as text for a saved run: two complete sessions of equal text are alike.
+
+    Of a suite that is not this one also the paths, since its tests are what is measured.
+    """
+    named = {"-m": config.option.markexpr, **{f"--perf-{side}": config.getoption(f"perf_{side}") for side in "ab"}}
+    options = [f"{option} {value}" for option, value in named.items() if value]
+    options += [f"{field} {', '.join(map(str, given))}" for field, given in sorted(values.items())]
+    if not config.pluginmanager.hasplugin("perf.plugin"):
+        options += [str(argument) for argument in config.args if Path(argument) != config.rootpath]
+    return ascii("; ".join(options))[1:-1][:1000] or "default"
+
+
 def named_tests(config) -> set[str]:
     """The tests named by id on the command line (`FILE::test_txt2img[ID]`), without the file."""
     return {argument.partition("::")[2] for argument in config.args if "::" in argument and "[" in argument}

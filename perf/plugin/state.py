@@ -175,6 +175,7 @@ def prepare_session(config, state: RunState) -> None:
     preflight.apply_all_compare_fail(config)
     preflight.name_autosave(config)
     state.settings = options.settings(config, state.device, state.folder or Path(), MARGIN_FLOOR)
+    state.settings = replace(state.settings, selection=selection.described(config, state.values))
     if state.sides:
         state.settings = sides.add_interpreters(state.settings, state.sides)
     state.comparison = choose(config, state.folder, state.stack, state.settings)

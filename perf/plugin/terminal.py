@@ -58,14 +58,15 @@ def _entry(results: Results, id: str) -> ranking.Entry:
     info, decision = results.infos[id], results.decisions.get(id)
     configuration, speedup = info["configuration"], info["speedup"]
     marks = record.marks(results.session, info, decision)
+    images = images_per_round(configuration)
     rounds = [
-        [seconds for i, seconds in enumerate(launch["round_seconds"]) if str(i) not in launch["invalid"]]
+        [None if str(i) in launch["invalid"] else seconds / images for i, seconds in enumerate(launch["round_seconds"])]
         for launch in info["launches"]
     ]
     return ranking.Entry(
         id=id,
         seconds=info["seconds_per_image"],
-        rounds=[[seconds / images_per_round(configuration) for seconds in launch] for launch in rounds],
+        rounds=rounds,
         work=ranking.work_of(configuration),
         text=interval_seconds(info["seconds_per_image"]),
         why_not=next((mark for mark in marks if mark != "drifted"), None),
@@ -295,5 +296,6 @@ def _compiling(id: str, info: dict) -> str:
     if amortised is None:
         return text
     if amortised["estimate"] is None:
-        return text + "; never pays here"
+        best = amortised["low"]
+        return text + ("; never pays here" if best is None else f"; not shown to pay, at best after {best} images")
     return text + f"; pays after {amortised['estimate']} images [{amortised['low']}, {amortised['high'] or 'never'}]"

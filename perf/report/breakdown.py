@@ -154,9 +154,11 @@ def compile_charts(results: Sequence[Result]) -> list[Chart]:
     charts = []
     for members, title, stem in _by_session(results):
         for compiled in members:
-            eager = _eager(members, compiled)
+            eager, facts = _eager(members, compiled), compiled.session.facts
             if eager is None or compiled.first_call[0] is None:
                 continue
+            if facts.get("clock") == "cpu" and facts.get("threads") != 1:
+                continue  # the CPU time of several threads and the wall time of compiling have no common axis
             compiling = max(0.0, compiled.first_call[0] - compiled.benchmark.session_median)
             saving = eager.seconds_per_image - compiled.seconds_per_image
             most = 2 * compiling / saving if saving > 0 and compiling else 1000.0
@@ -188,7 +190,7 @@ def _eager(members: Sequence[Result], compiled: Result) -> Result | None:
 def break_even(result: Result) -> str:
     """After how many images compiling pays, in words."""
     if result.amortise is None:
-        return "break-even not computed (fewer than 6 launches, or no reference)"
+        return "break-even not computed (a single launch, a warm compile cache, or no eager configuration beside it)"
     estimate, low, high = result.amortise
     if estimate is None:
         return "no break-even shown"

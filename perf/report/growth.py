@@ -8,20 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from perf.analysis.statistics import student_quantile
+from perf.configurations.configuration import NATIVE_PIXELS
 from perf.report.charts import Chart, Point, Series, by_technique, groups, stamp, unit, valid
 from perf.report.results import Result
 from perf.report.text import joined_name
-
-NATIVE_PIXELS = {
-    "tiny": 64,
-    "sd1": 512,
-    "sd2": 512,
-    "sd2-v": 768,
-    "sd1-inpaint": 512,
-    "sd2-inpaint": 512,
-    "tiny-inpaint": 64,
-    "sd2-depth": 512,
-}
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,13 @@ def _session_options(session: SavedSession) -> list[str]:
 
 
 def command(result: Result) -> str:
-    """A shell command with every value quoted. Configurations without options (another engine, a stage) are selected with -k."""
+    """A shell command with every value quoted. Configurations without options (a stage, training) are selected with -k."""
     configuration = result.benchmark.configuration
     arguments, fields = ["pytest", "perf"], tuple(OPTIONS)
     if is_own(configuration.get("engine")):
         configuration = {name: value for name, value in configuration.items() if name != "model"}
-    elif configuration.get("engine", "sd") != "sd" or result.workload != "txt2img":
-        name = {"txt2img": "peers", "inpaint": "inpaint", "train": "training"}.get(result.workload, "stages")
+    elif result.workload != "txt2img":
+        name = {"inpaint": "inpaint", "train": "training"}.get(result.workload, "stages")
         arguments += ["-m", name, "-k", result.id]
         fields = OF_THE_WORK
     for field in fields:

@@ -442,7 +442,10 @@ def entry_of(result: Result) -> ranking.Entry:
     return ranking.Entry(
         id=result.id,
         seconds=result.seconds_per_image,
-        rounds=[[seconds / result.images for seconds in rounds] for rounds in result.benchmark.launches],
+        rounds=[
+            [None if seconds is None else seconds / result.images for seconds in rounds]
+            for rounds in result.benchmark.cycles or result.benchmark.launches
+        ],
         work=ranking.work_of(result.benchmark.configuration),
         text=interval_seconds(result.seconds_per_image, *result.interval),
         why_not=why_not,

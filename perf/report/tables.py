@@ -179,7 +179,8 @@ def _table(model: str, batch: int, results: Sequence[Result], reference: str) ->
             (iterations or ITERATIONS) * result.batch * value for value in (result.seconds_per_image, *result.interval)
         )
         middle, low, high = seconds
-        heading = f"{result.session.machine}, torch {result.session.torch}", False
+        stamp = f", {result.session.stamp}" if result.session.stamp else ""
+        heading = f"{result.session.machine}, torch {result.session.torch}{stamp}", False
         columns.setdefault(heading, {})[result.technique] = Cell(middle, None, low, high)
     for heading, column in columns.items():
         # The articles computed their improvements from unrounded runtimes: printed values are not computed again.

@@ -17,17 +17,22 @@ from perf.runs.saved_run import IDENTITY, NUMBERED, BaselineError, SavedBenchmar
 
 @dataclass(frozen=True)
 class Choice:
-    """The stored sessions of a comparison, oldest first, and the rejected files with their reasons."""
+    """The stored sessions of a comparison, oldest first, and the rejected files with their reasons.
+
+    named: the run that the user named, whether or not it is in `history`; ratios then refer to it, and else to the mean of
+    the history. plain: runs of this machine without a configuration, for pytest-benchmark's comparison. counted: the newest
+    complete run with counts of the same software, on whatever machine.
+    """
 
     history: tuple[SavedRun, ...] = ()
     refused: tuple[tuple[Path, str], ...] = ()
-    named: SavedRun | None = None  # the run that the user named, whether or not it is in `history`
-    plain: tuple[SavedRun, ...] = ()  # runs of this machine without a configuration, for pytest-benchmark's comparison
-    counted: SavedRun | None = None  # the newest complete run with counts of the same software, on whatever machine
+    named: SavedRun | None = None
+    plain: tuple[SavedRun, ...] = ()
+    counted: SavedRun | None = None
 
     @property
     def newest(self) -> SavedRun | None:
-        """The session that the reported ratio refers to: the named one, else the newest."""
+        """The named session, else the newest."""
         return self.named or (self.history[-1] if self.history else None)
 
     @property
@@ -142,16 +147,18 @@ def _numbered_files(folder: Path) -> list[Path]:
 def judge(current: SavedRun, baseline: SavedRun | Choice, margin: float) -> Judgement:
     """Compare every configuration of a session with stored sessions, or with one run; `margin` is a fraction.
 
-    With 6 stored sessions of a configuration or more, the verdict uses their prediction interval; with fewer it is
-    INCONCLUSIVE with the ratio to the newest. The ratio refers to the named run, if any. An invalid session gets INVALID
-    verdicts only. The caller checks that the machines are comparable (`why_foreign`), as `candidates` does.
+    With 6 stored sessions of a configuration or more, the verdict uses their prediction interval, and the ratio refers to
+    their mean; with fewer it is INCONCLUSIVE with the ratio to the newest. The ratio refers to the named run, if any. An
+    invalid session gets INVALID verdicts only. A configuration is missing if the newest session of the same selection, or
+    the named run, has it. The caller checks that the machines are comparable (`why_foreign`), as `candidates` does.
     """
-    choice = baseline if isinstance(baseline, Choice) else Choice((baseline,))
+    choice = baseline if isinstance(baseline, Choice) else Choice((baseline,), named=baseline)
     history, measured = choice.sessions, current.by_id
     known = {id for run in history for id in run.by_id}
+    alike = [run for run in history if run is choice.named or run.selection in (None, current.selection)]
     return Judgement(
         {id: _decide(current, benchmark, choice, margin) for id, benchmark in measured.items()},
-        missing=_missing(history[-1], current) if history else (),
+        missing=missing_in(current, alike[-1]) if alike else (),
         new=tuple(id for id in measured if id not in known),
     )
 
@@ -163,7 +170,7 @@ def judge_foreign(current: SavedRun, baseline: SavedRun) -> Judgement:
     for id, benchmark in new.items():
         ratio = Interval.point(benchmark.session_median / old[id].session_median) if id in old else None
         decisions[id] = Decision(Verdict.INCONCLUSIVE, "foreign_machine", ratio, against=baseline.name)
-    return Judgement(decisions, _missing(baseline, current), tuple(id for id in new if id not in old))
+    return Judgement(decisions, missing_in(current, baseline), tuple(id for id in new if id not in old))
 
 
 def has_comparable_counts(run: SavedRun, here: Mapping[str, object]) -> bool:
@@ -173,7 +180,7 @@ def has_comparable_counts(run: SavedRun, here: Mapping[str, object]) -> bool:
     """
     keys = ("device", "torch", "triton", "xformers", *(("name",) if here["device"] == "cuda" else ("threads",)))
     same = all(run.machine.get(key) == here.get(key) for key in keys)
-    return same and any(benchmark.counts for benchmark in run.benchmarks)
+    return same and any(each.counts and not each.counts.get("error") for each in run.benchmarks)
 
 
 def compare_counts(current: SavedRun, baseline: SavedRun) -> dict[str, CountsComparison]:
@@ -186,7 +193,7 @@ def compare_counts(current: SavedRun, baseline: SavedRun) -> dict[str, CountsCom
     }
 
 
-def _missing(baseline: SavedRun, current: SavedRun) -> tuple[str, ...]:
+def missing_in(current: SavedRun, baseline: SavedRun) -> tuple[str, ...]:
     """Configurations of the baseline that the session lacks; plain benchmarks of the file do not count."""
     return tuple(id for id, old in baseline.by_id.items() if old.configuration and id not in current.by_id)
 
@@ -238,7 +245,8 @@ def _decide(current: SavedRun, benchmark: SavedBenchmark, choice: Choice, margin
         return Decision(Verdict.INCONCLUSIVE, _coded("anchor_drift", current.drifted), ratio, margin, last.name)
     median = statistics.median(benchmark.anchored_launch_medians)
     base = statistics.median(launches) if last is choice.named else None
-    decision = decide_against_history(median, history, margin, last.name, base)
+    against = last.name if base is not None else f"{len(history)} sessions up to {last.name}"
+    decision = decide_against_history(median, history, margin, against, base)
     # The raw ratio has the same reference: the named session, or the mean of the stored ones.
     compared = [last] if base is not None else [run for run, _ in anchored]
     raw = statistics.geometric_mean(run.by_id[benchmark.id].session_median for run in compared)

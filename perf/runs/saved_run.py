@@ -38,8 +38,9 @@ class BaselineError(ValueError):
 class SavedBenchmark:
     """One configuration of a saved run, in seconds per valid round; invalid rounds are excluded.
 
-    A plain pytest-benchmark entry (without `schema`) has its full test name as id, one launch, no configuration and no
-    reference workload.
+    cycles: the same with None for each invalid round, so that equal indices of two benchmarks are of the same cycle; empty
+    in a plain pytest-benchmark entry (without `schema`), which has its full test name as id, one launch, no configuration
+    and no reference workload.
     """
 
     id: str
@@ -55,6 +56,7 @@ class SavedBenchmark:
     decision: Decision | None = None
     counts: Mapping[str, object] | None = None
     precision: str | None = None  # in effect; None in a plain benchmark
+    cycles: tuple[tuple[float | None, ...], ...] = ()
 
     @property
     def launch_medians(self) -> tuple[float, ...]:
@@ -86,6 +88,7 @@ class SavedRun:
     drifted: str | None = None
     aa_ratios: tuple[float, ...] = ()
     commit: str | None = None
+    selection: str | None = None  # the options that chose the configurations; None in files of earlier versions
 
     @property
     def name(self) -> str:
@@ -237,6 +240,7 @@ def parse(document: object, path: Path) -> SavedRun:
     total = perf["total_rounds"].number(0, 1e9)
     run = SavedRun(
         path=path,
+        selection=perf["selection"].optional_text(),
         plain=False,
         machine=identity({**_stack(machine_info), **session}),
         benchmarks=tuple(
@@ -344,7 +348,8 @@ def _benchmark(node: _Node) -> SavedBenchmark:
     node["fullname"].text()  # pytest-benchmark's table reads it
     if info["variant"].value not in (None, "base", "aa"):
         info["variant"].fail("is neither null, base nor aa")
-    launches, anchored = _launches(info)
+    cycles, anchored = _launches(info)
+    launches = tuple(tuple(seconds for seconds in launch if seconds is not None) for launch in cycles)
     valid = [seconds for rounds in launches for seconds in rounds]
     data = _data(node)
     if len(data) != len(valid) or not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(data, valid)):
@@ -357,6 +362,7 @@ def _benchmark(node: _Node) -> SavedBenchmark:
         variant=info["variant"].optional_text(),
         configuration=info["configuration"].object(),
         launches=launches,
+        cycles=cycles,
         anchored_launch_medians=anchored,
         image_failure=_image_failure(info["image"]),
         seconds_per_image=info["seconds_per_image"].optional_number(),
@@ -369,20 +375,21 @@ def _benchmark(node: _Node) -> SavedBenchmark:
     )
 
 
-def _launches(info: _Node) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...] | None]:
-    """(valid round seconds of each launch, median ratio to the reference workload of each launch)."""
+def _launches(info: _Node) -> tuple[tuple[tuple[float | None, ...], ...], tuple[float, ...] | None]:
+    """(round seconds of each launch, None for invalid ones, median ratio to the reference workload of each launch)."""
     nodes = info["launches"].items()
     anchors = info["anchor"].items() if info["anchor"].value else None
     if anchors is not None and len(anchors) != len(nodes):
         info["anchor"].fail(f"has {len(anchors)} launches, not {len(nodes)}")
-    launches, anchored = [], []
+    launches: list[tuple[float | None, ...]] = []
+    anchored = []
     for launch, node in enumerate(nodes):
         seconds = [value.seconds() for value in node["round_seconds"].items()]
         invalid = node["invalid"].object()
         if not invalid.keys() <= {str(index) for index in range(len(seconds))}:
             node["invalid"].fail("names rounds that do not exist")
         valid = [index for index in range(len(seconds)) if str(index) not in invalid]
-        launches.append(tuple(seconds[index] for index in valid))
+        launches.append(tuple(None if str(index) in invalid else value for index, value in enumerate(seconds)))
         if anchors is not None:
             reference = [value.seconds() for value in anchors[launch].items()]
             if len(reference) != len(seconds):
@@ -407,6 +414,7 @@ def _counts(node: _Node) -> dict[str, object] | None:
             for name in operators.object()
         },
         **{key: node[key].optional_count() for key in ("bytes", *TOTALS)},
+        "error": node["error"].optional_text(),
     }
 
 

@@ -9,27 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from perf.configurations.configuration import Configuration
+from perf.configurations.configuration import EMBEDDED, NATIVE_PIXELS, Configuration
 from perf.machine.facts import CpuFacts
 from perf.session.plan import Loading, Plan, Slot
 
 GIB = 1 << 30
 FREE_SHARE = 0.8  # of the free memory that workers may fill
 # Memory of a worker in GiB: of the process with its weights and libraries, and of each image of its batch. Upper bounds in
-# fp32 with the `original` attention at 512 x 512; the images of other sizes are scaled by the square of their pixels,
+# fp32 with the `original` attention at these pixels; the images of other sizes are scaled by the square of their pixels,
 # since that attention stores all pairs of them.
-WORKER_GIB = {"tiny": (0.6, 0.1)}
-FULL_SIZE_GIB = (7.0, 4.0)
-USUAL_PIXELS = {"tiny": 64 * 64}
-FULL_SIZE_PIXELS = 512 * 512
+EMBEDDED_GIB, EMBEDDED_PIXELS = (0.6, 0.1), 64
+FULL_SIZE_GIB, FULL_SIZE_PIXELS = (7.0, 4.0), 512
 
 
 def worker_bytes(configuration: Configuration) -> int:
     """An upper estimate of the memory of a worker with this configuration."""
-    base, image = WORKER_GIB.get(configuration.model, FULL_SIZE_GIB)
-    usual = USUAL_PIXELS.get(configuration.model, FULL_SIZE_PIXELS)
-    height, width = configuration.height, configuration.width
-    scale = max(1.0, (height * width / usual) ** 2) if height and width else 1.0
+    embedded = configuration.model in EMBEDDED
+    (base, image), side = (EMBEDDED_GIB, EMBEDDED_PIXELS) if embedded else (FULL_SIZE_GIB, FULL_SIZE_PIXELS)
+    native = NATIVE_PIXELS.get(configuration.model, side)
+    pixels = (configuration.height or native) * (configuration.width or native)
+    scale = max(1.0, (pixels / side**2) ** 2)
     return int((base + image * scale * configuration.batch) * GIB)
 
 

@@ -13,6 +13,7 @@ from perf.session.plan import Plan, Slot
 MAX_RETRIES = 3  # of an invalid round
 INVALID_SHARE_LIMIT = 0.2  # of all rounds
 DRIFT_LIMIT = 0.03  # of the reference workload
+UNBOUNDED_DRIFT_LIMIT = 0.1  # of a session with too few launches for a lower bound
 MIN_DRIFT_ROUNDS = 9  # three for each third of a session; the median of fewer is no evidence of drift
 REFERENCE_SECONDS = "anchor_seconds"  # the key of the reference workload's time in a round, as first released
 TRANSIENT_FAILURES = ("died", "hung", "invalid_response", "failed", "out_of_memory")  # retried by --perf-resume
@@ -95,25 +96,30 @@ class SlotMeasurements:
         return [round_ for launch in self.ordered_launches() for round_ in launch.valid()]
 
 
-def paired_rounds(first: SlotMeasurements, second: SlotMeasurements) -> tuple[list[list[float]], list[list[float]]]:
+def paired_rounds(
+    first: SlotMeasurements, second: SlotMeasurements, clock: str = "seconds"
+) -> tuple[list[list[float]], list[list[float]]]:
     """Seconds of the rounds that are valid on both sides, by launch and cycle, for perf.analysis.paired.
 
+    clock: `seconds` of the session's clock, or `wall_seconds`.
     Both lists have an entry for each launch number of either side, empty where the other side has no such round.
     """
-    launches = [launch_rounds(first, second, number) for number in sorted({*first.launches, *second.launches})]
+    launches = [launch_rounds(first, second, number, clock) for number in sorted({*first.launches, *second.launches})]
     return [ours for ours, _ in launches], [theirs for _, theirs in launches]
 
 
-def launch_rounds(first: SlotMeasurements, second: SlotMeasurements, launch: int) -> tuple[list[float], list[float]]:
+def launch_rounds(
+    first: SlotMeasurements, second: SlotMeasurements, launch: int, clock: str = "seconds"
+) -> tuple[list[float], list[float]]:
     """Seconds of the rounds of one launch that are valid on both sides, by cycle."""
-    one, other = _seconds_by_round(first, launch), _seconds_by_round(second, launch)
-    common = sorted(one.keys() & other.keys())
-    return [one[cycle] for cycle in common], [other[cycle] for cycle in common]
+    ours, theirs = _seconds_by_round(first, launch, clock), _seconds_by_round(second, launch, clock)
+    common = sorted(ours.keys() & theirs.keys())
+    return [ours[cycle] for cycle in common], [theirs[cycle] for cycle in common]
 
 
-def _seconds_by_round(measured: SlotMeasurements, launch: int) -> dict[int, float]:
+def _seconds_by_round(measured: SlotMeasurements, launch: int, clock: str) -> dict[int, float]:
     rounds = measured.launches[launch].valid() if launch in measured.launches else []
-    return {round_["round"]: round_["seconds"] for round_ in rounds}
+    return {round_["round"]: round_[clock] for round_ in rounds}
 
 
 class Measurements:
@@ -156,10 +162,12 @@ class Measurements:
 
     def drifted(self) -> str | None:
         """Why the session's absolute times are no baseline, as a reason code with its detail, or None."""
-        low = self.least_drift()
-        if low is None or low <= DRIFT_LIMIT:
-            return None
-        return f"anchor_drift {100 * (self.drift() or low):.1f} %, at least {100 * low:.1f} %; {100 * DRIFT_LIMIT:g} % allowed"
+        estimate, low = self.drift() or 0.0, self.least_drift()
+        if low is None:
+            exceeded, bound, limit = estimate > UNBOUNDED_DRIFT_LIMIT, "without a bound", UNBOUNDED_DRIFT_LIMIT
+        else:
+            exceeded, bound, limit = low > DRIFT_LIMIT, f"at least {100 * low:.1f} %", DRIFT_LIMIT
+        return f"anchor_drift {100 * estimate:.1f} %, {bound}; {100 * limit:g} % allowed" if exceeded else None
 
     def _reference_times(self) -> Iterator[tuple[int, float, float]]:
         """Yield (launch, start, reference workload's time) of every valid round.

@@ -175,7 +175,8 @@ def amortisation(session: Session, id: str) -> dict | None:
         return None
     images = images_per_round(configuration.as_dict())
     per_image = [
-        [[seconds / images for seconds in rounds] for rounds in launches] for launches in paired_rounds(eager, compiled)
+        [[seconds / images for seconds in rounds] for rounds in launches]
+        for launches in paired_rounds(eager, compiled, "wall_seconds")  # compiling takes wall time too
     ]
     if sum(map(bool, per_image[0])) < MIN_LAUNCHES:
         return None
@@ -301,6 +302,7 @@ def perf_block(session: Session, partial: str | None, regressed: list[str]) -> d
         "looks": list(session.plan.looks),
         "started_unix_seconds": session.started_unix_seconds,
         "seconds": session.seconds,
+        "selection": settings.selection,
         "partial": partial,
         "invalid": session.invalid,
         "drifted": measurements.drifted(),

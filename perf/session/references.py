@@ -132,7 +132,9 @@ class References:
         with self.launches.open(slot) as worker:
             worker.ask("load", self.limits.load, **arguments)
             for path, seed in paths.items():
-                image = worker.ask("round", self.limits.first_round, seed=seed)["image"]
+                worker.ask("prepare", self.limits.first_round, seed=seed)
+                worker.ask("round", self.limits.first_round, seed=seed)
+                image = worker.ask("examine", self.limits.first_round)["image"]
                 failure = image_failure(image, "full", arguments["device"], workload=reference.workload)
                 if failure:
                     raise WorkerError("wrong_image", f"the reference image is wrong: {failure}")

@@ -27,7 +27,7 @@ from perf.session.progress import SessionProgress
 from perf.session.references import References
 from perf.session.resume import OpenJournal, resume_journal, start_journal
 from perf.session.runner import Runner
-from perf.session.settings import Settings
+from perf.session.settings import SessionRefused, Settings
 from perf.session.traces import trace_all
 from perf.session.workers import Launches, compile_cache
 
@@ -62,7 +62,8 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
     begin = time.time()
     gpu = open_visible_device() if settings.device == "cuda" else None
     facts = stack(settings.device, gpu)
-    log(noise.expectation(cpu_facts(), settings.launches))
+    if settings.device == "cpu":
+        log(noise.expectation(cpu_facts(), settings))
     plan = _plan(settings, configurations, gpu, log)
     with (
         _device_lock(facts, log),
@@ -71,6 +72,12 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
     ):
         launches = Launches(settings, cache)
         probed = launches.probe([slot.configuration for slot in plan.slots])
+        uuids = facts["uuid"], probed["uuid"]  # torch gives a part of a GPU, whose name begins with MIG, as a whole one
+        if None not in uuids and uuids[0] != uuids[1] and not uuids[0].startswith("MIG"):
+            raise SessionRefused(
+                f"torch uses the GPU {probed['uuid']}, and the first one of the driver is {facts['name']}, {facts['uuid']}: "
+                "set CUDA_DEVICE_ORDER=PCI_BUS_ID and choose the GPU by CUDA_VISIBLE_DEVICES"
+            )
         facts.update({name: probed[name] for name in PEAK_RATES})
         watch = _watch(gpu, probed["uuid"], log)
         opened = _open_journal(settings, plan, facts, begin, log)
@@ -100,11 +107,11 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
             try:
                 pairs.measure(runner, measurements, judge, progress.log, planned)
                 journal.write("end", {})
-                if settings.trace:
-                    slots = [slot for slot in plan.own_slots if measurements.by_name[slot.name].failure is None]
-                    traces = trace_all(launches, slots, settings.trace, settings.limits, progress.log)
             except KeyboardInterrupt:  # the measured rounds are in the journal, for --perf-resume
                 interrupted = True
+            if settings.trace and not interrupted:
+                slots = [slot for slot in plan.own_slots if measurements.by_name[slot.name].failure is None]
+                traces = trace_all(launches, slots, settings.trace, settings.limits, progress.log)
     references.add_unchecked_launches(measurements)
     seconds = time.time() - begin
     judge.launch_seconds = seconds / max(1, measurements.most_launches())
@@ -200,11 +207,27 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
         "slowdown": settings.slowdown,
         "against": settings.against_name,
         "source": fingerprints.source_sha256(ROOT / "sd"),
+        "harness": fingerprints.source_sha256(ROOT / "perf"),
+        "own": _own_sources(plan, settings),
+        "interpreters": {label: interpreter.python for label, interpreter in settings.interpreters.items()},
         "stack": {key: facts[key] for key in ("name", "processor", "uuid", "driver", "torch")},
     }
     if not settings.resume:
         return start_journal(folder, plan, protocol, begin)
     return resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
+
+
+def _own_sources(plan: Plan, settings: Settings) -> dict[str, str]:
+    """Hashes of the files of the user's own engines and tests; those of modules that they import are not known here."""
+    hashes = {}
+    for configuration in (slot.configuration for slot in plan.slots if slot.configuration.own):
+        name = configuration.engine.partition(":")[0]
+        folder = settings.rootpath if configuration.test else settings.directory
+        module = name.replace(".", "/")
+        for path in (name, f"{module}.py", f"{module}/__init__.py"):
+            if (folder / path).is_file():
+                hashes[path] = fingerprints.sha256(folder / path)
+    return hashes
 
 
 def _references(settings: Settings, launches: Launches, facts: dict, own_folder: Path) -> References:

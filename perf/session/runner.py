@@ -156,20 +156,18 @@ class Runner:
             self._record("load", measured, launch, {"answer": loaded})
             yield
             self.progress(launch, slot, WARM_UP_ROUND)
-            answer = worker.ask("round", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
+            answer, _ = self._round(worker, self.limits.first_round, slot.seed(WARM_UP_ROUND))
             hashes = [answer["image"]["sha256"]]
             self._record("round", measured, launch, {"round": None, "answer": answer})
             if self.counting and launch == 0 and measured.counts is None:
-                counts = worker.ask("count", self.limits.first_round, seed=slot.seed(WARM_UP_ROUND))
-                self._record("counts", measured, launch, {"answer": counts})
+                self._count(worker, measured, launch)
             while measured.failure is None and measured.next_round(launch)[0] < self.plan.cycles:
                 yield
                 number, attempt = measured.next_round(launch)
                 self.progress(launch, slot, number)
                 seed = slot.seed(number)
                 check = self.references(slot, seed) if number == 0 else None
-                with self.watch(worker.pid) as watched:
-                    answer = worker.ask("round", self.limits.round, seed=seed, check=check)
+                answer, watched = self._round(worker, self.limits.round, seed, check, self.watch)
                 if attempt == 0:  # a retry has the same latents as the round it repeats, and so the same image
                     hashes.append(answer["image"]["sha256"])
                 wrong = self._image_failure(slot, loaded, answer["image"], hashes)
@@ -177,6 +175,33 @@ class Runner:
                 content = {"round": number, "attempt": attempt, "answer": answer, "wrong": wrong}
                 content.update(telemetry=watched.telemetry, invalid=watched.invalid)
                 self._record("round", measured, launch, content)
+
+    @staticmethod
+    def _round(
+        worker: Any,
+        seconds: float,
+        seed: int,
+        check: list[str] | None = None,
+        watch: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> tuple[dict[str, Any], Any]:
+        """(the worker's answers about one round, what `watch` observed during the round itself)."""
+        worker.ask("prepare", seconds, seed=seed)
+        with watch(worker.pid) as watched:
+            answer = worker.ask("round", seconds, seed=seed)
+        return {**answer, **worker.ask("examine", seconds, check=check)}, watched
+
+    def _count(self, worker: Any, measured: SlotMeasurements, launch: int) -> None:
+        """Record the counts of an untimed round, or why it cannot be counted, which does not affect the timed rounds."""
+        try:
+            counts = worker.ask("count", self.limits.first_round, seed=measured.slot.seed(WARM_UP_ROUND))
+        except WorkerError as error:
+            if error.kind != "failed":  # the process or its model is gone
+                raise
+            counts = {
+                **dict.fromkeys(("operators", "bytes", "host_waits", "generated_kernels")),
+                "error": str(error)[:300],
+            }
+        self._record("counts", measured, launch, {"answer": counts})
 
     @staticmethod
     def _require_same_choice(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
@@ -198,7 +223,7 @@ class Runner:
     ) -> str | None:
         configuration, device = slot.configuration, loaded["facts"]["device"]
         failure = image_check.image_failure(
-            image, loaded["precision"], device, configuration.approximate, configuration.workload
+            image, loaded["precision"], device, configuration.approximate, configuration.workload, configuration.own
         )
         # The text workload has the same input in every round, and so may an engine of the user's own.
         if failure or configuration.workload == "text" or configuration.own:

@@ -36,6 +36,7 @@ class Settings:
     relevant change, as a fraction. folder: of the journal and the reference images. trace: folder for profiler traces,
     None for none. compile_cache: a folder that persists between sessions; without one the first launch of each
     configuration compiles from scratch. counting: whether to count operators, which takes one untimed round.
+    selection: the options that choose the configurations, as text.
     directory: where engines of the user's own run and are found.
     rootpath, pytest_arguments: the root of the user's suite and the options of pytest, for its tests.
     """
@@ -61,6 +62,7 @@ class Settings:
     trace: Path | None = None
     compile_cache: Path | None = None
     counting: bool = True
+    selection: str = "default"
     directory: Path = field(default_factory=Path.cwd)
     rootpath: Path = field(default_factory=Path.cwd)
     pytest_arguments: tuple[str, ...] = ()

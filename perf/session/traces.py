@@ -18,21 +18,29 @@ def trace_all(
 ) -> dict[str, dict]:
     """Trace each slot in a process of its own; return the worker's `trace` responses by configuration id.
 
-    launches: a perf.session.workers.Launches. A configuration that cannot be traced is logged and omitted. Raises
-    OSError if the folder cannot be created.
+    launches: a perf.session.workers.Launches. All rounds are measured by now, so nothing that goes wrong here is an error: a
+    configuration that cannot be traced is logged and omitted, and Ctrl-C leaves out the rest.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    traces = {}
+    traces: dict[str, dict] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log(f"perf: nothing was traced: {folder} cannot be created: {error.strerror}")
+        return traces
     for slot in slots:
         id = slot.configuration.id
         log(f"perf: tracing {id}")
         try:
             with launches.open(slot) as worker:
                 worker.ask("load", limits.load, **launches.load_arguments(slot))
+                worker.ask("prepare", limits.first_round, seed=TRACE_SEED + 1)
                 worker.ask("round", limits.first_round, seed=TRACE_SEED + 1)
                 traces[id] = worker.ask(
                     "trace", limits.round, stem=str(folder.absolute() / file_name(id)), seed=TRACE_SEED
                 )
         except WorkerError as error:
             log(f"perf: {id} was not traced: {error}")
+        except KeyboardInterrupt:
+            log(f"perf: tracing was interrupted at {id}")
+            break
     return traces

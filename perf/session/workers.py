@@ -26,16 +26,22 @@ class Launches:
 
     def __init__(self, settings: Settings, compile_cache: str):
         self.settings, self.compile_cache = settings, compile_cache
-        self.environment = ()
+        self.environment: tuple[tuple[str, str], ...] = ()
+        if (
+            "CUDA_DEVICE_ORDER" not in os.environ
+        ):  # NVML's, so that the first GPU of torch is that whose facts are saved
+            self.environment = (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),)
         if sys.dont_write_bytecode:  # otherwise every launch compiles all source files again, which takes seconds
             bytecode = str(Path(compile_cache, "bytecode"))
-            self.environment = (("PYTHONDONTWRITEBYTECODE", ""), ("PYTHONPYCACHEPREFIX", bytecode))
+            self.environment += (("PYTHONDONTWRITEBYTECODE", ""), ("PYTHONPYCACHEPREFIX", bytecode))
         if settings.threads:
             self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
     def open(self, slot: Slot):
         """Return the worker of a slot, as a context. Raises WorkerError."""
         if not self.settings.isolated:
+            if self.settings.device == "cuda":  # effective before the first use of CUDA in this process
+                os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             return InProcessLaunch()
         interpreter = self.interpreter(slot)
         if slot.configuration.test:

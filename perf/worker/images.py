@@ -31,6 +31,7 @@ def examine(output: Output, references: list[str] | None) -> dict[str, Any]:
     for i, path in enumerate(references or ()):
         expected_latents, expected_image = _read(path)
         own_latents = _like(latents, i, expected_latents)
+        expected_latents = expected_latents.astype("float64")  # whose norm does not overflow
         norm = np.linalg.norm(own_latents - expected_latents)
         errors.append(float(norm / max(np.linalg.norm(expected_latents), 1e-30)))
         if output.images is not None:

@@ -61,6 +61,8 @@ class ReferenceWorkload:
         self.scores = draw(8, tokens, tokens)
         self.name, self.times, self.small_repeats = (shapes[name] for name in ("name", "times", "small"))
         self.small = draw(32, 32), draw(2, 8, 8, 8), draw(8, 8, 3, 3), draw(4, 16, 16)
+        tensors = self.a, self.b, self.image, self.kernel, self.scores, *self.small
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @torch.no_grad()
     def __call__(self) -> None:

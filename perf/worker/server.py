@@ -27,7 +27,7 @@ from perf.worker import clock
 from perf.worker.wire import PROTOCOL, WorkerError
 
 atexit.register(gc.unfreeze)  # some libraries report what is left out of collections at exit as leaked
-OPERATIONS = ("ping", "probe", "load", "round", "count", "trace", "write_reference", "release")
+OPERATIONS = ("ping", "probe", "load", "prepare", "round", "examine", "count", "trace", "write_reference", "release")
 RATE_DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32",)}  # of the matmul rates of `probe`
 
 
@@ -103,8 +103,6 @@ class Worker:
         end = time.perf_counter()
         self.reference_workload = reference_workload.ReferenceWorkload(torch.device(device))
         self.reference_workload()  # its first call allocates
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         return {
             "import_seconds": loading - begin,  # includes the start of the device
             "load_seconds": end - loading,
@@ -118,29 +116,29 @@ class Worker:
             "pid": os.getpid(),
         }
 
-    def round(self, seed: int, check: list[str] | None = None) -> dict:
-        """Time one round and its reference workload; then, untimed, examine the output.
-
-        check: reference files, one per image. Garbage of earlier rounds is collected before the clock starts.
-        """
-        from perf.worker import images
-
+    def prepare(self, seed: int) -> dict:
+        """Make the state from which the next round starts, and collect the garbage of earlier ones."""
         self.output = None
         self.engine.prepare(seed)
         collect_garbage()
         if self.graphs_after_first is not None:
             leave_objects_out()
+        if clock.uses_cuda():
+            sys.modules["torch"].cuda.reset_peak_memory_stats()
+        return {}
+
+    def round(self, seed: int) -> dict:
+        """Time one round. The session observes the device during this request, which therefore does nothing else."""
         if self.busy_loop:
             self.busy_loop.start()
         with self._compiling():
             started = time.time()
             wall, begin = time.perf_counter(), self.clock()
             output = self.engine.round(seed)
-            if self.busy_loop and self.own:  # which has no steps to slow down
+            if self.busy_loop and not self.busy_loop.steps:  # the workload has no steps to slow down
                 self.busy_loop(1, 1)
             seconds = self.clock() - begin
             wall = time.perf_counter() - wall
-        reference_seconds = self.reference_workload.seconds(self.clock)
         self.output = output
         self._require_read_fields()
         if self.graphs_after_first is None:
@@ -151,17 +149,24 @@ class Worker:
             "seconds": seconds,
             "wall_seconds": wall,
             "device_seconds": sum(output.stages.values()) if timed_by_events else None,
-            "anchor_seconds": reference_seconds,
             "stages": output.stages,
             "unet_calls": output.unet_calls,
             "work": self._work(output.unet_calls),
-            "peak_bytes": peak_bytes(),
-            "image": images.examine(output, check),
+            "peak_bytes": self._peak_bytes(),
             "kernels": self.engine.kernels(),
             "compile": {
                 **{name: self.compiled[name] for name in ("graphs", "graph_breaks")},
                 "recompiles": self.compiled["graphs"] - self.graphs_after_first,
             },
+        }
+
+    def examine(self, check: list[str] | None = None) -> dict:
+        """Time the reference workload and examine the output of the last round. check: reference files, one per image."""
+        from perf.worker import images
+
+        return {
+            "anchor_seconds": self.reference_workload.seconds(self.clock),
+            "image": images.examine(self.output, check),
         }
 
     def count(self, seed: int) -> dict:
@@ -228,6 +233,13 @@ class Worker:
                 "effect: leave it out, or use the field in the engine",
             )
 
+    def _peak_bytes(self) -> dict[str, int | None]:
+        """Peak memory of the round, without the tensors of the reference workload."""
+        peaks = peak_bytes()
+        if peaks["allocated"] is not None:
+            peaks["allocated"] -= self.reference_workload.bytes
+        return peaks
+
     def _work(self, unet_calls: int) -> dict[str, int] | None:
         from perf.analysis import flops
 
@@ -287,7 +299,8 @@ def leave_objects_out() -> None:
 class BusyLoop:
     """A progress callback that prolongs each sampler step by a fraction: the injected slowdown of the self-test.
 
-    clock: waits for the device; on a GPU a loop on the host alone would be hidden behind queued work.
+    A workload without steps, and an engine that does not report them, are prolonged at the end of the round. clock: waits for
+    the device; on a GPU a loop on the host alone would be hidden behind queued work. steps: of the present round.
     """
 
     def __init__(self, fraction: float, clock: Any):
@@ -295,10 +308,11 @@ class BusyLoop:
         self.start()
 
     def start(self) -> None:
-        """Begin a run."""
-        self.last = self.clock()
+        """Begin a round."""
+        self.last, self.steps = self.clock(), 0
 
     def __call__(self, step: int, steps: int) -> None:
+        self.steps += 1
         end = self.clock()
         end += self.fraction * (end - self.last)
         while self.clock() < end:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-PROTOCOL = 1
+PROTOCOL = 2  # 1: before the examination of an output was a request of its own
 # Kinds of error that a worker reports itself; a launch adds `died`, `hung` and `invalid_response`, and the session
 # `wrong_image` (a failed image check).
 KINDS = ("unavailable", "usage", "out_of_memory", "bad_image", "failed")

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-PROTOCOL = 1
+PROTOCOL = 2
 IDENTITY = {"device": "cpu", "torch": "fake", "name": "fake", "uuid": None}
 
 
@@ -67,8 +67,8 @@ class Fake:
         if mishap and mishap["do"] == "error":
             return {"error": {"kind": mishap["kind"], "message": mishap.get("message", "so the script says")}}
         answer = getattr(self, operation)(**request)
-        if mishap and mishap["do"] == "change":  # the image metrics of a round
-            answer["image"].update(mishap["image"])
+        if operation == "round":  # a change of the image metrics of a round shows when they are examined
+            self.seed, self.change = request["seed"], mishap["image"] if mishap and mishap["do"] == "change" else {}
         return {"ok": answer}
 
     def probe(self, device, threads, clock=None, configurations=()):
@@ -85,7 +85,10 @@ class Fake:
         }
         return {**answer, "facts": facts, "pid": os.getpid()}
 
-    def round(self, seed, check=None):
+    def prepare(self, seed):
+        return {}
+
+    def round(self, seed):
         time.sleep(self.script.get("sleep", 0))
         other_commit = os.getcwd() != self.script.get("head", os.getcwd())
         key = (self.script.get("seed", 0), self._id(), self.slowdown, other_commit, self.launch, seed)
@@ -93,25 +96,26 @@ class Fake:
         seconds = self._of("seconds", 0.01) * (1 + self.slowdown) * wobble
         if other_commit:
             seconds *= self.script.get("base", 1.0)
-        digest = hashlib.sha256(repr((self._id(), seed)).encode()).hexdigest()
-        missing = [path for path in check or [] if not os.path.exists(path)]
-        if missing:
-            raise FileNotFoundError(missing[0])
-        error, ratio = (1e-6, 90.0) if check else (None, None)
-        image = {"sha256": digest, "finite": True, "constant": False, "latent_relative_error": error, "psnr_db": ratio}
         return {
             "started_unix_seconds": time.time(),
             "seconds": seconds,
             "wall_seconds": seconds,
             "device_seconds": None,
-            "anchor_seconds": self._of("anchor", 0.001),
             "stages": {"text": 0.1 * seconds, "unet": 0.8 * seconds, "vae": 0.1 * seconds},
             "unet_calls": 2,
             "peak_bytes": {"allocated": None, "reserved": None, "rss": 1 << 20},
-            "image": image,
             "kernels": {"unet": ["fake"]},
             "compile": {"graphs": 0, "graph_breaks": 0, "recompiles": 0},
         }
+
+    def examine(self, check=None):
+        digest = hashlib.sha256(repr((self._id(), self.seed)).encode()).hexdigest()
+        missing = [path for path in check or [] if not os.path.exists(path)]
+        if missing:
+            raise FileNotFoundError(missing[0])
+        error, ratio = (1e-6, 90.0) if check else (None, None)
+        image = {"sha256": digest, "finite": True, "constant": False, "latent_relative_error": error, "psnr_db": ratio}
+        return {"anchor_seconds": self._of("anchor", 0.001), "image": {**image, **self.change}}
 
     def count(self, seed):
         return {"operators": {"mm": 10, "add": 5}, "bytes": 1000, "host_waits": 0, "generated_kernels": 0}

@@ -117,15 +117,17 @@ class _Launch:
             "pid": 1,
         }
 
-    def _round(self, seed, check=None):
+    def _prepare(self, seed):
+        return {}
+
+    def _round(self, seed):
         machine, configuration = self.machine, self.configuration
         machine.rounds += 1
         if machine.interrupt_after is not None and machine.rounds > machine.interrupt_after:
             raise KeyboardInterrupt
         factor = machine.base_slow if self.base else machine.slow.get(configuration.id, 1.0) * (1 + self.slowdown)
         seconds = 0.2 * machine.offset * self.factor * factor * machine.draw.lognormvariate(0, machine.noise)
-        anchor = 0.01 * machine.offset * (1 + machine.drift * (machine.rounds > 8))
-        wrong = configuration.id in machine.wrong
+        self.seed = seed
         cold = configuration.compile != "none" and configuration.id not in machine.compiled
         machine.compiled.add(configuration.id)
         return {
@@ -133,21 +135,25 @@ class _Launch:
             "seconds": seconds,
             "wall_seconds": seconds + machine.compile_seconds * cold,
             "device_seconds": None,
-            "anchor_seconds": anchor,
             "stages": {"text": 0.1 * seconds, "unet": 0.7 * seconds, "vae": 0.2 * seconds},
             "unet_calls": configuration.steps + 1,
             "work": {"flops": 10**9 * (configuration.steps + 1), "minimum_bytes": 10**8},
             "peak_bytes": {"allocated": None, "reserved": None, "rss": 300 << 20},
-            "image": {
-                "sha256": f"{seed:064x}",
-                "finite": True,
-                "constant": False,
-                "latent_relative_error": 0.5 if wrong and check else 1e-6,
-                "psnr_db": 20.0 if wrong and check else 80.0,
-            },
             "kernels": {"unet": ["math"]},
             "compile": {"graphs": int(configuration.compile != "none"), "graph_breaks": 0, "recompiles": 0},
         }
+
+    def _examine(self, check=None):
+        machine = self.machine
+        wrong = check and self.configuration.id in machine.wrong
+        image = {
+            "sha256": f"{self.seed:064x}",
+            "finite": True,
+            "constant": False,
+            "latent_relative_error": 0.5 if wrong else 1e-6,
+            "psnr_db": 20.0 if wrong else 80.0,
+        }
+        return {"anchor_seconds": 0.01 * machine.offset * (1 + machine.drift * (machine.rounds > 8)), "image": image}
 
     def _count(self, seed):
         operators = Counter({"addmm": 20, "add": 5}) + Counter({} if self.base else self.machine.more)

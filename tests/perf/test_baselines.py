@@ -154,7 +154,7 @@ def test_injected_slowdown_is_detected_only_there(storage):
     decisions = judge(current({IDS[1]: 1.05, IDS[2]: 0.95}), chosen(storage), 0.01).decisions
     assert [decisions[id].verdict for id in IDS] == [Verdict.SAME, Verdict.SLOWER, Verdict.FASTER]
     assert decisions[IDS[1]].ratio.estimate == pytest.approx(1.05, abs=0.006)
-    assert decisions[IDS[1]].against == "0008_nightly"
+    assert decisions[IDS[1]].against == "8 sessions up to 0008_nightly"  # whose mean the ratio refers to
 
 
 def test_regressed_run_does_not_become_the_baseline(storage):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from counting import Counting, needs_counting
@@ -31,6 +33,20 @@ def _networks(config):
         networks = UNet(config.unet), Autoencoder(config.autoencoder), TextEncoder(config.text)
         inputs = torch.zeros(1, 4, side, side), torch.zeros(1, 77, dtype=torch.long)
         return (*networks, *inputs, torch.zeros(1, 77, config.text.width))
+
+
+@pytest.mark.parametrize("name, percent", [("sd2", 2.5), ("sd2-v", 3.5)])
+def test_what_shared_guidance_saves(name, percent):
+    """The share of a UNet call that both halves of guidance have in common, in docs/optimisations.md."""
+    config = preset(name)
+    unet, *_, latents, _, context = _networks(config)
+    context = torch.cat([context, context])
+    with torch.no_grad():
+        both = _counted(lambda: unet(torch.cat([latents, latents]), torch.zeros(2, device="meta"), context))
+        shared = _counted(lambda: unet(latents, torch.zeros(1, device="meta"), context))
+    assert round(100 * (1 - shared / both), 1) == percent
+    text = (Path(__file__).parents[2] / "docs" / "optimisations.md").read_text(encoding="utf-8")
+    assert f"{percent} % {'fewer FLOPs in a call of SD2 at 512 pixels' if name == 'sd2' else 'at 768 |'}" in text
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 
 from perf.launch import process as launcher
 from perf.launch.process import Interpreter, ProcessLaunch
-from perf.worker.wire import MAX_MESSAGE_CHARACTERS, WorkerError, parse_response
+from perf.worker.wire import MAX_MESSAGE_CHARACTERS, PROTOCOL, WorkerError, parse_response
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_worker.py"
 PROBE = {"device": "cpu", "threads": None}
@@ -155,7 +155,8 @@ def test_a_slow_start_is_killed(monkeypatch):
 
 
 def test_an_incomplete_line_is_a_hang():
-    code = """import os, time; os.write(1, b'{"ok": {"protocol": 1}}\\n{"ok": '); time.sleep(600)"""
+    greeting = f'{{"ok": {{"protocol": {PROTOCOL}}}}}'
+    code = f"""import os, time; os.write(1, b'{greeting}\\n{{"ok": '); time.sleep(600)"""
     assert failure([sys.executable, "-I", "-S", "-c", code], timeout_seconds=0.3).kind == "hung"
 
 
@@ -182,11 +183,11 @@ def test_unsolicited_output_is_not_taken_for_a_response():
     assert caught.value.kind == "invalid_response"
 
 
-@pytest.mark.parametrize("protocol", [None, 0, 2, "1", "x" * 5000])
+@pytest.mark.parametrize("protocol", [None, 0, PROTOCOL + 1, "1", "x" * 5000])
 def test_another_protocol_is_rejected(protocol):
     error = failure(command(protocol=protocol))
     assert error.kind == "invalid_response"
-    assert "the worker uses protocol" in str(error) and str(error).endswith("not 1") and len(str(error)) < 150
+    assert "the worker uses protocol" in str(error) and str(error).endswith(f"not {PROTOCOL}") and len(str(error)) < 150
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "/dev/null", str(FAKE.parent)])
@@ -289,6 +290,20 @@ def test_import_path_has_the_source_before_this_tree(monkeypatch, tmp_path):
     assert variables["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), str(launcher.ROOT), "mine"]
     assert variables["A"] == "1"
     assert Interpreter().variables()["PYTHONPATH"].split(os.pathsep) == [str(launcher.ROOT), "mine"]
+
+
+def test_an_installed_package_is_imported_without_its_neighbours(monkeypatch, tmp_path):
+    """Beside it is this interpreter's torch, which another interpreter would import instead of its own."""
+    packages = tmp_path / "site-packages"
+    for name in ("perf", "sd", "torch"):
+        (packages / name).mkdir(parents=True)
+    monkeypatch.setattr(launcher, "ROOT", packages)
+    monkeypatch.setattr(launcher, "import_root", launcher.import_root.__wrapped__)
+    folder = launcher.import_root()
+    assert sorted(path.name for path in folder.iterdir()) == ["perf", "sd"]
+    assert (folder / "sd").resolve() == packages / "sd"
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert str(packages) not in Interpreter().variables()["PYTHONPATH"].split(os.pathsep)
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, {"ok": []}, {"error": {}}, {"error": {"kind": [], "message": ""}}])

@@ -49,7 +49,10 @@ def test_both_sides_of_a_pair_make_the_same_image(older, configuration, head_is_
     with ProcessLaunch(sides[0]) as head, ProcessLaunch(sides[1]) as base:
         folders = [worker.ask("load", 120.0, **load)["sd"] for worker in (head, base)]
         assert folders == [str(side.source / "sd") for side in sides]
-        rounds = [[worker.ask("round", 120.0, seed=seed) for worker in (head, base)] for seed in (1, 2)]
+        rounds = [
+            [{**worker.ask("round", 120.0, seed=seed), **worker.ask("examine", 120.0)} for worker in (head, base)]
+            for seed in (1, 2)
+        ]
     for ours, theirs in rounds:
         assert ours["image"]["sha256"] == theirs["image"]["sha256"]
         assert ours["work"] == theirs["work"] and ours["work"]["flops"] > 0

@@ -70,6 +70,17 @@ def test_rounds_of_fresh_processes_with_saved_launches(suite):
     assert all(each["extra_info"]["speedup"] is None for each in (first, saved["suite/test_mine.py::test_mine[2]"]))
 
 
+def test_two_tests_of_one_name_are_refused(suite):
+    """Their rounds would be stored under one id, and only one of them measured."""
+    (suite.path / "suite" / "more").mkdir()
+    (suite.path / "suite" / "more" / "test_mine.py").write_text((suite.path / "suite" / "test_mine.py").read_text())
+    result = suite.call("--import-mode=importlib")
+    assert result.ret == ExitCode.REFUSED, suite.output
+    suite.prints(
+        f"two tests are both called {FIRST}: suite/", "suite/more/test_mine.py::test_mine[1]", "rename one of them"
+    )
+
+
 def test_stored_sessions_of_the_suite_are_baselines(suite):
     """With storage and comparison as pytest-benchmark has them: no option of ours is given."""
     for _ in range(2):

@@ -175,7 +175,7 @@ def test_run_from_the_folder_of_the_tests(inner, monkeypatch):
     monkeypatch.chdir(inner.path / "suite")
     inner.machine.slow[SDPA] = 1.05
     assert inner.run(".", "--benchmark-compare", launches=6).ret == ExitCode.SLOWER, inner.output
-    inner.prints(f"{SDPA}: SLOWER", "against 0008_nightly (beyond_margin)")
+    inner.prints(f"{SDPA}: SLOWER", "against 8 sessions up to 0008_nightly (beyond_margin)")
     assert not (inner.path / "suite" / ".benchmarks").exists()
 
 
@@ -185,7 +185,7 @@ def test_run_from_the_folder_of_the_tests(inner, monkeypatch):
 def test_unchanged_is_the_same(inner):
     inner.store(STORED)
     assert inner.run("--benchmark-compare", "--benchmark-save=now", launches=6).ret == 0, inner.output
-    inner.prints(f"{SDPA}: SAME", "against 0008_nightly (within_margin)", "1 comparison, margin 1.0 %")
+    inner.prints(f"{SDPA}: SAME", "against 8 sessions up to 0008_nightly (within_margin)", "1 comparison, margin 1.0 %")
     assert verdict(inner.last())["verdict"] == "SAME"
     assert inner.last()["perf"]["regressed"] == []
 
@@ -197,7 +197,11 @@ def test_slowdown_of_5_percent_has_one_wording_everywhere(inner):
     assert result.ret == ExitCode.SLOWER, inner.output
     result.assert_outcomes(passed=1, failed=1)
     saved = verdict(inner.last())
-    assert (saved["verdict"], saved["reason"], saved["against"]) == ("SLOWER", "beyond_margin", "0008_nightly")
+    assert (saved["verdict"], saved["reason"], saved["against"]) == (
+        "SLOWER",
+        "beyond_margin",
+        "8 sessions up to 0008_nightly",
+    )
     assert saved["ratio"]["estimate"] == pytest.approx(1.05, abs=0.01), inner.output
     assert verdict(inner.last(), ORIGINAL)["verdict"] == "SAME"
     decision = str(saved_run.read(inner.saved()[-1]).by_id[SDPA].decision)
@@ -217,7 +221,7 @@ def test_regressed_run_is_never_a_baseline(inner):
     for _ in range(2):
         result = inner.run("--benchmark-compare", "--benchmark-save=slow", launches=6)
         assert result.ret == ExitCode.SLOWER, inner.output
-        inner.prints("against 0008_nightly (beyond_margin)")
+        inner.prints("against 8 sessions up to 0008_nightly (beyond_margin)")
         assert inner.last()["perf"]["regressed"] == [SDPA]
     assert len(inner.saved()) == STORED + 2
     inner.run("--benchmark-compare=0009")
@@ -253,13 +257,19 @@ def test_drift_bars_the_session_from_the_baselines_and_from_a_verdict_against_th
     assert inner.last()["perf"]["drifted"].startswith("anchor_drift ")
     inner.machine.drift = 0.0
     assert inner.run("--benchmark-compare", launches=6).ret == 0
-    inner.prints("against 0008_nightly")
+    inner.prints("against 8 sessions up to 0008_nightly")
 
 
 def test_missing_and_new_configurations_are_listed(inner):
-    inner.store(1)
-    assert inner.run("--benchmark-compare", what=("--attention=mha", "--steps=2")).ret == 0
-    inner.prints(f"in the baseline, but not measured: {SDPA}", "new, without a baseline: tiny-mha-plms2-b1")
+    """Missing are those of the newest session with the same options; another selection lacks others by intent."""
+    both = ("--attention=mha", *ONE)
+    inner.store(1, what=both)
+    assert inner.run("--benchmark-save=other", what=("--attention=original", "--steps=2")).ret == 0
+    inner.machine.refused = {"tiny-mha-plms2-b1": ("unavailable", "not here")}
+    assert inner.run("--benchmark-compare", what=both).ret == 0
+    inner.prints("in the baseline, but not measured: tiny-mha-plms2-b1")
+    assert inner.run("--benchmark-compare", what=("--attention=xformers", *ONE)).ret == 0
+    assert "but not measured" not in inner.output
 
 
 @pytest.mark.slow

@@ -36,6 +36,15 @@ def test_the_order_follows_paired_ratios_and_not_absolute_times():
     assert ids(ranked([slow, misleading])) == ["quick", "slow"]
 
 
+def test_rounds_are_paired_by_their_cycle():
+    """An invalid round leaves its cycle empty; the rounds after it belong to their own cycles."""
+    shared = [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]
+    quick, slow = [shared] * 3, [[2 * seconds for seconds in shared]] * 3
+    gaps = [[None, *launch[1:]] for launch in slow]
+    ratio = paired(Entry("slow", 2.0, gaps, (), ""), Entry("quick", 1.0, quick, (), ""))
+    assert math.isclose(ratio.estimate, 2.0)
+
+
 def test_fastest_only_where_the_interval_excludes_no_change():
     speedup = Interval(2.0, 1.9, 2.1)
     quick = entry("quick", 1.0, 0.01, speedup=speedup, against="original")

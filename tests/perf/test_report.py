@@ -199,7 +199,7 @@ def test_command_of_a_preset_and_of_another_engine():
         one["extra_info"]["configuration"].update(changes)
     preset, peer = map(commands.command, results_of(made)[:2])
     assert " --optimise fast,int8 " in preset
-    assert " -m peers -k sd2-" in peer and " --model sd2 --batch 1 " in peer and "--attention" not in peer
+    assert " --model sd2 --engine diffusers --attention " in peer and " -m " not in peer
 
 
 def test_command_quotes_foreign_values():

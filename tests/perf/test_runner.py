@@ -110,7 +110,7 @@ def test_models_are_loaded_at_the_same_time_except_in_the_first_launch():
     bench.loads_at_once = 2
     bench.open = lambda slot: contextlib.nullcontext(Recording(bench, slot, bench.turns[-1][0], Fake(bench.script)))
     bench.run()
-    rounds = ["round"] * 6  # three warm-ups, three timed
+    rounds = ["prepare", "round", "examine"] * 6  # three warm-ups, three timed
     assert [operation for launch, operation in events if launch == 0] == ["send", "load"] * 3 + rounds
     both = ["send", "send", "load", "load"]
     assert [operation for launch, operation in events if launch == 1] == [*both, "send", "load", *rounds]
@@ -145,7 +145,7 @@ def test_every_process_is_known_before_a_round_is_watched():
         loaded=lambda pid: order.append("loaded"),
     )
     runner.run(Measurements(bench.plan))
-    assert order == ["loaded"] * 3 + ["round"] * 3
+    assert order == ["loaded"] * 3 + ["round"] * 3  # the warm-ups are not watched
 
 
 @pytest.mark.parametrize("operation", ["load", "round"])
@@ -263,7 +263,9 @@ def test_certain_drift_bars_the_session_from_being_a_baseline():
     assert drifting([1, 1.002, 1] * 3).drifted() is None
     uncertain = drifting([1, 1.2, 0.9, 1, 1.3, 0.8, 1.06, 1.3, 0.9])
     assert uncertain.drift() > 0.03 and uncertain.drifted() is None
-    assert drifting([1, 1, 1.5, 1.5, 1.5]).drifted() is None  # too few launches for an interval
+    few = drifting([1, 1, 1.5, 1.5, 1.5])  # launches, which have no lower bound
+    assert few.least_drift() is None and few.drifted() == "anchor_drift 33.3 %, without a bound; 10 % allowed"
+    assert drifting([1, 1, 1.09, 1.09, 1.09]).drifted() is None
 
 
 def test_a_different_speed_of_another_interpreter_is_no_drift():
@@ -369,4 +371,7 @@ def test_only_the_first_round_is_compared_and_every_request_has_its_limit():
     bench = Bench(Plan(THREE[:1], launches=1, rounds=2))
     bench.open = lambda slot: contextlib.nullcontext(Recording(bench, slot, 0, Fake({})))
     bench.run()
-    assert asked == [("load", 1, False), ("round", 2, False), ("round", 3, True), ("round", 3, False)]
+    requests = [("load", 1, False)]
+    for limit, compared in ((2, False), (3, True), (3, False)):
+        requests += [("prepare", limit, False), ("round", limit, False), ("examine", limit, compared)]
+    assert asked == requests

@@ -15,17 +15,23 @@ from pathlib import Path
 import pytest
 from fake_worker import SessionRunner
 
+from perf.analysis.counts import compare
 from perf.analysis.verdicts import Verdict
 from perf.configurations.configuration import Configuration
 from perf.launch.process import ROOT, Interpreter
-from perf.session import journal
+from perf.machine.facts import CpuFacts
+from perf.machine.nvml import NoTelemetry
+from perf.machine.stack import stack
+from perf.runs import fingerprints
+from perf.session import journal, loading, record
 from perf.session.lock import DeviceBusy, DeviceLock
 from perf.session.measurements import MAX_RETRIES
+from perf.session.noise import expectation
 from perf.session.pairs import Judge, pairs_of
 from perf.session.plan import CONTROL, Slot
 from perf.session.run import run
 from perf.session.runner import Limits
-from perf.session.settings import SessionError, Settings
+from perf.session.settings import SessionError, SessionRefused, Settings
 from perf.session.workers import Launches
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_worker.py"
@@ -116,6 +122,15 @@ def test_a_whole_session(fake, tmp_path):
     assert not list(tmp_path.glob("sd-perf-compile-*"))
 
 
+def test_memory_is_estimated_by_the_pixels_of_the_model():
+    gib = {
+        model: loading.worker_bytes(Configuration(model=model)) / 2**30
+        for model in ("tiny", "tiny-inpaint", "sd2", "sd2-v")
+    }
+    assert gib["tiny"] == gib["tiny-inpaint"] < 1 and gib["sd2"] == pytest.approx(11)
+    assert gib["sd2-v"] == pytest.approx(7 + 4 * (768 / 512) ** 4)  # all pairs of its pixels
+
+
 def test_a_session_of_six_launches_has_a_control_arm(fake, tmp_path):
     session, _ = measure(tmp_path, launches=6)
     loaded = [event["slot"] for event in events(tmp_path) if event["event"] == "load"]
@@ -158,6 +173,69 @@ def test_a_wrong_reference_image_is_not_stored(fake, tmp_path):
         session.unchecked[B.id] == "the reference image is wrong: constant: every pixel of the image has the same value"
     )
     assert list((tmp_path / "references").iterdir()) == []
+
+
+def test_what_cannot_be_counted_is_measured_all_the_same(fake, tmp_path):
+    fake(at=[{"op": "count", "id": B.id, "do": "error", "kind": "failed", "message": "RuntimeError: no dispatch mode"}])
+    session, _ = measure(tmp_path)
+    assert summary(session)["failures"] == {A.id: None, B.id: None}
+    counts = {one.id: record.counts(session.measurements.by_name[one.id]) for one in (A, B)}
+    assert counts[A.id]["operators"] and counts[B.id]["operators"] is None
+    assert str(compare(counts[B.id], counts[B.id], "0001_a")).endswith("has none (RuntimeError: no dispatch mode)")
+    fake(at=[{"op": "count", "id": B.id, "do": "exit"}])
+    session, _ = measure(tmp_path)
+    assert summary(session)["failures"][B.id][0] == "died"
+
+
+@pytest.mark.parametrize("name", ["mine.py:round", "mine:round"])
+def test_a_session_of_changed_code_is_not_resumed(fake, tmp_path, name):
+    """Half of its rounds would be those of the former code."""
+    engine = tmp_path / "mine.py"
+    engine.write_text("def round(seed): return seed")
+    own = Configuration(engine=name)
+    measure(tmp_path, [own], directory=tmp_path)
+    measure(tmp_path, [own], directory=tmp_path, resume=True)
+    engine.write_text("def round(seed): return seed + 1")
+    fingerprints.sha256.cache_clear()
+    with pytest.raises(SessionError, match=r"was started with other own: \{'mine.py': '"):
+        measure(tmp_path, [own], directory=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("uuid, refused", [("GPU-1", True), ("GPU-2", False), ("MIG-1", False), (None, False)])
+def test_the_gpu_of_torch_is_that_of_the_driver(fake, tmp_path, monkeypatch, uuid, refused):
+    """Facts, storage and lock are those of the driver's first GPU, and torch may number them otherwise."""
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    facts = stack("cpu", NoTelemetry("none"))
+    monkeypatch.setattr("perf.session.run.stack", lambda *_: {**facts, "uuid": uuid, "name": "T4"})
+    probed = {"matmul_flops_per_second": None, "copy_bytes_per_second": None, "uuid": "GPU-2"}
+    monkeypatch.setattr(Launches, "probe", lambda self, configurations: probed)
+    message = "torch uses the GPU GPU-2, and the first one of the driver is T4, GPU-1"
+    with pytest.raises(SessionRefused, match=message) if refused else contextlib.nullcontext():
+        measure(tmp_path, launches=1, rounds=1)
+    variables = dict(Launches(settings(tmp_path), "cache").interpreter(Slot(A)).environment)
+    assert variables["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID" and "CUDA_DEVICE_ORDER" not in os.environ
+
+
+def test_an_interrupted_trace_leaves_the_session_complete(fake, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perf.session.traces.file_name", interrupted)
+    session, _ = measure(tmp_path, trace=tmp_path / "traces")
+    assert not session.interrupted and session.traces == {}
+    (tmp_path / "a file").touch()
+    session, _ = measure(tmp_path, trace=tmp_path / "a file" / "traces")
+    assert not session.interrupted and summary(session)["failures"] == {A.id: None, B.id: None}
+
+
+@pytest.mark.parametrize("changes, percent", [({"launches": 8}, 2), ({"launches": 8, "aa": True, "looks": (8, 12)}, 3)])
+def test_the_first_line_tells_the_visible_difference(changes, percent):
+    """A pair must lie beyond the margin, at the level of a look."""
+    cpu = CpuFacts(load_average_1_minute=0.1, cores=2)
+    line = expectation(cpu, settings(Path(), **changes))
+    assert (
+        line == f"perf: load 0.1 on 2 cores: after 8 launches, differences under about {percent} % will not be visible"
+    )
 
 
 def test_failed_probe_ends_the_session(fake, tmp_path):

@@ -187,9 +187,17 @@ def test_a_replica_that_cannot_load_is_named(one_replica, capsys):
     ],
 )
 def test_invalid_options(one_replica, capsys, arguments, message):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         throughput.main(arguments)
+    assert ended.value.code == ExitCode.REFUSED
     assert message in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_measuring(one_replica, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        throughput.main(["--output", str(tmp_path / "file" / "runs.json")])
+    assert ended.value.code == ExitCode.REFUSED and "--output" in capsys.readouterr().err
 
 
 def test_without_torchrun(monkeypatch, capsys):

@@ -48,6 +48,13 @@ def loading(configuration: Configuration | dict = TINY, **changes) -> dict:
     return {"op": "load", **given, **changes}
 
 
+def round_of(worker: Worker, seed: int, check: list[str] | None = None) -> dict:
+    """The answers about one round, as the session joins them."""
+    ok(worker.handle({"op": "prepare", "seed": seed}))
+    answer = ok(worker.handle({"op": "round", "seed": seed}))
+    return {**answer, **ok(worker.handle({"op": "examine", "check": check}))}
+
+
 def error(worker: Worker, **request) -> tuple[str, str]:
     """(kind, message) of an answer that is an error, on one line."""
     answer = worker.handle(request)
@@ -76,7 +83,7 @@ def worker() -> Worker:
 
 
 def test_a_round_is_timed_examined_and_compared(worker, tmp_path):
-    first = ok(worker.handle({"op": "round", "seed": 1}))
+    first = round_of(worker, 1)
     assert first["seconds"] > 0 and first["wall_seconds"] > 0 and first["anchor_seconds"] > 0
     assert (
         set(first["stages"]) == {"text", "unet", "vae"}
@@ -91,10 +98,10 @@ def test_a_round_is_timed_examined_and_compared(worker, tmp_path):
     assert first["image"]["latent_relative_error"] is None
     reference = str(tmp_path / "reference.npz")
     assert ok(worker.handle({"op": "write_reference", "path": reference})) == {"path": reference}
-    again = ok(worker.handle({"op": "round", "seed": 1, "check": [reference]}))["image"]
+    again = round_of(worker, 1, [reference])["image"]
     assert again["sha256"] == first["image"]["sha256"]
     assert again["latent_relative_error"] == 0 and again["psnr_db"] == 100
-    other = ok(worker.handle({"op": "round", "seed": 1001, "check": [reference]}))["image"]
+    other = round_of(worker, 1001, [reference])["image"]
     assert other["sha256"] != first["image"]["sha256"]
     assert other["latent_relative_error"] > 0.1 and other["psnr_db"] < 45
     json.dumps(first, allow_nan=False)
@@ -120,12 +127,12 @@ def test_old_torch_reports_no_counts(worker):
 
 
 def test_a_merged_lora_changes_the_image_and_not_the_work(worker, tmp_path):
-    plain = ok(worker.handle({"op": "round", "seed": 1}))
+    plain = round_of(worker, 1)
     merged = Worker()
     ok(merged.handle(loading(replace(TINY, lora_rank=4, optimise="fused_qkv"))))
     reference = str(tmp_path / "reference.npz")
     ok(worker.handle({"op": "write_reference", "path": reference}))
-    changed = ok(merged.handle({"op": "round", "seed": 1, "check": [reference]}))
+    changed = round_of(merged, 1, [reference])
     assert changed["image"]["finite"] and 0.001 < changed["image"]["latent_relative_error"] < 1
     assert changed["work"]["flops"] == plain["work"]["flops"]
 
@@ -137,12 +144,12 @@ TRAINING = Configuration(workload="train", attention="sdpa" if has("sdpa") else 
 def test_a_round_of_training_is_compared_with_the_losses_of_its_reference(tmp_path):
     reference, loaded, path = Worker(), Worker(), str(tmp_path / "reference.npz")
     ok(reference.handle(loading(TRAINING.reference())))
-    first = ok(reference.handle({"op": "round", "seed": 1}))
+    first = round_of(reference, 1)
     assert set(first["stages"]) == {"forward", "backward", "optimiser", "average"} and first["unet_calls"] == 3
     assert sum(first["stages"].values()) <= first["wall_seconds"]
     ok(reference.handle({"op": "write_reference", "path": path}))
     ok(loaded.handle(loading(replace(TRAINING, checkpointing=True))))
-    rounds = [ok(loaded.handle({"op": "round", "seed": seed, "check": [path]}))["image"] for seed in (1, 9, 1)]
+    rounds = [round_of(loaded, seed, [path])["image"] for seed in (1, 9, 1)]
     assert image_failure(rounds[0], "full", "cpu", workload="train") is None
     assert image_failure(rounds[1], "full", "cpu", workload="train").startswith(
         "losses and gradient norms: relative error"
@@ -150,7 +157,7 @@ def test_a_round_of_training_is_compared_with_the_losses_of_its_reference(tmp_pa
     assert rounds[0]["sha256"] == rounds[2]["sha256"]  # each round starts from the same weights
     # A step that does not update the weights has the same first loss, and no others.
     loaded.engine.engine.trainer.optimiser.step = lambda: None
-    frozen = ok(loaded.handle({"op": "round", "seed": 1, "check": [path]}))["image"]
+    frozen = round_of(loaded, 1, [path])["image"]
     assert image_failure(frozen, "full", "cpu", workload="train").startswith(
         "losses and gradient norms: relative error"
     )
@@ -177,11 +184,11 @@ def test_a_round_of_inpainting_is_compared_with_its_reference(model, tmp_path):
     configuration = Configuration(model, workload="inpaint", attention=attention, steps=2, sampler="ddim")
     reference, loaded, path = Worker(), Worker(), str(tmp_path / "reference.npz")
     ok(reference.handle(loading(configuration.reference())))
-    first = ok(reference.handle({"op": "round", "seed": 1}))
+    first = round_of(reference, 1)
     assert set(first["stages"]) == {"encode", "text", "unet", "vae"}
     ok(reference.handle({"op": "write_reference", "path": path}))
     ok(loaded.handle(loading(configuration)))
-    same, other = (ok(loaded.handle({"op": "round", "seed": seed, "check": [path]}))["image"] for seed in (1, 9))
+    same, other = (round_of(loaded, seed, [path])["image"] for seed in (1, 9))
     assert image_failure(same, "full", "cpu") is None
     assert image_failure(other, "full", "cpu").startswith("latents: relative error")
 
@@ -234,9 +241,35 @@ def test_a_round_contains_the_busy_loop_of_every_step(monkeypatch):
     ok(slowed.handle(loading(slowdown=1.0)))
     for seed in (1, 2):
         steps.clear()
-        seconds = ok(slowed.handle({"op": "round", "seed": seed}))["seconds"]
+        seconds = round_of(slowed, seed)["seconds"]
         assert len(steps) == TINY.steps and min(steps) > 0
         assert seconds >= 2 * sum(steps)
+
+
+@pytest.mark.parametrize("workload", ["text", "unet", "vae"])
+def test_a_workload_without_steps_is_slowed_at_its_end(workload):
+    seconds, slowed = [0.0], Worker()
+    ok(slowed.handle(loading(replace(TINY, workload=workload), slowdown=1.0)))
+    slowed.clock = slowed.busy_loop.clock = lambda: seconds.__setitem__(0, seconds[0] + 0.01) or seconds[0]
+    round_of(slowed, 1)
+    assert slowed.busy_loop.steps == 1
+
+
+def test_the_stage_of_the_unet_shares_the_halves_of_guidance(monkeypatch):
+    outputs, batches = [], []
+    for optimise in ("none", "shared_guidance"):
+        made = Worker()
+        ok(made.handle(loading(replace(TINY, workload="unet", optimise=optimise))))
+        made.engine.engine.model.unet.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+        round_of(made, 1)
+        outputs.append(made.output.latents)
+    assert batches == [2, 1] and (outputs[0] - outputs[1]).abs().max() < 1e-4
+
+
+def test_the_peak_of_a_round_leaves_out_the_reference_workload(worker, monkeypatch):
+    monkeypatch.setattr("perf.worker.server.peak_bytes", lambda: {"allocated": 10**9, "reserved": None, "rss": None})
+    assert worker.reference_workload.bytes > 4 * 8 * 512 * 512
+    assert round_of(worker, 1)["peak_bytes"]["allocated"] == 10**9 - worker.reference_workload.bytes
 
 
 def test_collections_between_rounds_leave_out_the_libraries_objects():
@@ -255,7 +288,7 @@ def test_collections_between_rounds_leave_out_the_libraries_objects():
         ok(worker.handle(loading({**TINY.as_dict(), "engine": "own"}, own=own)))
         assert gc.get_freeze_count() < FEW
         for _ in range(3):
-            ok(worker.handle({"op": "round", "seed": 1}))
+            round_of(worker, 1)
         assert gc.get_freeze_count() > FEW
         assert [link() is None for link in links] == [True, True, False]
         ok(worker.handle(loading()))

@@ -172,9 +172,10 @@ class SDEngine:
         x = initial_latents(self.model, self.configuration, seed)
         further = self.config.unet.in_channels - x.shape[1]  # of an inpainting or a depth model
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, further))
-        timesteps = torch.full((2 * len(x),), UNET_TIMESTEP, device=x.device)
+        shared = getattr(self.model.optimisations, "shared_guidance", False)  # which older commits lack
+        timesteps = torch.full((1 if shared else 2 * len(x),), UNET_TIMESTEP, device=x.device)
         with torch.no_grad(), compat.model_context(self.model):
-            out = self.model.unet(torch.cat([x, x]), timesteps, self._context)
+            out = self.model.unet(x if shared else torch.cat([x, x]), timesteps, self._context)
         return Output(_by_image(out), None, {}, 1)
 
     def _vae(self, seed: int) -> Output:
