@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny" / "tiny.safetensors"  # of the model `tiny`
@@ -73,3 +74,12 @@ APPROXIMATE = ("token_merging", "feature_caching", "int8", "fp8")
 def cpp_compiler() -> str | None:
     """The path of the C++ compiler that inductor calls for a CPU, or None."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+def why_no_inductor() -> str | None:
+    """Why inductor can compile nothing for a CPU here, or None: its C++ includes Python's headers."""
+    if cpp_compiler() is None:
+        return "needs a C++ compiler on a CPU; install g++, or name one in CXX"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "needs Python's headers on a CPU; install them, such as the package python3-dev"
+    return None

@@ -25,7 +25,7 @@ class Unavailable(SDError, RuntimeError):
 
 
 class BadImage(SDError, RuntimeError):
-    """An output image that is NaN or of one constant colour; it is never saved."""
+    """An output image that is NaN or all black; it is never saved."""
 
 
 class Diverged(SDError, RuntimeError):

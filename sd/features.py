@@ -63,6 +63,7 @@ def _cpu_fused_adamw() -> bool:
         return False
 
 
+_CACHE_KEY_TAG = hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag")
 FEATURES = {
     "sdpa": Feature("F.scaled_dot_product_attention", hasattr(F, "scaled_dot_product_attention"), "torch >= 2.0"),
     "compile": Feature("torch.compile", hasattr(torch, "compile"), "torch >= 2.0"),
@@ -86,7 +87,7 @@ FEATURES = {
     ),
     "cache_key_tag": Feature(
         "torch.compiler.config.cache_key_tag",
-        hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag"),
+        _CACHE_KEY_TAG,
         "torch >= 2.7",
     ),
     "fp32_precision": Feature(
@@ -115,8 +116,9 @@ FEATURES = {
     "mmap_load": Feature("torch.load(mmap=True)", _has_parameter(torch.load, "mmap"), "torch >= 2.1"),
     "reduction_choices": Feature(
         "inductor's overridable split of reductions",
-        "def reduction_split_factor" in _source("_inductor/choices.py"),
-        "torch >= 2.6",
+        # Without a tag the compile cache would return code of other choices.
+        "def reduction_split_factor" in _source("_inductor/choices.py") and _CACHE_KEY_TAG,
+        "torch >= 2.7",
     ),
     "avx512_attention": Feature(
         "operators of our own, and a check for avx512_bf16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoint.contents import ASSUMPTION, prediction_of
 from sd.checkpoint.embedding import read_embedding, require_new_token
 from sd.checkpoint.layouts import UNET, State, native_to_original, with_prefix
 from sd.checkpoint.load import load, read
@@ -18,7 +20,7 @@ from sd.checkpoint.lora import Merged, read_lora, targets
 from sd.checkpoint.networks import factories, materialise
 from sd.choices import EMBEDDED_INPAINTING, EMBEDDED_WEIGHTS, RUNTIMES
 from sd.config.presets import ModelConfig, preset
-from sd.errors import CheckpointError, ConfigError
+from sd.errors import CheckpointError, CheckpointWarning, ConfigError
 from sd.features import has
 from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
@@ -79,8 +81,8 @@ class Networks:
         progress: whether to show a progress bar; None shows it on a terminal.
         vae, text_encoder: files or folders of these networks, in place of those in the checkpoint, if it has any.
         ignore_unknown_keys: leave out weights that belong to no layer.
-        Warns with sd.errors.CheckpointWarning of contents that are not used. Raises CheckpointError, ConfigError or
-        Unavailable.
+        Warns with sd.errors.CheckpointWarning of contents that are not used, and of an SD2 model without `config` and record,
+        which is taken for one of eps. Raises CheckpointError, ConfigError or Unavailable.
         """
         loaded_config, states = load(
             path,
@@ -90,6 +92,13 @@ class Networks:
             text_encoder=text_encoder,
             ignore_unknown_keys=ignore_unknown_keys,
         )
+        if config is None and loaded_config.name == "sd2" and prediction_of(path) is None:
+            warnings.warn(
+                f"{path}: {ASSUMPTION} eps, as SD2 at 512 pixels does; if the images are noise, pass config='sd2-v', and else "
+                "config='sd2'",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         return cls._from_states(loaded_config, states, device, optimisations)
 
     @classmethod
@@ -212,13 +221,15 @@ class Networks:
 
     @contextmanager
     def _plain_weights(self) -> Iterator[None]:
-        """Context in which no weight is packed, so that `state_dict` shares memory with the model."""
+        """Context in which no weight is packed, so that `state_dict` shares memory with the model; then all is derived anew."""
         networks = (self.unet, self.autoencoder)
         for network in networks:
             unpack(network)
         try:
             yield
         finally:
+            if self.optimisations.folded_projections:
+                self.unet.fold_projections(True)
             pack_weights(networks, self.optimisations)
 
     def _require_weights_in_use(self, caller: str) -> None:

@@ -272,9 +272,10 @@ class StableDiffusion(Networks):
         clock = StageClock(self.device)
         condition: Tensor | None = None
         with clock.stage("encode"):
-            x = noise.posterior(shape, self.device)  # drawn at strength 1 too, as in the original script
+            # Drawn at strength 1 too, as in the original script.
+            x = noise.posterior(shape, self.device, shared=depth is None)
             if not from_noise:
-                x = self.encode(image[None].expand(len(prompts), -1, -1, -1), x)
+                x = self.encode(image[None], x)
             if depth is not None:
                 cells = latent_depth(depth, *shape[2:]).to(self.device).expand(len(prompts), -1, -1, -1)
                 condition = cells.contiguous(memory_format=self.optimisations.memory_format())
@@ -439,13 +440,17 @@ class StableDiffusion(Networks):
             [*prompts, *negatives], self.config.text.kind, number_of_chunks(prompt_chunks), self._added_tokens
         )
         warn_of_dropped(prompts, negatives, tokens)
-        if not guided:
-            return (self._encode(tokens.ids), None), tokens
+        halves = tokens.ids.chunk(2) if guided else (tokens.ids,)
+        # Equal prompts are encoded once, whatever the batch; the original encodes each.
+        if not self.optimisations.original_steps and len(set(prompts)) == 1 and len(set(negatives)) <= 1:
+            halves = tuple(half[:1] for half in halves)
         # The original encodes them apart. On a CPU one call saves nothing, and on some torch changes the last bits.
         if self.optimisations.original_steps or self.device.type == "cpu":
-            return (self._encode(tokens.ids[:count]), self._encode(tokens.ids[count:])), tokens
-        conditional, unconditional = self._encode(tokens.ids).chunk(2)
-        return (conditional, unconditional), tokens
+            contexts = [self._encode(half) for half in halves]
+        else:
+            contexts = [*self._encode(torch.cat(halves)).chunk(len(halves))]
+        contexts = [context.repeat(count // len(context), 1, 1) for context in contexts]
+        return (contexts[0], contexts[1] if guided else None), tokens
 
     def _sample(
         self,
@@ -473,7 +478,7 @@ class StableDiffusion(Networks):
                 sampler, original, x, self.schedule, timesteps, noise=noise, eta=eta, on_step=on_step, blend=blend
             )
             return out
-        denoise = Denoiser(self._calls.unet_of_run(), *prediction)
+        denoise = Denoiser(self._calls.unet_of_run(), *prediction, chosen.shared_guidance)
         if chosen.cache_context_kv and isinstance(denoise.context, Tensor):
             denoise.context = self._calls.project_context(denoise.context)
         if plan.evaluations and (chosen.cache_time_embeddings or self.unet.embeds_guidance):

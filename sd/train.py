@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     from sd.cli.arguments import natural, nonnegative, positive, size
 
-    result = argparse.ArgumentParser(prog="sd.train", description="Fine-tune the UNet.", allow_abbrev=False)
+    result = argparse.ArgumentParser(prog="python -m sd.train", description="Fine-tune the UNet.", allow_abbrev=False)
     add = result.add_argument
     add("--data", required=True, metavar="FOLDER", help="images with captions in NAME.txt or metadata.jsonl")
     add("--output", required=True, metavar="FOLDER", help="folder of the checkpoint, the loss and the trained model")

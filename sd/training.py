@@ -31,6 +31,7 @@ from sd.choices import COMPILE_MODES, OPTIMISERS, PRECISIONS
 from sd.errors import CheckpointError, ConfigError
 from sd.features import has, require
 from sd.models.unet import UNet
+from sd.optimise.apply import float32_precision
 from sd.optimise.approximate import merge_tokens
 from sd.optimise.compile import CUDA_GRAPH_MODES, Compiler, restore_unet
 from sd.optimise.packed import unpack
@@ -169,6 +170,7 @@ def prepare_unet(unet: UNet, recipe: Recipe, device: torch.device) -> UNet:
     unpack(unet)
     merge_tokens(unet, 0.0)
     unet.fuse_projections(False, False)
+    unet.fold_projections(False)
     unet.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     unet.use_attention(recipe.attention)
     unet.train().requires_grad_(True)
@@ -220,7 +222,8 @@ class Trainer(Generic[Module]):
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
         total = torch.zeros((), device=self.device)
-        with allowed_kernels(self.recipe.attention):  # checkpointing runs attention in the backward pass too
+        # Checkpointing runs attention in the backward pass too. Convolutions in fp32 would use TF32 by default.
+        with allowed_kernels(self.recipe.attention), float32_precision(tf32=False):
             for i, loss_of in enumerate(losses):
                 last = i == len(losses) - 1
                 # Gradients are exchanged once per update, with the last part.
@@ -326,8 +329,17 @@ class Trainer(Generic[Module]):
                 self.average.load_state_dict(parts["average"])
             moments = (
                 {
-                    i: {"step": torch.tensor(float(updates)), **{moment: parts[moment][name] for moment in MOMENTS}}
-                    for i, name in enumerate(self.names)
+                    i: {
+                        "step": torch.tensor(float(updates)),
+                        # In the memory order of the weight: fused updates read all of them in the order of their memory.
+                        **{
+                            moment: torch.empty_like(weight, device="cpu", dtype=torch.float32).copy_(
+                                parts[moment][name]
+                            )
+                            for moment in MOMENTS
+                        },
+                    }
+                    for i, (name, weight) in enumerate(zip(self.names, self.weights))
                 }
                 if updates
                 else {}

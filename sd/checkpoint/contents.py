@@ -19,6 +19,7 @@ from sd.config.presets import ModelConfig
 from sd.errors import listed
 
 NETWORKS = ("unet", "autoencoder", "text_encoder")
+ASSUMPTION = "does not record its prediction type, and is taken for a model of"
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 

@@ -221,6 +221,7 @@ def _index_zip(path: Path, file: IO[bytes], size: int) -> FileIndex:
             _check(bool(pickles), "is a zip file but no torch file: unpack it, or use the .safetensors of the model")
             _check(len(pickles) == 1 and records[pickles[0]].file_size <= MAX_PICKLE_BYTES)
             order = records.get(f"{root}byteorder")
+            _check(order is None or order.file_size <= len("little"))
             big_endian = order is not None and _read_record(archive, order) != b"little"
             _check(not big_endian, "was written on a big-endian machine: use the .safetensors of the model")
             loaded = unpickle(_read_record(archive, records[pickles[0]]))
@@ -302,8 +303,6 @@ def _state_dict(loaded: Any) -> dict[Any, Any]:
 
 def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex:
     tensors, state = {}, _state_dict(loaded)
-    embedding = "string_to_param" in state
-    _check(not embedding, "is a textual inversion embedding, which extends a prompt: give a whole model")
     for name, value in state.items():
         if type(value) is not PickledTensor:
             continue  # numbers and names that were saved beside the weights

@@ -204,7 +204,7 @@ def _add_execution(add: Callable[..., object]) -> None:
     add(
         "--compile-cache",
         metavar="DIR",
-        help="folder that keeps compiled code between processes; torch-compile.cache in it works on other machines",
+        help="folder that keeps compiled code between processes; torch-compile*.cache in it work on other machines",
     )
     add(
         "--aot",

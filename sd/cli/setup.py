@@ -5,6 +5,7 @@ Options are validated before the weights are read.
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from sd.attention.functions import DEFAULT_ATTENTION, Attention
-from sd.checkpoint.contents import describe_prediction
+from sd.checkpoint.contents import ASSUMPTION, describe_prediction
 from sd.checkpoint.file_formats import require_path
 from sd.choices import (
     ATTENTION_PRECISIONS,
@@ -76,15 +77,17 @@ class Setup:
         if self.checkpoint is None:
             inpainting = self.config is not None and self.config.inpainting
             return StableDiffusion.tiny(self.device, optimisations, inpainting)
-        model = StableDiffusion.from_checkpoint(
-            self.checkpoint,
-            self.config,
-            self.device,
-            optimisations,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            ignore_unknown_keys=self.ignore_unknown_keys,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{ASSUMPTION}")  # printed below, with the option to change it
+            model = StableDiffusion.from_checkpoint(
+                self.checkpoint,
+                self.config,
+                self.device,
+                optimisations,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                ignore_unknown_keys=self.ignore_unknown_keys,
+            )
         if self.config is None:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
             print(describe_prediction(self.checkpoint, model.config))

@@ -43,6 +43,15 @@ def guidance_embedding(scale: float, channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def repeated(x: Tensor, count: int) -> Tensor:
+    """x [B, ...] as often as makes [count, ...], with the order of its memory."""
+    if len(x) == count:
+        return x
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # of which inductor would write NCHW
+        return torch.cat([x.permute(0, 2, 3, 1)] * (count // len(x))).permute(0, 3, 1, 2)
+    return torch.cat([x] * (count // len(x)))
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm in the dtype of its weights, which under autocast is fp32, then SiLU if `silu`.
 
@@ -128,19 +137,30 @@ class BasicTransformerBlock(nn.Module):
         self.kernels = ",".join(Attention().kernels)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues, size: tuple[int, int]) -> Tensor:
-        """x [B, S, C] of an image of `size` (H, W) -> [B, S, C]. context: [B, T, C'] or its keys and values."""
+        """x [B, S, C] of an image of `size` (H, W) -> [N, S, C]. context: [N, T, C'] or its keys and values."""
         # Never true; read so that torch.compile guards on the kernel choice, which is a context around the call.
         if not self.kernels:
             raise ValueError("no kernel is allowed")
+        x = self.attentions(x, context, size)
+        x = self.ff(self.norm3(x)) + x
+        return x
+
+    def attentions(self, x: Tensor, context: Tensor | KeysValues, size: tuple[int, int]) -> Tensor:
+        """`forward` without the feed-forward layer."""
         if self.token_merging:
             tokens = self.norm1(x)
             merge, unmerge = merging(tokens, size, self.token_merging)
             x = unmerge(self.attn1(merge(tokens))) + x
         else:
             x = self.attn1(self.norm1(x)) + x
+        x = repeated(x, len(context[0] if isinstance(context, tuple) else context))
         x = self.attn2(self.norm2(x), context) + x
-        x = self.ff(self.norm3(x)) + x
         return x
+
+    def inputs_of_fold(self, x: Tensor, context: Tensor | KeysValues, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """x before the feed-forward layer [N, S, C], and the input of its last linear layer [N, S, 4 C]."""
+        x = self.attentions(x, context, size)
+        return x, self.ff.net[0](self.norm3(x))
 
     def project_context(self, context: Tensor) -> KeysValues:
         """Keys and values [B, T, H, D] of the cross-attention to the context [B, T, C']."""
@@ -169,10 +189,12 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of an image; SD1 projects with 1x1 convolutions, SD2 with linear layers.
 
-    downsampling: how much smaller the image is than the UNet's input.
+    downsampling: how much smaller the image is than the UNet's input. folded_weight [C, 5 C], folded_bias [C]: see `fold`.
     """
 
     index: int  # among the UNet's SpatialTransformers
+    folded_weight: Tensor | None
+    folded_bias: Tensor | None
 
     def __init__(self, config: UNetConfig, channels: int, downsampling: int):
         super().__init__()
@@ -188,9 +210,35 @@ class SpatialTransformer(nn.Module):
             for _ in range(config.transformer_depth)
         )
         self.proj_out = projection()
+        for name in ("folded_weight", "folded_bias"):
+            self.register_buffer(name, None, persistent=False)  # no key of the checkpoint
+
+    @torch.no_grad()
+    def fold(self, enabled: bool) -> None:
+        """Replace two linear layers without a non-linearity between them by one product, or undo it.
+
+        P (x + F g + f) + p = [P, P F] [x, g] + (P f + p) for P, p of proj_out and F, f of the feed-forward layer's output, whose
+        input is g; the matrix is computed in fp64, which no setting of the process rounds, and rounded once. It changes in
+        place where it exists. Whoever changes the weights in place calls this again.
+        """
+        if not enabled:
+            self.folded_weight = self.folded_bias = None
+            return
+        block = self.transformer_blocks[-1]
+        assert isinstance(block, BasicTransformerBlock)
+        inner, out = block.ff.net[2], self.proj_out
+        assert isinstance(inner, nn.Linear) and isinstance(out, (nn.Linear, nn.Conv2d)) and out.bias is not None
+        matrix, dtype = out.weight.flatten(1).double(), inner.weight.dtype
+        weight = torch.cat([matrix, matrix @ inner.weight.double()], dim=1).to(dtype)
+        bias = (matrix @ inner.bias.double() + out.bias.double()).to(dtype)
+        if self.folded_weight is None or self.folded_bias is None or self.folded_weight.dtype != dtype:
+            self.folded_weight, self.folded_bias = weight, bias
+        else:
+            self.folded_weight.copy_(weight)
+            self.folded_bias.copy_(bias)
 
     def forward(self, x: Tensor, contexts: Sequence[Tensor | KeysValues]) -> Tensor:
-        """x [B, C, H, W] -> [B, C, H, W]; contexts: one for each block.
+        """x [B, C, H, W] -> [N, C, H, W]; contexts: one for each block, of batch N.
 
         Channels-last images become tokens and images again by views alone.
         """
@@ -201,14 +249,20 @@ class SpatialTransformer(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # [B, H*W, C]
         if self.use_linear:
             h = self.proj_in(h)
-        for block, context in zip(self.transformer_blocks, contexts):
+        *blocks, last = self.transformer_blocks  # not by a slice, a new ModuleList, which guards check at every call
+        for block, context in zip(blocks, contexts):
             h = block(h, context, (height, width))
-        if self.use_linear:
-            h = self.proj_out(h)
+        if self.folded_weight is not None:
+            h = F.linear(torch.cat(last.inputs_of_fold(h, contexts[-1], (height, width)), dim=-1), self.folded_weight)  # type: ignore[operator]
+            h = h + self.folded_bias.to(h.dtype)  # type: ignore[union-attr]
+        else:
+            h = last(h, contexts[-1], (height, width))
+            if self.use_linear:
+                h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))
-        if not self.use_linear:
+        if not self.use_linear and self.folded_weight is None:
             h = self.proj_out(h)
-        return x + h
+        return repeated(x, len(h)) + h
 
 
 class ResBlock(nn.Module):

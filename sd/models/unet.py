@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from sd.models.layers import (
     SpatialTransformer,
     Upsample,
     guidance_embedding,
+    repeated,
     timestep_embedding,
 )
 
@@ -119,9 +121,11 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         """Predict the noise (eps) or v.
 
-        x [B, in_channels, h, w], h and w multiples of 2^(levels - 1); timesteps [B], of any number type, may be
-        fractional, or a row of `time_table`; context [B, T, context_dim], or the result of `project_context`.
-        Returns [B, out_channels, h, w] in the dtype of the computation.
+        x [B, in_channels, h, w], h and w multiples of 2^(levels - 1); timesteps [B] or [1], of any number type, may be
+        fractional, or a row of `time_table`; context [N, T, context_dim], or the result of `project_context`, where N is B or
+        a multiple of it, such as 2 B for both halves of guidance: image i is then that of x[i % B], timesteps are [1], and what
+        precedes the first attention to the context is computed once. Returns [N, out_channels, h, w] in the dtype of the
+        computation.
         """
         with allowed_kernels(self.attention):
             return self.denoise(x, timesteps, context)
@@ -162,7 +166,8 @@ class UNet(nn.Module):
         return self.out(last_block(self._concatenate(deep, first), times, contexts)), deep
 
     def _concatenate(self, h: Tensor, skip: Tensor) -> Tensor:
-        """[B, C, H, W] and [B, C', H, W] -> [B, C + C', H, W]; nhwc: by views in NHWC, since inductor may write NCHW."""
+        """[N, C, H, W] and [N or B, C', H, W] -> [N, C + C', H, W]; nhwc: by views in NHWC, since inductor may write NCHW."""
+        skip = repeated(skip, len(h))
         if not self.nhwc:
             return torch.cat([h, skip], dim=1)
         return torch.cat([h.permute(0, 2, 3, 1), skip.permute(0, 2, 3, 1)], dim=3).permute(0, 3, 1, 2)
@@ -218,6 +223,18 @@ class UNet(nn.Module):
                 block.attn1.fuse("qkv" if self_attention else "")
             if isinstance(block.attn2, CrossAttention):
                 block.attn2.fuse("kv" if cross_attention else "")
+
+    def fold_projections(self, enabled: bool) -> None:
+        """Fold the last feed-forward layer of each SpatialTransformer into its projection to the image, or undo it."""
+        for transformer in self.transformers:
+            transformer.fold(enabled)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As of nn.Module; folded projections follow the new weights."""
+        loaded = super().load_state_dict(*arguments, **options)
+        if any(transformer.folded_weight is not None for transformer in self.transformers):
+            self.fold_projections(True)
+        return loaded
 
     def transformer_blocks(self) -> list[BasicTransformerBlock]:
         """All transformer blocks in execution order."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +147,7 @@ class Calls:
         chosen = self.optimisations
         with (
             _PROCESS_SETTINGS,
+            torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(),
             float32_precision(chosen.tf32),
             cudnn_benchmark(chosen.cudnn_benchmark),
             chosen.autocast(self.device),
@@ -156,6 +156,8 @@ class Calls:
 
     def unet_of_run(self) -> Callable[..., Tensor]:
         """The UNet for one sampler run; with feature caching it has state."""
+        if isinstance(self.unet, Graphed):
+            self.unet.begin_run()
         interval = self.optimisations.feature_caching
         return self.unet if interval == 1 else CachedFeatures(self.unet, interval)
 
@@ -200,11 +202,13 @@ def apply(
     unpack(unet)
     unpack(autoencoder)
     unet.fuse_projections(False, False)
+    unet.fold_projections(False)
     for network in (unet, autoencoder, text_encoder):
         network.to(device, dtype).to(memory_format=optimisations.memory_format())
     unet.use_attention(attention)
     autoencoder.use_attention(decoder_attention)
     unet.fuse_projections(optimisations.fused_qkv, optimisations.fused_kv)
+    unet.fold_projections(optimisations.folded_projections)
     quantise(unet, optimisations.quantisation)
     unet.frequencies_device = torch.device("cpu") if optimisations.original_steps else None
     merge_tokens(unet, optimisations.token_merging)
@@ -223,12 +227,6 @@ def pack_weights(networks: Iterable[nn.Module], optimisations: Optimisations) ->
             avx2_layers.pack(network)
         if optimisations.packed:
             pack(network)
-
-
-def _loaded_embeddings(text_encoder: TextEncoder) -> tuple[int, int] | None:
-    """Address and number of the vectors that textual inversion added: a recording reads that memory."""
-    added = text_encoder.added
-    return None if added is None else (added.data_ptr(), len(added))
 
 
 def _calls(
@@ -265,9 +263,9 @@ def _calls(
         loop = step = CompiledStep(unet, compilers["unet"], optimisations.attention_choice())
         observed = step.call
     if optimisations.cuda_graph in ("unet", "networks"):
-        call = Graphed(observed)
+        call = Graphed(observed, unet, every_call=False)
     elif optimisations.cuda_graph == "loop":
-        loop = GraphedLoop(loop)
+        loop = GraphedLoop(unet, loop)
     # A compiled decoder's first call is tracing and autotuning, which the profiler would record.
     decoder = ObservedCall(autoencoder.decode, observe_call=2 if "autoencoder" in compilers else 1)
     encode: Callable[..., Any] = text_encoder
@@ -275,10 +273,10 @@ def _calls(
     tabulate: Callable[..., Any] = unet.time_table
     decode: Callable[..., Any] = decoder
     if optimisations.cuda_graph == "networks":
-        encode = Graphed(text_encoder, functools.partial(_loaded_embeddings, text_encoder))
-        project, decode = Graphed(unet.project_context), Graphed(decoder)
+        encode, project = Graphed(text_encoder, text_encoder), Graphed(unet.project_context, unet)
+        decode = Graphed(decoder, autoencoder)
         if not unet.embeds_guidance:  # whose scale is a number
-            tabulate = Graphed(unet.time_table)
+            tabulate = Graphed(unet.time_table, unet)
     if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
         prepare_cpp_compiler()
         if optimisations.packed:

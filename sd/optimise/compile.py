@@ -95,6 +95,8 @@ class Compiler:
             raise Unavailable("compile backend tensorrt: needs the package torch_tensorrt: pip install torch-tensorrt")
         if self.backend == "inductor" and device.type == "cpu":
             require_cpp_compiler(f"compile mode {self.mode}")
+        if self.backend == "inductor" and (reason := why_no_triton(device)):
+            raise Unavailable(f"compile mode {self.mode}: {reason}; leave it out")
         if self.whole_norms:
             require("reduction_choices", "whole_norms")
             if device.type == "cpu":
@@ -228,10 +230,24 @@ def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
     return patch(enable_autograd_cache=False) if hasattr(functorch, "enable_autograd_cache") else nullcontext()
 
 
+def why_no_triton(device: torch.device) -> str | None:
+    """Why inductor can generate no code for this GPU, or None; nothing is known of a GPU that is not here."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    return (
+        None
+        if capability >= (7, 0)
+        else f"Triton needs a GPU of sm_70 or newer, and this is sm_{capability[0]}{capability[1]}"
+    )
+
+
 def require_cpp_compiler(option: str) -> None:
-    """Raise Unavailable, naming the option, if inductor would find no C++ compiler."""
-    if choices.cpp_compiler() is None:
-        raise Unavailable(f"{option}: needs a C++ compiler on a CPU; install g++, or name one in CXX")
+    """Raise Unavailable, naming the option, if inductor would find no C++ compiler, or no headers of Python."""
+    if reason := choices.why_no_inductor():
+        raise Unavailable(f"{option}: {reason}")
 
 
 @functools.cache
@@ -352,15 +368,16 @@ class CompiledStep:
         guided: bool,
         predicts_v: bool,
         condition: Tensor | None,
+        shared: bool,
     ) -> tuple[Tensor, Tensor]:
         """(x, output) after one evaluation. row [16]: of the plan's table; history: HISTORY_LENGTH outputs, newest first."""
         size = len(COLUMNS) + 1 + HISTORY_LENGTH
         t, c_in, c_x, alpha, sigma, c_skip, c_out, sigma_up, guidance, *weights = row[:size]
         if timesteps is None:
-            timesteps = t.expand(len(x) * (2 if guided else 1))
+            timesteps = t.expand(1 if shared else len(x) * (2 if guided else 1))
         alpha_sigma = (alpha, sigma) if predicts_v else None
         scale = guidance if guided else None
-        e = predict_noise(self.unet.denoise, c_in * x, timesteps, context, scale, alpha_sigma, condition)
+        e = predict_noise(self.unet.denoise, c_in * x, timesteps, context, scale, alpha_sigma, condition, shared)
         output = c_skip * x + c_out * e
         x = c_x * x
         for weight, past in zip(weights, (output, *history)):
@@ -401,6 +418,7 @@ class CompiledStep:
                     guided,
                     denoise.predicts_v,
                     denoise.condition,
+                    denoise.shared,
                 )
             history = (output, *history[:-1])
             if evaluation.ends_step:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd.attention.modules import ProjectedContext
 from sd.features import has
@@ -40,44 +40,67 @@ class _Recording:
     """One graph with its static input and output memory."""
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[Nested, ...]):
-        inputs = tuple(cloned(argument) for argument in arguments)
+        with torch.inference_mode(False):  # static inputs made in that mode could not be overwritten outside of it
+            inputs = tuple(cloned(argument) for argument in arguments)
         self.inputs = leaves(inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        device = self.inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
                 function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Another thread that calls CUDA meanwhile, such as a data loader's, must not end the recording.
         mode: dict[str, Any] = {"capture_error_mode": "thread_local"} if has("capture_error_mode") else {}
-        with torch.cuda.graph(self.graph, **mode):
+        # By itself torch records on one stream, of the device that was current at the first recording of the process. Not that of
+        # the warm-up, whose workspaces are outside of the recording's memory.
+        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device), **mode):
             self.output = function(*inputs)
         self.copied: list[tuple[Tensor | None, int]] = [(None, 0)] * len(self.inputs)
 
     def __call__(self, arguments: tuple[Nested, ...]) -> Nested:
         for i, (static, new) in enumerate(zip(self.inputs, leaves(arguments))):
-            # A tensor copied at the last call and unchanged since, such as a run's context, needs no second copy.
-            if self.copied[i][0] is not new or self.copied[i][1] != new._version:
+            # A tensor copied at the last call and unchanged since, such as a run's context, needs no second copy. Changes of
+            # tensors of the inference mode are not counted.
+            version = -1 if new.is_inference() else new._version
+            if self.copied[i][0] is not new or self.copied[i][1] != version or version < 0:
                 static.copy_(new)
-                self.copied[i] = (new, new._version)
+                self.copied[i] = (new, version)
         self.graph.replay()
         return cloned(self.output)  # the next replay overwrites the static output
+
+
+def addresses_of(*networks: nn.Module) -> int:
+    """A hash of the addresses and shapes of all parameters and buffers."""
+    tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+    return hash(tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors))
 
 
 class Graphed:
     """`function` of nested CUDA tensors as CUDA graphs, one recorded at the first call with each set of shapes.
 
-    Results stay valid after later calls. The kernels may depend on nothing but the arguments' contents, the contents of
-    memory that outlives the graphs, and state(), another value of which makes another recording.
+    Results stay valid after later calls. The kernels may depend on nothing but the arguments' contents and the memory of
+    `networks`, whose addresses a recording keeps: where they have changed, all recordings are made anew. every_call: whether
+    each call compares them, which takes tenths of a millisecond, or the caller by `begin_run`.
     """
 
-    def __init__(self, function: Callable[..., Any], state: Callable[[], Any] = lambda: None):
-        self.function, self.state = function, state
+    def __init__(self, function: Callable[..., Any], *networks: nn.Module, every_call: bool = True):
+        self.function, self.networks, self.every_call = function, networks, every_call
         self.recordings: dict[tuple[Any, ...], _Recording] = {}
+        self.addresses: int | None = None
+
+    def begin_run(self) -> None:
+        """Drop the recordings if the weights have moved."""
+        addresses = addresses_of(*self.networks)
+        if addresses != self.addresses:
+            self.recordings.clear()
+        self.addresses = addresses
 
     def __call__(self, *arguments: Nested) -> Any:
-        key = (self.state(), *((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves(arguments)))
+        if self.every_call:
+            self.begin_run()
+        key = tuple((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves(arguments))
         if key not in self.recordings:
             self.recordings[key] = _Recording(self.function, arguments)
         return self.recordings[key](arguments)
@@ -86,8 +109,8 @@ class Graphed:
 class GraphedLoop:
     """A whole sampling loop as one CUDA graph for each plan, guidance scale and shape. loop: as sd.sampling.plan.run."""
 
-    def __init__(self, loop: Callable[..., Tensor] = run):
-        self.loop = loop
+    def __init__(self, network: nn.Module, loop: Callable[..., Tensor] = run):
+        self.network, self.loop = network, loop
         self.graphs: dict[tuple[Plan, float | None, bool, bool], Graphed] = {}
 
     def __call__(
@@ -115,7 +138,7 @@ class GraphedLoop:
                 copied = denoise.with_tensors(context, time_table, condition)
                 return self.loop(plan, copied, x, noises, None, None if blended is None else Blend(*blended))
 
-            self.graphs[key] = Graphed(recorded)
+            self.graphs[key] = Graphed(recorded, self.network)
         blended = None if blend is None else (blend.mask, blend.latents, blend.noise)
         x = self.graphs[key](x, noises, denoise.context, denoise.time_table, denoise.condition, blended)
         on_step(plan.steps, plan.steps)

@@ -21,14 +21,14 @@ from sd.choices import (
     QUANTISATIONS,
     RUNTIMES,
     SDPA_KERNELS,
-    cpp_compiler,
+    why_no_inductor,
 )
 from sd.errors import ConfigError
 from sd.features import bf16_beats_fp32, has, processor_has
 from sd.kernels import OWN_ATTENTION, avx2, avx512
 from sd.models.token_merging import MAX_RATIO
 from sd.optimise import avx2_layers
-from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler
+from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler, why_no_triton
 
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OWN_KERNELS = {"avx2_layers": "full", "avx2_attention": "full", "avx512_attention": "bf16"}  # and their precision
@@ -59,6 +59,8 @@ class Optimisations:
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
     cache_time_embeddings: compute time embeddings and their projections for all timesteps once per run.
+    shared_guidance: run the layers before the first attention to the prompt once for both halves of guidance.
+    folded_projections: one product for the last feed-forward layer of a transformer and the projection to the image after it.
     packed: weights in oneDNN's layout on a CPU, from sd.optimise.packed.SMALLEST_PACKED channels; these are not fused.
     cudnn_benchmark: cuDNN measures its convolution algorithms at the first call of each shape.
     whole_norms: compiled for a GPU, most group norms compute their statistics in one kernel.
@@ -98,6 +100,8 @@ class Optimisations:
     fused_kv: bool = False
     cache_context_kv: bool = False
     cache_time_embeddings: bool = False
+    shared_guidance: bool = False
+    folded_projections: bool = False
     packed: bool = False
     avx2_layers: bool = False
     avx2_attention: bool = False
@@ -201,6 +205,11 @@ class Optimisations:
                 yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
             if self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor:
                 yield f"{name}: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
+        if self.folded_projections:
+            for name in self._chosen("packed", "avx2_layers"):
+                yield f"folded_projections: with {name}, which computes separate layers, is not offered; choose one of the two"
+            if quantised or (self.compile != "none" and self.compile_scope == "blocks"):
+                yield "folded_projections: quantisation and compile_scope blocks change the separate layers; leave one out"
         for name in self._chosen(*OWN_KERNELS):
             precision = OWN_KERNELS[name]
             if self.precision != precision:
@@ -209,7 +218,7 @@ class Optimisations:
             if self.aot is not None:
                 yield f"{name}: a package of aot cannot contain it; leave one of the two out"
         if self.original_steps:
-            for name in self._chosen("cache_context_kv", "cache_time_embeddings"):
+            for name in self._chosen("cache_context_kv", "cache_time_embeddings", "shared_guidance"):
                 yield f"{name}: original_steps recomputes it at every step; choose one of the two"
             if self._compiles_step or self.cuda_graph != "none":
                 yield "original_steps: a graph cannot contain its host synchronisations; compile the UNet alone"
@@ -250,9 +259,10 @@ class Optimisations:
         The first image includes the compilation, of up to minutes.
         """
         device = torch.device(device)
-        caches: dict[str, Any] = {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True}
+        names = ("cache_context_kv", "cache_time_embeddings", "fused_qkv", "shared_guidance")
+        caches: dict[str, Any] = dict.fromkeys(names, True)
         if device.type != "cuda":
-            compiles = has("compile") and cpp_compiler() is not None
+            compiles = has("compile") and why_no_inductor() is None
             # Without inductor's fusions, NHWC group norms cost a CPU more than NHWC convolutions save.
             packed = compiles and has("packed")
             bf16 = packed and not narrow and bf16_beats_fp32()
@@ -270,13 +280,15 @@ class Optimisations:
                 **caches,
             )
         # On the host of an H200 max-autotune had not ended after 250 s; default ended after 76 to 99 s (docs/your-gpu.md).
-        compiled = "default" if has("compile") else "none"
+        compiles = has("compile") and why_no_triton(device) is None
+        compiled = "default" if compiles else "none"
         return cls(
             precision="fp16",  # ten bits of mantissa against bf16's seven, at the same rate
             tf32=True,
-            whole_norms=has("reduction_choices"),
-            nhwc_norms=has("compile"),
-            separate_bias=has("compile"),
+            whole_norms=compiles and has("reduction_choices"),
+            nhwc_norms=compiles,
+            separate_bias=compiles,
+            folded_projections=compiles,  # eager it would copy both inputs
             compile=compiled,
             compile_autoencoder=compiled,
             compile_text_encoder=compiled,

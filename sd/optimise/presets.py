@@ -24,7 +24,8 @@ TECHNIQUES: dict[str, dict[str, object]] = {
     "whole_norms": {"whole_norms": True},
     "nhwc_norms": {"nhwc_norms": True, "channels_last": True},
     "separate_bias": {"separate_bias": True},
-    **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings")},
+    "folded_projections": {"folded_projections": True},
+    **{name: {name: True} for name in ("cache_context_kv", "cache_time_embeddings", "shared_guidance")},
     "compile": {"compile": "default"},
     **{mode: {"compile": mode} for mode in COMPILE_MODES if mode not in ("none", "default")},
     "compile_blocks": {"compile_scope": "blocks"},
@@ -96,11 +97,11 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(packed=has("packed"))
     resets.update(other_precision)
     if "quantisation" in fields:
-        resets.update(fused_qkv=False, fused_kv=False, packed=False, avx2_layers=False)
+        resets.update(fused_qkv=False, fused_kv=False, packed=False, avx2_layers=False, folded_projections=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
         resets.update(packed=False, avx2_layers=False)
     if fields.get("packed") or fields.get("avx2_layers"):
-        resets.update(packed=False, avx2_layers=False, separate_bias=False)
+        resets.update(packed=False, avx2_layers=False, separate_bias=False, folded_projections=False)
     other_kernels = tuple(fields.get("sdpa_kernels", SDPA_KERNELS)) != SDPA_KERNELS
     if other_kernels or fields.get("attention", "sdpa") != "sdpa" or fields.get("aot"):
         resets.update(avx2_attention=False, avx512_attention=False)
@@ -114,12 +115,12 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     if of_parts or nothing_compiled or fields.get("channels_last") is False:
         resets.update(nhwc_norms=False)
     if of_parts or fields.get("compile", base.compile) == "none":
-        resets.update(separate_bias=False)
+        resets.update(separate_bias=False, folded_projections=False)
     if fields.get("attention") == "mha":
         resets.update(fused_qkv=False, fused_kv=False, cache_context_kv=False)
     if "original_steps" in fields:
-        resets.update(cache_context_kv=False, cache_time_embeddings=False, cuda_graph="none")
-    if fields.get("separate_bias"):
+        resets.update(cache_context_kv=False, cache_time_embeddings=False, shared_guidance=False, cuda_graph="none")
+    if fields.get("separate_bias") or fields.get("folded_projections"):
         resets.update(packed=False, avx2_layers=False)
     if fields.get("compile_backend", "inductor") in RUNTIMES:
         resets.update(packed=False, **dict.fromkeys(OWN_KERNELS, False))

@@ -37,8 +37,8 @@ class PerImageNoise:
         zeros = torch.zeros(x.shape)
         return torch.stack([self.initial(x.shape, "cpu") if draws else zeros for draws in used]).to(x.device)
 
-    def posterior(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """Noise [B, ...] of the autoencoder's posterior, where an image is an input."""
+    def posterior(self, shape: Sequence[int], device: torch.device | str, shared: bool = False) -> Tensor:
+        """Noise [B, ...] of the autoencoder's posterior, where an image is an input. shared: see OriginalNoise."""
         return self.initial(shape, device)
 
     def inpainting_initial(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
@@ -61,6 +61,7 @@ class OriginalNoise:
         # On a CPU all draws share one generator.
         self.cpu = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(seed)
         self.numpy: np.random.RandomState | None = None  # of inpainting alone
+        self.shared_posterior: Tensor | None = None
 
     def initial(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Unit Gaussian noise [B, ...] float32 on the generator's device, such as x_T; `device` is ignored."""
@@ -71,9 +72,17 @@ class OriginalNoise:
         noises = [self.initial(x.shape) for _ in used]
         return torch.stack(noises) if any(used) else None
 
-    def posterior(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-        """Noise [B, ...] of the autoencoder's posterior, drawn on the CPU."""
-        return torch.randn(shape, generator=self.cpu).to(self.device)
+    def posterior(self, shape: Sequence[int], device: torch.device | str | None = None, shared: bool = False) -> Tensor:
+        """Noise [B, ...] of the autoencoder's posterior, drawn on the CPU.
+
+        shared: the first such draw at every call of this shape, as in img2img, whose script encodes its image before the
+        iterations.
+        """
+        if not shared:
+            return torch.randn(shape, generator=self.cpu).to(self.device)
+        if self.shared_posterior is None or self.shared_posterior.shape != torch.Size(shape):
+            self.shared_posterior = self.posterior(shape)
+        return self.shared_posterior
 
     def inpainting_initial(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """x_T of inpainting, whose scripts draw it from NumPy's RandomState(seed). Raises ConfigError for seeds beyond 32 bits."""

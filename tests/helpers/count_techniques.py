@@ -32,6 +32,7 @@ ROWS = {
     "fused_kv": {"fused_kv": True},
     "cache_context_kv": {"cache_context_kv": True},
     "cache_time_embeddings": {"cache_time_embeddings": True},
+    "shared_guidance": {"shared_guidance": True},
     "all of them": {"channels_last": True, "fused_qkv": True, **CACHES},
 }
 
@@ -45,7 +46,7 @@ class Case:
         self.unet = UNet(config).eval().requires_grad_(False)
         # `apply` takes all three networks; these two are not called.
         self.others = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)
-        self.x, self.timesteps = torch.randn(2, 4, size, size), torch.full((2,), 501.0)
+        self.x, self.timesteps = torch.randn(1, 4, size, size), torch.full((2,), 501.0)
         self.context = torch.randn(2, 77, config.context_dim)
 
     @torch.no_grad()
@@ -53,7 +54,12 @@ class Case:
         """The output of one UNet call with the inputs of the sampling loop under these optimisations."""
         chosen = Optimisations(**{"attention": DEFAULT_ATTENTION, **fields})
         apply(self.unet, *self.others, torch.device("cpu"), chosen)
-        x, times, context = self.x.contiguous(memory_format=chosen.memory_format()), self.timesteps, self.context
+        x, times, context = self.x, self.timesteps, self.context
+        if chosen.shared_guidance:
+            times = times[:1]
+        else:
+            x = torch.cat([x, x])
+        x = x.contiguous(memory_format=chosen.memory_format())
         if chosen.cache_context_kv:
             context = self.unet.project_context(context)
         if chosen.cache_time_embeddings:

@@ -240,7 +240,8 @@ class FakeModel:
         """The denoiser with guidance, with the caches of the optimisations for these timesteps."""
         width, dtype = self.config.unet.context_dim, WEIGHT_DTYPES[self.optimisations.precision]
         context = torch.randn(batch, self.config.text.context_length, width, device=CUDA, dtype=dtype)
-        denoise = Denoiser(self.unet.denoise, context, context, 7.5, self.config.parameterization)
+        prediction = context, context, 7.5, self.config.parameterization, None, self.optimisations.shared_guidance
+        denoise = Denoiser(self.unet.denoise, *prediction)
         if self.optimisations.cache_context_kv:
             denoise.context = self.unet.project_context(denoise.context)
         if self.optimisations.cache_time_embeddings:

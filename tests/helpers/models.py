@@ -112,6 +112,7 @@ each_kind_of_optimisation = pytest.mark.parametrize(
         {"original_steps": True},
         {"channels_last": True},
         {"cache_context_kv": True, "cache_time_embeddings": True, "fused_qkv": True},
+        {"shared_guidance": True},
         {"attention": "mha"},
         pytest.param(
             {"compile": "default", "compile_scope": "step", "compile_backend": "eager"},

@@ -136,7 +136,8 @@ def main() -> None:
     plain = Optimisations()
     fast = replace(parse("fast", torch.device("cuda")), **{name: getattr(plain, name) for name in FIELDS_LEFT_OUT})
     original = latents(Optimisations(attention="original"))
-    uncompiled = latents(replace(fast, compile="none", nhwc_norms=False, separate_bias=False))
+    for_compiled_code = ("nhwc_norms", "separate_bias", "folded_projections")
+    uncompiled = latents(replace(fast, compile="none", **dict.fromkeys(for_compiled_code, False)))
     with mock.patch("sd.optimise.apply.require_available"), mock.patch("torch.compile", compile_with_the_code):
         compiled = latents(fast)
     errors = {"error": relative_error(compiled, original), "error_uncompiled": relative_error(uncompiled, original)}

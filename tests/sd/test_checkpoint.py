@@ -7,6 +7,8 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,13 +20,15 @@ from checkpoints import original, random_networks, same, small
 from safetensors.torch import save_file
 from selection import slow_or_nightly
 
+from sd import StableDiffusion
 from sd.checkpoint import layouts
 from sd.checkpoint import load as checkpoint
 from sd.checkpoint.file_formats import write_ckpt, write_safetensors
 from sd.checkpoint.load import load, read
 from sd.checkpoint.networks import _meta_empty, expected_shapes, factories, materialise
+from sd.choices import EMBEDDED_WEIGHTS
 from sd.config.presets import PRESETS
-from sd.errors import CheckpointError
+from sd.errors import CheckpointError, CheckpointWarning
 
 KINDS = ("openclip", "clip")
 
@@ -268,6 +272,17 @@ def test_missing_files_and_folders_are_rejected(tmp_path):
     assert "no diffusers folder" in rejected(read, tmp_path)
 
 
+def test_a_compressed_record_is_not_unpacked_to_any_size(tmp_path):
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"")
+        archive.writestr("a/byteorder", bytes(1 << 27))
+    tracemalloc.start()
+    rejected(read, path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
 def test_other_zip_files_are_rejected(tmp_path):
     path = tmp_path / "a.ckpt"
     with zipfile.ZipFile(path, "w") as archive:
@@ -416,3 +431,19 @@ def test_progress_bar_is_on_stderr_and_optional(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     read(path, progress=True)
     assert "a.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prediction", [None, "v"])
+def test_sd2_without_a_record_is_loaded_as_eps_with_a_warning(monkeypatch, prediction):
+    """A model of v, such as SD2 at 768 pixels, would make noise without a word."""
+    from sd.checkpoint.contents import Prediction
+
+    config, states = load(EMBEDDED_WEIGHTS, progress=False)
+    monkeypatch.setattr("sd.networks.load", lambda *_, **__: (replace(config, name="sd2"), states))
+    monkeypatch.setattr("sd.networks.prediction_of", lambda path: prediction and Prediction(prediction, "entry v_pred"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        StableDiffusion.from_checkpoint("sd2.safetensors")
+    messages = [str(each.message) for each in caught if issubclass(each.category, CheckpointWarning)]
+    assert len(messages) == (prediction is None)
+    assert all("taken for a model of eps" in message and "config='sd2-v'" in message for message in messages)

@@ -34,6 +34,7 @@ from sd.optimise.compile import (
     has_setting,
     plan_table,
     prepare_cpp_compiler,
+    why_no_triton,
 )
 from sd.sampling.noise import PerImageNoise
 from sd.sampling.plan import HISTORY_LENGTH, run
@@ -43,7 +44,9 @@ from sd.sampling.schedule import Schedule
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(not has("compile"), reason="torch >= 2.0")]
 FAST = {
     **dict.fromkeys(("channels_last", "fused_qkv", "cache_context_kv", "cache_time_embeddings"), True),
-    **dict.fromkeys(("nhwc_norms", "separate_bias"), True),  # of `fast` on a GPU
+    **dict.fromkeys(
+        ("shared_guidance", "nhwc_norms", "separate_bias", "folded_projections"), True
+    ),  # of `fast` on a GPU
 }
 DRAWING_NOISE = ("euler_ancestral", "dpm_solver_sde", "lcm")
 BOUND = 2e-5  # relative error of the latents after 5 steps in fp32 against the original attention
@@ -78,7 +81,11 @@ def _latents(model, sampler="plms", scale=4.0, prompt="a red star on a blue back
 
 def _optimise(model, scope, backend, **fields):
     if scope == "blocks":  # which leaves layers between the blocks
-        fields = {name: value for name, value in fields.items() if name not in ("nhwc_norms", "separate_bias")}
+        fields = {
+            name: value
+            for name, value in fields.items()
+            if name not in ("nhwc_norms", "separate_bias", "folded_projections")
+        }
     try:
         model.optimise(Optimisations(compile="default", compile_scope=scope, compile_backend=backend, **fields))
     except Unavailable as reason:
@@ -184,6 +191,38 @@ def test_a_strength_without_steps_returns_the_image(model, scope):
     expected = model.img2img("a red star", image, strength=0.0, steps=4).latents
     _optimise(model, scope, "eager")
     assert torch.equal(model.img2img("a red star", image, strength=0.0, steps=4).latents, expected)
+
+
+def test_without_pythons_headers_compile_is_refused_and_left_out_of_fast(monkeypatch, tmp_path):
+    """The C++ of inductor includes them; Debian has them in a package of their own."""
+    monkeypatch.setattr("sd.choices.cpp_compiler", lambda: "g++")
+    monkeypatch.setattr("sd.choices.sysconfig.get_path", lambda name: str(tmp_path))
+    assert Optimisations.fast("cpu").compile == "none"
+    if has("compile"):
+        with pytest.raises(Unavailable, match="compile mode default: needs Python's headers on a CPU"):
+            Compiler("default").require(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "triton, capability, reason",
+    [
+        (False, (9, 0), "needs Triton, which is not installed"),
+        (True, (6, 1), "Triton needs a GPU of sm_70 or newer, and this is sm_61"),
+        (True, (7, 0), None),
+    ],
+)
+def test_a_gpu_without_triton_is_refused_and_left_out_of_fast(monkeypatch, triton, capability, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("sd.optimise.compile.importlib.util.find_spec", lambda name: triton or None)
+    device = torch.device("cuda")
+    assert why_no_triton(device) == reason
+    fast = Optimisations.fast(device)
+    assert (fast.compile == "none") == (reason is not None or not has("compile"))
+    assert not reason or not (fast.nhwc_norms or fast.separate_bias or fast.whole_norms)
+    if reason and has("compile"):
+        with pytest.raises(Unavailable, match=reason):
+            Compiler("default").require(device)
 
 
 def test_without_a_cpp_compiler_compile_is_refused_and_left_out_of_fast(model, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import relative_error, smallest
@@ -13,7 +14,7 @@ from models import relative_error, smallest
 from sd import Optimisations, StableDiffusion, txt2img
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
-from sd.optimise.compile_cache import FILE, open_compile_cache
+from sd.optimise.compile_cache import open_compile_cache, save_compile_cache
 
 TINY = ["--device", "cpu", "--steps", "1"]
 
@@ -55,7 +56,27 @@ def test_a_second_process_reaches_its_first_image_five_times_sooner(tmp_path):
 
     cold, warm = first_image(), first_image()
     assert cold >= 5 * warm, f"{cold:.1f} s cold, {warm:.1f} s warm"
-    assert (tmp_path / "cache" / FILE).stat().st_size > 10_000
+    (file,) = (tmp_path / "cache").glob("torch-compile*.cache")  # of the same content in both processes
+    assert file.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not has("compile_cache"), reason="torch >= 2.7")
+def test_every_shape_keeps_its_portable_file(monkeypatch, tmp_path):
+    """A process with batch 8 must not replace the code for batch 1; the same code is the same file."""
+    loaded = []
+    monkeypatch.setattr("torch.compiler.load_cache_artifacts", lambda content: loaded.append(content) or True)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    for content, keys in ((b"1", ["a"]), (b"8", ["a", "b"]), (b"again", ["a"])):
+        info = SimpleNamespace(artifacts={"inductor": keys})
+        monkeypatch.setattr("torch.compiler.save_cache_artifacts", lambda result=(content, info): result)
+        save_compile_cache(tmp_path)
+    open_compile_cache(tmp_path)
+    assert sorted(loaded) == [b"8", b"again"]
+    loaded.clear()
+    (tmp_path / "inductor").mkdir()  # on the machine that wrote them
+    open_compile_cache(tmp_path)
+    assert not loaded
 
 
 @pytest.mark.skipif(has("compile_cache"), reason="this torch has the cache")
@@ -72,7 +93,7 @@ class TestRefusals:
             monkeypatch.setenv(name, "")  # restored by monkeypatch after the test
 
     def test_an_invalid_cache_file(self, tmp_path):
-        (tmp_path / FILE).write_bytes(b"not a cache")
+        (tmp_path / "torch-compile-0.cache").write_bytes(b"not a cache")
         with pytest.raises(ConfigError, match="is no cache of this torch"):
             open_compile_cache(tmp_path)
 

@@ -61,6 +61,10 @@ def test_forms_of_the_files(tmp_path, n):
         ({"<x>": torch.ones(0, WIDTH)}, r"\(0, 32\)"),
         ({"<x>": torch.full((WIDTH,), float("nan"))}, "not finite"),
         ({"string_to_param": {}}, "is a textual inversion embedding in a form that cannot be read"),
+        (
+            {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(1, WIDTH))})},
+            "is a textual inversion embedding in a form that cannot be read",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path, state, reason):

@@ -92,9 +92,9 @@ def test_optimisations_change_nothing(request, image, mask, kind, changes):
 @pytest.mark.parametrize("kind", ["inpainting", "text-to-image"])
 def test_a_recorded_loop_takes_condition_and_blend_as_arguments(monkeypatch, request, image, mask, kind):
     """With calls in place of recordings: a tensor of the first call must not be part of the recorded loop."""
-    monkeypatch.setattr(cuda_graphs, "Graphed", lambda function: function)
+    monkeypatch.setattr(cuda_graphs, "Graphed", lambda function, network: function)
     model = request.getfixturevalue("random_inpainting" if kind == "inpainting" else "tiny")
-    calls, loop = model._calls, cuda_graphs.GraphedLoop()
+    calls, loop = model._calls, cuda_graphs.GraphedLoop(model.unet)
     for shown in (image, -image):
         expected = model.inpaint(CAPTION, shown, mask, steps=2).latents
         monkeypatch.setattr(model, "_calls", replace(calls, sample=loop))

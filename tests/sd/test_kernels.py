@@ -272,7 +272,7 @@ def test_fast_uses_it_in_bf16_without_amx(monkeypatch, amx):
     monkeypatch.setattr(avx512, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(avx512, "processor_has", lambda name: amx)
     monkeypatch.setattr(avx512, "_kernel", lambda head_dim: None)
-    monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
+    monkeypatch.setattr("sd.optimise.optimisations.why_no_inductor", lambda: None)
     monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: True)
     assert parse("fast", "cpu").avx512_attention is not amx
     assert not parse("fast", "cpu", narrow=True).avx512_attention
@@ -291,7 +291,7 @@ def test_fast_uses_the_avx2_kernels_without_avx512_or_where_they_are_faster(monk
     monkeypatch.setattr(avx2, "_problem", lambda: None)
     monkeypatch.setattr("sd.optimise.optimisations.processor_has", lambda name: avx512_too and name == "avx512")
     monkeypatch.setattr(avx2_layers, "beat_packed", lambda: faster)
-    monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
+    monkeypatch.setattr("sd.optimise.optimisations.why_no_inductor", lambda: None)
     monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: False)
     own = faster or not avx512_too
     chosen = parse("fast", "cpu")

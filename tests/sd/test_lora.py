@@ -175,10 +175,13 @@ def test_every_layout_of_the_weights_gives_the_same_output(tmp_path):
     model.load_lora(path)
     expected = model.unet(x, times, context)
     assert relative_error(without, expected) > 0.1
-    for fields in ({}, {"attention": "mha"}, {"fused_qkv": True, "fused_kv": True}, {"channels_last": True}):
+    folded = {"folded_projections": True}
+    for fields in ({}, {"attention": "mha"}, {"fused_qkv": True, "fused_kv": True}, {"channels_last": True}, folded):
         other = _model(**fields)
         other.load_lora(path)
         assert relative_error(other.unet(x, times, context), expected) <= 1e-5
+        other.unload_lora()
+        assert relative_error(other.unet(x, times, context), without) <= 1e-5
 
 
 def test_scale_zero_changes_nothing_and_scales_add(tmp_path):

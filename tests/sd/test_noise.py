@@ -31,6 +31,19 @@ def test_noise_of_many_steps_equals_successive_draws():
     assert PerImageNoise(3, 2).steps(x, [False, False]) is None
 
 
+def test_the_posterior_of_img2img_is_drawn_once():
+    """The original script encodes its image before the iterations, so that all later draws follow those of the first."""
+    torch.manual_seed(5)
+    expected = [torch.randn(SHAPE) for _ in range(3)]
+    noise = OriginalNoise(5, "cpu")
+    made = [
+        f()
+        for _ in range(2)
+        for f in (lambda: noise.posterior(SHAPE, "cpu", shared=True), lambda: noise.initial(SHAPE))
+    ]
+    assert all(map(torch.equal, made, (expected[0], expected[1], expected[0], expected[2])))
+
+
 def test_unknown_source_raises():
     with pytest.raises(ConfigError, match="per-image, original"):
         chosen_noise("philox", 1, None, 1, "cpu")

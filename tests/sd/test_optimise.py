@@ -19,27 +19,31 @@ from sd.optimise.presets import TECHNIQUES, parse
 from sd.sampling.samplers import SAMPLERS
 
 CACHES = {"cache_context_kv": True, "cache_time_embeddings": True}
+SHARED = {"shared_guidance": True}
 EXACT = {
     "channels_last": {"channels_last": True},
     "fused_qkv": {"fused_qkv": True},
     "fused_kv": {"fused_kv": True},
     "cache_context_kv": {"cache_context_kv": True},
     "cache_time_embeddings": {"cache_time_embeddings": True},
+    "shared_guidance": SHARED,
+    "folded_projections": {"folded_projections": True},
     "original_steps": {"original_steps": True},
-    "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES},
+    "all": {"channels_last": True, "fused_qkv": True, "fused_kv": True, **CACHES, **SHARED},
 }
 # Fields of `fast` that contradict a technique and are reset when it is named.
 RESET = {
-    **{name: {"fused_qkv", "packed", "avx2_layers"} for name in ("int8", "fp8")},
+    **{name: {"fused_qkv", "packed", "avx2_layers", "folded_projections"} for name in ("int8", "fp8")},
+    "folded_projections": {"packed", "avx2_layers"},
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step")},
     "autocast": {"cuda_graph", "packed", *OWN_KERNELS},
     **{name: {"avx512_attention"} for name in ("full", "avx2_attention")},
-    "avx2_layers": {"packed", "avx512_attention", "separate_bias"},
-    "packed": {"avx2_layers", "separate_bias"},
+    "avx2_layers": {"packed", "avx512_attention", "separate_bias", "folded_projections"},
+    "packed": {"avx2_layers", "separate_bias", "folded_projections"},
     "separate_bias": {"packed", "avx2_layers"},
-    "compile_blocks": {"nhwc_norms", "separate_bias"},
+    "compile_blocks": {"nhwc_norms", "separate_bias", "folded_projections"},
     "freezing": {"packed", "avx2_layers"},
-    "original_steps": {*CACHES, "cuda_graph"},
+    "original_steps": {*CACHES, *SHARED, "cuda_graph"},
     **{
         name: {"avx2_layers", "avx2_attention", *({"packed"} if computes_slowly(WEIGHT_DTYPES["bf16"]) else set())}
         for name in ("bf16", "avx512_attention")
@@ -114,6 +118,63 @@ def test_equals_the_original_and_is_undone_bit_for_bit(model, reference, name, a
     state = model.unet.state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+@needs_counting
+@torch.no_grad()
+def test_what_precedes_the_prompt_runs_once_for_both_halves(model):
+    """The first convolutions and self-attention take a batch of 1; two equal halves give the same output."""
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((3, 4, 8, 8), (6, 77, 32)))
+    expected = model.unet(torch.cat([x, x]), torch.full((6,), 501.0), context)
+    with Counting() as counting:
+        actual = model.unet(x, torch.full((1,), 501.0), context)
+    assert relative_error(actual, expected) <= UNET_BOUND
+    batches = [len(arguments[0]) for op, arguments, _ in counting.calls if op == "convolution"]
+    alone = batches.index(6)  # conv_in and those of the first residual block
+    assert batches[:alone] == [3] * alone and alone >= 3 and set(batches[alone:]) == {6}
+
+
+@needs_counting
+def test_folded_projections_need_one_product_less_in_each_transformer(model):
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    plain = _count(model)
+    folded = _count(model, folded_projections=True)
+    products = [sum(counting.ops[name] for name in ("addmm", "mm", "linear")) for counting in (plain, folded)]
+    assert products[0] - products[1] == len(model.unet.transformers)
+    weight = model.unet.transformers[0].folded_weight
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    assert weight is not None and model.unet.transformers[0].folded_weight is None
+
+
+@torch.no_grad()
+def test_folded_projections_follow_other_weights(model):
+    """Loaded into the network itself, which is an ordinary module."""
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    before = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION, folded_projections=True))
+    try:
+        model.unet.load_state_dict({name: 1.1 * weight for name, weight in before.items()})
+        folded = _call(model)
+        model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+        assert relative_error(folded, _call(model)) <= UNET_BOUND
+    finally:
+        model.unet.load_state_dict(before)
+
+
+def test_folding_keeps_the_dtype_under_autocast(model):
+    """A bias in fp32 would make the residuals after it fp32."""
+    dtypes = []
+    for folded in (False, True):
+        model.optimise(Optimisations(attention=DEFAULT_ATTENTION, precision="autocast", folded_projections=folded))
+        transformer = model.unet.transformers[0]
+        channels = transformer.proj_out.weight.shape[0]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            context = [model.unet._contexts(torch.zeros(1, 77, 32))[0][0]]
+            dtypes.append(transformer(torch.zeros(1, channels, 8, 8, dtype=torch.bfloat16), context).dtype)
+    model.optimise(Optimisations(attention=DEFAULT_ATTENTION))
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
 
 
 @needs_counting
@@ -378,6 +439,10 @@ class TestOnAGPU:
         ({"separate_bias": True, "compile_autoencoder": "default"}, "separate_bias: changes the UNet"),
         ({"separate_bias": True, "compile": "default", "compile_scope": "blocks"}, "between the blocks"),
         ({"separate_bias": True, "compile": "default", "packed": True, "channels_last": True}, "with packed"),
+        ({"folded_projections": True, "packed": True, "channels_last": True}, "folded_projections: with packed"),
+        ({"folded_projections": True, "quantisation": "int8"}, "folded_projections: quantisation"),
+        ({"folded_projections": True, "compile": "default", "compile_scope": "blocks"}, "leave one out"),
+        ({"shared_guidance": True, "original_steps": True}, "shared_guidance: original_steps"),
         ({"cuda_graph": "vae"}, "choose one of none, unet, networks, loop"),
     ],
 )
@@ -407,7 +472,7 @@ def test_fast_of_a_gpu():
     fast = Optimisations.fast("cuda")
     assert (fast.precision, fast.cuda_graph, fast.cudnn_benchmark) == ("fp16", "networks", False)
     assert fast.whole_norms is has("reduction_choices")
-    assert fast.nhwc_norms is fast.separate_bias is has("compile")
+    assert fast.nhwc_norms is fast.separate_bias is fast.folded_projections is has("compile")
     if has("compile"):
         assert (fast.compile, fast.compile_autoencoder, fast.compile_text_encoder) == ("default",) * 3
     assert (fast.token_merging, fast.feature_caching, fast.quantisation) == (0.0, 1, "none")

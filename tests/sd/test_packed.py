@@ -296,7 +296,7 @@ def test_a_gpu_and_an_old_torch_are_refused(monkeypatch):
 @needs_packed
 def test_packed_needs_the_instructions_of_its_precision(monkeypatch):
     """oneDNN packs no fp16 weights without them, and plain layers are emulated."""
-    monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
+    monkeypatch.setattr("sd.optimise.optimisations.why_no_inductor", lambda: None)
     for supported in (False, True):
         slow = lambda dtype, supported=supported: dtype == torch.float16 and not supported  # noqa: E731
         monkeypatch.setattr("sd.optimise.presets.computes_slowly", slow)
@@ -313,7 +313,7 @@ def test_packed_needs_the_instructions_of_its_precision(monkeypatch):
 
 @needs_packed
 def test_fast_is_bf16_where_it_is_faster_and_the_layers_are_wide(monkeypatch):
-    monkeypatch.setattr("sd.optimise.optimisations.cpp_compiler", lambda: "c++")
+    monkeypatch.setattr("sd.optimise.optimisations.why_no_inductor", lambda: None)
     for faster in (False, True):
         monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda faster=faster: faster)
         assert Optimisations.fast("cpu").precision == ("bf16" if faster else "full")

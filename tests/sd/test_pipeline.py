@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from models import smallest
+from models import relative_error, smallest
 from PIL import Image
 
 from sd import BadImage, CheckpointError, ConfigError, Optimisations, StableDiffusion, Unavailable
@@ -268,3 +270,18 @@ def test_bad_images_are_errors(monkeypatch, model, value, fault):
     monkeypatch.setattr(model, "decode", lambda latents: torch.full((len(latents), 3, 64, 64), value))
     with pytest.raises(BadImage, match=fault):
         _run(model, steps=1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_equal_prompts_are_encoded_once(model, monkeypatch, scale):
+    batches, encode = [], model._calls.encode
+    monkeypatch.setattr(
+        model, "_calls", replace(model._calls, encode=lambda ids: batches.append(len(ids)) or encode(ids))
+    )
+    together = model.txt2img("a red star", batch=3, steps=2, scale=scale)
+    assert set(batches) == {1}
+    batches.clear()
+    apart = model.txt2img(["a red star", "a red star", "a blue ring"], steps=2, scale=scale)
+    assert set(batches) == {3}
+    assert relative_error(apart.latents[:2], together.latents[:2]) < 1e-4
+    assert relative_error(apart.latents[2], together.latents[2]) > 1e-2

@@ -312,16 +312,26 @@ def test_half_weights_and_unusable_options_are_refused():
 # --- checkpoints
 
 
-def test_a_restored_training_continues_bit_for_bit(tmp_path):
-    config = CONFIGS["smallest"]
+def test_an_update_in_fp32_uses_no_tf32(monkeypatch):
+    trainer, seen = trainer_for(), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    (loss_of,) = losses_of(trainer, [batch_for(CONFIGS["smallest"])])
+    trainer.update([lambda: seen.append(torch.backends.cudnn.allow_tf32) or loss_of()])
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_restored_training_continues_bit_for_bit(tmp_path, channels_last):
+    """Also where the moments of the optimiser, read in the order of the file, must get that of the weights."""
+    config, recipe = CONFIGS["smallest"], Recipe(rate=1e-3, channels_last=channels_last)
     batches = [batch_for(config, seed=step) for step in range(4)]
-    whole = trainer_for()
+    whole = trainer_for(recipe)
     expected = [whole.update(losses_of(whole, [batch])) for batch in batches]
-    first = trainer_for()
+    first = trainer_for(recipe)
     for batch in batches[:2]:
         first.update(losses_of(first, [batch]))
     first.save(tmp_path / "a", {"seed": 1})
-    second = Trainer(prepare_unet(seeded(UNet, config, seed=5), Recipe(rate=1e-3), CPU), Recipe(rate=1e-3))
+    second = Trainer(prepare_unet(seeded(UNet, config, seed=5), recipe, CPU), recipe)
     with pytest.raises(ConfigError, match="made with seed 1, not 2"):
         second.restore(tmp_path / "a", {"seed": 2})
     second.restore(tmp_path / "a", {"seed": 1})
