@@ -270,7 +270,7 @@ def peak_flops_per_second():
 clock = ReplayClock()
 
 
-@pytest.mark.skipif(not has("mmap_load"), reason="needs torch >= 2.1: load_state_dict(assign=True)")
+@pytest.mark.skipif(not has("load_assign"), reason="needs torch >= 2.1: load_state_dict(assign=True)")
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("threads", [1, 2], ids="threads{}".format)
 @pytest.mark.parametrize("task", TASKS)

@@ -142,7 +142,7 @@ def trained():
     return measure
 
 
-@pytest.mark.skipif(not has("mmap_load"), reason="needs torch >= 2.1: load_state_dict(assign=True)")
+@pytest.mark.skipif(not has("load_assign"), reason="needs torch >= 2.1: load_state_dict(assign=True)")
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.benchmark(timer=clock)

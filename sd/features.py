@@ -110,10 +110,9 @@ FEATURES = {
     "cpu_fused_adamw": Feature("AdamW(fused=True) on the CPU", _cpu_fused_adamw(), "torch >= 2.4"),
     "grad_scaler": Feature("a gradient scaler for the CPU", hasattr(torch.amp, "GradScaler"), "torch >= 2.3"),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),
-    "weights_only": Feature(
-        "torch.load(weights_only=True)", _has_parameter(torch.load, "weights_only"), "torch >= 1.13"
+    "load_assign": Feature(
+        "load_state_dict(assign=True)", _has_parameter(torch.nn.Module.load_state_dict, "assign"), "torch >= 2.1"
     ),
-    "mmap_load": Feature("torch.load(mmap=True)", _has_parameter(torch.load, "mmap"), "torch >= 2.1"),
     "reduction_choices": Feature(
         "inductor's overridable split of reductions",
         # Without a tag the compile cache would return code of other choices.
