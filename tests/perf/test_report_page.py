@@ -181,7 +181,7 @@ def test_long_labels_fit_on_a_phone(gpus):
         browser.run(UNFOLD)
         labels = browser.run(f"[...{chart}.querySelectorAll('g[data-legend] text')].map((text) => text.textContent)")
         assert any(label.endswith("…") for label in labels) and max(map(len, labels)) <= 22
-        longest = "sdpa-channels_last+fused_qkv+cache_context_kv+cache_time_embeddings-compile-fp16"
+        longest = "sdpa-channels_last+fused_qkv+cache_context_kv+cache_time_embeddings+shared_guidance-compile-fp16"
         assert any(longest in title for title in browser.run(TOOLTIPS.format(chart=chart)))
         inside = "(box) => box.left >= 0 && box.right <= window.innerWidth"
         texts = f"[...{chart}.querySelectorAll('text')].map((text) => text.getBoundingClientRect())"
