@@ -331,13 +331,7 @@ class Trainer(Generic[Module]):
                 {
                     i: {
                         "step": torch.tensor(float(updates)),
-                        # In the memory order of the weight: fused updates read all of them in the order of their memory.
-                        **{
-                            moment: torch.empty_like(weight, device="cpu", dtype=torch.float32).copy_(
-                                parts[moment][name]
-                            )
-                            for moment in MOMENTS
-                        },
+                        **{moment: _ordered_like(weight, parts[moment][name]) for moment in MOMENTS},
                     }
                     for i, (name, weight) in enumerate(zip(self.names, self.weights))
                 }
@@ -351,6 +345,11 @@ class Trainer(Generic[Module]):
         if self.scaler is not None and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         self.step = step
+
+
+def _ordered_like(weight: Tensor, moment: Tensor) -> Tensor:
+    """A stored moment in the memory order of its weight, as fused updates read both."""
+    return torch.empty_like(weight, device="cpu", dtype=torch.float32).copy_(moment)
 
 
 def _copy(module: Module) -> Module:

@@ -51,7 +51,12 @@ def log_ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> 
     """Log ratio ours / theirs of each valid cycle of one launch. Raises ValueError for seconds that are not positive."""
     if not all(0 < seconds < math.inf for seconds in (*ours, *theirs) if seconds is not None):
         raise ValueError("durations must be positive and finite")
-    return [math.log(a / b) for a, b in zip(ours, theirs) if a is not None and b is not None]
+    return [math.log(a / b) for a, b in _valid(ours, theirs)]
+
+
+def _valid(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[tuple[float, float]]:
+    """Seconds of both sides in each cycle that is valid on both."""
+    return [(a, b) for a, b in zip(ours, theirs) if a is not None and b is not None]
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
@@ -150,10 +155,7 @@ def break_even(compile_seconds: float, eager: Rounds, compiled: Rounds) -> Break
     if not 0 <= compile_seconds < math.inf:
         raise ValueError(f"compiling cannot take {compile_seconds} seconds")
     launch_effects(eager, compiled)  # rejects impossible durations
-    launches = (
-        [a - b for a, b in zip(ours, theirs) if a is not None and b is not None]
-        for ours, theirs in zip(eager, compiled)
-    )
+    launches = ([a - b for a, b in _valid(ours, theirs)] for ours, theirs in zip(eager, compiled))
     saving = mean_interval([trimmed_mean(differences) for differences in launches if differences])
 
     def images(seconds: float) -> int | None:

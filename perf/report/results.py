@@ -444,7 +444,7 @@ def entry_of(result: Result) -> ranking.Entry:
         seconds=result.seconds_per_image,
         rounds=[
             [None if seconds is None else seconds / result.images for seconds in rounds]
-            for rounds in result.benchmark.cycles or result.benchmark.launches
+            for rounds in result.benchmark.cycles
         ],
         work=ranking.work_of(result.benchmark.configuration),
         text=interval_seconds(result.seconds_per_image, *result.interval),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -36,17 +37,17 @@ class BaselineError(ValueError):
 
 @dataclass(frozen=True)
 class SavedBenchmark:
-    """One configuration of a saved run, in seconds per valid round; invalid rounds are excluded.
+    """One configuration of a saved run.
 
-    cycles: the same with None for each invalid round, so that equal indices of two benchmarks are of the same cycle; empty
-    in a plain pytest-benchmark entry (without `schema`), which has its full test name as id, one launch, no configuration
-    and no reference workload.
+    cycles: seconds of each round by launch, None for an invalid one, so that equal indices of two benchmarks are of the same
+    cycle. A plain pytest-benchmark entry (without `schema`) has its full test name as id, one launch, no configuration and no
+    reference workload.
     """
 
     id: str
     variant: str | None
     configuration: Mapping[str, object] | None
-    launches: tuple[tuple[float, ...], ...]
+    cycles: tuple[tuple[float | None, ...], ...]
     anchored_launch_medians: tuple[float, ...] | None  # of round seconds / reference workload seconds
     image_failure: str | None = None
     seconds_per_image: float | None = None
@@ -56,7 +57,11 @@ class SavedBenchmark:
     decision: Decision | None = None
     counts: Mapping[str, object] | None = None
     precision: str | None = None  # in effect; None in a plain benchmark
-    cycles: tuple[tuple[float | None, ...], ...] = ()
+
+    @functools.cached_property
+    def launches(self) -> tuple[tuple[float, ...], ...]:
+        """Seconds of the valid rounds by launch."""
+        return tuple(tuple(seconds for seconds in launch if seconds is not None) for launch in self.cycles)
 
     @property
     def launch_medians(self) -> tuple[float, ...]:
@@ -349,8 +354,7 @@ def _benchmark(node: _Node) -> SavedBenchmark:
     if info["variant"].value not in (None, "base", "aa"):
         info["variant"].fail("is neither null, base nor aa")
     cycles, anchored = _launches(info)
-    launches = tuple(tuple(seconds for seconds in launch if seconds is not None) for launch in cycles)
-    valid = [seconds for rounds in launches for seconds in rounds]
+    valid = [seconds for launch in cycles for seconds in launch if seconds is not None]
     data = _data(node)
     if len(data) != len(valid) or not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(data, valid)):
         node.fail("has other rounds in stats.data than in its launches")
@@ -361,7 +365,6 @@ def _benchmark(node: _Node) -> SavedBenchmark:
         id=info["configuration"]["id"].text(),
         variant=info["variant"].optional_text(),
         configuration=info["configuration"].object(),
-        launches=launches,
         cycles=cycles,
         anchored_launch_medians=anchored,
         image_failure=_image_failure(info["image"]),

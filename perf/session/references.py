@@ -15,7 +15,7 @@ from perf.runs import fingerprints
 from perf.session.image_check import image_failure
 from perf.session.measurements import Measurements
 from perf.session.plan import Slot
-from perf.session.runner import Limits
+from perf.session.runner import Limits, run_round
 from perf.session.settings import SessionError
 from perf.session.workers import Launches
 from perf.worker.wire import NO_REFERENCE, WorkerError
@@ -132,10 +132,8 @@ class References:
         with self.launches.open(slot) as worker:
             worker.ask("load", self.limits.load, **arguments)
             for path, seed in paths.items():
-                worker.ask("prepare", self.limits.first_round, seed=seed)
-                worker.ask("round", self.limits.first_round, seed=seed)
-                image = worker.ask("examine", self.limits.first_round)["image"]
-                failure = image_failure(image, "full", arguments["device"], workload=reference.workload)
+                answer, _ = run_round(worker, self.limits.first_round, seed)
+                failure = image_failure(answer["image"], "full", arguments["device"], workload=reference.workload)
                 if failure:
                     raise WorkerError("wrong_image", f"the reference image is wrong: {failure}")
                 worker.ask("write_reference", WRITE_SECONDS, path=str(path))

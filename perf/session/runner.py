@@ -156,7 +156,7 @@ class Runner:
             self._record("load", measured, launch, {"answer": loaded})
             yield
             self.progress(launch, slot, WARM_UP_ROUND)
-            answer, _ = self._round(worker, self.limits.first_round, slot.seed(WARM_UP_ROUND))
+            answer, _ = run_round(worker, self.limits.first_round, slot.seed(WARM_UP_ROUND))
             hashes = [answer["image"]["sha256"]]
             self._record("round", measured, launch, {"round": None, "answer": answer})
             if self.counting and launch == 0 and measured.counts is None:
@@ -167,7 +167,7 @@ class Runner:
                 self.progress(launch, slot, number)
                 seed = slot.seed(number)
                 check = self.references(slot, seed) if number == 0 else None
-                answer, watched = self._round(worker, self.limits.round, seed, check, self.watch)
+                answer, watched = run_round(worker, self.limits.round, seed, check, self.watch)
                 if attempt == 0:  # a retry has the same latents as the round it repeats, and so the same image
                     hashes.append(answer["image"]["sha256"])
                 wrong = self._image_failure(slot, loaded, answer["image"], hashes)
@@ -175,20 +175,6 @@ class Runner:
                 content = {"round": number, "attempt": attempt, "answer": answer, "wrong": wrong}
                 content.update(telemetry=watched.telemetry, invalid=watched.invalid)
                 self._record("round", measured, launch, content)
-
-    @staticmethod
-    def _round(
-        worker: Any,
-        seconds: float,
-        seed: int,
-        check: list[str] | None = None,
-        watch: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
-    ) -> tuple[dict[str, Any], Any]:
-        """(the worker's answers about one round, what `watch` observed during the round itself)."""
-        worker.ask("prepare", seconds, seed=seed)
-        with watch(worker.pid) as watched:
-            answer = worker.ask("round", seconds, seed=seed)
-        return {**answer, **worker.ask("examine", seconds, check=check)}, watched
 
     def _count(self, worker: Any, measured: SlotMeasurements, launch: int) -> None:
         """Record the counts of an untimed round, or why it cannot be counted, which does not affect the timed rounds."""
@@ -229,6 +215,20 @@ class Runner:
         if failure or configuration.workload == "text" or configuration.own:
             return failure
         return image_check.repeated_output(hashes)
+
+
+def run_round(
+    worker: Any,
+    seconds: float,
+    seed: int,
+    check: list[str] | None = None,
+    watch: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[dict[str, Any], Any]:
+    """(the worker's answers about one round, what `watch` observed during the round itself). seconds: limit of each answer."""
+    worker.ask("prepare", seconds, seed=seed)
+    with watch(worker.pid) as watched:
+        answer = worker.ask("round", seconds, seed=seed)
+    return {**answer, **worker.ask("examine", seconds, check=check)}, watched
 
 
 def _release(worker: Any, seconds: float) -> None:

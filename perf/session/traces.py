@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perf.report.text import file_name
 from perf.session.plan import Slot
-from perf.session.runner import Limits
+from perf.session.runner import Limits, run_round
 from perf.worker.wire import WorkerError
 
 TRACE_SEED = 500_000  # differs from the seeds of timed rounds
@@ -33,8 +33,7 @@ def trace_all(
         try:
             with launches.open(slot) as worker:
                 worker.ask("load", limits.load, **launches.load_arguments(slot))
-                worker.ask("prepare", limits.first_round, seed=TRACE_SEED + 1)
-                worker.ask("round", limits.first_round, seed=TRACE_SEED + 1)
+                run_round(worker, limits.first_round, TRACE_SEED + 1)
                 traces[id] = worker.ask(
                     "trace", limits.round, stem=str(folder.absolute() / file_name(id)), seed=TRACE_SEED
                 )

@@ -219,7 +219,7 @@ class SpatialTransformer(nn.Module):
 
         P (x + F g + f) + p = [P, P F] [x, g] + (P f + p) for P, p of proj_out and F, f of the feed-forward layer's output, whose
         input is g; the matrix is computed in fp64, which no setting of the process rounds, and rounded once. It changes in
-        place where it exists. Whoever changes the weights in place calls this again.
+        place where it exists. It is to be called again after an in-place change of the weights.
         """
         if not enabled:
             self.folded_weight = self.folded_bias = None
