@@ -23,16 +23,15 @@ using torch::stable::Tensor;
 
 typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int LANES = 8, VECTORS = PANEL / LANES;
+constexpr int LINE = 16;                       // floats of a line of a cache
 constexpr int ROWS = 6;                        // rows of a product: 12 of 16 registers hold its sums
 constexpr int BLOCK = 240;                     // positions that share a chunk of weights
 constexpr int CHUNK = 512;                     // channels times taps of a chunk
 constexpr int PREFETCHED = 256;                // rows of weights ahead, for the memory's latency
 constexpr int KEYS = 64;                       // of a block of attention
-constexpr int SIDE = 4, SQUARE = SIDE * SIDE;  // inputs of a tile of 2 x 2 outputs
-constexpr int TILES = 72;                      // of a block at least: they share a transform of the weights
+constexpr int TILES = 48;                      // of a block at least: they share a transform of the weights
 constexpr int INPUTS = 96 << 10;               // transformed values of a block with more tiles, for the second cache
 constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
-constexpr int TRANSFORM = 96;                  // of a weight: takes as long as this many products, measured
 static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
 const float ZEROS[CHUNK] = {};
 
@@ -89,9 +88,11 @@ Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes t
   return Tensor(tensor);
 }
 
+// A distance of rows of so many floats, odd in lines: a cache holds few lines whose distance is a power of two.
+int64_t apart(int64_t floats) { return ((floats + LINE - 1) / LINE | 1) * LINE; }
+
 // Memory of this thread that its next use overwrites. It is kept: to get and clear it anew takes longer than some convolutions.
 float* workspace(size_t floats) {
-  constexpr size_t LINE = 64 / sizeof(float);
   thread_local std::vector<float> memory;
   if (memory.size() < floats + LINE) {
     memory = {};  // before the larger one is there
@@ -154,95 +155,128 @@ void convolve(const float* x, const float* weight, const float* bias, float* out
   });
 }
 
-// Winograd's convolution of 3 x 3 taps and stride 1: 16 products for a tile of 2 x 2 outputs instead of 36. A transform of a
-// square of vectors is one of each of its columns, then of each row of the results.
-struct Four {
-  Lanes a, b, c, d;
+// Winograd's convolution of 3 x 3 taps and stride 1: for a tile of 2 x 2 outputs 16 products instead of 36, or for one of 4 x 4
+// outputs 36 instead of 144. The transform of a square of vectors is one of each of its columns, then of each row of the results.
+template <int N>
+struct Line {  // of a square; std::array would drop the attributes of Lanes
+  Lanes values[N];
+  Lanes& operator[](int i) { return values[i]; }
+  const Lanes& operator[](int i) const { return values[i]; }
 };
 
-inline Four of_inputs(Lanes a, Lanes b, Lanes c, Lanes d) { return {a - c, b + c, c - b, b - d}; }
+// The tile's polynomials are evaluated at 0, 1, -1 and infinity.
+inline Line<4> of_inputs(Line<4> x) { return {x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]}; }
 
-inline Four of_weights(Lanes a, Lanes b, Lanes c) {
-  const Lanes even = (a + c) * 0.5f, odd = b * 0.5f;
-  return {a, even + odd, even - odd, c};
+inline Line<4> of_weights(Line<3> x, Line<4>) {
+  const Lanes even = (x[0] + x[2]) * 0.5f, odd = x[1] * 0.5f;
+  return {x[0], even + odd, even - odd, x[2]};
+}
+
+inline Line<2> of_products(Line<4> x) { return {x[0] + x[1] + x[2], x[1] - x[2] - x[3]}; }
+
+// At 0, +-NEAR, +-FAR and infinity; the error is half of that with 0, +-1 and +-2.
+constexpr float NEAR = 0.70710678f, FAR = 1.41421356f;
+
+inline Line<6> of_inputs(Line<6> x) {
+  const Lanes near = (x[3] - 2.0f * x[1]) * NEAR, far = (x[3] - 0.5f * x[1]) * FAR;
+  const Lanes even = x[4] - 2.0f * x[2], other = x[4] - 0.5f * x[2];
+  return {x[0] - 2.5f * x[2] + x[4], even + near, even - near, other + far, other - far, x[1] - 2.5f * x[3] + x[5]};
+}
+
+inline Line<6> of_weights(Line<3> x, Line<6>) {
+  const Lanes even = (x[0] + 0.5f * x[2]) * (-2.0f / 3), near = x[1] * (NEAR * -2 / 3);
+  const Lanes other = (x[0] + 2.0f * x[2]) * (1.0f / 6), far = x[1] * (FAR / 6);
+  return {x[0], even + near, even - near, other + far, other - far, x[2]};
+}
+
+inline Line<4> of_products(Line<6> x) {
+  const Lanes even = x[1] + x[2], near = (x[1] - x[2]) * NEAR, other = x[3] + x[4], far = (x[3] - x[4]) * FAR;
+  return {x[0] + even + other, near + far, 0.5f * even + 2.0f * other, 0.5f * near + 2.0f * far + x[5]};
 }
 
 inline Lanes load(const float* x) { return *(const Lanes*)x; }
 inline void store(float* x, Lanes value) { *(Lanes*)x = value; }
 
-inline void store(float* x, int64_t stride, Four values) {
-  store(x, values.a), store(x + stride, values.b), store(x + 2 * stride, values.c), store(x + 3 * stride, values.d);
-}
-
-// The 16 values of a square at a distance of `stride`: the transform of each row of its columns.
-template <typename Transform, typename... Columns>
-inline void store_rows(float* out, int64_t stride, Transform transform, Columns... columns) {
-  store(out, stride, transform(columns.a...));
-  store(out + 4 * stride, stride, transform(columns.b...));
-  store(out + 8 * stride, stride, transform(columns.c...));
-  store(out + 12 * stride, stride, transform(columns.d...));
-}
-
-// pixels: of the 4 x 4 inputs of a tile, nullptr outside of the image. out: 16 rows of `stride`.
-void transform_inputs(const float* const* pixels, int64_t channels, float* out, int64_t stride) {
-  for (int64_t k = 0; k < channels; k += LANES) {
-    const auto column = [&](int i) {
-      const auto pixel = [&](int j) { return pixels[i + j * SIDE] ? load(pixels[i + j * SIDE] + k) : Lanes{}; };
-      return of_inputs(pixel(0), pixel(1), pixel(2), pixel(3));
-    };
-    store_rows(out + k, stride, of_inputs, column(0), column(1), column(2), column(3));
+template <int FROM, int TO, typename Read, typename Transform, typename Write>
+inline __attribute__((always_inline)) void transform_square(Read read, Transform transform, Write write) {
+  Line<TO> columns[FROM];
+#pragma GCC unroll 6
+  for (int i = 0; i < FROM; ++i) {
+    Line<FROM> column;
+#pragma GCC unroll 6
+    for (int j = 0; j < FROM; ++j) column[j] = read(j, i);
+    columns[i] = transform(column);
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < TO; ++j) {
+    Line<FROM> row;
+#pragma GCC unroll 6
+    for (int i = 0; i < FROM; ++i) row[i] = columns[i][j];
+    const Line<TO> values = transform(row);
+#pragma GCC unroll 6
+    for (int i = 0; i < TO; ++i) write(j, i, values[i]);
   }
 }
 
-// weight: 9 rows of `step`, of which `count` values each. out: 16 rows of `stride`.
-void transform_weights(const float* weight, int64_t step, int64_t count, float* out, int64_t stride) {
-  for (int64_t k = 0; k < count; k += LANES) {
-    const float* const taps = weight + k;
-    const auto tap = [&](int i) { return load(taps + i * step); };
-    const auto column = [&](int i) { return of_weights(tap(i), tap(i + 3), tap(i + 6)); };
-    store_rows(out + k, stride, of_weights, column(0), column(1), column(2));
+// OUTPUTS: side of a tile. SIDE: of its inputs and of its products.
+template <int OUTPUTS>
+struct Tiles {
+  static constexpr int SIDE = OUTPUTS + 2, SQUARE = SIDE * SIDE;
+  int64_t high, wide, count;
+
+  explicit Tiles(const Shape& s)
+      : high((s.height + OUTPUTS - 1) / OUTPUTS), wide((s.width + OUTPUTS - 1) / OUTPUTS), count(s.images * high * wide) {}
+
+  // Products of each weight that would take as long, measured: the transforms of a tile take half as long as its products.
+  int64_t cost() const { return count * SQUARE * 3 / 2 + (OUTPUTS == 2 ? 70 : 190); }
+
+  // pixels: inputs of a tile, nullptr outside of the image. out: SQUARE rows of `stride`.
+  static void transform_inputs(const float* const* pixels, int64_t channels, float* out, int64_t stride) {
+    for (int64_t k = 0; k < channels; k += LANES)
+      transform_square<SIDE, SIDE>(
+          [&](int j, int i) { return pixels[j * SIDE + i] ? load(pixels[j * SIDE + i] + k) : Lanes{}; },
+          [](Line<SIDE> x) { return of_inputs(x); },
+          [&](int j, int i, Lanes value) { store(out + (j * SIDE + i) * stride + k, value); });
   }
-}
 
-// products: 16 rows of `stride`. outputs: of the 2 x 2 pixels of a tile, each then offset; nullptr outside of the image.
-void transform_products(const float* products, int64_t stride, Lanes bias, float* const* outputs, int64_t offset) {
-  const auto sums = [](Lanes a, Lanes b, Lanes c, Lanes d) { return std::pair(a + b + c, b - c - d); };
-  const auto column = [&](int i) {
-    const auto value = [&](int j) { return load(products + (i + j * SIDE) * stride + offset); };
-    return sums(value(0), value(1), value(2), value(3));
-  };
-  const auto w = column(0), x = column(1), y = column(2), z = column(3);
-  const auto top = sums(w.first, x.first, y.first, z.first), bottom = sums(w.second, x.second, y.second, z.second);
-  if (outputs[0]) store(outputs[0] + offset, top.first + bias);
-  if (outputs[1]) store(outputs[1] + offset, top.second + bias);
-  if (outputs[2]) store(outputs[2] + offset, bottom.first + bias);
-  if (outputs[3]) store(outputs[3] + offset, bottom.second + bias);
-}
+  // weight: 9 rows of `step`, of which `count` values each. out: SQUARE rows of `stride`.
+  static void transform_weights(const float* weight, int64_t step, int64_t count, float* out, int64_t stride) {
+    for (int64_t k = 0; k < count; k += LANES)
+      transform_square<3, SIDE>([&](int j, int i) { return load(weight + (j * 3 + i) * step + k); },
+                                [](Line<3> x) { return of_weights(x, Line<SIDE>()); },
+                                [&](int j, int i, Lanes value) { store(out + (j * SIDE + i) * stride + k, value); });
+  }
 
-int64_t tiles_of(const Shape& s) { return s.images * ((s.height + 1) / 2) * ((s.width + 1) / 2); }
+  // products: SQUARE rows of `stride`. outputs: the pixels of a tile, each then offset; nullptr outside of the image.
+  static void transform_products(const float* products, int64_t stride, Lanes bias, float* const* outputs, int64_t offset) {
+    transform_square<SIDE, OUTPUTS>([&](int j, int i) { return load(products + (j * SIDE + i) * stride + offset); },
+                                    [](Line<SIDE> x) { return of_products(x); },
+                                    [&](int j, int i, Lanes value) {
+                                      float* const output = outputs[j * OUTPUTS + i];
+                                      if (output) store(output + offset, value + bias);
+                                    });
+  }
+};
 
-bool is_faster_by_tiles(const Shape& s) {
-  return s.kernel == 3 && s.stride == 1 && s.padding == 1 && s.channels % LANES == 0 && s.height > 1 && s.width > 1 &&
-         tiles_of(s) * SQUARE + TRANSFORM < s.images * s.height * s.width * 9;
-}
-
-// As `convolve`, where `is_faster_by_tiles`.
+// As `convolve`, of 3 x 3 taps, stride 1 and padding 1, with channels in multiples of LANES.
+template <int OUTPUTS>
 void convolve_tiles(const float* x, const float* weight, const float* bias, float* out, const Shape& s) {
-  const int64_t high = (s.height + 1) / 2, wide = (s.width + 1) / 2, tiles = tiles_of(s), panels = panels_of(s.out_channels);
-  const int64_t most = std::max<int64_t>(TILES, INPUTS / SQUARE / s.channels), blocks = (tiles + most - 1) / most;
-  const int64_t block = (tiles + blocks - 1) / blocks;
+  constexpr int SIDE = Tiles<OUTPUTS>::SIDE, SQUARE = Tiles<OUTPUTS>::SQUARE, PIXELS = OUTPUTS * OUTPUTS;
+  const Tiles<OUTPUTS> tiles(s);
+  const int64_t most = std::max<int64_t>(TILES, INPUTS / SQUARE / s.channels), blocks = (tiles.count + most - 1) / most;
+  const int64_t block = (tiles.count + blocks - 1) / blocks, panels = panels_of(s.out_channels);
   const int64_t chunks = (s.channels + DEPTH - 1) / DEPTH, chunk = (s.channels + chunks - 1) / chunks;
-  // A line more than its values for each row, since a cache holds few lines whose distance is a power of two.
-  const int64_t input_row = block * s.channels + PANEL, weight_row = chunk * PANEL + PANEL, product_row = block * PANEL + PANEL;
+  const int64_t input_row = apart(block * s.channels), weight_row = apart(chunk * PANEL), product_row = apart(block * PANEL);
   torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t first, int64_t last) {
     float* const weights = workspace(SQUARE * (weight_row + product_row + input_row));
     float *const products = weights + SQUARE * weight_row, *const inputs = products + SQUARE * product_row;
     std::vector<const float*> rows(SQUARE * block);
-    alignas(64) float narrow[4 * PANEL], start[PANEL];
+    alignas(64) float narrow[PIXELS * PANEL], start[PANEL];
     int64_t begin = -1, count = 0;
     // A square of pixels that begins `from` lines and columns behind a tile's first output; -1 outside of the image.
     const auto find_pixels = [&](int64_t tile, int64_t from, int64_t side, int64_t* pixels) {
-      const int64_t top = tile / wide % high * 2 + from, left = tile % wide * 2 + from, image = tile / wide / high;
+      const int64_t top = tile / tiles.wide % tiles.high * OUTPUTS + from, left = tile % tiles.wide * OUTPUTS + from;
+      const int64_t image = tile / tiles.wide / tiles.high;
       for (int64_t line = top; line < top + side; ++line)
         for (int64_t column = left; column < left + side; ++column) {
           const bool inside = line >= 0 && line < s.height && column >= 0 && column < s.width;
@@ -252,7 +286,7 @@ void convolve_tiles(const float* x, const float* weight, const float* bias, floa
     for (int64_t unit = first; unit < last; ++unit) {
       if (begin != unit / panels * block) {
         begin = unit / panels * block;
-        count = std::min(block, tiles - begin);
+        count = std::min(block, tiles.count - begin);
         for (int64_t i = 0; i < count; ++i) {
           int64_t pixels[SQUARE];
           const float* of_tile[SQUARE];
@@ -261,30 +295,30 @@ void convolve_tiles(const float* x, const float* weight, const float* bias, floa
             of_tile[j] = pixels[j] < 0 ? nullptr : x + pixels[j] * s.channels;
             rows[j * count + i] = inputs + j * input_row + i * s.channels;
           }
-          transform_inputs(of_tile, s.channels, inputs + i * s.channels, input_row);
+          tiles.transform_inputs(of_tile, s.channels, inputs + i * s.channels, input_row);
         }
       }
       const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
       for (int64_t channel = 0; channel < s.channels; channel += chunk) {
         const int64_t depth = std::min(chunk, s.channels - channel);
-        transform_weights(weight + (panel * 9 * s.channels + channel) * PANEL, s.channels * PANEL, depth * PANEL, weights,
-                          weight_row);
+        tiles.transform_weights(weight + (panel * 9 * s.channels + channel) * PANEL, s.channels * PANEL, depth * PANEL, weights,
+                                weight_row);
         for (int j = 0; j < SQUARE; ++j)
           multiply_all<CACHED>(rows.data() + j * count, count, 1, channel, depth, 1, weights + j * weight_row,
                                channel ? nullptr : ZEROS, products + j * product_row, PANEL);
       }
       for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
       for (int64_t i = 0; i < count; ++i) {
-        int64_t pixels[4];
-        float *of_tile[4], *targets[4];
-        find_pixels(begin + i, 0, 2, pixels);
-        for (int j = 0; j < 4; ++j) {
+        int64_t pixels[PIXELS];
+        float *of_tile[PIXELS], *targets[PIXELS];
+        find_pixels(begin + i, 0, OUTPUTS, pixels);
+        for (int j = 0; j < PIXELS; ++j) {
           of_tile[j] = pixels[j] < 0 ? nullptr : out + pixels[j] * s.out_channels + panel * PANEL;
           targets[j] = width == PANEL || !of_tile[j] ? of_tile[j] : narrow + j * PANEL;
         }
         for (int64_t at = 0; at < PANEL; at += LANES)
-          transform_products(products + i * PANEL, product_row, load(start + at), targets, at);
-        for (int j = 0; j < 4; ++j)
+          tiles.transform_products(products + i * PANEL, product_row, load(start + at), targets, at);
+        for (int j = 0; j < PIXELS; ++j)
           if (targets[j] != of_tile[j]) std::copy_n(targets[j], width, of_tile[j]);
       }
     }
@@ -313,7 +347,11 @@ Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_ch
     s.width = s.out_width = x.numel() / s.channels;
   }
   Tensor out = empty(size);
-  const auto compute = is_faster_by_tiles(s) ? convolve_tiles : convolve;
+  auto compute = convolve;
+  if (kernel == 3 && stride == 1 && padding == 1 && s.channels % LANES == 0) {
+    const int64_t direct = s.images * s.height * s.width * 9, small = Tiles<2>(s).cost(), large = Tiles<4>(s).cost();
+    if (std::min(small, large) < direct) compute = small < large ? convolve_tiles<2> : convolve_tiles<4>;
+  }
   compute((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
           (float*)out.data_ptr(), s);
   return out;
