@@ -111,7 +111,7 @@ class Unet:
     def ours(self, unet: UNet, chosen: Optimisations, inputs) -> Callable[[], torch.Tensor]:
         x, t, context = inputs
         unused = Autoencoder(preset("tiny").autoencoder), TextEncoder(preset("tiny").text)
-        call = apply(unet, *unused, CPU, chosen).unet
+        call = apply(unet, *unused, CPU, chosen).unet_of_run()
         x, context = x.contiguous(memory_format=chosen.memory_format()), context.to(unet.dtype)
         # Computed once per run and once per prompt.
         t = unet.time_table(t[:1]) if chosen.cache_time_embeddings else t

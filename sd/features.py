@@ -64,6 +64,7 @@ def _cpu_fused_adamw() -> bool:
 
 
 _CACHE_KEY_TAG = hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag")
+_DYNAMO: Any = getattr(torch._C, "_dynamo", None)
 FEATURES = {
     "sdpa": Feature("F.scaled_dot_product_attention", hasattr(F, "scaled_dot_product_attention"), "torch >= 2.0"),
     "compile": Feature("torch.compile", hasattr(torch, "compile"), "torch >= 2.0"),
@@ -84,6 +85,12 @@ FEATURES = {
         "torch.compiler.save_cache_artifacts",
         hasattr(torch, "compiler") and hasattr(torch.compiler, "save_cache_artifacts"),
         "torch >= 2.7",
+    ),
+    "cache_entries": Feature(
+        "a list of the code that Dynamo compiled, with its guards",
+        hasattr(getattr(getattr(_DYNAMO, "eval_frame", None), "_CacheEntry", None), "guard_manager")
+        and hasattr(_DYNAMO.eval_frame, "_debug_get_cache_entry_list"),
+        "a newer torch; 2.11 has it",
     ),
     "cache_key_tag": Feature(
         "torch.compiler.config.cache_key_tag",

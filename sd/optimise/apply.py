@@ -27,6 +27,7 @@ from sd.optimise.aot import AheadOfTime, check_package_path
 from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, require_quantisation, require_wide_layers
 from sd.optimise.compile import (
     CompiledStep,
+    GuardedOnce,
     compile_blocks,
     prepare_cpp_compiler,
     require_cpp_compiler,
@@ -122,7 +123,7 @@ class Calls:
     """The entry points of optimised networks; call them in `context`, and without gradients.
 
     encode, unet, decode: as TextEncoder.forward, UNet.forward and Autoencoder.decode. project_context, time_table: as those
-    of the UNet. sample: as sd.sampling.plan.run.
+    of the UNet. sample: as sd.sampling.plan.run. guarded: the UNet's compiled method, if it has one.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -131,6 +132,7 @@ class Calls:
     unet: Callable[..., Any]
     sample: Callable[..., Tensor]
     decode: Callable[[Tensor], Tensor]
+    guarded: GuardedOnce | None
     observed_unet: ObservedCall
     observed_decoder: ObservedCall
     optimisations: Optimisations
@@ -158,8 +160,9 @@ class Calls:
         """The UNet for one sampler run; with feature caching it has state."""
         if isinstance(self.unet, Graphed):
             self.unet.begin_run()
+        unet = self.unet if self.guarded is None else self.guarded.of_run(self.unet)
         interval = self.optimisations.feature_caching
-        return self.unet if interval == 1 else CachedFeatures(self.unet, interval)
+        return unet if interval == 1 else CachedFeatures(unet, interval)
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
@@ -246,9 +249,10 @@ def _calls(
         vars(text_encoder)["forward"] = compilers["text_encoder"].with_cloned_outputs(text_encoder.forward)
 
     caches_features = optimisations.feature_caching > 1
+    guarded = None
     if "unet" in compilers and optimisations.compile_scope == "unet":
         name = "denoise_with_features" if caches_features else "denoise"
-        vars(unet)[name] = compilers["unet"].with_cloned_outputs(getattr(unet, name))
+        vars(unet)[name] = guarded = GuardedOnce(getattr(unet, name), compilers["unet"])
     elif "unet" in compilers and optimisations.compile_scope == "blocks":
         compile_blocks(unet, compilers["unet"])
     elif optimisations.aot is not None:
@@ -288,6 +292,7 @@ def _calls(
         unet=call,
         sample=loop,
         decode=decode,
+        guarded=guarded,
         observed_unet=observed,
         observed_decoder=decoder,
         optimisations=optimisations,
