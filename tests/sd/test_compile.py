@@ -144,11 +144,11 @@ class TestGuardedOnce:
 
     def test_a_run_evaluates_its_guards_once(self, net):
         others = (torch.ones(3), torch.ones(3))
-        for run in (1, 2):
+        for runs in (1, 2):
             call = net.guarded.of_run(net.guarded)
             for value in range(4):
                 assert call(torch.full((3,), value), others).tolist() == [2 * value + 2] * 3
-            assert net.evaluated == run
+            assert net.evaluated == runs
 
     @pytest.mark.parametrize(
         "other",
