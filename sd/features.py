@@ -89,7 +89,8 @@ FEATURES = {
     "cache_entries": Feature(
         "a list of the code that Dynamo compiled, with its guards",
         hasattr(getattr(getattr(_DYNAMO, "eval_frame", None), "_CacheEntry", None), "guard_manager")
-        and hasattr(_DYNAMO.eval_frame, "_debug_get_cache_entry_list"),
+        and hasattr(_DYNAMO.eval_frame, "_debug_get_cache_entry_list")
+        and "\n_stance = " in _source("_dynamo/eval_frame.py"),
         "a newer torch; 2.11 has it",
     ),
     "cache_key_tag": Feature(

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <utility>
 #include <vector>
 
 namespace {
@@ -29,7 +28,7 @@ constexpr int BLOCK = 240;                     // positions that share a chunk o
 constexpr int CHUNK = 512;                     // channels times taps of a chunk
 constexpr int PREFETCHED = 256;                // rows of weights ahead, for the memory's latency
 constexpr int KEYS = 64;                       // of a block of attention
-constexpr int TILES = 48;                      // of a block at least: they share a transform of the weights
+constexpr int TILES = 48;                      // limit of a block, which transforms the weights once; higher for few channels
 constexpr int INPUTS = 96 << 10;               // transformed values of a block with more tiles, for the second cache
 constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
 static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
@@ -227,7 +226,8 @@ struct Tiles {
   explicit Tiles(const Shape& s)
       : high((s.height + OUTPUTS - 1) / OUTPUTS), wide((s.width + OUTPUTS - 1) / OUTPUTS), count(s.images * high * wide) {}
 
-  // Products of each weight that would take as long, measured: the transforms of a tile take half as long as its products.
+  // Time in products of a direct convolution for each weight, measured: the transforms of a tile take half as long as its
+  // products, that of the weights a constant.
   int64_t cost() const { return count * SQUARE * 3 / 2 + (OUTPUTS == 2 ? 70 : 190); }
 
   // pixels: inputs of a tile, nullptr outside of the image. out: SQUARE rows of `stride`.

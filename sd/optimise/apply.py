@@ -160,7 +160,9 @@ class Calls:
         """The UNet for one sampler run; with feature caching it has state."""
         if isinstance(self.unet, Graphed):
             self.unet.begin_run()
-        unet = self.unet if self.guarded is None else self.guarded.of_run(self.unet)
+        unet = self.unet
+        if self.guarded is not None and self.optimisations.cuda_graph == "none":  # a recorded graph evaluates none
+            unet = self.guarded.of_run(unet)
         interval = self.optimisations.feature_caching
         return unet if interval == 1 else CachedFeatures(unet, interval)
 
@@ -252,7 +254,8 @@ def _calls(
     guarded = None
     if "unet" in compilers and optimisations.compile_scope == "unet":
         name = "denoise_with_features" if caches_features else "denoise"
-        vars(unet)[name] = guarded = GuardedOnce(getattr(unet, name), compilers["unet"])
+        guarded = GuardedOnce(getattr(unet, name), compilers["unet"], unet)
+        vars(unet)[name] = compilers["unet"].cloning(guarded)
     elif "unet" in compilers and optimisations.compile_scope == "blocks":
         compile_blocks(unet, compilers["unet"])
     elif optimisations.aot is not None:

@@ -46,6 +46,7 @@ def _error(layer, x):
         (3, 1, 1, 1290, 24, (1, 3, 3)),
         (3, 1, 1, 8, 16, (2, 4, 4)),  # from here by tiles of 2 x 2 outputs
         (3, 1, 1, 200, 17, (1, 6, 7)),  # cut by the image's edges, and less than a panel
+        (3, 1, 1, 16, 16, (1, 2, 200)),  # several blocks
         (3, 1, 1, 24, 16, (1, 8, 8)),  # from here by tiles of 4 x 4: fewer than the rows of a product
         (3, 1, 1, 200, 17, (2, 21, 35)),  # cut by the image's edges, several blocks, and less than a panel
         (3, 1, 1, 296, 40, (1, 9, 22)),  # several chunks of channels
@@ -110,17 +111,17 @@ def test_the_number_of_threads_changes_nothing(padding):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding, beyond", [(0, 0), (1, 1)], ids=["direct", "by-tiles"])
-def test_values_that_are_not_finite_stay_so(padding, beyond):
-    """beyond: outputs beside those that depend on the value, of the same tile."""
-    layer, x = nn.Conv2d(16, 16, 3, padding=padding), torch.zeros(1, 16, 8, 8)
+@pytest.mark.parametrize(
+    "size, padding, reached", [(8, 0, (0, 3)), (6, 1, (1, 4)), (8, 1, (0, 4))], ids=["direct", "2x2", "4x4"]
+)
+def test_a_value_that_is_not_finite_reaches_outputs_that_depend_on_it_or_its_tile_of_4x4(size, padding, reached):
+    layer, x = nn.Conv2d(16, 16, 3, padding=padding), torch.zeros(1, 16, size, size)
     avx2_layers.pack(layer)
     x[0, 3, 2, 2] = float("nan")
-    finite = layer(x).isfinite()
-    assert not finite[..., padding : padding + 3, padding : padding + 3].any()
-    reached = slice(padding - beyond, padding + 3)
-    finite[..., reached, reached] = True
-    assert finite.all()
+    out = layer(x)
+    expected = torch.ones_like(out, dtype=torch.bool)
+    expected[..., slice(*reached), slice(*reached)] = False
+    assert torch.equal(out.isfinite(), expected)
 
 
 def test_other_layers_stay_plain():

@@ -120,8 +120,8 @@ class Scaling(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.factor, self.evaluated = nn.Parameter(torch.tensor(2.0), requires_grad=False), 0
-        self.guarded = GuardedOnce(self.scale, Compiler("default", "eager"))
+        self.factor, self.offset, self.evaluated = nn.Parameter(torch.tensor(2.0), requires_grad=False), 0, 0
+        self.guarded = GuardedOnce(self.scale, Compiler("default", "eager"), self)
         compiled = self.guarded.compiled
 
         def counted(*arguments):
@@ -131,7 +131,7 @@ class Scaling(nn.Module):
         self.guarded.compiled = counted
 
     def scale(self, x, others):
-        return x * self.factor + sum(others)
+        return x * self.factor + self.offset + sum(others)
 
 
 @pytest.mark.skipif(not has("cache_entries"), reason=str(missing("cache_entries")))
@@ -151,27 +151,35 @@ class TestGuardedOnce:
             assert net.evaluated == runs
 
     @pytest.mark.parametrize(
-        "other",
+        "one, other",
         [
-            (torch.ones(4), (torch.ones(4),)),
-            (torch.ones(3, dtype=torch.float64), (torch.ones(3),)),
-            (torch.ones(3), (torch.ones(3), torch.ones(3))),
-            (torch.ones(3, 2).t(), (torch.ones(2, 3),)),
-            (torch.ones(3), (0.5,)),
+            ((torch.ones(3), (torch.ones(3),)), (torch.ones(4), (torch.ones(4),))),
+            ((torch.ones(3), (torch.ones(3),)), (torch.ones(3, dtype=torch.float64), (torch.ones(3),))),
+            ((torch.ones(3), (torch.ones(3),)), (torch.ones(3), (torch.ones(3), torch.ones(3)))),
+            ((torch.ones(2, 2), ()), (torch.ones(2, 2).t(), ())),
+            ((torch.ones(3), (1,)), (torch.ones(3), (True,))),
         ],
-        ids=["shape", "dtype", "length", "stride", "number"],
+        ids=["shape", "dtype", "length", "strides", "type"],
     )
-    def test_arguments_of_another_kind_have_their_own_code(self, net, other):
+    def test_arguments_of_another_kind_have_their_own_code(self, net, one, other):
         call = net.guarded.of_run(net.guarded)
-        for x, others in 2 * [(torch.ones(3), (torch.ones(3),)), other]:
+        for x, others in (one, other, one, other):
             assert torch.equal(call(x, others), net.scale(x, others))
         assert net.evaluated == 2
+
+    def test_settings_that_change_within_a_run_are_seen(self, net):
+        call, x = net.guarded.of_run(net.guarded), torch.ones(3)
+        call(x, ())
+        with torch.no_grad():
+            call(x, ())
+        net.factor.data = net.factor.data.double()
+        assert call(x, ()).dtype == torch.float32  # a scalar does not promote
+        assert net.evaluated == 3
 
     def test_a_change_between_runs_is_seen(self, net):
         x = torch.ones(3)
         assert net.guarded.of_run(net.guarded)(x, ()).tolist() == [2.0] * 3
-        net.factor = None
-        net.__dict__["factor"] = 7
+        net.offset = 5
         for _ in range(2):
             assert net.guarded(x, ()).tolist() == [7.0] * 3  # in no run
         assert net.guarded.of_run(net.guarded)(x, ()).tolist() == [7.0] * 3
@@ -183,11 +191,33 @@ class TestGuardedOnce:
         calls = [network.guarded.of_run(network.guarded) for network in (net, other)]
         assert [call(x, ()).tolist() for _ in range(2) for call in calls] == 2 * [[2.0] * 3, [5.0] * 3]
 
-    def test_without_compilation_every_call_is_eager(self, net):
+    def test_where_torch_shall_not_compile_every_call_is_eager(self, net):
+        net.guarded(torch.ones(3), ())  # Dynamo has code
+        net.evaluated = 0
         with torch.compiler.set_stance("force_eager"):
             call = net.guarded.of_run(net.guarded)
             assert [call(torch.ones(3), ()).tolist() for _ in range(3)] == 3 * [[2.0] * 3]
         assert net.evaluated == 3
+
+
+@pytest.mark.skipif(not has("cache_entries"), reason=str(missing("cache_entries")))
+@pytest.mark.parametrize(
+    "scope, fields, evaluated", [("unet", {}, 1), ("step", {}, 1), ("unet", {"feature_caching": 2}, 2)]
+)
+def test_a_sampler_run_evaluates_guards_once(model, references, monkeypatch, scope, fields, evaluated):
+    """Feature caching calls the UNet with and without deep features."""
+    calls = []
+    compiled = Compiler.__call__
+    monkeypatch.setattr(
+        Compiler,
+        "__call__",
+        lambda self, function: lambda *arguments, code=compiled(self, function): calls.append(0) or code(*arguments),
+    )
+    _optimise(model, scope, "eager", **fields)
+    for runs in (1, 2):
+        latents = _latents(model)
+        assert len(calls) == runs * evaluated
+    assert fields or relative_error(latents, references["plms", 4.0]) <= BOUND
 
 
 @pytest.mark.parametrize("scope", slow_or_nightly(COMPILE_SCOPES, lambda scope: scope == "step"))
