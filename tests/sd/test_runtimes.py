@@ -38,7 +38,7 @@ def test_same_images(name):
     assert relative_error(_run(model).latents, expected[0].latents) <= 1e-5
     images = _run(model).images.int()
     assert (images - expected[0].images.int()).abs().max() <= 1
-    converted = vars(model.unet)["denoise"].converted
+    converted = vars(model.unet)["denoise"].compiled.converted
     assert len(converted) == 1
     assert relative_error(_run(model, scale=1.0).latents, expected[1].latents) <= 1e-5  # another batch of the UNet
     assert len(converted) == 2
