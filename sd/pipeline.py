@@ -130,7 +130,7 @@ class StableDiffusion(Networks):
         height, width: pixels, multiples of 64; None for the model's own size.
         latents: initial noise x_T [B, 4, H/8, W/8], unit Gaussian, in place of drawn noise.
         negative_prompt: text of the unconditional half, one or a list like the prompts; None for the empty prompt.
-        progress: called as progress(step, steps) after every step.
+        progress: called as progress(step, steps) after every step; it must not change the model.
         prompt_chunks: chunks of 75 tokens in which prompts are encoded; their contexts are concatenated. `auto` takes as
             many as the longest prompt of the call needs. A warning names the text after the last chunk (Result.dropped).
 

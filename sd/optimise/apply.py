@@ -27,7 +27,6 @@ from sd.optimise.aot import AheadOfTime, check_package_path
 from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, require_quantisation, require_wide_layers
 from sd.optimise.compile import (
     CompiledStep,
-    GuardedOnce,
     compile_blocks,
     prepare_cpp_compiler,
     require_cpp_compiler,
@@ -36,6 +35,7 @@ from sd.optimise.compile import (
     use_nhwc,
 )
 from sd.optimise.cuda_graphs import Graphed, GraphedLoop
+from sd.optimise.guards import GuardedOnce
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.optimise.packed import cache_code, pack, unpack
 from sd.sampling.plan import run
@@ -254,7 +254,8 @@ def _calls(
     guarded = None
     if "unet" in compilers and optimisations.compile_scope == "unet":
         name = "denoise_with_features" if caches_features else "denoise"
-        guarded = GuardedOnce(getattr(unet, name), compilers["unet"], unet)
+        method = getattr(unet, name)
+        guarded = GuardedOnce(method, compilers["unet"](method), unet)
         vars(unet)[name] = compilers["unet"].cloning(guarded)
     elif "unet" in compilers and optimisations.compile_scope == "blocks":
         compile_blocks(unet, compilers["unet"])
