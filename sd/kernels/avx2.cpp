@@ -1,4 +1,7 @@
-// Layers and attention in fp32 by AVX2; sd/kernels/avx2.py compiles it and says what it computes.
+// Layers and attention by AVX2 or AVX-512; sd/kernels/avx2.py compiles it and says what it computes.
+//
+// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. All sums are in fp32. With avx512_bf16, layers take bf16
+// too: direct products multiply pairs of channels, and tiles are converted to fp32 where they are transformed.
 //
 // A convolution is a matrix product whose rows are the positions of the output. Their inputs are found by pointers, one for each
 // position and tap, and are not copied (indirect convolution, Dukhan 2019, arXiv 1907.02129). Blocks as of Goto and van de Geijn
@@ -11,77 +14,134 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
 using torch::stable::Tensor;
 
-typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int LANES = 8, VECTORS = PANEL / LANES;
+constexpr int VECTORS = 2, LANES = PANEL / VECTORS;
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Bf16;
+struct __attribute__((may_alias)) Pair {  // of bf16, which one lane multiplies with two others
+  int32_t bits;
+};
+template <typename Value>
+using Element = std::conditional_t<std::is_same_v<Value, float>, float, Pair>;  // of a direct product
 constexpr int LINE = 16;                       // floats of a line of a cache
-constexpr int ROWS = 6;                        // rows of a product: 12 of 16 registers hold its sums
+constexpr int ROWS = LANES == 16 ? 12 : 6;     // rows of a product: 24 of 32 registers hold its sums, or 12 of 16
 constexpr int BLOCK = 240;                     // positions that share a chunk of weights
-constexpr int CHUNK = 512;                     // channels times taps of a chunk
-constexpr int PREFETCHED = 256;                // rows of weights ahead, for the memory's latency
+constexpr int CHUNK = 512;                     // elements of the channels times taps of a chunk
+constexpr int PREFETCHED = 256 * LINE;         // elements of weights ahead, for the memory's latency
 constexpr int KEYS = 64;                       // of a block of attention
 constexpr int TILES = 48;                      // limit of a block, which transforms the weights once; higher for few channels
 constexpr int INPUTS = 96 << 10;               // transformed values of a block with more tiles, for the second cache
 constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
-static_assert(PANEL == 2 * LANES && ROWS * VECTORS == 12, "registers");
 const float ZEROS[CHUNK] = {};
+
+inline Lanes plus_products(Lanes sum, float left, Lanes right) { return sum + left * right; }
+inline Lanes load(const float* x) { return *(const Lanes*)x; }
+inline void store(float* x, Lanes value) { *(Lanes*)x = value; }
+inline float to_float(float x) { return x; }
+inline Lanes part(const float* x, int) { return load(x); }  // of elements: their first or second value
+inline void copy(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+#ifdef __AVX512BF16__
+inline Lanes plus_products(Lanes sum, Pair left, Lanes right) {
+  return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(left.bits), (__m512bh)right);
+}
+inline Lanes load(const Bf16* x) { return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16); }
+inline void store(Bf16* x, Lanes value) { _mm256_storeu_si256((__m256i*)x, (__m256i)_mm512_cvtneps_pbh((__m512)value)); }
+inline float to_float(Bf16 x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x << 16))); }
+inline Lanes part(const Pair* x, int second) {
+  const __m512i pairs = _mm512_loadu_si512(x);
+  return (Lanes)(second ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pairs, 16));
+}
+inline void copy(const float* from, int64_t count, Bf16* to) {  // of whole vectors, of which `count` values are copied
+  for (int64_t i = 0; i < count; i += LANES) {
+    Bf16 rounded[LANES];
+    store(rounded, load(from + i));
+    std::copy_n(rounded, std::min<int64_t>(LANES, count - i), to + i);
+  }
+}
+#endif
 
 // Of a product: consecutive inputs and weights from memory or from a cache, or inputs at a distance.
 enum Kind { STREAMED, CACHED, STRIDED };
 
 int64_t panels_of(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
 
+// Rows of PANEL sums, and where they are rounded to bf16, unless nullptr.
+struct Target {
+  float* sums;
+  int64_t stride;
+  Bf16* rounded;
+  int64_t rounded_stride;
+  Target from(int64_t row) const {
+    return {sums + row * stride, stride, rounded ? rounded + row * rounded_stride : nullptr, rounded_stride};
+  }
+};
+
 // out [R][PANEL] = start (a row, or out where nullptr) + the sum over taps of rows [R][depth] . weight [depth][PANEL].
 // rows: pointers [taps][count], of which R are used, each then offset; nullptr is a row of zeros.
-template <Kind kind, int R>
-void multiply(const float* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
-              const float* weight, const float* start, float* out, int64_t stride) {
+template <Kind kind, int R, typename Element>
+void multiply(const Element* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
+              const Element* weight, const float* start, const Target& out) {
   Lanes sums[R][VECTORS];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECTORS; ++v) sums[r][v] = *(const Lanes*)((start ? start : out + r * stride) + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = load((start ? start : out.sums + r * out.stride) + v * LANES);
   for (int64_t tap = 0; tap < taps; ++tap, rows += count) {
-    const float* row[R];
-    for (int r = 0; r < R; ++r) row[r] = rows[r] ? rows[r] + offset : ZEROS;
+    const Element* row[R];
+    for (int r = 0; r < R; ++r) row[r] = rows[r] ? rows[r] + offset : (const Element*)ZEROS;
 #pragma GCC unroll 4
     for (int64_t k = 0, at = 0; k < depth; ++k, at += kind == STRIDED ? step : 1, weight += PANEL) {
-      if (kind == STREAMED) __builtin_prefetch(weight + PREFETCHED * PANEL);
+      for (int line = 0; kind == STREAMED && line < PANEL; line += LINE) __builtin_prefetch(weight + PREFETCHED + line);
       Lanes right[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) right[v] = *(const Lanes*)(weight + v * LANES);
+      for (int v = 0; v < VECTORS; ++v) right[v] = load((const float*)(weight + v * LANES));
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] += row[r][at] * right[v];
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = plus_products(sums[r][v], row[r][at], right[v]);
     }
   }
+#ifdef __AVX512BF16__
+  if (out.rounded) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < VECTORS; ++v) store(out.rounded + r * out.rounded_stride + v * LANES, sums[r][v]);
+    return;
+  }
+#endif
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECTORS; ++v) *(Lanes*)(out + r * stride + v * LANES) = sums[r][v];
+    for (int v = 0; v < VECTORS; ++v) store(out.sums + r * out.stride + v * LANES, sums[r][v]);
 }
 
 // The same for any number of rows, in products as even as possible: few rows have too few sums to hide an addition's latency.
-template <Kind kind>
-void multiply_all(const float* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
-                  const float* weight, const float* start, float* out, int64_t stride) {
-  static constexpr decltype(&multiply<kind, 1>) BY_ROWS[ROWS] = {multiply<kind, 1>, multiply<kind, 2>, multiply<kind, 3>,
-                                                                 multiply<kind, 4>, multiply<kind, 5>, multiply<kind, 6>};
+template <Kind kind, typename Element>
+void multiply_all(const Element* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
+                  const Element* weight, const float* start, const Target& out) {
+  constexpr auto by_rows = []<Kind of, size_t... R>(std::integral_constant<Kind, of>, std::index_sequence<R...>) {
+    return std::array{multiply<of, R + 1, Element>...};
+  };
+  static constexpr auto FIRST = by_rows(std::integral_constant<Kind, kind>(), std::make_index_sequence<ROWS>());
+  static constexpr auto REST =  // to which the weights are in a cache
+      by_rows(std::integral_constant<Kind, kind == STREAMED ? CACHED : kind>(), std::make_index_sequence<ROWS>());
   for (int64_t i = 0, left = (count + ROWS - 1) / ROWS, now; i < count; i += now, --left) {
     now = (count - i + left - 1) / left;
-    BY_ROWS[now - 1](rows + i, count, taps, offset, depth, step, weight, start, out + i * stride, stride);
+    (i ? REST : FIRST)[now - 1](rows + i, count, taps, offset, depth, step, weight, start, out.from(i));
   }
 }
 
 bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
 
-Tensor empty(const std::vector<int64_t>& size) {  // the stable operator takes twice as long
+Tensor empty(const std::vector<int64_t>& size, int32_t dtype) {  // the stable operator takes twice as long
   std::vector<int64_t> strides(size.size(), 1);
   for (size_t i = size.size() - 1; i; --i) strides[i - 1] = strides[i] * std::max<int64_t>(size[i], 1);
   AtenTensorHandle tensor;
-  const auto error = aoti_torch_empty_strided(size.size(), size.data(), strides.data(), aoti_torch_dtype_float32(),
+  const auto error = aoti_torch_empty_strided(size.size(), size.data(), strides.data(), dtype,
                                               aoti_torch_device_type_cpu(), 0, &tensor);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for the output");
   return Tensor(tensor);
@@ -105,7 +165,8 @@ struct Shape {
 };
 
 // The address of the input of each tap and position, [taps][count]; nullptr outside of the image.
-void find_inputs(const float* x, const Shape& s, int64_t begin, int64_t count, const float** inputs) {
+template <typename Element>
+void find_inputs(const Element* x, const Shape& s, int64_t begin, int64_t count, const Element** inputs) {
   int64_t column = begin % s.out_width, line = begin / s.out_width % s.out_height;
   int64_t image = begin / (s.out_width * s.out_height);
   for (int64_t i = 0; i < count; ++i) {
@@ -121,15 +182,19 @@ void find_inputs(const float* x, const Shape& s, int64_t begin, int64_t count, c
   }
 }
 
-// x [images, height, width, channels], weight [panels, taps, channels, PANEL], out [images, out_height, out_width, out_channels]
-void convolve(const float* x, const float* weight, const float* bias, float* out, const Shape& s) {
+// x [images, height, width, channels], out [images, out_height, out_width, out_channels]; weight [panels, taps, channels, PANEL],
+// or of pairs of channels.
+template <typename Value>
+void convolve(const Value* values, const Element<Value>* weight, const Value* bias, Value* out, Shape s) {
+  const auto x = (const Element<Value>*)values;
+  s.channels = s.channels * sizeof(Value) / sizeof(*x);
   const int64_t taps = s.kernel * s.kernel, positions = s.images * s.out_height * s.out_width;
   const int64_t panels = panels_of(s.out_channels);
   const int64_t chunks = (s.channels + CHUNK - 1) / CHUNK, depth = (s.channels + chunks - 1) / chunks;
   const int64_t together = std::max<int64_t>(1, CHUNK / depth);  // taps of a chunk
   torch::stable::parallel_for(0, (positions + BLOCK - 1) / BLOCK * panels, 1, [&](int64_t first, int64_t last) {
-    std::vector<const float*> inputs(taps * BLOCK);
-    float narrow[BLOCK * PANEL], start[PANEL];
+    std::vector<const Element<Value>*> inputs(taps * BLOCK);
+    alignas(64) float narrow[BLOCK * PANEL], start[PANEL];
     int64_t begin = -1, count = 0;
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
@@ -138,18 +203,20 @@ void convolve(const float* x, const float* weight, const float* bias, float* out
         count = std::min<int64_t>(BLOCK, positions - begin);
         find_inputs(x, s, begin, count, inputs.data());
       }
-      float* const wide = out + begin * s.out_channels + panel * PANEL;
-      float* const sums = width == PANEL ? wide : narrow;
-      const int64_t stride = width == PANEL ? s.out_channels : PANEL;
-      for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
+      Value* const wide = out + begin * s.out_channels + panel * PANEL;
+      const bool in_place = std::is_same_v<Value, float> && width == PANEL;
+      const bool rounds = !std::is_same_v<Value, float> && width == PANEL;
+      Target target = {in_place ? (float*)wide : narrow, in_place ? s.out_channels : PANEL, nullptr, s.out_channels};
+      for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? to_float(bias[panel * PANEL + i]) : 0.0f;
       for (int64_t tap = 0; tap < taps; tap += together)
-        for (int64_t channel = 0; channel < s.channels; channel += depth)
-          multiply_all<STREAMED>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
+        for (int64_t channel = 0; channel < s.channels; channel += depth) {
+          if (rounds && tap + together >= taps && channel + depth >= s.channels) target.rounded = (Bf16*)wide;
+          multiply_all<STREAMED, Element<Value>>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
                                  std::min(depth, s.channels - channel), 1,
                                  weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
-                                 tap || channel ? nullptr : start, sums, stride);
-      if (sums == narrow)
-        for (int64_t i = 0; i < count; ++i) std::copy_n(narrow + i * PANEL, width, wide + i * s.out_channels);
+                                 tap || channel ? nullptr : start, target);
+        }
+      for (int64_t i = 0; !in_place && !rounds && i < count; ++i) copy(narrow + i * PANEL, width, wide + i * s.out_channels);
     }
   });
 }
@@ -193,9 +260,6 @@ inline Line<4> of_products(Line<6> x) {
   return {x[0] + even + other, near + far, 0.5f * even + 2.0f * other, 0.5f * near + 2.0f * far + x[5]};
 }
 
-inline Lanes load(const float* x) { return *(const Lanes*)x; }
-inline void store(float* x, Lanes value) { *(Lanes*)x = value; }
-
 template <int FROM, int TO, typename Read, typename Transform, typename Write>
 inline __attribute__((always_inline)) void transform_square(Read read, Transform transform, Write write) {
   Line<TO> columns[FROM];
@@ -226,12 +290,15 @@ struct Tiles {
   explicit Tiles(const Shape& s)
       : high((s.height + OUTPUTS - 1) / OUTPUTS), wide((s.width + OUTPUTS - 1) / OUTPUTS), count(s.images * high * wide) {}
 
-  // Time in products of a direct convolution for each weight, measured: the transforms of a tile take half as long as its
-  // products, that of the weights a constant.
-  int64_t cost() const { return count * SQUARE * 3 / 2 + (OUTPUTS == 2 ? 70 : 190); }
+  // Time in products of a direct convolution in fp32 for each weight, measured: the transforms of a tile take a fraction of the
+  // time of its products, that of the weights a constant.
+  int64_t cost() const {
+    return LANES == 16 ? count * SQUARE * 6 / 5 + (OUTPUTS == 2 ? 55 : 145) : count * SQUARE * 3 / 2 + (OUTPUTS == 2 ? 70 : 190);
+  }
 
   // pixels: inputs of a tile, nullptr outside of the image. out: SQUARE rows of `stride`.
-  static void transform_inputs(const float* const* pixels, int64_t channels, float* out, int64_t stride) {
+  template <typename Value>
+  static void transform_inputs(const Value* const* pixels, int64_t channels, float* out, int64_t stride) {
     for (int64_t k = 0; k < channels; k += LANES)
       transform_square<SIDE, SIDE>(
           [&](int j, int i) { return pixels[j * SIDE + i] ? load(pixels[j * SIDE + i] + k) : Lanes{}; },
@@ -239,39 +306,47 @@ struct Tiles {
           [&](int j, int i, Lanes value) { store(out + (j * SIDE + i) * stride + k, value); });
   }
 
-  // weight: 9 rows of `step`, of which `count` values each. out: SQUARE rows of `stride`.
-  static void transform_weights(const float* weight, int64_t step, int64_t count, float* out, int64_t stride) {
+  // weight: 9 rows of `step` elements, of which `count` each. out: SQUARE rows of `stride`. parts: values of an element.
+  template <int parts, typename Element>
+  static void transform_weights(const Element* weight, int64_t step, int64_t count, float* out, int64_t stride) {
     for (int64_t k = 0; k < count; k += LANES)
-      transform_square<3, SIDE>([&](int j, int i) { return load(weight + (j * 3 + i) * step + k); },
-                                [](Line<3> x) { return of_weights(x, Line<SIDE>()); },
-                                [&](int j, int i, Lanes value) { store(out + (j * SIDE + i) * stride + k, value); });
+      for (int second = 0; second < parts; ++second)
+        transform_square<3, SIDE>(
+            [&](int j, int i) { return part(weight + (j * 3 + i) * step + k, second); },
+            [](Line<3> x) { return of_weights(x, Line<SIDE>()); },
+            [&](int j, int i, Lanes value) {
+              store(out + (j * SIDE + i) * stride + (k / PANEL * parts + second) * PANEL + k % PANEL, value);
+            });
   }
 
   // products: SQUARE rows of `stride`. outputs: the pixels of a tile, each then offset; nullptr outside of the image.
-  static void transform_products(const float* products, int64_t stride, Lanes bias, float* const* outputs, int64_t offset) {
+  template <typename Value>
+  static void transform_products(const float* products, int64_t stride, Lanes bias, Value* const* outputs, int64_t offset) {
     transform_square<SIDE, OUTPUTS>([&](int j, int i) { return load(products + (j * SIDE + i) * stride + offset); },
                                     [](Line<SIDE> x) { return of_products(x); },
                                     [&](int j, int i, Lanes value) {
-                                      float* const output = outputs[j * OUTPUTS + i];
+                                      Value* const output = outputs[j * OUTPUTS + i];
                                       if (output) store(output + offset, value + bias);
                                     });
   }
 };
 
 // As `convolve`, of 3 x 3 taps, stride 1 and padding 1, with channels in multiples of LANES.
-template <int OUTPUTS>
-void convolve_tiles(const float* x, const float* weight, const float* bias, float* out, const Shape& s) {
+template <int OUTPUTS, typename Value>
+void convolve_tiles(const Value* x, const Element<Value>* weight, const Value* bias, Value* out, Shape s) {
+  constexpr int PARTS = sizeof(*weight) / sizeof(Value);
   constexpr int SIDE = Tiles<OUTPUTS>::SIDE, SQUARE = Tiles<OUTPUTS>::SQUARE, PIXELS = OUTPUTS * OUTPUTS;
   const Tiles<OUTPUTS> tiles(s);
   const int64_t most = std::max<int64_t>(TILES, INPUTS / SQUARE / s.channels), blocks = (tiles.count + most - 1) / most;
   const int64_t block = (tiles.count + blocks - 1) / blocks, panels = panels_of(s.out_channels);
-  const int64_t chunks = (s.channels + DEPTH - 1) / DEPTH, chunk = (s.channels + chunks - 1) / chunks;
+  const int64_t chunks = (s.channels + DEPTH - 1) / DEPTH, chunk = (s.channels + 2 * chunks - 1) / (2 * chunks) * 2;
   const int64_t input_row = apart(block * s.channels), weight_row = apart(chunk * PANEL), product_row = apart(block * PANEL);
   torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t first, int64_t last) {
     float* const weights = workspace(SQUARE * (weight_row + product_row + input_row));
     float *const products = weights + SQUARE * weight_row, *const inputs = products + SQUARE * product_row;
     std::vector<const float*> rows(SQUARE * block);
-    alignas(64) float narrow[PIXELS * PANEL], start[PANEL];
+    alignas(64) Value narrow[PIXELS * PANEL];
+    alignas(64) float start[PANEL];
     int64_t begin = -1, count = 0;
     // A square of pixels that begins `from` lines and columns behind a tile's first output; -1 outside of the image.
     const auto find_pixels = [&](int64_t tile, int64_t from, int64_t side, int64_t* pixels) {
@@ -289,7 +364,7 @@ void convolve_tiles(const float* x, const float* weight, const float* bias, floa
         count = std::min(block, tiles.count - begin);
         for (int64_t i = 0; i < count; ++i) {
           int64_t pixels[SQUARE];
-          const float* of_tile[SQUARE];
+          const Value* of_tile[SQUARE];
           find_pixels(begin + i, -1, SIDE, pixels);
           for (int j = 0; j < SQUARE; ++j) {
             of_tile[j] = pixels[j] < 0 ? nullptr : x + pixels[j] * s.channels;
@@ -301,16 +376,16 @@ void convolve_tiles(const float* x, const float* weight, const float* bias, floa
       const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
       for (int64_t channel = 0; channel < s.channels; channel += chunk) {
         const int64_t depth = std::min(chunk, s.channels - channel);
-        tiles.transform_weights(weight + (panel * 9 * s.channels + channel) * PANEL, s.channels * PANEL, depth * PANEL, weights,
-                                weight_row);
+        tiles.template transform_weights<PARTS>(weight + (panel * 9 * s.channels + channel) / PARTS * PANEL,
+                                                s.channels / PARTS * PANEL, depth / PARTS * PANEL, weights, weight_row);
         for (int j = 0; j < SQUARE; ++j)
-          multiply_all<CACHED>(rows.data() + j * count, count, 1, channel, depth, 1, weights + j * weight_row,
-                               channel ? nullptr : ZEROS, products + j * product_row, PANEL);
+          multiply_all<CACHED, float>(rows.data() + j * count, count, 1, channel, depth, 1, weights + j * weight_row,
+                               channel ? nullptr : ZEROS, {products + j * product_row, PANEL});
       }
-      for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? bias[panel * PANEL + i] : 0.0f;
+      for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? to_float(bias[panel * PANEL + i]) : 0.0f;
       for (int64_t i = 0; i < count; ++i) {
         int64_t pixels[PIXELS];
-        float *of_tile[PIXELS], *targets[PIXELS];
+        Value *of_tile[PIXELS], *targets[PIXELS];
         find_pixels(begin + i, 0, OUTPUTS, pixels);
         for (int j = 0; j < PIXELS; ++j) {
           of_tile[j] = pixels[j] < 0 ? nullptr : out + pixels[j] * s.out_channels + panel * PANEL;
@@ -325,15 +400,16 @@ void convolve_tiles(const float* x, const float* weight, const float* bias, floa
   });
 }
 
-Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels, int64_t kernel, int64_t stride,
-             int64_t padding) {
+template <typename Value>
+Tensor layer_of(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels, int64_t kernel, int64_t stride,
+                int64_t padding, int32_t dtype) {
+  constexpr int PARTS = sizeof(Element<Value>) / sizeof(Value);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const bool is_rows = kernel == 1 && stride == 1 && padding == 0;
   const auto reaches = [&](int side) { return kernel > 0 && stride > 0 && padding >= 0 && x.size(side) + 2 * padding >= kernel; };
-  STD_TORCH_CHECK(is_float(x) && is_float(weight) && (!bias || is_float(*bias)), "avx2_layer: computes in fp32");
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))) &&
-                      weight.dim() == 4 && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
-                      weight.size(2) == x.size(-1) && weight.size(3) == PANEL && weight.is_contiguous() &&
+                      weight.dim() == 3 + PARTS && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
+                      weight.size(2) * PARTS == x.size(-1) && weight.size(3) == PANEL && weight.size(-1) == (PARTS == 1 ? PANEL : PARTS) && weight.is_contiguous() &&
                       (!bias || (bias->numel() == out_channels && bias->is_contiguous())),
                   "avx2_layer: the shapes of input, weight and bias do not match");
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
@@ -346,24 +422,40 @@ Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_ch
   } else {
     s.width = s.out_width = x.numel() / s.channels;
   }
-  Tensor out = empty(size);
-  auto compute = convolve;
+  Tensor out = empty(size, dtype);
+  auto compute = convolve<Value>;
   if (kernel == 3 && stride == 1 && padding == 1 && s.channels % LANES == 0) {
-    const int64_t direct = s.images * s.height * s.width * 9, small = Tiles<2>(s).cost(), large = Tiles<4>(s).cost();
-    if (std::min(small, large) < direct) compute = small < large ? convolve_tiles<2> : convolve_tiles<4>;
+    const int64_t direct = s.images * s.height * s.width * 9 / PARTS, small = Tiles<2>(s).cost(), large = Tiles<4>(s).cost();
+    if (std::min(small, large) < direct) compute = small < large ? convolve_tiles<2, Value> : convolve_tiles<4, Value>;
   }
-  compute((const float*)x.data_ptr(), (const float*)weight.data_ptr(), bias ? (const float*)bias->data_ptr() : nullptr,
-          (float*)out.data_ptr(), s);
+  compute((const Value*)x.data_ptr(), (const Element<Value>*)weight.data_ptr(), bias ? (const Value*)bias->data_ptr() : nullptr,
+          (Value*)out.data_ptr(), s);
   return out;
 }
 
+Tensor layer(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels, int64_t kernel, int64_t stride,
+             int64_t padding) {
+  const auto all = [&](auto dtype) {
+    return x.scalar_type() == dtype && weight.scalar_type() == dtype && (!bias || bias->scalar_type() == dtype);
+  };
+#ifdef __AVX512BF16__
+  if (all(torch::headeronly::ScalarType::BFloat16))
+    return layer_of<Bf16>(x, weight, bias, out_channels, kernel, stride, padding, aoti_torch_dtype_bfloat16());
+#endif
+  STD_TORCH_CHECK(all(torch::headeronly::ScalarType::Float), "avx2_layer: computes in fp32, or with avx512_bf16 in bf16");
+  return layer_of<float>(x, weight, bias, out_channels, kernel, stride, padding, aoti_torch_dtype_float32());
+}
+
+inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }  // y where either is NaN
+
 Lanes power_of_two(Lanes x) {  // of x <= 0: Taylor polynomial on [-1/2, 1/2], relative error 1e-7
-  x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);  // in this order NaN stays NaN
-  const Lanes whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
-  Lanes sum = _mm256_set1_ps(1.5252734e-5f);
+  constexpr float ROUNDS = 3 << 22;  // plus which a small number is rounded, with its integer in the lowest bits
+  x = larger(Lanes{} - 126.0f, x);  // in this order NaN stays NaN
+  const Lanes shifted = x + ROUNDS, part = x - (shifted - ROUNDS);
+  Lanes sum = Lanes{} + 1.5252734e-5f;
   for (float term : {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 0.24022651f, 0.69314718f, 1.0f})
     sum = sum * part + term;
-  return sum * (Lanes)_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+  return sum * (Lanes)(((Integers)shifted + 127) << 23);
 }
 
 // q and out [images, queries, heads, head], k and v [images, keys, heads, head]; strides of image, token and head of q, k, v
@@ -384,17 +476,17 @@ void attend(const float* q, const float* k, const float* v, float* out, int64_t 
   for (int64_t j = 0; j < head; ++j)
     for (int64_t i = 0; i < PANEL; ++i) scaled[j * PANEL + i] = i < count ? q[i * s.strides[0][1] + j] * scale : 0.0f;
   Lanes most[VECTORS], total[VECTORS] = {};
-  for (Lanes& x : most) x = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  for (Lanes& x : most) x = Lanes{} - std::numeric_limits<float>::infinity();
   const float* rows[std::max(KEYS, LARGEST_HEAD)];
   for (int64_t first = 0; first < s.keys; first += KEYS) {
     const int64_t keys = std::min<int64_t>(KEYS, s.keys - first);
     for (int64_t i = 0; i < keys; ++i) rows[i] = k + (first + i) * s.strides[1][1];
-    multiply_all<CACHED>(rows, keys, 1, 0, head, 1, scaled, ZEROS, scores, PANEL);
+    multiply_all<CACHED, float>(rows, keys, 1, 0, head, 1, scaled, ZEROS, {scores, PANEL});
     Lanes(*const of_key)[VECTORS] = (Lanes(*)[VECTORS])scores;
     Lanes highest[VECTORS], factor[VECTORS];
     std::copy_n(most, VECTORS, highest);
     for (int64_t i = 0; i < keys; ++i)
-      for (int lane = 0; lane < VECTORS; ++lane) highest[lane] = _mm256_max_ps(highest[lane], of_key[i][lane]);
+      for (int lane = 0; lane < VECTORS; ++lane) highest[lane] = larger(highest[lane], of_key[i][lane]);
     for (int lane = 0; lane < VECTORS; ++lane) total[lane] *= factor[lane] = power_of_two(most[lane] - highest[lane]);
     for (int64_t i = 0; i < keys; ++i)
       for (int lane = 0; lane < VECTORS; ++lane)
@@ -403,7 +495,7 @@ void attend(const float* q, const float* k, const float* v, float* out, int64_t 
     for (int64_t j = 0; first && j < head; ++j)
       for (int lane = 0; lane < VECTORS; ++lane) ((Lanes*)(sums + j * PANEL))[lane] *= factor[lane];
     for (int64_t j = 0; j < head; ++j) rows[j] = v + first * s.strides[2][1] + j;
-    multiply_all<STRIDED>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, sums, PANEL);
+    multiply_all<STRIDED, float>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, {sums, PANEL});
   }
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < head; ++j) out[i * out_stride + j] = sums[j * PANEL + i] / total[i / LANES][i % LANES];
@@ -419,7 +511,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v) {
     if (x->strides()[3] != 1) *x = torch::stable::contiguous(*x);
   const Heads s{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3),
                 {q.strides().data(), k.strides().data(), v.strides().data()}};
-  Tensor out = empty({s.images, s.queries, s.heads, s.head});
+  Tensor out = empty({s.images, s.queries, s.heads, s.head}, aoti_torch_dtype_float32());
   const float *of_q = (const float*)q.data_ptr(), *of_k = (const float*)k.data_ptr(), *of_v = (const float*)v.data_ptr();
   float* const result = (float*)out.data_ptr();
   const int64_t panels = panels_of(s.queries);

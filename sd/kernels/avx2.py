@@ -1,6 +1,6 @@
-"""Convolutions, linear layers and attention in fp32 by the instructions of AVX2, kernels of our own for a CPU (avx2.cpp).
+"""Convolutions, linear layers and attention by the instructions of AVX2, kernels of our own for a CPU (avx2.cpp).
 
-oneDNN's and MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes
+They compute in fp32, by AVX-512 where the processor has it; with avx512_bf16 the layers also compute in bf16. oneDNN's and MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes
 of small images. The operators are in C++ too, since one in Python costs 18 us a call.
 """
 
@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, library
 
 from sd.errors import SDWarning
+from sd.features import processor_has
 from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPE = torch.float32
-PANEL = 16  # channels that share a read of the input
+INSTRUCTIONS = {  # by their name in sd.features, those that this processor has
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "avx512_bf16": ("-mavx512bf16",),
+}
+PANEL = 32 if processor_has("avx512") else 16  # channels that share a read of the input: two vectors
 LARGEST_HEAD = 512  # up to which its blocks stay in the caches
-FLAGS = ("-std=c++20", "-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-fno-math-errno")
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno")
 SIZES = (f"-DPANEL={PANEL}", f"-DLARGEST_HEAD={LARGEST_HEAD}")
 _DEFINING = threading.Lock()
 
@@ -31,13 +37,18 @@ def unavailable_reason(device: torch.device) -> str | None:
     return _missing(device) or _problem()
 
 
-def _missing(device: torch.device) -> str | None:
-    return missing_requirement("AVX2", device, "avx2", "avx2")
+def bf16_unavailable_reason(device: torch.device) -> str | None:
+    """None where `avx2_layer` computes in bf16 too, else the reason."""
+    return _missing(device, "avx512_bf16") or _problem()
 
 
-def run_here() -> bool:
-    """Whether the kernels run. Warns where they should and do not compile."""
-    if _missing(torch.device("cpu")) is not None:
+def _missing(device: torch.device, instructions: str = "avx2") -> str | None:
+    return missing_requirement("AVX2", device, "avx2", instructions)
+
+
+def run_here(instructions: str = "avx2") -> bool:
+    """Whether the kernels run on a processor with these instructions. Warns where they should and do not compile."""
+    if _missing(torch.device("cpu"), instructions) is not None:
         return False
     problem = _problem()
     if problem is not None:
@@ -67,7 +78,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def define_operators() -> None:
     """Define torch.ops.sd.avx2_layer and avx2_attention; no gradients.
 
-    avx2_layer: x [..., C] or, for a convolution, [B, H, W, C]; weight [panels, taps, C, PANEL], bias [C'] -> [..., C'].
+    avx2_layer: x [..., C] or, for a convolution, [B, H, W, C]; weight [panels, taps, C, PANEL], bias [C'] -> [..., C']. In
+    bf16, weight [panels, taps, C / 2, PANEL, 2], with pairs of neighbouring channels.
     avx2_attention: softmax(QK^T / sqrt(D)) V of q [B, S, H, D] and k, v [B, T, H, D] -> [B, S, H, D].
     Raises RuntimeError with the reason where the kernels cannot be compiled or loaded.
     """
@@ -86,7 +98,8 @@ def _defined() -> str | None:
     """None after the operators are defined, or the reason why they cannot be."""
     torch_folder = Path(torch.__file__).parent
     includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
-    options = (*FLAGS, *SIZES, *(f"-I{folder}" for folder in includes))
+    instructions = (flag for name, flags in INSTRUCTIONS.items() if processor_has(name) for flag in flags)
+    options = (*FLAGS, *instructions, *SIZES, *(f"-I{folder}" for folder in includes))
     libraries = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
     try:
         # The library gives the operators their code when it is loaded; they need not be defined before.

@@ -106,9 +106,10 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
             raise Unavailable(
                 f"packed: this processor has no instructions for {name}, as packed needs: leave one of the two out"
             )
-    kernels = {f"{name}_attention": module for name, module in OWN_ATTENTION.items()}
-    for name, module in {**kernels, "avx2_layers": avx2}.items():
-        reason = module.unavailable_reason(device) if getattr(optimisations, name) else None
+    kernels = {f"{name}_attention": module.unavailable_reason for name, module in OWN_ATTENTION.items()}
+    kernels.update(avx2_layers=avx2.unavailable_reason, avx512_layers=avx2.bf16_unavailable_reason)
+    for name, unavailable_reason in kernels.items():
+        reason = unavailable_reason(device) if getattr(optimisations, name) else None
         if reason:
             raise Unavailable(f"{name}: {reason}: leave it out")
     require_quantisation(optimisations.quantisation, device)
@@ -228,7 +229,7 @@ def apply(
 def pack_weights(networks: Iterable[nn.Module], optimisations: Optimisations) -> None:
     """Pack the weights of the layers as chosen; `sd.optimise.packed.unpack` undoes it."""
     for network in networks:
-        if optimisations.avx2_layers:
+        if optimisations.avx2_layers or optimisations.avx512_layers:
             avx2_layers.pack(network)
         if optimisations.packed:
             pack(network)

@@ -31,7 +31,12 @@ from sd.optimise import avx2_layers
 from sd.optimise.compile import CUDA_GRAPH_MODES, INDUCTOR_OPTIONS, Compiler, why_no_triton
 
 WEIGHT_DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OWN_KERNELS = {"avx2_layers": "full", "avx2_attention": "full", "avx512_attention": "bf16"}  # and their precision
+OWN_KERNELS = {  # and their precision
+    "avx2_layers": "full",
+    "avx2_attention": "full",
+    "avx512_layers": "bf16",
+    "avx512_attention": "bf16",
+}
 CHOICES = {
     "precision": PRECISIONS,
     "compile": COMPILE_MODES,
@@ -55,6 +60,7 @@ class Optimisations:
 
     avx2_attention, avx512_attention: on a CPU, a kernel of sd.kernels in fp32 or bf16 instead of those of `sdpa`.
     avx2_layers: on a CPU in fp32, convolutions and linear layers by the kernel of sd.kernels.avx2; these are not fused.
+    avx512_layers: the same in bf16, for convolutions in tiles and for narrow layers; the others can be `packed`.
 
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
@@ -105,6 +111,7 @@ class Optimisations:
     packed: bool = False
     avx2_layers: bool = False
     avx2_attention: bool = False
+    avx512_layers: bool = False
     avx512_attention: bool = False
     tf32: bool = False
     cudnn_benchmark: bool = False
@@ -198,12 +205,13 @@ class Optimisations:
             yield f"{graph}: compile_scope step has no separate UNet call; choose cuda_graph loop"
         if self.packed and self.avx2_layers:
             yield "packed: avx2_layers packs the same weights for its kernel; choose one of the two"
-        for name in self._chosen("packed", "avx2_layers"):
+        for name in self._chosen("packed", "avx2_layers", "avx512_layers"):
             if not self.channels_last:
                 yield f"{name}: convolutions would copy NCHW images; choose channels_last too"
             if self.separate_bias:
                 yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
-            if self.precision == "autocast" or quantised or self.aot is not None or "freezing" in self.inductor:
+            quantises = quantised and name != "avx512_layers"  # quantisation changes no convolution
+            if self.precision == "autocast" or quantises or self.aot is not None or "freezing" in self.inductor:
                 yield f"{name}: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
         if self.folded_projections:
             for name in self._chosen("packed", "avx2_layers"):
@@ -271,6 +279,7 @@ class Optimisations:
                 own = avx2_layers.beat_packed()
             return cls(
                 precision="bf16" if bf16 else "full",
+                avx512_layers=bf16 and avx2.run_here("avx512_bf16") and avx2_layers.beat_packed(torch.bfloat16),
                 avx512_attention=bf16 and avx512.beats_sdpa(),
                 avx2_layers=own,
                 avx2_attention=own,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from sd.optimise import avx2_layers, packed
 
 REASON = avx2.unavailable_reason(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+NO_BF16 = avx2.bf16_unavailable_reason(torch.device("cpu"))
+needs_bf16 = pytest.mark.skipif(NO_BF16 is not None, reason=str(NO_BF16))
 BOUND = 2e-6  # of sums of up to 12000 products in fp32
+BF16_BOUND = 2e-3  # of many results that are rounded once to bf16
 TILES_BOUND = 2.0  # error of large tiles over that of direct products
 
 
@@ -30,7 +35,7 @@ def _error(layer, x):
     avx2_layers.pack(layer)
     assert _layers(layer) == [layer]
     out = layer(x)
-    assert out.shape == exact.shape and out.dtype == torch.float32
+    assert out.shape == exact.shape and out.dtype == x.dtype
     return relative_error(out.double(), exact)
 
 
@@ -44,12 +49,12 @@ def _error(layer, x):
         (3, 1, 1, 4, 320, (3, 5, 31)),  # all taps in one chunk
         (3, 1, 1, 513, 4, (1, 6, 4)),  # two chunks of channels, and less than a panel
         (3, 1, 1, 1290, 24, (1, 3, 3)),
-        (3, 1, 1, 8, 16, (2, 4, 4)),  # from here by tiles of 2 x 2 outputs
-        (3, 1, 1, 200, 17, (1, 6, 7)),  # cut by the image's edges, and less than a panel
+        (3, 1, 1, 16, 32, (2, 4, 4)),  # from here by tiles of 2 x 2 outputs
+        (3, 1, 1, 208, 17, (1, 6, 7)),  # cut by the image's edges, and less than a panel
         (3, 1, 1, 16, 16, (1, 2, 200)),  # several blocks
-        (3, 1, 1, 24, 16, (1, 8, 8)),  # from here by tiles of 4 x 4: fewer than the rows of a product
-        (3, 1, 1, 200, 17, (2, 21, 35)),  # cut by the image's edges, several blocks, and less than a panel
-        (3, 1, 1, 296, 40, (1, 9, 22)),  # several chunks of channels
+        (3, 1, 1, 32, 32, (1, 8, 8)),  # from here by tiles of 4 x 4: fewer than the rows of a product
+        (3, 1, 1, 208, 17, (2, 21, 35)),  # cut by the image's edges, several blocks, and less than a panel
+        (3, 1, 1, 272, 40, (1, 9, 22)),  # several chunks of channels, of an odd number but for pairs
         (3, 1, 0, 170, 33, (2, 12, 21)),  # three taps in a chunk
         (3, 2, 0, 16, 16, (1, 3, 3)),
         (1, 1, 0, 72, 48, (2, 13, 11)),
@@ -66,6 +71,53 @@ def test_convolutions(kernel, stride, padding, channels, out_channels, size, bia
     assert _error(layer, x.contiguous(memory_format=torch.channels_last)) <= BOUND
 
 
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels, out_channels", [(32, 32), (272, 40), (640, 320)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 4, 4), (1, 6, 7), (2, 8, 8), (2, 21, 35)])
+def test_convolutions_in_bf16_have_the_error_of_one_rounding(channels, out_channels, size, bias):
+    """The smallest images by direct products of pairs, the others by tiles."""
+    torch.manual_seed(channels)
+    layer = nn.Conv2d(channels, out_channels, 3, padding=1, bias=bias).bfloat16()
+    batch, height, width = size
+    x = torch.randn(batch, channels, height, width).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert _error(layer, x) <= BF16_BOUND
+
+
+@needs_bf16
+@torch.no_grad()
+def test_in_bf16_convolutions_with_tiles_and_narrow_layers_are_packed():
+    chosen = {
+        "tiled": nn.Conv2d(320, 320, 3, padding=1),
+        "first": nn.Conv2d(4, 320, 3, padding=1),
+        "last": nn.Conv2d(320, 4, 3, padding=1),
+        "of_points": nn.Conv2d(256, 320, 1),
+        "narrow": nn.Linear(320, 256),
+    }
+    others = {
+        "strided": nn.Conv2d(320, 320, 3, stride=2, padding=1),
+        "uneven": nn.Conv2d(322, 320, 3, padding=1),
+        "wide": nn.Linear(320, 320),
+        "odd": nn.Linear(63, 64),
+    }
+    network = nn.ModuleDict({**chosen, **others}).bfloat16()
+    weights = copy.deepcopy(network.state_dict())
+    avx2_layers.pack(network)
+    assert _layers(network) == list(chosen.values())
+    state = network.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+
+
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [13, 240, 253])
+@pytest.mark.parametrize("channels, out_channels", [(2, 1), (40, 80), (254, 2048), (2048, 256), (1290, 33)])
+def test_linear_layers_in_bf16_have_the_error_of_one_rounding(channels, out_channels, rows):
+    torch.manual_seed(rows)
+    assert _error(nn.Linear(channels, out_channels).bfloat16(), torch.randn(rows, channels).bfloat16()) <= BF16_BOUND
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size, bound", [(6, 1.0), (16, TILES_BOUND)], ids=["2x2", "4x4"])
 @pytest.mark.parametrize("channels", [64, 320])
@@ -80,7 +132,7 @@ def test_the_error_of_tiles_against_that_of_direct_products(channels, activation
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [*range(1, 15), 239, 240, 241, 487])
+@pytest.mark.parametrize("rows", [*range(1, 27), 239, 240, 241, 487])
 def test_numbers_of_rows(rows):
     torch.manual_seed(rows)
     assert _error(nn.Linear(40, 80), torch.randn(rows, 40)) <= BOUND
@@ -96,9 +148,10 @@ def test_widths_of_linear_layers(channels, out_channels):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding", [0, 1], ids=["direct", "by-tiles"])
-def test_the_number_of_threads_changes_nothing(padding):
-    layer, x = nn.Conv2d(64, 72, 3, padding=padding), torch.randn(2, 64, 17, 23)
+@pytest.mark.parametrize("size", [(17, 23), (6, 6), (3, 3)], ids=["4x4", "2x2", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=["fp32", "bf16"])
+def test_the_number_of_threads_changes_nothing(dtype, size):
+    layer, x = nn.Conv2d(64, 72, 3, padding=1).to(dtype), torch.randn(2, 64, *size).to(dtype)
     avx2_layers.pack(layer)
     before, outs = torch.get_num_threads(), []
     try:
@@ -158,23 +211,55 @@ def test_wrong_inputs_are_refused():
     """The operator can be called by itself: it must not read beyond a tensor."""
     avx2.define_operators()
     layer = torch.ops.sd.avx2_layer
-    x, weight, bias = torch.zeros(2, 8, 8, 20), torch.zeros(2, 9, 20, PANEL), torch.zeros(32)
-    assert layer(x, weight, bias, 32, 3, 1, 1).shape == (2, 8, 8, 32)
+    channels = 2 * PANEL
+    x, weight, bias = torch.zeros(2, 8, 8, 20), torch.zeros(2, 9, 20, PANEL), torch.zeros(channels)
+    assert layer(x, weight, bias, channels, 3, 1, 1).shape == (2, 8, 8, channels)
     for arguments in (
-        (x[..., :19], weight, bias, 32, 3, 1, 1),
-        (x, weight[:1], bias, 32, 3, 1, 1),
-        (x, weight, bias[:31], 32, 3, 1, 1),
-        (x, weight, bias, 32, 5, 1, 1),
-        (x[0], weight, bias, 32, 3, 1, 1),
-        (x[:, :2, :2], weight, bias, 32, 3, 1, 0),
-        (x[..., :0], weight[:, :, :0], bias, 32, 3, 1, 1),
-        (x, weight, torch.ones(1).expand(32), 32, 3, 1, 1),
-        (x, weight, torch.zeros(64)[::2], 32, 3, 1, 1),
-        (x[0, 0, 0, 0], weight[:, :1, :1], bias, 32, 1, 1, 0),
+        (x[..., :19], weight, bias, channels, 3, 1, 1),
+        (x, weight[:1], bias, channels, 3, 1, 1),
+        (x, weight, bias[:-1], channels, 3, 1, 1),
+        (x, weight, bias, channels, 5, 1, 1),
+        (x[0], weight, bias, channels, 3, 1, 1),
+        (x[:, :2, :2], weight, bias, channels, 3, 1, 0),
+        (x[..., :0], weight[:, :, :0], bias, channels, 3, 1, 1),
+        (x, weight, torch.ones(1).expand(channels), channels, 3, 1, 1),
+        (x, weight, torch.zeros(2 * channels)[::2], channels, 3, 1, 1),
+        (x[0, 0, 0, 0], weight[:, :1, :1], bias, channels, 1, 1, 0),
     ):
         with pytest.raises(RuntimeError, match="do not match"):
             layer(*arguments)
     for arguments in ((x.double(), weight, bias), (x, weight.half(), bias), (x, weight, bias.bfloat16())):
         with pytest.raises(RuntimeError, match="computes in fp32"):
-            layer(*arguments, 32, 3, 1, 1)
-    assert layer(x[:0], weight, bias, 32, 3, 1, 1).shape == (0, 8, 8, 32)
+            layer(*arguments, channels, 3, 1, 1)
+    assert layer(x[:0], weight, bias, channels, 3, 1, 1).shape == (0, 8, 8, channels)
+
+
+@needs_bf16
+def test_wrong_inputs_in_bf16_are_refused():
+    avx2.define_operators()
+    layer = torch.ops.sd.avx2_layer
+    tensors = torch.zeros(2, 8, 8, 20), torch.zeros(1, 9, 10, PANEL, 2), torch.zeros(PANEL)
+    x, weight, bias = (tensor.bfloat16() for tensor in tensors)
+    assert layer(x, weight, bias, PANEL, 3, 1, 1).dtype == torch.bfloat16
+    for arguments in ((x, weight[..., 0], bias), (x, weight[..., :1], bias), (x[..., :19], weight, bias)):
+        with pytest.raises(RuntimeError, match="do not match"):
+            layer(*arguments, PANEL, 3, 1, 1)
+    for arguments in ((x.float(), weight, bias), (x, weight.float(), bias), (x, weight, bias.float())):
+        with pytest.raises(RuntimeError, match="computes in fp32"):
+            layer(*arguments, PANEL, 3, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PANEL == 16, reason="the tests above are those of AVX2 here")
+def test_by_avx2_on_a_processor_with_avx512():
+    """This file and the kernel's attention, in a process that is told of no AVX-512."""
+    code = (
+        "import sys, torch, pytest; "
+        "torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False; "
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    files = ("tests/sd/test_avx2_layers.py", "tests/sd/test_kernels.py", "-k", "not by_avx2_on and not avx512")
+    command = [sys.executable, "-c", code, *files, "-p", "no:cacheprovider", "-q", "-rs"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout.splitlines()[-1] or "avx512_bf16" in result.stdout

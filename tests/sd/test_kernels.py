@@ -243,25 +243,28 @@ def test_a_head_that_it_does_not_support_has_sdpa(name):
         ("avx512_attention", "AVX-512", "avx512_attention", "avx512_bf16", "2.5"),
         ("avx2_attention", "AVX2", "avx2", "avx2", "2.10"),
         ("avx2_layers", "AVX2", "avx2", "avx2", "2.10"),
+        ("avx512_layers", "AVX2", "avx2", "avx512_bf16", "2.10"),
     ],
 )
 def test_machines_that_cannot_run_it(monkeypatch, technique, kernel, feature, instructions, version):
     with pytest.raises(Unavailable, match=f"{technique}: the {kernel} kernel runs on a CPU, and the device is meta"):
         require_available(parse(technique, "cpu"), torch.device("meta"))  # a GPU without bf16 would be refused for that
     module = avx512 if feature == "avx512_attention" else avx2
+    of_bf16 = technique == "avx512_layers"
+    unavailable_reason = avx2.bf16_unavailable_reason if of_bf16 else module.unavailable_reason
     monkeypatch.setitem(FEATURES, feature, replace(FEATURES[feature], available=True))
     monkeypatch.setattr(avx2, "_problem", lambda: None)
     monkeypatch.setattr(build, "processor_has", lambda name: name == instructions)
     monkeypatch.setattr(build.platform, "system", lambda: "Linux")
     monkeypatch.setattr(build, "cpp_compiler", lambda: None)
-    assert "install g++" in module.unavailable_reason(CPU)
+    assert "install g++" in unavailable_reason(CPU)
     monkeypatch.setattr(build, "cpp_compiler", lambda: "g++")
-    assert module.unavailable_reason(CPU) is None
+    assert unavailable_reason(CPU) is None
     monkeypatch.setattr(build, "processor_has", lambda name: False)
-    assert f"Linux and a processor with {instructions}" in module.unavailable_reason(CPU)
+    assert f"Linux and a processor with {instructions}" in unavailable_reason(CPU)
     monkeypatch.setattr(build, "processor_has", lambda name: True)
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
-    assert f"Linux and a processor with {instructions}" in module.unavailable_reason(CPU)
+    assert f"Linux and a processor with {instructions}" in unavailable_reason(CPU)
     monkeypatch.setitem(FEATURES, feature, replace(FEATURES[feature], available=False))
     assert f"torch >= {version}" in module.unavailable_reason(CPU)
 
@@ -287,10 +290,10 @@ def test_fast_uses_it_in_bf16_without_amx(monkeypatch, amx):
 @pytest.mark.skipif(not has("packed"), reason="this torch has no packed weights to choose instead")
 @pytest.mark.parametrize("avx512_too, faster", [(False, False), (True, False), (True, True)])
 def test_fast_uses_the_avx2_kernels_without_avx512_or_where_they_are_faster(monkeypatch, avx512_too, faster):
-    monkeypatch.setattr(avx2, "_missing", lambda device: None)
+    monkeypatch.setattr(avx2, "_missing", lambda device, instructions="avx2": None)
     monkeypatch.setattr(avx2, "_problem", lambda: None)
     monkeypatch.setattr("sd.optimise.optimisations.processor_has", lambda name: avx512_too and name == "avx512")
-    monkeypatch.setattr(avx2_layers, "beat_packed", lambda: faster)
+    monkeypatch.setattr(avx2_layers, "beat_packed", lambda dtype=torch.float32: faster)
     monkeypatch.setattr("sd.optimise.optimisations.why_no_inductor", lambda: None)
     monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: False)
     own = faster or not avx512_too
@@ -308,15 +311,35 @@ def test_fast_uses_the_avx2_kernels_without_avx512_or_where_they_are_faster(monk
         assert (chosen.precision, chosen.avx2_layers, chosen.packed) == ("full", own, not own)
 
 
+@pytest.mark.skipif(not has("packed"), reason="fast is fp32 here")
+@pytest.mark.parametrize("faster", [False, True])
+def test_fast_has_convolutions_by_tiles_in_bf16_where_they_are_faster(monkeypatch, faster):
+    monkeypatch.setattr(avx2, "_missing", lambda device, instructions="avx2": None)
+    monkeypatch.setattr(avx2, "_problem", lambda: None)
+    monkeypatch.setattr(avx2_layers, "beat_packed", lambda dtype=torch.float32: faster and dtype == torch.bfloat16)
+    monkeypatch.setattr("sd.optimise.optimisations.why_no_inductor", lambda: None)
+    monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: True)
+    chosen = parse("fast", "cpu")
+    assert (chosen.precision, chosen.packed, chosen.avx512_layers) == ("bf16", True, faster)
+    assert parse("fast,int8", "cpu").avx512_layers is faster  # which changes no convolution
+    by_name = parse("fast,avx512_layers", "cpu")
+    assert by_name.packed and by_name.avx512_layers and not parse("fast,packed", "cpu").avx512_layers
+    for text in ("fast,full", "fast,separate_bias", "fast,autocast", "fast,freezing"):
+        assert not parse(text, "cpu").avx512_layers
+
+
 @SKIPPED["avx2"]
 @pytest.mark.skipif(not has("packed"), reason="this torch has no packed weights to choose instead")
 @pytest.mark.parametrize("ours, theirs, faster", [(1, 2, True), (2, 2, False), (2, 1, False)])
-def test_the_kernel_is_compared_with_packed_weights_by_the_fastest_call(monkeypatch, ours, theirs, faster):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_compared_with_packed_weights_by_the_fastest_call(monkeypatch, dtype, ours, theirs, faster):
+    if dtype == torch.bfloat16 and avx2.bf16_unavailable_reason(CPU) is not None:
+        pytest.skip("the kernel has no bf16 here")
     slow = [0, 9, 0, 9]
     clock = iter(slow + [0, ours, 0, theirs] * (PROBE_CALLS - 1))
     monkeypatch.setattr("sd.features.time.perf_counter", lambda: next(clock))
     state = torch.get_rng_state()
-    assert avx2_layers.beat_packed.__wrapped__() is faster
+    assert avx2_layers.beat_packed.__wrapped__(dtype) is faster
     assert torch.equal(torch.get_rng_state(), state) and next(clock, None) is None
 
 

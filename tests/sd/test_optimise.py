@@ -37,17 +37,18 @@ RESET = {
     "folded_projections": {"packed", "avx2_layers"},
     **{name: {"cuda_graph"} for name in ("reduce-overhead", "max-autotune", "compile_step")},
     "autocast": {"cuda_graph", "packed", *OWN_KERNELS},
-    **{name: {"avx512_attention"} for name in ("full", "avx2_attention")},
-    "avx2_layers": {"packed", "avx512_attention", "separate_bias", "folded_projections"},
-    "packed": {"avx2_layers", "separate_bias", "folded_projections"},
-    "separate_bias": {"packed", "avx2_layers"},
+    "avx2_attention": {"avx512_attention", "avx512_layers"},
+    "avx2_layers": {"packed", "avx512_attention", "avx512_layers", "separate_bias", "folded_projections"},
+    "packed": {"avx2_layers", "avx512_layers", "separate_bias", "folded_projections"},
+    "separate_bias": {"packed", "avx2_layers", "avx512_layers"},
     "compile_blocks": {"nhwc_norms", "separate_bias", "folded_projections"},
-    "freezing": {"packed", "avx2_layers"},
+    "freezing": {"packed", "avx2_layers", "avx512_layers"},
     "original_steps": {*CACHES, *SHARED, "cuda_graph"},
     **{
         name: {"avx2_layers", "avx2_attention", *({"packed"} if computes_slowly(WEIGHT_DTYPES["bf16"]) else set())}
         for name in ("bf16", "avx512_attention")
     },
+    "avx512_layers": {"avx2_layers", "avx2_attention", "separate_bias"},
     "fp16": {*OWN_KERNELS, *({"packed"} if computes_slowly(WEIGHT_DTYPES["fp16"]) else set())},
 }
 # Relative error of a UNet call and of a run's latents in fp32 against `original`: only the order of sums differs.
@@ -227,7 +228,7 @@ def test_rounding_of_what_is_written_for_compiled_code(model, reference, change)
     rounded = StableDiffusion.tiny(optimisations=Optimisations(precision="bf16", channels_last=True))
     plain = relative_error(_call(rounded).float(), reference[0])
     change(rounded.unet, True)
-    assert relative_error(_call(rounded).float(), reference[0]) <= 1.1 * plain
+    assert relative_error(_call(rounded).float(), reference[0]) <= 1.25 * plain
 
 
 def test_fused_weights_are_shared_and_stay_out_of_checkpoints(model):
@@ -484,7 +485,7 @@ def test_fast_of_a_gpu():
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_every_technique_combines_with_fast(name, device):
     """The named technique is set on either device, and only contradicting fields of the preset are reset."""
-    fast = Optimisations.fast(device)
+    fast = Optimisations.fast(device, narrow=name == "full")  # which chooses the kernels of fp32
     chosen = parse(f"fast,{name}", device)
     assert {field: getattr(chosen, field) for field in TECHNIQUES[name]} == TECHNIQUES[name]
     rest = {field: value for field, value in fast.changed().items() if field not in TECHNIQUES[name]}

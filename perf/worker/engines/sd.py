@@ -115,7 +115,7 @@ class SDEngine:
             self.model = load_model(configuration, device, chosen)
         self.config = self.model.config
         self.precision = self.model.optimisations.precision
-        techniques = ("packed", "avx2_layers")  # which older commits lack
+        techniques = ("avx512_layers", "packed", "avx2_layers")  # which older commits lack
         self.chosen_layers = next(
             (name for name in techniques if getattr(self.model.optimisations, name, False)), "plain"
         )
