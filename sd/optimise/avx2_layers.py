@@ -93,9 +93,12 @@ def beat_packed(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def _computes(layer: nn.Module) -> bool:
+    if type(layer) not in (nn.Conv2d, nn.Linear) or type(layer.weight.data) is not Tensor:  # one of int8 is of a class of torchao
+        return False
     if type(layer) is nn.Linear:
         return layer.in_features > 0 and (layer.weight.dtype == torch.float32 or _beats_onednn_in_bf16(layer.weight))
-    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
+    assert isinstance(layer, nn.Conv2d)
+    if isinstance(layer.padding, str):
         return False
     geometry = (layer.kernel_size, layer.stride, layer.padding)
     square = all(height == width for height, width in geometry)

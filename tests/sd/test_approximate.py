@@ -9,10 +9,14 @@ from models import relative_error, seeded
 from sd import Optimisations, StableDiffusion
 from sd.config.presets import UNetConfig
 from sd.errors import ConfigError, Unavailable
+from sd.kernels import avx2
 from sd.models.token_merging import merging
 from sd.models.unet import UNet
+from sd.optimise import avx2_layers
 from sd.optimise.approximate import CachedFeatures, quantise
+from sd.optimise.packed import Packed
 
+NO_AVX512 = avx2.bf16_unavailable_reason(torch.device("cpu"))
 PROMPTS = ["a red star on a white background", "a green ring on a blue background"]
 
 
@@ -107,18 +111,20 @@ def test_int8_of_a_narrow_model_is_refused(model):
     assert model.unet.quantisation == "none"
 
 
+WIDE = UNetConfig(
+    context_dim=128,
+    model_channels=128,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(1,),
+    num_head_channels=64,
+    use_linear_in_transformer=True,
+)
+
+
 @pytest.mark.quant
 def test_int8():
-    config = UNetConfig(
-        context_dim=128,
-        model_channels=128,
-        channel_mult=(1,),
-        num_res_blocks=1,
-        attention_resolutions=(1,),
-        num_head_channels=64,
-        use_linear_in_transformer=True,
-    )
-    unet = seeded(UNet, config)
+    unet = seeded(UNet, WIDE)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([501.0, 501.0]), torch.randn(2, 77, 128)
     with torch.no_grad():
         expected = unet(x, t, context)
@@ -128,6 +134,22 @@ def test_int8():
     assert unet.quantisation == "int8"
     assert 0 < relative_error(rounded, expected) < 0.05
     assert relative_error(compiled, rounded) < 0.01  # single activations round differently
+
+
+@pytest.mark.quant
+@pytest.mark.skipif(NO_AVX512 is not None, reason=str(NO_AVX512))
+def test_int8_with_the_kernels_of_bf16():
+    """Only plain layers are packed."""
+    unet = seeded(UNet, WIDE).bfloat16()
+    quantise(unet, "int8")
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([501.0, 501.0]), torch.randn(2, 77, 128).bfloat16()
+    with torch.no_grad():
+        expected = unet(x, t, context)
+        linear = {type(module.weight.data) for module in unet.modules() if isinstance(module, torch.nn.Linear)}
+        avx2_layers.pack(unet)
+        packed = {type(module) for module in unet.modules() if isinstance(module, Packed)}
+        assert linear - {torch.Tensor} and packed == {avx2_layers.Avx2Conv2d}
+        assert relative_error(unet(x, t, context).float(), expected.float()) < 0.03
 
 
 def test_fp8_is_refused_without_its_gpu(model):
