@@ -193,7 +193,10 @@ class Runner:
     def _require_same_choice(measured: SlotMeasurements, loaded: dict[str, Any]) -> None:
         """Raise WorkerError if `fast` chose something else than in an earlier launch: their times would be mixed."""
         launches = measured.ordered_launches()
-        ways_out = {"precision": "fast,full or fast,bf16", "layers": "fast,packed, fast,avx2_layers or fast,avx512_layers"}
+        ways_out = {
+            "precision": "fast,full or fast,bf16",
+            "layers": "fast,packed, fast,avx2_layers or fast,avx512_layers",
+        }
         for name, choices in ways_out.items():
             now = loaded.get(name)
             before = launches[0].load.get(name) if launches else now

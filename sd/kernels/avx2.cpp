@@ -1,11 +1,11 @@
 // Layers and attention by AVX2 or AVX-512; sd/kernels/avx2.py compiles it and says what it computes.
 //
-// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. All sums are in fp32. With avx512_bf16, layers take bf16
-// too: direct products multiply pairs of channels, and tiles are converted to fp32 where they are transformed.
+// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. All sums are in fp32. With avx512_bf16, layers take
+// bf16 too: direct products multiply pairs of channels, and tiles are converted to fp32 where they are transformed.
 //
 // A convolution is a matrix product whose rows are the positions of the output. Their inputs are found by pointers, one for each
 // position and tap, and are not copied (indirect convolution, Dukhan 2019, arXiv 1907.02129). Blocks as of Goto and van de Geijn
-// 2008: a chunk of the weights stays in the first cache while all positions of a block use it. Most convolutions of 3 x 3 taps are
+// 2008: a chunk of the weights stays in a cache while all positions of a block use it. Most convolutions of 3 x 3 taps are
 // products too, but of transformed inputs, copied a block at a time (Winograd's algorithm, Lavin and Gray 2016, arXiv 1509.09308).
 // Attention is flash attention (Dao and others 2022).
 #include <immintrin.h>
@@ -50,16 +50,18 @@ inline Lanes plus_products(Lanes sum, float left, Lanes right) { return sum + le
 inline Lanes load(const float* x) { return *(const Lanes*)x; }
 inline void store(float* x, Lanes value) { *(Lanes*)x = value; }
 inline float to_float(float x) { return x; }
-inline Lanes part(const float* x, int) { return load(x); }  // of elements: their first or second value
+inline Lanes values_of(const float* x, int) { return load(x); }  // of elements: their first or second ones
 inline void copy(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
 #ifdef __AVX512BF16__
 inline Lanes plus_products(Lanes sum, Pair left, Lanes right) {
   return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(left.bits), (__m512bh)right);
 }
-inline Lanes load(const Bf16* x) { return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16); }
+inline Lanes load(const Bf16* x) {
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
+}
 inline void store(Bf16* x, Lanes value) { _mm256_storeu_si256((__m256i*)x, (__m256i)_mm512_cvtneps_pbh((__m512)value)); }
 inline float to_float(Bf16 x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x << 16))); }
-inline Lanes part(const Pair* x, int second) {
+inline Lanes values_of(const Pair* x, int second) {
   const __m512i pairs = _mm512_loadu_si512(x);
   return (Lanes)(second ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pairs, 16));
 }
@@ -90,15 +92,15 @@ struct Target {
 
 // out [R][PANEL] = start (a row, or out where nullptr) + the sum over taps of rows [R][depth] . weight [depth][PANEL].
 // rows: pointers [taps][count], of which R are used, each then offset; nullptr is a row of zeros.
-template <Kind kind, int R, typename Element>
-void multiply(const Element* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
-              const Element* weight, const float* start, const Target& out) {
+template <Kind kind, int R, typename Item>
+void multiply(const Item* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
+              const Item* weight, const float* start, const Target& out) {
   Lanes sums[R][VECTORS];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < VECTORS; ++v) sums[r][v] = load((start ? start : out.sums + r * out.stride) + v * LANES);
   for (int64_t tap = 0; tap < taps; ++tap, rows += count) {
-    const Element* row[R];
-    for (int r = 0; r < R; ++r) row[r] = rows[r] ? rows[r] + offset : (const Element*)ZEROS;
+    const Item* row[R];
+    for (int r = 0; r < R; ++r) row[r] = rows[r] ? rows[r] + offset : (const Item*)ZEROS;
 #pragma GCC unroll 4
     for (int64_t k = 0, at = 0; k < depth; ++k, at += kind == STRIDED ? step : 1, weight += PANEL) {
       for (int line = 0; kind == STREAMED && line < PANEL; line += LINE) __builtin_prefetch(weight + PREFETCHED + line);
@@ -120,11 +122,11 @@ void multiply(const Element* const* rows, int64_t count, int64_t taps, int64_t o
 }
 
 // The same for any number of rows, in products as even as possible: few rows have too few sums to hide an addition's latency.
-template <Kind kind, typename Element>
-void multiply_all(const Element* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
-                  const Element* weight, const float* start, const Target& out) {
+template <Kind kind, typename Item>
+void multiply_all(const Item* const* rows, int64_t count, int64_t taps, int64_t offset, int64_t depth, int64_t step,
+                  const Item* weight, const float* start, const Target& out) {
   constexpr auto by_rows = []<Kind of, size_t... R>(std::integral_constant<Kind, of>, std::index_sequence<R...>) {
-    return std::array{multiply<of, R + 1, Element>...};
+    return std::array{multiply<of, R + 1, Item>...};
   };
   static constexpr auto FIRST = by_rows(std::integral_constant<Kind, kind>(), std::make_index_sequence<ROWS>());
   static constexpr auto REST =  // to which the weights are in a cache
@@ -165,8 +167,8 @@ struct Shape {
 };
 
 // The address of the input of each tap and position, [taps][count]; nullptr outside of the image.
-template <typename Element>
-void find_inputs(const Element* x, const Shape& s, int64_t begin, int64_t count, const Element** inputs) {
+template <typename Item>
+void find_inputs(const Item* x, const Shape& s, int64_t begin, int64_t count, const Item** inputs) {
   int64_t column = begin % s.out_width, line = begin / s.out_width % s.out_height;
   int64_t image = begin / (s.out_width * s.out_height);
   for (int64_t i = 0; i < count; ++i) {
@@ -211,7 +213,7 @@ void convolve(const Value* values, const Element<Value>* weight, const Value* bi
       for (int64_t tap = 0; tap < taps; tap += together)
         for (int64_t channel = 0; channel < s.channels; channel += depth) {
           if (rounds && tap + together >= taps && channel + depth >= s.channels) target.rounded = (Bf16*)wide;
-          multiply_all<STREAMED, Element<Value>>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
+          multiply_all<STREAMED>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
                                  std::min(depth, s.channels - channel), 1,
                                  weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
                                  tap || channel ? nullptr : start, target);
@@ -307,12 +309,12 @@ struct Tiles {
   }
 
   // weight: 9 rows of `step` elements, of which `count` each. out: SQUARE rows of `stride`. parts: values of an element.
-  template <int parts, typename Element>
-  static void transform_weights(const Element* weight, int64_t step, int64_t count, float* out, int64_t stride) {
+  template <int parts, typename Item>
+  static void transform_weights(const Item* weight, int64_t step, int64_t count, float* out, int64_t stride) {
     for (int64_t k = 0; k < count; k += LANES)
       for (int second = 0; second < parts; ++second)
         transform_square<3, SIDE>(
-            [&](int j, int i) { return part(weight + (j * 3 + i) * step + k, second); },
+            [&](int j, int i) { return values_of(weight + (j * 3 + i) * step + k, second); },
             [](Line<3> x) { return of_weights(x, Line<SIDE>()); },
             [&](int j, int i, Lanes value) {
               store(out + (j * SIDE + i) * stride + (k / PANEL * parts + second) * PANEL + k % PANEL, value);
@@ -379,7 +381,7 @@ void convolve_tiles(const Value* x, const Element<Value>* weight, const Value* b
         tiles.template transform_weights<PARTS>(weight + (panel * 9 * s.channels + channel) / PARTS * PANEL,
                                                 s.channels / PARTS * PANEL, depth / PARTS * PANEL, weights, weight_row);
         for (int j = 0; j < SQUARE; ++j)
-          multiply_all<CACHED, float>(rows.data() + j * count, count, 1, channel, depth, 1, weights + j * weight_row,
+          multiply_all<CACHED>(rows.data() + j * count, count, 1, channel, depth, 1, weights + j * weight_row,
                                channel ? nullptr : ZEROS, {products + j * product_row, PANEL});
       }
       for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? to_float(bias[panel * PANEL + i]) : 0.0f;
@@ -409,7 +411,8 @@ Tensor layer_of(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out
   const auto reaches = [&](int side) { return kernel > 0 && stride > 0 && padding >= 0 && x.size(side) + 2 * padding >= kernel; };
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && (is_rows || (x.dim() == 4 && reaches(1) && reaches(2))) &&
                       weight.dim() == 3 + PARTS && weight.size(0) == panels_of(out_channels) && weight.size(1) == kernel * kernel &&
-                      weight.size(2) * PARTS == x.size(-1) && weight.size(3) == PANEL && weight.size(-1) == (PARTS == 1 ? PANEL : PARTS) && weight.is_contiguous() &&
+                      weight.size(2) * PARTS == x.size(-1) && weight.size(3) == PANEL &&
+                      (PARTS == 1 || weight.size(4) == PARTS) && weight.is_contiguous() &&
                       (!bias || (bias->numel() == out_channels && bias->is_contiguous())),
                   "avx2_layer: the shapes of input, weight and bias do not match");
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
@@ -425,8 +428,12 @@ Tensor layer_of(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out
   Tensor out = empty(size, dtype);
   auto compute = convolve<Value>;
   if (kernel == 3 && stride == 1 && padding == 1 && s.channels % LANES == 0) {
-    const int64_t direct = s.images * s.height * s.width * 9 / PARTS, small = Tiles<2>(s).cost(), large = Tiles<4>(s).cost();
-    if (std::min(small, large) < direct) compute = small < large ? convolve_tiles<2, Value> : convolve_tiles<4, Value>;
+    int64_t least = s.images * s.height * s.width * 9 / PARTS;
+    const auto choose = [&](int64_t cost, auto by_tiles) {
+      if (cost < least) least = cost, compute = by_tiles;
+    };
+    if constexpr (PARTS == 1) choose(Tiles<2>(s).cost(), convolve_tiles<2, Value>);  // never less for pairs
+    choose(Tiles<4>(s).cost(), convolve_tiles<4, Value>);
   }
   compute((const Value*)x.data_ptr(), (const Element<Value>*)weight.data_ptr(), bias ? (const Value*)bias->data_ptr() : nullptr,
           (Value*)out.data_ptr(), s);
@@ -481,7 +488,7 @@ void attend(const float* q, const float* k, const float* v, float* out, int64_t 
   for (int64_t first = 0; first < s.keys; first += KEYS) {
     const int64_t keys = std::min<int64_t>(KEYS, s.keys - first);
     for (int64_t i = 0; i < keys; ++i) rows[i] = k + (first + i) * s.strides[1][1];
-    multiply_all<CACHED, float>(rows, keys, 1, 0, head, 1, scaled, ZEROS, {scores, PANEL});
+    multiply_all<CACHED>(rows, keys, 1, 0, head, 1, scaled, ZEROS, {scores, PANEL});
     Lanes(*const of_key)[VECTORS] = (Lanes(*)[VECTORS])scores;
     Lanes highest[VECTORS], factor[VECTORS];
     std::copy_n(most, VECTORS, highest);
@@ -495,7 +502,7 @@ void attend(const float* q, const float* k, const float* v, float* out, int64_t 
     for (int64_t j = 0; first && j < head; ++j)
       for (int lane = 0; lane < VECTORS; ++lane) ((Lanes*)(sums + j * PANEL))[lane] *= factor[lane];
     for (int64_t j = 0; j < head; ++j) rows[j] = v + first * s.strides[2][1] + j;
-    multiply_all<STRIDED, float>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, {sums, PANEL});
+    multiply_all<STRIDED>(rows, head, 1, 0, keys, s.strides[2][1], scores, first ? nullptr : ZEROS, {sums, PANEL});
   }
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < head; ++j) out[i * out_stride + j] = sums[j * PANEL + i] / total[i / LANES][i % LANES];

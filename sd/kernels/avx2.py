@@ -1,7 +1,8 @@
 """Convolutions, linear layers and attention by the instructions of AVX2, kernels of our own for a CPU (avx2.cpp).
 
-They compute in fp32, by AVX-512 where the processor has it; with avx512_bf16 the layers also compute in bf16. oneDNN's and MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes
-of small images. The operators are in C++ too, since one in Python costs 18 us a call.
+They compute in fp32, by AVX-512 where the processor has it; with avx512_bf16 the layers also compute in bf16. oneDNN's and
+MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes of small
+images. The operators are in C++ too, since one in Python costs 18 us a call.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPE = torch.float32
-INSTRUCTIONS = {  # by their name in sd.features, those that this processor has
+INSTRUCTIONS = {
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "avx512": ("-mavx512f",),
     "avx512_bf16": ("-mavx512bf16",),
-}
+}  # of sd.features
 PANEL = 32 if processor_has("avx512") else 16  # channels that share a read of the input: two vectors
 LARGEST_HEAD = 512  # up to which its blocks stay in the caches
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno")
@@ -43,7 +44,7 @@ def bf16_unavailable_reason(device: torch.device) -> str | None:
 
 
 def _missing(device: torch.device, instructions: str = "avx2") -> str | None:
-    return missing_requirement("AVX2", device, "avx2", instructions)
+    return missing_requirement("AVX2" if instructions == "avx2" else "AVX-512", device, "avx2", instructions)
 
 
 def run_here(instructions: str = "avx2") -> bool:

@@ -18,7 +18,6 @@ from torch import Tensor, library
 
 from sd.errors import SDWarning
 from sd.features import has, processor_has
-from sd.kernels.avx2 import INSTRUCTIONS
 from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -26,6 +25,7 @@ DTYPE = torch.bfloat16
 KEYS, PANEL = 128, 64  # keys of a block, lanes of a product
 LARGEST_HEAD = 512  # whose blocks fit the stack of a thread
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", f"-DKEYS={KEYS}", f"-DPANEL={PANEL}")
+INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _kernel(head_dim: int) -> Any:
     """The compiled function. Raises RuntimeError with the reason where it cannot be compiled or loaded."""
     # torch's own copy of GCC's OpenMP, where it has one: two copies would have two pools of threads.
     openmp = map(str, sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
-    options = (*FLAGS, *INSTRUCTIONS["avx512"], *INSTRUCTIONS["avx512_bf16"], f"-DHEAD={head_dim}")
+    options = (*FLAGS, *INSTRUCTIONS, f"-DHEAD={head_dim}")
     libraries = ("-Wl,--as-needed", *openmp)
     loaded = compiled(SOURCE, f"attention-{head_dim}", options, libraries, lambda file: ctypes.CDLL(file))
     function = loaded.attention

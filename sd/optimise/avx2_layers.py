@@ -63,7 +63,7 @@ def pack(network: nn.Module) -> None:
     """Let the kernel compute every layer that it can, in bf16 those that it computes faster. Fused projections are separated."""
     define_operators()
     for module in network.modules():
-        if isinstance(module, CrossAttention):
+        if isinstance(module, CrossAttention) and module.fused is not None and _computes_weight(module.fused):
             module.fuse("")
     for name, layer in network.named_modules():
         # Time embeddings have one row a call, or run once.
@@ -85,18 +85,20 @@ def beat_packed(dtype: torch.dtype = torch.float32) -> bool:
         with torch.random.fork_rng(devices=[]):  # they draw weights
             network = nn.ModuleList([nn.Conv2d(128, 128, 3, padding=1), nn.Linear(256, 256)])
         technique(network.to(dtype).to(memory_format=torch.channels_last))
-        convolve, project = network
-        return lambda: (convolve(image.to(dtype)), project(rows.to(dtype)))
+        (convolve, project), inputs = network, (image.to(dtype), rows.to(dtype))
+        return lambda: (convolve(inputs[0]), project(inputs[1]))
 
     ours, theirs = fastest_calls(layers(pack), layers(packed.pack))
     return theirs >= PROBE_RATIO * ours
 
 
 def _computes(layer: nn.Module) -> bool:
-    if type(layer) not in (nn.Conv2d, nn.Linear) or type(layer.weight.data) is not Tensor:  # one of int8 is of a class of torchao
+    if (
+        type(layer) not in (nn.Conv2d, nn.Linear) or type(layer.weight.data) is not Tensor
+    ):  # int8 has a class of torchao
         return False
     if type(layer) is nn.Linear:
-        return layer.in_features > 0 and (layer.weight.dtype == torch.float32 or _beats_onednn_in_bf16(layer.weight))
+        return layer.in_features > 0 and _computes_weight(layer.weight)
     assert isinstance(layer, nn.Conv2d)
     if isinstance(layer.padding, str):
         return False
@@ -105,12 +107,13 @@ def _computes(layer: nn.Module) -> bool:
     if not square or layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
         return False
     has_tiles = geometry == ((3, 3), (1, 1), (1, 1)) and layer.in_channels % (PANEL // 2) == 0
-    return layer.weight.dtype == torch.float32 or has_tiles or _beats_onednn_in_bf16(layer.weight)
+    return has_tiles or _computes_weight(layer.weight)
 
 
-def _beats_onednn_in_bf16(weight: Tensor) -> bool:
-    """Whether direct products take less time, for which channels are read in pairs: the calls of narrow layers cost less."""
-    return weight.shape[1] % 2 == 0 and min(weight.shape[:2]) <= WIDEST_IN_BF16
+def _computes_weight(weight: Tensor) -> bool:
+    """Whether direct products are computed: in bf16, where channels are read in pairs, those of narrow layers."""
+    is_narrow = weight.shape[1] % 2 == 0 and min(weight.shape[:2]) <= WIDEST_IN_BF16
+    return weight.dtype == torch.float32 or is_narrow
 
 
 def _packed(weight: Tensor) -> Tensor:

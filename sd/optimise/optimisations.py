@@ -60,7 +60,7 @@ class Optimisations:
 
     avx2_attention, avx512_attention: on a CPU, a kernel of sd.kernels in fp32 or bf16 instead of those of `sdpa`.
     avx2_layers: on a CPU in fp32, convolutions and linear layers by the kernel of sd.kernels.avx2; these are not fused.
-    avx512_layers: the same in bf16, for convolutions in tiles and for narrow layers; the others can be `packed`.
+    avx512_layers: the same in bf16 for 3x3 convolutions and narrow layers; the others can be `packed`.
 
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.
@@ -210,11 +210,11 @@ class Optimisations:
                 yield f"{name}: convolutions would copy NCHW images; choose channels_last too"
             if self.separate_bias:
                 yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
-            quantises = quantised and name != "avx512_layers"  # quantisation changes no convolution
+            quantises = quantised and name != "avx512_layers"  # which leaves quantised layers as they are
             if self.precision == "autocast" or quantises or self.aot is not None or "freezing" in self.inductor:
                 yield f"{name}: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
         if self.folded_projections:
-            for name in self._chosen("packed", "avx2_layers"):
+            for name in self._chosen("packed", "avx2_layers", "avx512_layers"):
                 yield f"folded_projections: with {name}, which computes separate layers, is not offered; choose one of the two"
             if quantised or (self.compile != "none" and self.compile_scope == "blocks"):
                 yield "folded_projections: quantisation and compile_scope blocks change the separate layers; leave one out"

@@ -101,12 +101,12 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(fused_qkv=False, fused_kv=False, packed=False, avx2_layers=False, folded_projections=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
         resets.update(packed=False, avx2_layers=False, avx512_layers=False)
-    if fields.get("packed"):  # by name: all layers by oneDNN, so that it can be compared
-        resets.update(avx512_layers=False)
-    if fields.get("packed") or fields.get("avx2_layers"):
-        resets.update(packed=False, avx2_layers=False, separate_bias=False, folded_projections=False)
-    if fields.get("avx512_layers"):
-        resets.update(separate_bias=False)
+    if fields.get("packed") or fields.get(
+        "avx2_layers"
+    ):  # by name, `packed` is for all layers, so that it can be compared
+        resets.update(packed=False, avx2_layers=False, avx512_layers=False)
+    if any(map(fields.get, ("packed", "avx2_layers", "avx512_layers"))):
+        resets.update(separate_bias=False, folded_projections=False)
     other_kernels = tuple(fields.get("sdpa_kernels", SDPA_KERNELS)) != SDPA_KERNELS
     if other_kernels or fields.get("attention", "sdpa") != "sdpa" or fields.get("aot"):
         resets.update(avx2_attention=False, avx512_attention=False)
@@ -126,9 +126,7 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     if "original_steps" in fields:
         resets.update(cache_context_kv=False, cache_time_embeddings=False, shared_guidance=False, cuda_graph="none")
     if fields.get("separate_bias") or fields.get("folded_projections"):
-        resets.update(packed=False, avx2_layers=False)
-    if fields.get("separate_bias"):
-        resets.update(avx512_layers=False)
+        resets.update(packed=False, avx2_layers=False, avx512_layers=False)
     if fields.get("compile_backend", "inductor") in RUNTIMES:
         resets.update(packed=False, **dict.fromkeys(OWN_KERNELS, False))
         if fields["compile_backend"] == "onnxrt":

@@ -289,7 +289,7 @@ def test_verdicts_reasons_and_exit_codes_match_the_documents():
 @pytest.mark.parametrize(
     "run, side, peers, row",
     [
-        ("sd2", "sd-fast", ["openvino", "diffusers_compiled"], "AMD EPYC with AVX-512, fp32 (`fast,full` with oneDNN)"),
+        ("sd2", "sd-fast", ["openvino", "diffusers_compiled"], "AMD EPYC with AVX-512, fp32 (`fast,full`)"),
         ("sd2", "sd-fast-bf16", ["openvino_bf16", None], "AMD EPYC with AVX-512, bf16 (`fast`)"),
         ("avx2_sd2", "sd-fast", ["openvino", "diffusers_compiled"], "AMD EPYC with AVX2 and no AVX-512, fp32 (`fast`)"),
     ],

@@ -64,7 +64,7 @@ for packing, calling in (torch.no_grad, torch.no_grad), (torch.no_grad, torch.in
 """
 CLASSES = {
     "packed": {packed.PackedConv2d, packed.PackedConv1x1, packed.PackedLinear},
-    **dict.fromkeys(("avx2_layers", "avx512_layers"), {avx2_layers.Avx2Conv2d, avx2_layers.Avx2Linear}),
+    **{name: {avx2_layers.Avx2Conv2d, avx2_layers.Avx2Linear} for name in ("avx2_layers", "avx512_layers")},
 }
 
 
@@ -234,6 +234,7 @@ def test_a_weight_is_reordered_for_another_image_size_only(instructions):
         assert products == [3] * 7
         assert reorders[1] == reorders[3] == reorders[5] == 0, "a call like the last one"
         assert (reorders[6] > 0) is (layouts[6] != layouts[5]), "a size that was seen before"
+        assert reorders[0] > 0
 
 
 @needs_packed
