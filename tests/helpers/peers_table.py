@@ -22,12 +22,12 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
 PROFILED = 5  # calls
-KINDS = {  # patterns of torch.profiler's names
+KINDS = {  # patterns of torch.profiler's names, of which the first counts
+    "cpp_fused": "generated kernels",  # whose names have those of the operators around them
     "convolution_pointwise|mkldnn_convolution|slow_conv2d": "convolutions",
     "linear_pointwise|addmm|aten::mm": "linear layers",
     "avx2_layer": "convolutions and linear layers",
     "scaled_dot_product|avx(2|512)_attention": "attention",
-    "cpp_fused": "generated kernels",
     "Dynamo Cache Lookup": "guards of Dynamo",
 }
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16")
