@@ -79,7 +79,7 @@ enum Kind { STREAMED, CACHED, STRIDED };
 
 int64_t panels_of(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
 
-// Rows of PANEL sums, and where they are rounded to bf16, unless nullptr.
+// Rows of PANEL sums, and, unless nullptr, where they are rounded to bf16 instead of stored.
 struct Target {
   float* sums;
   int64_t stride;
@@ -206,19 +206,18 @@ void convolve(const Value* values, const Element<Value>* weight, const Value* bi
         find_inputs(x, s, begin, count, inputs.data());
       }
       Value* const wide = out + begin * s.out_channels + panel * PANEL;
-      const bool in_place = std::is_same_v<Value, float> && width == PANEL;
-      const bool rounds = !std::is_same_v<Value, float> && width == PANEL;
+      const bool whole = width == PANEL, in_place = whole && std::is_same_v<Value, float>;
       Target target = {in_place ? (float*)wide : narrow, in_place ? s.out_channels : PANEL, nullptr, s.out_channels};
       for (int i = 0; i < PANEL; ++i) start[i] = bias && i < width ? to_float(bias[panel * PANEL + i]) : 0.0f;
       for (int64_t tap = 0; tap < taps; tap += together)
         for (int64_t channel = 0; channel < s.channels; channel += depth) {
-          if (rounds && tap + together >= taps && channel + depth >= s.channels) target.rounded = (Bf16*)wide;
+          if (whole && !in_place && tap + together >= taps && channel + depth >= s.channels) target.rounded = (Bf16*)wide;
           multiply_all<STREAMED>(inputs.data() + tap * count, count, std::min(together, taps - tap), channel,
                                  std::min(depth, s.channels - channel), 1,
                                  weight + ((panel * taps + tap) * s.channels + channel) * PANEL,
                                  tap || channel ? nullptr : start, target);
         }
-      for (int64_t i = 0; !in_place && !rounds && i < count; ++i) copy(narrow + i * PANEL, width, wide + i * s.out_channels);
+      for (int64_t i = 0; !whole && i < count; ++i) copy(narrow + i * PANEL, width, wide + i * s.out_channels);
     }
   });
 }

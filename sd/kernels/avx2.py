@@ -21,11 +21,8 @@ from sd.kernels.build import compiled, missing_requirement
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPE = torch.float32
-INSTRUCTIONS = {
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f",),
-    "avx512_bf16": ("-mavx512bf16",),
-}  # of sd.features
+# By their names in sd.features.
+INSTRUCTIONS = {"avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx512f",), "avx512_bf16": ("-mavx512bf16",)}
 PANEL = 32 if processor_has("avx512") else 16  # channels that share a read of the input: two vectors
 LARGEST_HEAD = 512  # up to which its blocks stay in the caches
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno")

@@ -101,9 +101,8 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
         resets.update(fused_qkv=False, fused_kv=False, packed=False, avx2_layers=False, folded_projections=False)
     if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
         resets.update(packed=False, avx2_layers=False, avx512_layers=False)
-    if fields.get("packed") or fields.get(
-        "avx2_layers"
-    ):  # by name, `packed` is for all layers, so that it can be compared
+    if fields.get("packed") or fields.get("avx2_layers"):
+        # By name, `packed` is for all layers, so that it can be compared.
         resets.update(packed=False, avx2_layers=False, avx512_layers=False)
     if any(map(fields.get, ("packed", "avx2_layers", "avx512_layers"))):
         resets.update(separate_bias=False, folded_projections=False)

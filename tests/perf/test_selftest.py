@@ -25,8 +25,9 @@ from perf.machine.nvml import NoTelemetry
 BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
 BURSTS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_bursts.json"
 WITH_LOOKS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_looks.json"
-SETTLED, *LOADED = (
-    ROOT / "perf" / "baselines" / f"battery_two_cpu_cores_settled{load}.json" for load in ("", "_bursts", "_wander")
+SETTLED, *OTHERS = (
+    ROOT / "perf" / "baselines" / f"battery_two_cpu_cores_settled{load}.json"
+    for load in ("", "_bursts", "_wander", "_quiet")
 )
 TEN = (10,)  # the launches of the stored batteries, a single look
 FIVE = (0.05,)
@@ -198,8 +199,8 @@ def test_interference_ends_with_its_context():
 
 @pytest.mark.parametrize(
     "path, looks, status",
-    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1), *((path, LOOKS, 0) for path in (SETTLED, *LOADED))],
-    ids=["idle", "bursts", "looks", "settled", "settled-bursts", "settled-wander"],
+    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1), *((path, LOOKS, 0) for path in (SETTLED, *OTHERS))],
+    ids=["idle", "bursts", "looks", "settled", "settled-bursts", "settled-wander", "settled-quiet"],
 )
 def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys):
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -216,8 +217,9 @@ def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys
         (BURSTS, TEN, "beside bursts of load on both cores, 10 launches and one look"),
         (WITH_LOOKS, LOOKS, "noisier day, present looks, without further rounds for noisy launches"),
         (SETTLED, LOOKS, "noisier day, present rule"),
-        (LOADED[0], LOOKS, "beside bursts of load on both cores, present rule"),
-        (LOADED[1], LOOKS, "beside load that wanders over minutes, present rule"),
+        (OTHERS[0], LOOKS, "beside bursts of load on both cores, present rule"),
+        (OTHERS[1], LOOKS, "beside load that wanders over minutes, present rule"),
+        (OTHERS[2], LOOKS, "idle machine, present rule"),
     ],
 )
 def test_the_readme_states_the_same_counts(path, looks, row):
@@ -231,7 +233,7 @@ def test_the_readme_states_the_same_counts(path, looks, row):
 
 @pytest.mark.parametrize(
     "path",
-    slow_or_nightly([BATTERY, BURSTS, WITH_LOOKS, SETTLED, *LOADED], lambda path: path == SETTLED),
+    slow_or_nightly([BATTERY, BURSTS, WITH_LOOKS, SETTLED, *OTHERS], lambda path: path == SETTLED),
     ids=lambda path: path.stem,
 )
 def test_docs_state_the_simulated_rates(path, capsys):
