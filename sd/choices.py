@@ -49,7 +49,7 @@ RNGS = ("per-image", "original")
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE_SCOPES = ("unet", "blocks", "step")
 RUNTIMES = ("openvino", "onnxrt")  # sd.optimise.runtimes
-COMPILE_BACKENDS = ("inductor", *RUNTIMES, "tensorrt", "cudagraphs", "aot_eager", "eager")
+COMPILE_BACKENDS = ("inductor", "aotinductor", *RUNTIMES, "tensorrt", "cudagraphs", "aot_eager", "eager")
 DEBUGGING_BACKENDS = ("aot_eager", "eager")  # generate no code
 INDUCTOR_OPTIONS = (  # settings in sd.optimise.compile.INDUCTOR_OPTIONS
     "conv_1x1_as_mm",

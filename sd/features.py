@@ -65,6 +65,7 @@ def _cpu_fused_adamw() -> bool:
 
 _CACHE_KEY_TAG = hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag")
 _DYNAMO: Any = getattr(torch._C, "_dynamo", None)
+_AOT_LOADER: Any = getattr(getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader", None)
 FEATURES = {
     "sdpa": Feature("F.scaled_dot_product_attention", hasattr(F, "scaled_dot_product_attention"), "torch >= 2.0"),
     "compile": Feature("torch.compile", hasattr(torch, "compile"), "torch >= 2.0"),
@@ -107,7 +108,17 @@ FEATURES = {
     "vector_instructions": Feature(
         "inductor's search for vector instructions", bool(_source("_inductor/cpu_vec_isa.py")), "torch >= 2.5"
     ),
-    "aot": Feature("AOTInductor packages", _defines("torch._inductor", "aoti_compile_and_package"), "torch >= 2.6"),
+    "aot": Feature(
+        "AOTInductor packages without a call through Python",
+        hasattr(_AOT_LOADER, "boxed_run"),
+        "a newer torch; 2.11 has it",
+    ),
+    "aot_checks": Feature(
+        "replaceable checks of AOTInductor's inputs",
+        "prefix.splice_aot(" in _source("_inductor/codegen/cpp_wrapper_cpu.py")
+        and "__check_inputs_outputs(" in _source("_inductor/codegen/cpp_wrapper_cpu.py"),
+        "a newer torch; 2.15 has it",
+    ),
     "capture_error_mode": Feature(
         "torch.cuda.graph(capture_error_mode=...)",
         _has_parameter(torch.cuda.graph, "capture_error_mode"),

@@ -234,10 +234,10 @@ class Networks:
 
     def _require_weights_in_use(self, caller: str) -> None:
         chosen = self.optimisations
-        constants = chosen.aot is not None or "freezing" in chosen.inductor or chosen.compile_backend in RUNTIMES
+        constants = "freezing" in chosen.inductor or chosen.compile_backend in RUNTIMES
         if constants or chosen.quantisation != "none":
             raise ConfigError(
-                f"{caller}: aot, freezing, quantisation and other runtimes keep the old weights; load before optimise()"
+                f"{caller}: freezing, quantisation and other runtimes keep the old weights; load before optimise()"
             )
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:

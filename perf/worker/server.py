@@ -389,13 +389,14 @@ def _version(package: str) -> str | None:
 
 
 def compile_counts() -> dict[str, int]:
-    """Graphs, graph breaks and generated kernels of torch.compile in this process so far, also those from its cache."""
+    """Graphs, graph breaks and generated kernels of compiled code in this process so far, also those from its cache."""
     dynamo, metrics = (sys.modules.get(f"torch.{name}") for name in ("_dynamo.utils", "_inductor.metrics"))
     counters = dynamo.counters if dynamo else {"stats": {}, "graph_break": {}}
+    packages = getattr(sys.modules.get("sd.optimise.aot"), "loaded_code", {})  # older `sd` has none
     return {
-        "graphs": counters["stats"].get("unique_graphs", 0),
+        "graphs": counters["stats"].get("unique_graphs", 0) + packages.get("graphs", 0),
         "graph_breaks": sum(counters["graph_break"].values()),
-        "generated_kernels": metrics.generated_kernel_count if metrics else 0,
+        "generated_kernels": (metrics.generated_kernel_count if metrics else 0) + packages.get("generated_kernels", 0),
     }
 
 

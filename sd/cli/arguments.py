@@ -206,11 +206,6 @@ def _add_execution(add: Callable[..., object]) -> None:
         metavar="DIR",
         help="folder that keeps compiled code between processes; torch-compile*.cache in it work on other machines",
     )
-    add(
-        "--aot",
-        metavar="FILE.pt2",
-        help="the UNet compiled ahead of time, for one batch and image size; written at the first image if missing",
-    )
     add("--enable_tf32", action="store_true", help="allow tf32 in matrix products and convolutions (CUDA)")
     add("--skip_first", action="store_true", help="run one iteration first that is neither timed nor saved")
     add("--time_file", metavar="FILE", help="append the seconds of the timed iterations, from prompts to PNG files")

@@ -278,7 +278,7 @@ def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tupl
         if files[flag] != names:
             _warn(f"--from-png {path}: was generated with {flag} {names}, not with {files[flag]}")
     disabled = [name for name in vars(args) if name.startswith("disable_") and getattr(args, name)]
-    chosen = [args.attention, args.sdpa_kernels, args.attention_precision, args.precision, args.compile, args.aot]
+    chosen = [args.attention, args.sdpa_kernels, args.attention_precision, args.precision, args.compile]
     chosen.append(args.compile_backend)
     options = {**recorded.options, **({} if any([*chosen, args.optimise, *disabled]) else recorded.execution)}
     if args.sampler:  # appended to, not replaced; the rest is of the recorded sampler

@@ -152,11 +152,7 @@ class Command:
         attention = chosen.attention_choice()
         kernels = f" with kernels {','.join(attention.kernels)}" if attention.restricted else ""
         upcast = f" in {attention.precision}" if attention.implementation == "original" else ""
-        others = [
-            f"{name}={Path(str(value)).name if name == 'aot' else value}"
-            for name, value in chosen.changed().items()
-            if name not in OWN_KEYS
-        ]
+        others = [f"{name}={value}" for name, value in chosen.changed().items() if name not in OWN_KEYS]
         return {
             **{FILES[flag]: names for flag, names in files_of(self.args).items()},
             "config": self.model.config.name,

@@ -185,14 +185,12 @@ def choose_optimisations(
         )
     if args.precision:
         changes["precision"] = single("--precision", args.precision, None)
-    if args.compile or args.aot:
-        changes["compile"] = args.compile or "none"
+    if args.compile:
+        changes["compile"] = args.compile
     if args.compile_backend:
         changes["compile_backend"] = args.compile_backend
         if not args.compile and not base.compilers():
             changes["compile"] = "default"
-    if args.aot:
-        changes["aot"] = args.aot
     if args.enable_tf32:
         if device.type != "cuda":
             raise Unavailable(f"--enable_tf32: tf32 is a mode of NVIDIA GPUs, and the device is {device}: leave it out")

@@ -45,7 +45,7 @@ def compiled(
     """
     command = [cpp_compiler() or "g++", *options, "-shared", "-fPIC"]
     key = hashlib.sha256(source.read_bytes() + repr([*command, *libraries]).encode()).hexdigest()[:16]
-    file = _cache_folder() / f"{name}-{key}.so"
+    file = cache_folder() / f"{name}-{key}.so"
     try:
         try:
             return load(str(file))
@@ -67,7 +67,7 @@ def _compile(source: Path, command: list[str], file: Path) -> None:
 
 
 @functools.cache
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """A folder that only this user can write, since what it holds is executed; a temporary one where there is none."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -78,7 +78,7 @@ def _cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError):  # the latter from a user without a home
         pass
-    problem = "no folder of this user's cache can hold the C++ kernels, so every process compiles them"
+    problem = "no folder of this user's cache can hold compiled code, so every process compiles anew"
     warnings.warn(f"{problem}; name one in XDG_CACHE_HOME", SDWarning, stacklevel=1)
     temporary = tempfile.TemporaryDirectory(prefix="sd-kernels-")
     atexit.register(temporary.cleanup)

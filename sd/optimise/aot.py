@@ -1,105 +1,209 @@
-"""The UNet compiled ahead of time by AOTInductor into one file, which other processes run without tracing.
+"""Networks compiled ahead of time by AOTInductor, as compile backend `aotinductor`.
 
+The compiled code is in packages (.pt2), which later processes load in milliseconds and call without Python between the kernels. A
+package is for one set of argument shapes, layouts and threads. It holds no weights: these are arguments too, whose values
+inductor cannot make constants of the code.
 Source: torch.export and torch._inductor.aoti_compile_and_package; the use for diffusion follows huggingface/flux-fast.
 """
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import hashlib
-import json
+import inspect
 import os
-from collections.abc import Callable
+import platform
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sd.attention.modules import ProjectedContext
-from sd.errors import ConfigError
-from sd.features import require
-from sd.models.unet import UNet
+from sd.features import has
+from sd.kernels.build import cache_folder
 from sd.optimise.cuda_graphs import Nested, leaves
+from sd.optimise.runtimes import Flat, kinds
 
-SAMPLES = 4096  # numbers of each weight in a fingerprint: enough to distinguish checkpoints
-
-
-class _Denoise(nn.Module):
-    """UNet.denoise as a module, which torch.export requires."""
-
-    def __init__(self, unet: UNet):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
-        return UNet.denoise(self.unet, x, timesteps, context)  # the instance's own attribute is an AheadOfTime
-
-
-def fingerprint(module: nn.Module) -> str:
-    """sha256 of names, shapes, dtypes and evenly spaced numbers of a module's weights."""
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        numbers = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLES)]
-        digest.update(numbers.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+SOURCES = Path(__file__).parents[1]
+# Of the environment of inductor; these change no code.
+WITHOUT_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
+loaded_code = {"graphs": 0, "generated_kernels": 0}  # of the packages that this process loaded
 
 
 class AheadOfTime:
-    """`UNet.denoise` from the package `path`, compiled and written at the first call if absent.
+    """A network's method from packages of AOTInductor, which are compiled and kept where there is none.
 
-    A package holds the weights and is for one set of shapes, one device type and one choice of optimisations. Compiled
-    code checks none of these and would return another model's images, so they are compared here; raises ConfigError for
-    a difference.
+    choice: what else decides the code, such as the optimisations of the network. Compiled code checks nothing, so `code`
+    compares what may change between two runs: weights, arguments and threads. For another choice make another object.
     """
 
-    def __init__(self, unet: UNet, path: Path, choice: str):
-        self.unet, self.path, self.choice = unet, path, choice
-        self.call: Callable[..., Any] | None = None
-        self.signature: list[Any] = []
+    def __init__(self, method: Callable[..., Any], choice: str):
+        self.method, self.choice = method, choice
+        self.network: nn.Module = getattr(method, "__self__")  # noqa: B009
+        self.packages: dict[Any, _Package] = {}
 
-    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
-        """As UNet.denoise."""
-        arguments = (x, timesteps, context)
-        signature = [[list(leaf.shape), str(leaf.dtype), leaf.device.type] for leaf in leaves(arguments)]
-        call = self.call or self._load(arguments, signature)
-        if signature != self.signature:
-            raise ConfigError(
-                f"aot {self.path}: was made for x of shape {self.signature[0][0]} and {self.signature[0][1:]}, not for "
-                f"{signature[0][0]} and {signature[0][1:]}: use another file for other batches and sizes"
-            )
-        out: Tensor = call(*arguments)
-        return out
+    def __call__(self, *arguments: Nested) -> Any:
+        """As the method. Raises NotImplementedError where a gradient is needed."""
+        return self.code(arguments)(*arguments)
 
-    def _load(self, arguments: tuple[Nested, ...], signature: list[Any]) -> Callable[..., Any]:
-        identity = {"weights": fingerprint(self.unet), "choice": self.choice, "torch": torch.__version__}
-        if not self.path.exists():
-            self._export(arguments, {**identity, "signature": json.dumps(signature)})
-        try:
-            call = torch._inductor.aoti_load_package(str(self.path))
-            metadata = call.get_metadata()
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(f"aot {self.path}: cannot be loaded; remove it ({str(error).splitlines()[0]})") from None
-        for name, value in identity.items():
-            if metadata.get(name) != value:
-                raise ConfigError(f"aot {self.path}: was made with other {name}; remove it, or use another file")
-        self.call, self.signature = call, json.loads(metadata["signature"])
-        return call
+    def code(self, arguments: tuple[Nested, ...]) -> Callable[..., Any]:
+        """The code for arguments of this kind with the network's present weights, which may change in place."""
+        weights = _weights(self.network)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights.values(), *leaves(arguments))):
+            raise NotImplementedError("compile backend aotinductor: has no backward pass; choose backend inductor")
+        key = (torch.get_num_threads(), kinds(arguments), tuple(weights), kinds(weights.values()))
+        if key not in self.packages:
+            self.packages[key] = self._package(arguments, repr(key))
+        return functools.partial(self.packages[key], list(weights.values()))
 
-    def _export(self, arguments: tuple[Nested, ...], metadata: dict[str, str]) -> None:
-        exported = torch.export.export(_Denoise(self.unet), arguments, strict=False)
-        partial = self.path.with_name(f"{os.getpid()}-{self.path.name}")
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(partial), inductor_configs={"aot_inductor.metadata": metadata}
-        )
-        partial.replace(self.path)
+    def _package(self, arguments: tuple[Nested, ...], key: str) -> _Package:
+        identity = [torch.__version__, _processor(), _sources(self.network), repr(self.network), self.method.__name__]
+        identity += [repr(getattr(self.network, "config", None)), self.choice, key]
+        identity += sorted(f"{name}={value}" for name, value in _environment().items())
+        folder = _folder()
+        name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
+        for file in folder.glob(f"{name}-*.pt2"):
+            try:
+                return _Package(file)
+            except RuntimeError:  # damaged
+                file.unlink(missing_ok=True)
+        inputs = [*_weights(self.network).values(), *leaves(arguments)]
+        return _Package(_compile(_WithWeights(Flat(self.method, arguments)), inputs, folder, name))
 
 
-def check_package_path(path: str) -> None:
-    """Raise Unavailable where torch has no AOTInductor packages, ConfigError for a path that cannot be one."""
-    require("aot", "aot")
-    file = Path(path)
-    if file.suffix != ".pt2":
-        raise ConfigError(f"aot {path}: must end in .pt2")
-    if not file.parent.is_dir():
-        raise ConfigError(f"aot {path}: there is no folder {file.parent}")
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
+
+
+class _WithWeights(nn.Module):
+    """A network's method with the weights of the network as the first arguments."""
+
+    flat: Flat
+
+    def __init__(self, flat: Flat):
+        super().__init__()
+        vars(self)["flat"] = flat  # not as a module, whose weights would be constants
+        self.names = [f"network.{name}" for name in _weights(flat.network)]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        count = len(self.names)
+        return torch.func.functional_call(self.flat, dict(zip(self.names, tensors[:count])), tensors[count:])
+
+
+class _Package:
+    """The loaded code of a package. Its name ends with the number of generated kernels."""
+
+    def __init__(self, file: Path):
+        # Not aoti_load_package, which imports the compiler for more than a second and reads the structure of the arguments anew
+        # at every call.
+        self.loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
+        loaded_code["graphs"] += 1
+        loaded_code["generated_kernels"] += int(file.stem.rpartition("-")[2])
+
+    def __call__(self, weights: list[Tensor], *arguments: Nested) -> Any:
+        outputs = self.loader.boxed_run([*weights, *leaves(arguments)])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _compile(flat: nn.Module, inputs: list[Tensor], folder: Path, name: str) -> Path:
+    """Write the package of that name into the folder when it is complete, so that another process never reads a part."""
+    from torch._inductor import cpu_vec_isa, metrics
+
+    # The search compiles test programs, for which a second core has time. Settings of inductor are variables of the context.
+    search = threading.Thread(target=contextvars.copy_context().run, args=(cpu_vec_isa.valid_vec_isa_list,))
+    search.start()
+    before = metrics.generated_kernel_count
+    try:
+        exported = torch.export.export(flat, tuple(inputs), strict=False)
+    finally:
+        search.join()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _without_checks():
+        made = Path(scratch) / "network.pt2"
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
+        file = folder / f"{name}-{metrics.generated_kernel_count - before}.pt2"
+        metrics.generated_kernel_count = before  # counted when it is loaded
+        return made.replace(file)
+
+
+@contextmanager
+def _without_checks() -> Iterator[None]:
+    """Leave out the code that compares dtype, shape and strides of every input, where this torch has it in one method.
+
+    It runs only under a variable of the environment, and with the weights among the inputs takes the C++ compiler longer than the
+    network.
+    """
+    if not has("aot_checks"):
+        yield
+        return
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    def no_checks(wrapper: Any) -> None:
+        wrapper.prefix.splice_aot("""
+            static bool _check_aoti_runtime_check_inputs_env() { return false; }
+            static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
+            """)
+
+    checks = CppWrapperCpu.generate_input_output_runtime_checks
+    CppWrapperCpu.generate_input_output_runtime_checks = no_checks  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CppWrapperCpu.generate_input_output_runtime_checks = checks  # type: ignore[method-assign]
+
+
+def _folder() -> Path:
+    """A folder in that of TORCHINDUCTOR_CACHE_DIR, or the user's cache folder."""
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not given or Path(given).name.startswith(
+        "torchinductor_"
+    ):  # torch's own default, which it sets there when it compiles
+        return cache_folder()
+    folder = Path(given) / "aotinductor"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    starts = ("TORCHINDUCTOR_", "AOT_INDUCTOR_")
+    return {name: value for name, value in os.environ.items() if name.startswith(starts) and name not in WITHOUT_EFFECT}
+
+
+@functools.cache
+def _processor() -> str:
+    """What the compiler reads of the processor, or the GPU's name and architecture."""
+    names = [platform.machine()]
+    if torch.cuda.is_available():
+        names += [torch.cuda.get_device_name(), repr(torch.cuda.get_device_capability())]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    except OSError:  # not on Linux
+        names += [platform.platform(), platform.processor()]
+    return "\n".join(names)
+
+
+def _sources(network: nn.Module) -> str:
+    """sha256 of the code that is compiled: that of `sd`, and of the classes of a network that the user has changed.
+
+    Code without a file, and hooks, may be other code in each process, which then compiles by itself.
+    """
+    files, digest = {*SOURCES.rglob("*.py")}, hashlib.sha256()
+    for module in network.modules():
+        layer, replaced = type(module), vars(module).get("forward")
+        own = replaced is None or isinstance(replaced, functools.partial)  # of sd.optimise.compile.separate_biases
+        if not own or module._forward_hooks or module._forward_pre_hooks:
+            digest.update(os.urandom(16))
+        if not layer.__module__.startswith(("sd.", "torch.")):
+            try:
+                files.add(Path(inspect.getfile(layer)))
+            except (OSError, TypeError):
+                digest.update(os.urandom(16))
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +22,11 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.optimise import avx2_layers
-from sd.optimise.aot import AheadOfTime, check_package_path
 from sd.optimise.approximate import CachedFeatures, merge_tokens, quantise, require_quantisation, require_wide_layers
 from sd.optimise.compile import (
     CompiledStep,
     compile_blocks,
     prepare_cpp_compiler,
-    require_cpp_compiler,
     restore,
     separate_biases,
     use_nhwc,
@@ -113,10 +110,6 @@ def require_available(optimisations: Optimisations, device: torch.device) -> Non
         if reason:
             raise Unavailable(f"{name}: {reason}: leave it out")
     require_quantisation(optimisations.quantisation, device)
-    if optimisations.aot is not None:
-        check_package_path(optimisations.aot)
-        if device.type == "cpu":
-            require_cpp_compiler("aot")
 
 
 @dataclass(frozen=True)
@@ -260,9 +253,6 @@ def _calls(
         vars(unet)[name] = compilers["unet"].cloning(guarded)
     elif "unet" in compilers and optimisations.compile_scope == "blocks":
         compile_blocks(unet, compilers["unet"])
-    elif optimisations.aot is not None:
-        choice = " ".join(f"{key}={value}" for key, value in optimisations.changed().items() if key != "aot")
-        vars(unet)["denoise"] = AheadOfTime(unet, Path(optimisations.aot), choice)
 
     observed = ObservedCall(unet.forward_with_features if caches_features else unet)
     call: Callable[..., Any] = observed

@@ -26,6 +26,7 @@ from sd.models.autoencoder import Autoencoder
 from sd.models.layers import GroupNorm
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
+from sd.optimise.aot import AheadOfTime
 from sd.optimise.cuda_graphs import cloned
 from sd.optimise.guards import GuardedOnce
 from sd.optimise.runtimes import Runtime, require_runtime
@@ -76,6 +77,8 @@ class Compiler:
 
     kernels: the SDPA kernels that the compiled code may use, empty for all. PyTorch chooses the kernel at compile time but
     leaves this restriction out of its cache keys, so it becomes a tag of the key.
+
+    choice: of sd.optimise.aot.AheadOfTime.
     """
 
     mode: str
@@ -83,6 +86,7 @@ class Compiler:
     inductor: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     whole_norms: bool = False
+    choice: str = ""
 
     def require(self, device: torch.device) -> None:
         """Raise Unavailable for features that this torch, or on a CPU this machine, lacks."""
@@ -94,9 +98,12 @@ class Compiler:
             raise Unavailable(f"compile backend {self.backend}: needs an NVIDIA GPU, and the device is {device}")
         if self.backend == "tensorrt" and importlib.util.find_spec("torch_tensorrt") is None:
             raise Unavailable("compile backend tensorrt: needs the package torch_tensorrt: pip install torch-tensorrt")
-        if self.backend == "inductor" and device.type == "cpu":
+        if self.backend == "aotinductor":
+            require("aot", f"compile backend {self.backend}")
+        generates_code = self.backend in ("inductor", "aotinductor")
+        if generates_code and device.type == "cpu":
             require_cpp_compiler(f"compile mode {self.mode}")
-        if self.backend == "inductor" and (reason := why_no_triton(device)):
+        if generates_code and (reason := why_no_triton(device)):
             raise Unavailable(f"compile mode {self.mode}: {reason}; leave it out")
         if self.whole_norms:
             require("reduction_choices", "whole_norms")
@@ -119,6 +126,8 @@ class Compiler:
         """Compile `function` as one graph for each set of argument shapes; a graph break is an error."""
         if self.backend in choices.RUNTIMES:
             return Runtime(function, self.backend)
+        if self.backend == "aotinductor":
+            return AheadOfTime(function, self.choice)
         if self.backend == "tensorrt":
             import torch_tensorrt  # noqa: F401  registers the backend
         arguments: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": self.backend}

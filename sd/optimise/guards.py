@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sd.features import has
-from sd.optimise.runtimes import Runtime
+from sd.optimise.aot import AheadOfTime
+from sd.optimise.runtimes import Runtime, kinds
 
 
 class GuardedOnce:
@@ -19,12 +20,15 @@ class GuardedOnce:
     Dynamo's guards check every module and weight of a network at each call: for 1.4 ms with the embedded model's UNet, a fifth
     of the call. Between the calls of one sampler run only values of the arguments change. So the first call of a run
     evaluates the guards, and later ones with arguments of the same kind execute the code that Dynamo chose there. Within a
-    run nothing else may change that guards check but the dtype and device of the weights, threads and gradients.
+    run nothing else may change that guards check but the dtype and device of the weights, threads and gradients. Code that was
+    compiled ahead of time, whose weights and arguments are compared instead, is kept for a run in the same way.
     """
 
     def __init__(self, method: Callable[..., Any], compiled: Callable[..., Any], network: nn.Module):
         self.method, self.compiled, self.network = method, compiled, network
-        self.by_dynamo = has("cache_entries") and not isinstance(compiled, Runtime)
+        self.is_checked = isinstance(compiled, AheadOfTime) or (
+            has("cache_entries") and not isinstance(compiled, Runtime)
+        )
         self.codes: dict[Any, Callable[..., Any]] | None = None  # of the current run
 
     def of_run(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,30 +45,21 @@ class GuardedOnce:
         return called
 
     def __call__(self, *arguments: Any) -> Any:
-        codes = self.codes if self.by_dynamo else None
+        codes = self.codes if self.is_checked else None
         if codes is None:
             return self.compiled(*arguments)
         weight = next(self.network.parameters())
         settings = (weight.dtype, weight.device, torch.is_grad_enabled(), torch.get_num_threads())
-        key = (settings, _kind(arguments))
+        key = (settings, kinds(arguments))
         code = codes.get(key)
         if code is not None:
+            return code(*arguments)
+        if isinstance(self.compiled, AheadOfTime):
+            code = codes[key] = self.compiled.code(arguments)
             return code(*arguments)
         out = self.compiled(*arguments)
         codes[key] = _chosen_code(self.method, arguments) or self.compiled
         return out
-
-
-def _kind(arguments: Iterable[Any]) -> tuple[Any, ...]:
-    """Shape, strides, dtype and device of tensors, in nested sequences too, and type and value of all else."""
-    return tuple(
-        [
-            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-            if isinstance(x, Tensor)
-            else (type(x), _kind(x) if isinstance(x, (tuple, list)) else x)
-            for x in arguments
-        ]
-    )
 
 
 def _chosen_code(method: Any, arguments: Sequence[Any]) -> Callable[..., Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -49,6 +49,15 @@ CHOICES = {
 }
 
 
+def can_compile_ahead(fields: Mapping[str, Any]) -> bool:
+    """Whether backend `aotinductor` compiles with these fields of Optimisations: whole networks whose weights are plain tensors."""
+    modes = {fields[name] for name in ("compile", "compile_autoencoder", "compile_text_encoder")} - {"none"}
+    excluded = (
+        fields["packed"] or fields["quantisation"] != "none" or fields["precision"] == "autocast" or fields["inductor"]
+    )
+    return modes == {"default"} and fields["compile_scope"] == "unet" and not excluded
+
+
 @dataclass(frozen=True)
 class Optimisations:
     """How a model is run. Raises ConfigError for unknown or contradictory values; sd.optimise.apply raises Unavailable.
@@ -76,11 +85,11 @@ class Optimisations:
 
     compile: mode of torch.compile for compile_scope: `unet` (one graph), `blocks` (each ResBlock and transformer block) or
     `step` (UNet, guidance and sampler update in one graph). compile_autoencoder (the decoder), compile_text_encoder: their
-    modes. compile_backend: `inductor`; `openvino` and `onnxrt`, which run the networks on a CPU (sd.optimise.runtimes);
-    `tensorrt` and `cudagraphs` of a GPU; or `aot_eager` and `eager` for debugging. inductor: names of
-    sd.optimise.compile.INDUCTOR_OPTIONS. aot: a .pt2 file of the UNet compiled ahead of time, written at the first call if
-    absent (sd.optimise.aot). cuda_graph: `unet` records each UNet call, `networks` also the text encoder, the projections before
-    the first step and the decoder, `loop` the whole sampling loop.
+    modes. compile_backend: `inductor`, called through Dynamo; `aotinductor`, the same code in packages (sd.optimise.aot);
+    `openvino` and `onnxrt`, which run the networks on a CPU (sd.optimise.runtimes); `tensorrt` and `cudagraphs` of a GPU; or
+    `aot_eager` and `eager` for debugging. inductor: names of sd.optimise.compile.INDUCTOR_OPTIONS. cuda_graph: `unet` records
+    each UNet call, `networks` also the text encoder, the projections before the first step and the decoder, `loop` the whole
+    sampling loop.
 
     original_steps: the published sampling loop with its host synchronisations, a baseline (sd.sampling.original_loop).
 
@@ -99,7 +108,6 @@ class Optimisations:
     compile_text_encoder: str = "none"
     compile_backend: str = "inductor"
     inductor: tuple[str, ...] = ()
-    aot: str | None = None
     cuda_graph: str = "none"
     channels_last: bool = False
     fused_qkv: bool = False
@@ -150,6 +158,11 @@ class Optimisations:
             yield f"{backend}: nothing is compiled; choose a compile mode"
         if self.compile_backend != "inductor" and any(x.mode != "default" for x in self.compilers().values()):
             yield f"{backend}: the other modes are those of inductor; choose compile mode default"
+        if self.compile_backend == "aotinductor" and not can_compile_ahead(vars(self)):
+            yield (
+                f"{backend}: compiles whole networks with plain weights in mode default; choose compile_scope unet, and leave out "
+                "packed, quantisation, autocast and inductor options, or choose backend inductor"
+            )
         if self.compile_backend in RUNTIMES:
             if self.compile_scope != "unet" or self.compile_text_encoder != "none":
                 yield f"{backend}: runs the UNet and the decoder; choose compile_scope unet and no compile_text_encoder"
@@ -211,8 +224,8 @@ class Optimisations:
             if self.separate_bias:
                 yield f"separate_bias: with {name}, which adds the bias for nothing, is not offered; choose one of the two"
             quantises = quantised and name != "avx512_layers"  # which leaves quantised layers as they are
-            if self.precision == "autocast" or quantises or self.aot is not None or "freezing" in self.inductor:
-                yield f"{name}: with autocast, quantisation, aot or freezing, which have weights of their own, is not offered"
+            if self.precision == "autocast" or quantises or "freezing" in self.inductor:
+                yield f"{name}: with autocast, quantisation or freezing, which have weights of their own, is not offered"
         if self.folded_projections:
             for name in self._chosen("packed", "avx2_layers", "avx512_layers"):
                 yield f"folded_projections: with {name}, which computes separate layers, is not offered; choose one of the two"
@@ -223,17 +236,11 @@ class Optimisations:
             if self.precision != precision:
                 wanted = f"choose {precision}, or leave it out"
                 yield f"{name}: computes in precision {precision}, and precision is {self.precision}; {wanted}"
-            if self.aot is not None:
-                yield f"{name}: a package of aot cannot contain it; leave one of the two out"
         if self.original_steps:
             for name in self._chosen("cache_context_kv", "cache_time_embeddings", "shared_guidance"):
                 yield f"{name}: original_steps recomputes it at every step; choose one of the two"
             if self._compiles_step or self.cuda_graph != "none":
                 yield "original_steps: a graph cannot contain its host synchronisations; compile the UNet alone"
-        if self.aot is not None and self.compile != "none":
-            yield "aot: the UNet is compiled already; leave out compile"
-        if self.aot is not None and (self.precision == "autocast" or self.feature_caching > 1 or quantised):
-            yield "aot: with autocast, feature_caching or quantisation is not offered"
         if quantised and (self.fused_qkv or self.fused_kv or self.attention == "mha"):
             yield f"quantisation {self.quantisation}: needs separate projections; leave out fused_qkv, fused_kv and mha"
         if self.feature_caching > 1 and (self._compiles_step or self.cuda_graph == "loop" or self.original_steps):
@@ -284,6 +291,7 @@ class Optimisations:
                 avx2_layers=own,
                 avx2_attention=own,
                 compile="default" if compiles else "none",
+                compile_backend="aotinductor" if own and has("aot") else "inductor",
                 channels_last=compiles,
                 packed=packed and not own,
                 **caches,
@@ -320,8 +328,9 @@ class Optimisations:
         }
         attention = self.attention_choice()
         kernels = attention.kernels if attention.restricted else ()
+        choice = repr(sorted(self.changed().items()))
         return {
-            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels, self.whole_norms)
+            name: Compiler(mode, self.compile_backend, tuple(self.inductor), kernels, self.whole_norms, choice)
             for name, mode in modes.items()
             if mode != "none"
         }

@@ -11,7 +11,7 @@ from sd.choices import COMPILE_MODES, INDUCTOR_OPTIONS, OPTIMISE_PRESETS, PRECIS
 from sd.errors import ConfigError
 from sd.features import computes_slowly, has
 from sd.optimise.compile import CUDA_GRAPH_MODES
-from sd.optimise.optimisations import OWN_KERNELS, WEIGHT_DTYPES, Optimisations
+from sd.optimise.optimisations import OWN_KERNELS, WEIGHT_DTYPES, Optimisations, can_compile_ahead
 
 # Fields of Optimisations by the name of the technique that sets them.
 TECHNIQUES: dict[str, dict[str, object]] = {
@@ -99,7 +99,7 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     resets.update(other_precision)
     if "quantisation" in fields:
         resets.update(fused_qkv=False, fused_kv=False, packed=False, avx2_layers=False, folded_projections=False)
-    if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()) or fields.get("aot"):
+    if fields.get("precision") == "autocast" or "freezing" in fields.get("inductor", ()):
         resets.update(packed=False, avx2_layers=False, avx512_layers=False)
     if fields.get("packed") or fields.get("avx2_layers"):
         # By name, `packed` is for all layers, so that it can be compared.
@@ -107,7 +107,7 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     if any(map(fields.get, ("packed", "avx2_layers", "avx512_layers"))):
         resets.update(separate_bias=False, folded_projections=False)
     other_kernels = tuple(fields.get("sdpa_kernels", SDPA_KERNELS)) != SDPA_KERNELS
-    if other_kernels or fields.get("attention", "sdpa") != "sdpa" or fields.get("aot"):
+    if other_kernels or fields.get("attention", "sdpa") != "sdpa":
         resets.update(avx2_attention=False, avx512_attention=False)
     if computes_slowly(WEIGHT_DTYPES[fields.get("precision", "full")]):
         resets.update(packed=False)
@@ -136,4 +136,6 @@ def _resets(base: Optimisations, fields: dict[str, Any]) -> dict[str, Any]:
     records_graphs = fields.get("compile") in CUDA_GRAPH_MODES
     if records_graphs or fields.get("compile_scope") == "step" or fields.get("precision") == "autocast":
         resets.update(cuda_graph="none")
+    if base.compile_backend == "aotinductor" and not can_compile_ahead({**vars(base), **resets, **fields}):
+        resets.update(compile_backend="inductor")
     return resets

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ def require_runtime(name: str, device: torch.device) -> None:
         )
 
 
-class _Flat(nn.Module):
-    """A method of a network as a module of fp32 tensors alone."""
+class Flat(nn.Module):
+    """A method of a network as a module whose arguments are the tensors of its own arguments, in order."""
 
     def __init__(self, method: Callable[..., Any], arguments: tuple[Nested, ...]):
         super().__init__()
         self.network, self.method, self.arguments = getattr(method, "__self__"), method, arguments  # noqa: B009
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Any:
         remaining = iter(tensors)
 
         def rebuild(nested: Nested) -> Nested:
@@ -50,8 +50,27 @@ class _Flat(nn.Module):
                 return next(remaining).to(nested.dtype)
             return None if nested is None else tuple(rebuild(value) for value in nested)
 
-        out: Tensor = self.method(*(rebuild(argument) for argument in self.arguments))
+        return self.method(*(rebuild(argument) for argument in self.arguments))
+
+
+class _FlatOfFp32(Flat):
+    """The same with a result in fp32."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        out: Tensor = super().forward(*tensors)
         return out.float()
+
+
+def kinds(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """Shape, strides, dtype and device of tensors, in nested sequences too, and type and value of all else."""
+    return tuple(
+        [
+            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            if isinstance(x, Tensor)
+            else (type(x), kinds(x) if isinstance(x, (tuple, list)) else x)
+            for x in arguments
+        ]
+    )
 
 
 class Runtime:
@@ -69,14 +88,14 @@ class Runtime:
         if key not in self.converted:
             with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")  # of the tracers, about themselves
-                flat = _Flat(self.method, arguments).eval()
+                flat = _FlatOfFp32(self.method, arguments).eval()
                 self.dtype = self.method(*arguments).dtype
                 self.converted[key] = self.convert(flat, inputs)
         out = self.converted[key]([tensor.numpy() for tensor in inputs])
         return torch.from_numpy(out.copy()).to(self.dtype)
 
 
-def _openvino(network: _Flat, inputs: list[Tensor]) -> Callable[[list[Any]], Any]:
+def _openvino(network: Flat, inputs: list[Tensor]) -> Callable[[list[Any]], Any]:
     import openvino
 
     model = openvino.convert_model(network, example_input=tuple(inputs), input=[list(x.shape) for x in inputs])
@@ -90,7 +109,7 @@ def _openvino(network: _Flat, inputs: list[Tensor]) -> Callable[[list[Any]], Any
     return lambda arrays: request.infer(arrays, share_inputs=True)[0]
 
 
-def _onnxruntime(network: _Flat, inputs: list[Tensor]) -> Callable[[list[Any]], Any]:
+def _onnxruntime(network: Flat, inputs: list[Tensor]) -> Callable[[list[Any]], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""The compile cache and ahead-of-time packages: a second process compiles nothing, and unusable files are refused."""
+"""The compile cache: a second process compiles nothing, and unusable files are refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import relative_error, smallest
 
-from sd import Optimisations, StableDiffusion, txt2img
+from sd import txt2img
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
 from sd.optimise.compile_cache import open_compile_cache, save_compile_cache
@@ -107,41 +106,3 @@ class TestRefusals:
         assert txt2img.main([*TINY, "--compile-cache", "cache"]) == 2
         assert "nothing is compiled" in capsys.readouterr().err
         assert not Path("cache").exists()
-
-
-@pytest.mark.compile
-@pytest.mark.skipif(not has("aot"), reason="torch >= 2.6")
-class TestAheadOfTime:
-    def _model(self, path, fused_qkv=True) -> StableDiffusion:
-        caches = {"cache_context_kv": True, "cache_time_embeddings": True}
-        return smallest(Optimisations(aot=str(path), channels_last=True, fused_qkv=fused_qkv, **caches))
-
-    @pytest.mark.nightly
-    def test_a_package_serves_the_same_model_and_refuses_others(self, tmp_path):
-        path = tmp_path / "unet.pt2"
-        expected = smallest().txt2img("a red circle", steps=5, scale=4.0).latents
-        for _ in range(2):  # written, then loaded
-            latents = self._model(path).txt2img("a red circle", steps=5, scale=4.0).latents
-            assert relative_error(latents, expected) <= 2e-5
-        assert path.is_file() and [file.name for file in tmp_path.iterdir()] == ["unet.pt2"]
-
-        model = self._model(path)
-        model.txt2img("a red circle", steps=2)
-        with pytest.raises(ConfigError, match="other batches and sizes"):
-            model.txt2img("a red circle", steps=2, batch=2)
-        with pytest.raises(ConfigError, match="other choice"):
-            self._model(path, fused_qkv=False).txt2img("a red circle", steps=2)
-        other = self._model(path)
-        other.unet.out[2].weight.mul_(2)
-        with pytest.raises(ConfigError, match="other weights"):
-            other.txt2img("a red circle", steps=2)
-
-    def test_an_invalid_package(self, tmp_path):
-        (tmp_path / "unet.pt2").write_bytes(b"no package")
-        with pytest.raises(ConfigError, match="cannot be loaded"):
-            self._model(tmp_path / "unet.pt2").txt2img("a red circle", steps=2)
-
-    @pytest.mark.parametrize("name, match", [("unet.bin", "must end in .pt2"), ("absent/unet.pt2", "no folder")])
-    def test_an_invalid_path(self, tmp_path, name, match):
-        with pytest.raises(ConfigError, match=match):
-            self._model(tmp_path / name)

@@ -52,7 +52,7 @@ def empty_cache(tmp_path, monkeypatch):
     """No kernel is loaded or stored, and no reason known; the folder in which kernels will be stored."""
 
     def forget() -> None:
-        for known in (avx512._kernel, build._cache_folder, availability._trial_failure):
+        for known in (avx512._kernel, build.cache_folder, availability._trial_failure):
             known.cache_clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -154,7 +154,7 @@ def test_a_damaged_kernel_is_compiled_again(empty_cache, monkeypatch, tmp_path):
     damaged.parent.mkdir(mode=0o700, parents=True)
     damaged.write_bytes(file.read_bytes()[:100])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    build._cache_folder.cache_clear()
+    build.cache_folder.cache_clear()
     assert _answer(tmp_path) == 42
     assert damaged.stat().st_size == file.stat().st_size
 
@@ -164,8 +164,8 @@ def test_a_folder_that_others_can_write_is_not_trusted(empty_cache):
     empty_cache.mkdir(mode=0o700)
     empty_cache.chmod(0o770)
     with pytest.warns(SDWarning, match="every process compiles them"):
-        assert build._cache_folder() != empty_cache
-    assert build._cache_folder().is_dir()
+        assert build.cache_folder() != empty_cache
+    assert build.cache_folder().is_dir()
 
 
 @needs_compiler
@@ -174,7 +174,7 @@ def test_a_home_that_cannot_be_written_is_no_error(empty_cache, monkeypatch, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(SDWarning, match="name one in XDG_CACHE_HOME"):
         assert _answer(tmp_path) == 42
-    assert build._cache_folder().is_dir() and tmp_path not in build._cache_folder().parents
+    assert build.cache_folder().is_dir() and tmp_path not in build.cache_folder().parents
 
 
 def _break_compiler(monkeypatch, folder, error):
@@ -279,7 +279,7 @@ def test_fast_uses_it_in_bf16_without_amx(monkeypatch, amx):
     monkeypatch.setattr("sd.optimise.optimisations.bf16_beats_fp32", lambda: True)
     assert parse("fast", "cpu").avx512_attention is not amx
     assert not parse("fast", "cpu", narrow=True).avx512_attention
-    for changes in ({"attention": "original"}, {"sdpa_kernels": ("math",)}, {"precision": "full"}, {"aot": "x.pt2"}):
+    for changes in ({"attention": "original"}, {"sdpa_kernels": ("math",)}, {"precision": "full"}):
         assert not parse("fast", "cpu", {"compile": "none", **changes}).avx512_attention
     with pytest.raises(ConfigError, match="openvino: with avx512_attention is not offered"):
         parse("bf16,avx512_attention", "cpu", {"compile": "default", "compile_backend": "openvino"})

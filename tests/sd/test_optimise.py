@@ -435,13 +435,11 @@ class TestOnAGPU:
             for fields, message in (
                 ({"separate_bias": True, "compile": "default"}, "separate_bias: with avx512_layers"),
                 ({"folded_projections": True}, "folded_projections: with avx512_layers"),
-                ({"aot": "unet.pt2"}, "avx512_layers: .* aot"),
             )
         ),
         ({"avx512_attention": True, "attention": "sdpa"}, "computes in precision bf16, and precision is full"),
         ({"avx512_attention": True, "precision": "bf16", "attention": "original"}, "choose attention sdpa"),
         ({"avx512_attention": True, "precision": "bf16", "sdpa_kernels": ("math",)}, "choose attention sdpa"),
-        ({"avx512_attention": True, "attention": "sdpa", "precision": "bf16", "aot": "unet.pt2"}, "aot"),
         ({"compile_scope": "model"}, "choose one of unet, blocks, step"),
         ({"cuda_graph": "networks", "compile_text_encoder": "reduce-overhead"}, "compile_text_encoder reduce-overhead"),
         (
