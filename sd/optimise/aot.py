@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 import platform
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ class AheadOfTime:
     def _package(self, arguments: tuple[Nested, ...], key: str) -> _Package:
         identity = [torch.__version__, _processor(), _sources(self.network), repr(self.network), self.method.__name__]
         identity += [repr(getattr(self.network, "config", None)), self.choice, key]
-        identity += sorted(f"{name}={value}" for name, value in _environment().items())
+        identity += _settings()
         folder = _folder()
         name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
         for file in folder.glob(f"{name}-*.pt2"):
@@ -169,9 +170,13 @@ def _folder() -> Path:
     return folder
 
 
-def _environment() -> dict[str, str]:
+def _settings() -> list[str]:
+    """Settings of inductor that are not its defaults, by the environment or in this process."""
     starts = ("TORCHINDUCTOR_", "AOT_INDUCTOR_")
-    return {name: value for name, value in os.environ.items() if name.startswith(starts) and name not in WITHOUT_EFFECT}
+    by_environment = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(starts)]
+    config: Any = sys.modules.get("torch._inductor.config")  # imported by whoever changes it
+    changed = config.codegen_config().splitlines() if config else []
+    return [setting for setting in sorted(by_environment) if not setting.startswith(WITHOUT_EFFECT)] + changed
 
 
 @functools.cache

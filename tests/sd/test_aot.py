@@ -169,12 +169,18 @@ class TestIdentity:
         finally:
             aot.cache_folder.cache_clear()
 
+    @needs_packages
     def test_settings_of_inductor(self, monkeypatch):
-        before = aot._environment()
+        before = aot._settings()
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
-        assert aot._environment() == before
+        assert aot._settings() == before
+        from torch._inductor import config
+
+        assert aot._settings() == before
+        with config.patch({"cpp.enable_kernel_profile": True}):
+            assert aot._settings() != before
         monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
-        assert aot._environment() != before
+        assert aot._settings() != before
 
 
 class TestChoice:

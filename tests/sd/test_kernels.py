@@ -163,7 +163,7 @@ def test_a_damaged_kernel_is_compiled_again(empty_cache, monkeypatch, tmp_path):
 def test_a_folder_that_others_can_write_is_not_trusted(empty_cache):
     empty_cache.mkdir(mode=0o700)
     empty_cache.chmod(0o770)
-    with pytest.warns(SDWarning, match="every process compiles them"):
+    with pytest.warns(SDWarning, match="every process compiles anew"):
         assert build.cache_folder() != empty_cache
     assert build.cache_folder().is_dir()
 
