@@ -17,6 +17,7 @@ import platform
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ class AheadOfTime:
         self.method, self.choice = method, choice
         self.network: nn.Module = getattr(method, "__self__")  # noqa: B009
         self.packages: dict[Any, _Package] = {}
+        self.weights = _Weights(self.network)
 
     def __call__(self, *arguments: Nested) -> Any:
         """As the method. Raises NotImplementedError where a gradient is needed."""
@@ -54,15 +56,18 @@ class AheadOfTime:
 
     def code(self, arguments: tuple[Nested, ...]) -> Callable[..., Any]:
         """The code for arguments of this kind with the network's present weights, which may change in place."""
-        weights = _weights(self.network)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights.values(), *leaves(arguments))):
+        weights = self.weights.tensors()
+        if weights is None:
+            self.weights = _Weights(self.network)
+            weights = self.weights.tensors() or []
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *leaves(arguments))):
             raise NotImplementedError("compile backend aotinductor: has no backward pass; choose backend inductor")
-        key = (torch.get_num_threads(), kinds(arguments), tuple(weights), kinds(weights.values()))
+        key = (torch.get_num_threads(), kinds(arguments), self.weights.kinds)
         if key not in self.packages:
-            self.packages[key] = self._package(arguments, repr(key))
-        return functools.partial(self.packages[key], list(weights.values()))
+            self.packages[key] = self._package(arguments, weights, repr(key))
+        return functools.partial(self.packages[key], weights)
 
-    def _package(self, arguments: tuple[Nested, ...], key: str) -> _Package:
+    def _package(self, arguments: tuple[Nested, ...], weights: list[Tensor], key: str) -> _Package:
         identity = [torch.__version__, _processor(), _sources(self.network), repr(self.network), self.method.__name__]
         identity += [repr(getattr(self.network, "config", None)), self.choice, key]
         identity += _settings()
@@ -73,13 +78,35 @@ class AheadOfTime:
                 return _Package(file)
             except RuntimeError:  # damaged
                 file.unlink(missing_ok=True)
-        inputs = [*_weights(self.network).values(), *leaves(arguments)]
-        return _Package(_compile(_WithWeights(Flat(self.method, arguments)), inputs, folder, name))
+        inputs = [*weights, *leaves(arguments)]
+        names = [f"network.{name}" for name in self.weights.names]
+        return _Package(_compile(_WithWeights(Flat(self.method, arguments), names), inputs, folder, name))
 
 
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
+class _Weights:
+    """Names and kinds of the parameters and buffers of a network, without keeping a tensor that the network replaces."""
+
+    def __init__(self, network: nn.Module):
+        found = [
+            (f"{prefix}.{name}".lstrip("."), owner, name, weight)
+            for prefix, module in network.named_modules()
+            for owner in (module._parameters, module._buffers)
+            for name, weight in owner.items()
+            if weight is not None
+        ]
+        self.names = [full_name for full_name, *_ in found]
+        self.kinds = (tuple(self.names), kinds(weight for *_, weight in found))
+        self.slots = [(owner, name, weakref.ref(weight), weight.data_ptr()) for _, owner, name, weight in found]
+
+    def tensors(self) -> list[Tensor] | None:
+        """The tensors, or None where the network has replaced one, or the memory of one."""
+        tensors: list[Tensor] = []
+        for owner, name, known, pointer in self.slots:
+            weight = owner.get(name)
+            if not isinstance(weight, Tensor) or weight is not known() or weight.data_ptr() != pointer:
+                return None
+            tensors.append(weight)
+        return tensors
 
 
 class _WithWeights(nn.Module):
@@ -87,10 +114,10 @@ class _WithWeights(nn.Module):
 
     flat: Flat
 
-    def __init__(self, flat: Flat):
+    def __init__(self, flat: Flat, names: list[str]):
         super().__init__()
         vars(self)["flat"] = flat  # not as a module, whose weights would be constants
-        self.names = [f"network.{name}" for name in _weights(flat.network)]
+        self.names = names
 
     def forward(self, *tensors: Tensor) -> Any:
         count = len(self.names)

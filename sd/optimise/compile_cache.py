@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -43,8 +44,10 @@ def open_compile_cache(directory: Path) -> None:
 def save_compile_cache(directory: Path) -> None:
     """Write what this process compiled or loaded to a file of its own content, atomically. Raises ConfigError if that fails.
 
-    Other batches and sizes have other files, and the same ones the same file.
+    Other batches and sizes have other files, and the same ones the same file. Packages of `aotinductor` are not among them.
     """
+    if "torch._dynamo" not in sys.modules:  # it compiled nothing, and its import takes more than a second
+        return
     artifacts = torch.compiler.save_cache_artifacts()
     if artifacts is None:
         return

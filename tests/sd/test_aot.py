@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,9 @@ class TestPackages:
         assert call(X, OTHERS).tolist() == [2, 2, 2]
         net.offset.data = torch.full((3,), 7.0)
         assert call(X, OTHERS).tolist() == [9, 9, 9]
+        replaced = weakref.ref(net.factor)
+        net.factor = nn.Parameter(torch.ones(3), requires_grad=False)
+        assert replaced() is None  # no second copy is kept until the next call
 
     def test_a_run_compares_the_weights_once(self, compiled):
         net = Scaling()
