@@ -109,14 +109,16 @@ FEATURES = {
         "inductor's search for vector instructions", bool(_source("_inductor/cpu_vec_isa.py")), "torch >= 2.5"
     ),
     "aot": Feature(
-        "AOTInductor packages without a call through Python",
-        hasattr(_AOT_LOADER, "boxed_run"),
+        "AOTInductor packages, and their loader's boxed_run",
+        hasattr(_AOT_LOADER, "boxed_run") and hasattr(_AOT_LOADER, "load_metadata_from_package"),
         "a newer torch; 2.11 has it",
     ),
     "aot_checks": Feature(
         "replaceable checks of AOTInductor's inputs",
-        "prefix.splice_aot(" in _source("_inductor/codegen/cpp_wrapper_cpu.py")
-        and "__check_inputs_outputs(" in _source("_inductor/codegen/cpp_wrapper_cpu.py"),
+        all(
+            text in _source("_inductor/codegen/cpp_wrapper_cpu.py")
+            for text in ("prefix.splice_aot(", "__check_inputs_outputs(")
+        ),
         "a newer torch; 2.15 has it",
     ),
     "capture_error_mode": Feature(

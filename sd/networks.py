@@ -205,7 +205,7 @@ class Networks:
         """Copy the weights of a `state_dict` into the networks, in their dtype and on their device.
 
         Raises, with the model unchanged, CheckpointError unless names and shapes match exactly, and ConfigError where
-        code compiled ahead of time, constant folding or quantisation holds the old weights, or LoRA is merged into them.
+        constant folding, quantisation or another runtime holds the old weights, or LoRA is merged into them.
         """
         self._require_weights_in_use("load_state_dict")
         if self._merged.loras:

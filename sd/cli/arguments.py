@@ -204,7 +204,7 @@ def _add_execution(add: Callable[..., object]) -> None:
     add(
         "--compile-cache",
         metavar="DIR",
-        help="folder that keeps compiled code between processes; torch-compile*.cache in it work on other machines",
+        help="folder that keeps compiled code between processes; torch-compile*.cache in it, of GPU code, work on other machines",
     )
     add("--enable_tf32", action="store_true", help="allow tf32 in matrix products and convolutions (CUDA)")
     add("--skip_first", action="store_true", help="run one iteration first that is neither timed nor saved")

@@ -162,13 +162,15 @@ def _read_ours(text: Mapping[str, str]) -> Recorded:
     attention = re.fullmatch(r"(\w+)(?: with kernels ([\w,]+))?(?: in (\w+))?", text["attention"])
     if attention is None:
         raise ValueError(f"attention {text['attention']!r} is unknown")
-    techniques, notes = _techniques(text["optimisations"])
+    backend = re.search(r"\bcompile_backend=(\w+) ?", text["optimisations"])
+    techniques, notes = _techniques(text["optimisations"].replace(backend[0] if backend else "", ""))
     execution = {
         "--attention": attention[1],
         "--sdpa-kernels": attention[2],
         "--attention-precision": attention[3],
         "--precision": text["precision"],
         "--compile": None if text["compile"] == "none" else text["compile"],
+        "--compile-backend": backend and backend[1],
         "--optimise": ",".join(techniques) or None,
     }
     checkpoint = None if text["checkpoint"] == EMBEDDED else text["checkpoint"]
@@ -278,8 +280,8 @@ def repeat(parser: ArgumentParser, args: Namespace, argv: Sequence[str]) -> tupl
         if files[flag] != names:
             _warn(f"--from-png {path}: was generated with {flag} {names}, not with {files[flag]}")
     disabled = [name for name in vars(args) if name.startswith("disable_") and getattr(args, name)]
-    chosen = [args.attention, args.sdpa_kernels, args.attention_precision, args.precision, args.compile]
-    chosen.append(args.compile_backend)
+    chosen = [args.attention, args.sdpa_kernels, args.attention_precision, args.precision]
+    chosen += [args.compile, args.compile_backend]
     options = {**recorded.options, **({} if any([*chosen, args.optimise, *disabled]) else recorded.execution)}
     if args.sampler:  # appended to, not replaced; the rest is of the recorded sampler
         options = {flag: value for flag, value in options.items() if flag not in SAMPLING}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import hashlib
-import inspect
 import os
 import platform
 import sys
@@ -19,20 +18,23 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sd.errors import ConfigError
 from sd.features import has
 from sd.kernels.build import cache_folder
 from sd.optimise.cuda_graphs import Nested, leaves
 from sd.optimise.runtimes import Flat, kinds
 
-SOURCES = Path(__file__).parents[1]
-# Of the environment of inductor; these change no code.
+BACKEND = "compile backend aotinductor"
+REMEDY = "choose compile backend inductor"
+# Starts of variables of the environment that change the code of inductor, and of those among them that do not.
+SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "CXX=", "ATEN_CPU_CAPABILITY=")
 WITHOUT_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 loaded_code = {"graphs": 0, "generated_kernels": 0}  # of the packages that this process loaded
 
@@ -41,72 +43,95 @@ class AheadOfTime:
     """A network's method from packages of AOTInductor, which are compiled and kept where there is none.
 
     choice: what else decides the code, such as the optimisations of the network. Compiled code checks nothing, so `code`
-    compares what may change between two runs: weights, arguments and threads. For another choice make another object.
+    compares what may change between two runs: layers, weights, attention, arguments and threads. For another choice make another
+    object.
     """
 
     def __init__(self, method: Callable[..., Any], choice: str):
         self.method, self.choice = method, choice
         self.network: nn.Module = getattr(method, "__self__")  # noqa: B009
         self.packages: dict[Any, _Package] = {}
-        self.weights = _Weights(self.network)
+        self.contents = _Contents(self.network)
+        _sources()  # as near to their import as possible
 
     def __call__(self, *arguments: Nested) -> Any:
-        """As the method. Raises NotImplementedError where a gradient is needed."""
+        """As the method. Raises as `code` does."""
         return self.code(arguments)(*arguments)
 
     def code(self, arguments: tuple[Nested, ...]) -> Callable[..., Any]:
-        """The code for arguments of this kind with the network's present weights, which may change in place."""
-        weights = self.weights.tensors()
+        """The code for arguments of this kind with the network's present weights, which may change in place.
+
+        Raises NotImplementedError where a gradient is needed, or under autocast, ConfigError for layers whose code it cannot
+        compare, and for a folder that cannot be written.
+        """
+        weights = self.contents.weights()
         if weights is None:
-            self.weights = _Weights(self.network)
-            weights = self.weights.tensors() or []
+            self.contents = _Contents(self.network)
+            weights = self.contents.weights()
+            assert weights is not None
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *leaves(arguments))):
-            raise NotImplementedError("compile backend aotinductor: has no backward pass; choose backend inductor")
-        key = (torch.get_num_threads(), kinds(arguments), self.weights.kinds)
+            raise NotImplementedError(f"{BACKEND}: has no backward pass; {REMEDY}")
+        if torch.is_autocast_enabled(leaves(arguments)[0].device.type):
+            raise NotImplementedError(f"{BACKEND}: does not run under autocast; {REMEDY}")
+        key = (torch.get_num_threads(), getattr(self.network, "attention", None), kinds(arguments), self.contents.kinds)
         if key not in self.packages:
             self.packages[key] = self._package(arguments, weights, repr(key))
         return functools.partial(self.packages[key], weights)
 
     def _package(self, arguments: tuple[Nested, ...], weights: list[Tensor], key: str) -> _Package:
-        identity = [torch.__version__, _processor(), _sources(self.network), repr(self.network), self.method.__name__]
-        identity += [repr(getattr(self.network, "config", None)), self.choice, key]
-        identity += _settings()
-        folder = _folder()
-        name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
-        for file in folder.glob(f"{name}-*.pt2"):
-            try:
-                return _Package(file)
-            except RuntimeError:  # damaged
-                file.unlink(missing_ok=True)
+        _require_known_layers(self.network)
         inputs = [*weights, *leaves(arguments)]
-        names = [f"network.{name}" for name in self.weights.names]
+        identity = [
+            repr(self.network),
+            repr(getattr(self.network, "config", None)),
+            self.method.__name__,
+            self.choice,
+            key,
+        ]
+        identity += [_sources(), *_machine(inputs[-1].device), *_settings()]
+        name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
+        folder = _folder()
+        for file in folder.glob(f"{name}-*.pt2"):
+            with suppress(RuntimeError):  # damaged: compiled again
+                return _Package(file)
+        names = [f"network.{name}" for name in self.contents.names]
         return _Package(_compile(_WithWeights(Flat(self.method, arguments), names), inputs, folder, name))
 
 
-class _Weights:
-    """Names and kinds of the parameters and buffers of a network, without keeping a tensor that the network replaces."""
+class _Contents:
+    """The layers and weights of a network, none of which is kept alive for it. names, kinds: of the weights."""
 
     def __init__(self, network: nn.Module):
-        found = [
-            (f"{prefix}.{name}".lstrip("."), owner, name, weight)
-            for prefix, module in network.named_modules()
-            for owner in (module._parameters, module._buffers)
-            for name, weight in owner.items()
-            if weight is not None
-        ]
-        self.names = [full_name for full_name, *_ in found]
-        self.kinds = (tuple(self.names), kinds(weight for *_, weight in found))
-        self.slots = [(owner, name, weakref.ref(weight), weight.data_ptr()) for _, owner, name, weight in found]
+        weights: dict[str, Tensor] = {}
+        self.slots: list[tuple[dict[str, Any], str, Any, int]] = []
+        self.sizes: list[tuple[dict[Any, Any], int]] = []
+        for prefix, module in network.named_modules():
+            values = (module._parameters, module._buffers, module._modules)
+            self.sizes += [(owner, len(owner)) for owner in (*values, module._forward_hooks, module._forward_pre_hooks)]
+            for owner in values:
+                for name, value in owner.items():
+                    is_weight = isinstance(value, Tensor)
+                    known = None if value is None else weakref.ref(value)
+                    self.slots.append((owner, name, known, value.data_ptr() if is_weight else 0))
+                    if is_weight:
+                        weights[f"{prefix}.{name}".lstrip(".")] = value
+        self.names = list(weights)
+        self.kinds = (tuple(self.names), kinds(weights.values()))
 
-    def tensors(self) -> list[Tensor] | None:
-        """The tensors, or None where the network has replaced one, or the memory of one."""
-        tensors: list[Tensor] = []
+    def weights(self) -> list[Tensor] | None:
+        """The weights, or None where the network has another layer or weight, or a weight has other memory."""
+        weights: list[Tensor] = []
+        if any(len(owner) != size for owner, size in self.sizes):
+            return None
         for owner, name, known, pointer in self.slots:
-            weight = owner.get(name)
-            if not isinstance(weight, Tensor) or weight is not known() or weight.data_ptr() != pointer:
+            value = owner.get(name)
+            if (known is not None) if value is None else (known is None or known() is not value):
                 return None
-            tensors.append(weight)
-        return tensors
+            if isinstance(value, Tensor):
+                if value.data_ptr() != pointer:
+                    return None
+                weights.append(value)
+        return weights
 
 
 class _WithWeights(nn.Module):
@@ -143,16 +168,25 @@ def _compile(flat: nn.Module, inputs: list[Tensor], folder: Path, name: str) -> 
     """Write the package of that name into the folder when it is complete, so that another process never reads a part."""
     from torch._inductor import cpu_vec_isa, metrics
 
+    def search() -> None:
+        with suppress(Exception):  # left to the compilation
+            cpu_vec_isa.valid_vec_isa_list()
+
     # The search compiles test programs, for which a second core has time. Settings of inductor are variables of the context.
-    search = threading.Thread(target=contextvars.copy_context().run, args=(cpu_vec_isa.valid_vec_isa_list,))
-    search.start()
+    searching = threading.Thread(target=contextvars.copy_context().run, args=(search,))
+    searching.start()
     before = metrics.generated_kernel_count
     try:
-        exported = torch.export.export(flat, tuple(inputs), strict=False)
+        with torch.inference_mode(False), torch.no_grad():
+            exported = torch.export.export(flat, tuple(inputs), strict=False)
     finally:
-        search.join()
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, _without_checks():
-        made = Path(scratch) / "network.pt2"
+        searching.join()
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise ConfigError(f"{BACKEND}: {folder} cannot be written ({error.strerror})") from None
+    with scratch, _without_checks():
+        made = Path(scratch.name) / "network.pt2"
         torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
         file = folder / f"{name}-{metrics.generated_kernel_count - before}.pt2"
         metrics.generated_kernel_count = before  # counted when it is loaded
@@ -185,57 +219,67 @@ def _without_checks() -> Iterator[None]:
         CppWrapperCpu.generate_input_output_runtime_checks = checks  # type: ignore[method-assign]
 
 
+def _require_known_layers(network: nn.Module) -> None:
+    """Raise ConfigError for layers, weights, methods or hooks of the user: their code and settings may change unnoticed."""
+    for name, module in network.named_modules():
+        # Of the network itself it may be the compiled method, and of layers one of sd.optimise.compile.separate_biases.
+        replaced = None if module is network else vars(module).get("forward")
+        parts = [type(module), getattr(replaced, "func", replaced), *map(type, module._parameters.values())]
+        parts += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for part in parts:
+            origin = getattr(part, "__module__", "builtins")  # of None
+            if origin.partition(".")[0] not in ("sd", "torch", "builtins"):
+                raise ConfigError(f"{BACKEND}: cannot tell whether {part} of {name or 'the network'} changes; {REMEDY}")
+
+
 def _folder() -> Path:
     """A folder in that of TORCHINDUCTOR_CACHE_DIR, or the user's cache folder."""
-    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if not given or Path(given).name.startswith(
-        "torchinductor_"
-    ):  # torch's own default, which it sets there when it compiles
+    given = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    # Where it is unset, torch sets it to this default when it compiles.
+    is_default = given.name.startswith("torchinductor_") and given.parent == Path(tempfile.gettempdir())
+    if given == Path() or is_default:
         return cache_folder()
-    folder = Path(given) / "aotinductor"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = given / "aotinductor"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"TORCHINDUCTOR_CACHE_DIR {given}: cannot be used ({error.strerror})") from None
     return folder
 
 
 def _settings() -> list[str]:
     """Settings of inductor that are not its defaults, by the environment or in this process."""
-    starts = ("TORCHINDUCTOR_", "AOT_INDUCTOR_")
-    by_environment = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(starts)]
+    variables = sorted(f"{name}={value}" for name, value in os.environ.items())
+    settings = [one for one in variables if one.startswith(SETTINGS) and not one.startswith(WITHOUT_EFFECT)]
     config: Any = sys.modules.get("torch._inductor.config")  # imported by whoever changes it
-    changed = config.codegen_config().splitlines() if config else []
-    return [setting for setting in sorted(by_environment) if not setting.startswith(WITHOUT_EFFECT)] + changed
+    if config:
+        # AOTInductor itself writes the metadata when it compiles.
+        settings += [line for line in config.codegen_config().splitlines() if "aot_inductor.metadata" not in line]
+        # Functions, which it omits: their addresses, of this process alone.
+        functions = [getattr(config, name, None) for name in getattr(config, "_save_config_ignore", ())]
+        settings += [repr(function) for function in functions if callable(function)]
+    return settings
 
 
 @functools.cache
-def _processor() -> str:
-    """What the compiler reads of the processor, or the GPU's name and architecture."""
-    names = [platform.machine()]
-    if torch.cuda.is_available():
-        names += [torch.cuda.get_device_name(), repr(torch.cuda.get_device_capability())]
+def _machine(device: torch.device) -> list[str]:
+    """What the compiler reads of torch and of the processor or GPU."""
+    names = [torch.__version__, str(getattr(torch.version, "git_version", None)), platform.machine()]
+    if device.type == "cuda":
+        names += [torch.cuda.get_device_name(device), repr(torch.cuda.get_device_capability(device))]
+    names.append(torch.backends.cpu.get_cpu_capability())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     except OSError:  # not on Linux
         names += [platform.platform(), platform.processor()]
-    return "\n".join(names)
+    return names
 
 
-def _sources(network: nn.Module) -> str:
-    """sha256 of the code that is compiled: that of `sd`, and of the classes of a network that the user has changed.
-
-    Code without a file, and hooks, may be other code in each process, which then compiles by itself.
-    """
-    files, digest = {*SOURCES.rglob("*.py")}, hashlib.sha256()
-    for module in network.modules():
-        layer, replaced = type(module), vars(module).get("forward")
-        own = replaced is None or isinstance(replaced, functools.partial)  # of sd.optimise.compile.separate_biases
-        if not own or module._forward_hooks or module._forward_pre_hooks:
-            digest.update(os.urandom(16))
-        if not layer.__module__.startswith(("sd.", "torch.")):
-            try:
-                files.add(Path(inspect.getfile(layer)))
-            except (OSError, TypeError):
-                digest.update(os.urandom(16))
-    for file in sorted(files):
+@functools.cache
+def _sources() -> str:
+    """sha256 of the code of `sd`."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import contextvars
 import functools
 import importlib.util
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -100,8 +101,10 @@ class Compiler:
             raise Unavailable("compile backend tensorrt: needs the package torch_tensorrt: pip install torch-tensorrt")
         if self.backend == "aotinductor":
             require("aot", f"compile backend {self.backend}")
+            if sys.platform != "linux":
+                raise Unavailable(f"compile backend {self.backend}: runs on Linux; choose inductor")
         generates_code = self.backend in ("inductor", "aotinductor")
-        if generates_code and device.type == "cpu":
+        if self.backend == "aotinductor" or (generates_code and device.type == "cpu"):  # whose host code is C++
             require_cpp_compiler(f"compile mode {self.mode}")
         if generates_code and (reason := why_no_triton(device)):
             raise Unavailable(f"compile mode {self.mode}: {reason}; leave it out")

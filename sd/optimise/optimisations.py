@@ -52,9 +52,8 @@ CHOICES = {
 def can_compile_ahead(fields: Mapping[str, Any]) -> bool:
     """Whether backend `aotinductor` compiles with these fields of Optimisations: whole networks whose weights are plain tensors."""
     modes = {fields[name] for name in ("compile", "compile_autoencoder", "compile_text_encoder")} - {"none"}
-    excluded = (
-        fields["packed"] or fields["quantisation"] != "none" or fields["precision"] == "autocast" or fields["inductor"]
-    )
+    excluded = fields["packed"] or fields["inductor"] or fields["whole_norms"]
+    excluded = excluded or fields["quantisation"] != "none" or fields["precision"] == "autocast"
     return modes == {"default"} and fields["compile_scope"] == "unet" and not excluded
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 from sd import Optimisations
 from sd.errors import ConfigError, Unavailable
 from sd.features import has
+from sd.kernels import avx2
 from sd.optimise import aot
 from sd.optimise.aot import AheadOfTime, loaded_code
 from sd.optimise.compile import Compiler
@@ -30,6 +33,9 @@ AHEAD = {"compile": "default", "compile_backend": "aotinductor"}
 
 class Scaling(nn.Module):
     """x * factor + offset + the sum of others."""
+
+    __module__ = "sd.of_a_test"  # layers of others are refused
+    attention = "sdpa"
 
     def __init__(self, factor: float = 2.0):
         super().__init__()
@@ -123,9 +129,13 @@ class TestPackages:
         assert len(compiled) == 2
         assert torch.equal(AheadOfTime(net.both, "choice")(X, OTHERS)[1], X)
         assert len(compiled) == 3
+        net.attention = "original"
+        with torch.inference_mode():
+            assert call(X, OTHERS).tolist() == [3, 5, 7]
+        assert len(compiled) == 4
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
         assert call(X, OTHERS).tolist() == [3, 5, 7]
-        assert len(compiled) == 4 == len(set(compiled))
+        assert len(compiled) == 5 == len(set(compiled))
 
     def test_a_damaged_package_is_compiled_again(self, compiled, folder):
         net = Scaling()
@@ -139,27 +149,57 @@ class TestPackages:
     def test_gradients_are_refused(self, compiled):
         net = Scaling()
         call = AheadOfTime(net.scale, "choice")
-        with pytest.raises(NotImplementedError, match="choose backend inductor"):
+        with pytest.raises(NotImplementedError, match="choose compile backend inductor"):
             call(X.clone().requires_grad_(), OTHERS)
         net.factor.requires_grad_()
         with pytest.raises(NotImplementedError, match="no backward pass"):
             call(X, OTHERS)
         with torch.no_grad():
             assert call(X, OTHERS).tolist() == [3, 5, 7]
+            with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(NotImplementedError, match="autocast"):
+                call(X, OTHERS)
 
 
 class TestIdentity:
-    def test_code_that_the_user_changed(self):
-        own = Scaling()
-        assert aot._sources(nn.Linear(1, 1)) == aot._sources(nn.Conv2d(1, 1, 1)) != aot._sources(own)
-        assert aot._sources(own) == aot._sources(Scaling())
-        own.register_forward_hook(lambda *_: None)
-        assert aot._sources(own) != aot._sources(own)
-        replaced = nn.Linear(1, 1)
-        replaced.forward = lambda x: x
-        assert aot._sources(replaced) != aot._sources(replaced)
-        interactive = type("Layer", (nn.Linear,), {"__module__": "__main__"})
-        assert aot._sources(interactive(1, 1)) is not None
+    @pytest.mark.parametrize("change", ["class", "hook", "method", "partial", "weight"])
+    def test_layers_of_the_user_are_refused(self, change):
+        net = Scaling()
+        net.layer = nn.Linear(1, 1)
+        aot._require_known_layers(net)
+        if change == "class":
+            net.layer = type("Layer", (nn.Linear,), {})(1, 1)
+        elif change == "hook":
+            net.layer.register_forward_hook(lambda *_: None)
+        elif change == "weight":
+            net.layer.weight = type("Weight", (nn.Parameter,), {})(torch.ones(1, 1))
+        else:
+            net.layer.forward = (lambda x: x) if change == "method" else functools.partial(lambda x, y: x, 1)
+        with pytest.raises(ConfigError, match="of layer changes; choose compile backend inductor"):
+            aot._require_known_layers(net)
+
+    def test_methods_that_this_project_replaces_are_known(self):
+        model = smallest(Optimisations(**AHEAD, separate_bias=True, compile_text_encoder="default"))
+        for network in (model.unet, model.text_encoder):
+            aot._require_known_layers(network)
+
+    def test_what_the_contents_notice(self):
+        net = Scaling()
+        net.layer, net.absent = nn.Linear(1, 1), None
+        net.register_buffer("later", None)
+
+        def notices(change) -> bool:
+            contents = aot._Contents(net)
+            assert len(contents.weights()) == len(contents.names)
+            change()
+            return contents.weights() is None
+
+        assert not notices(lambda: net.factor.mul_(2))
+        assert notices(lambda: setattr(net, "layer", nn.Linear(1, 1)))
+        assert notices(lambda: setattr(net, "later", torch.ones(1)))
+        assert notices(lambda: setattr(net, "later", None))
+        assert notices(lambda: net.register_parameter("new", nn.Parameter(torch.ones(1))))
+        assert notices(lambda: net.layer.register_forward_pre_hook(lambda *_: None))
+        assert notices(lambda: net.to(torch.float64))
 
     def test_the_folder(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -167,9 +207,16 @@ class TestIdentity:
         try:
             monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
             assert aot._folder() == tmp_path / "mine" / "aotinductor"
-            for unset in ("", "/tmp/torchinductor_someone"):  # torch's own, set after its first compilation
+            for unset in (
+                "",
+                f"{tempfile.gettempdir()}/torchinductor_someone",
+            ):  # torch's own, set after its first compilation
                 monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", unset)
                 assert aot._folder() == tmp_path / "sd-perf"
+            (tmp_path / "file").write_text("")
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+            with pytest.raises(ConfigError, match=r"TORCHINDUCTOR_CACHE_DIR .*file: cannot be used"):
+                aot._folder()
         finally:
             aot.cache_folder.cache_clear()
 
@@ -181,8 +228,9 @@ class TestIdentity:
         from torch._inductor import config
 
         assert aot._settings() == before
-        with config.patch({"cpp.enable_kernel_profile": True}):
-            assert aot._settings() != before
+        for change in ({"cpp.enable_kernel_profile": True}, {"post_grad_custom_pre_pass": lambda graph: None}):
+            with config.patch(change):
+                assert aot._settings() != before
         monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
         assert aot._settings() != before
 
@@ -220,7 +268,16 @@ class TestChoice:
         fast = replace(Optimisations.none(), **AHEAD, avx2_layers=True, avx2_attention=True, channels_last=True)
         monkeypatch.setattr(Optimisations, "fast", classmethod(lambda *_: fast))
         assert parse(text, CPU).compile_backend == backend
+        assert parse("fast,whole_norms", CPU).compile_backend == "inductor"  # refused by the device
         assert parse("fast", CPU, {"compile": "none"}).compile_backend == "inductor"
+
+    @pytest.mark.skipif(not has("aot") or not avx2.run_here(), reason="fast is without packages here")
+    def test_fast(self, monkeypatch):
+        monkeypatch.setattr("sd.optimise.avx2_layers.beat_packed", lambda dtype=torch.float32: True)
+        fast = Optimisations.fast("cpu", narrow=True)
+        assert (fast.avx2_layers, fast.compile_backend) == (True, "aotinductor")
+        monkeypatch.setattr("sd.optimise.optimisations.has", lambda name: name != "aot")
+        assert Optimisations.fast("cpu", narrow=True).compile_backend == "inductor"
 
     @pytest.mark.skipif(has("aot"), reason="this torch has packages")
     def test_an_older_torch_refuses_by_name(self):
@@ -233,7 +290,8 @@ import sys
 from models import smallest
 from sd import Optimisations
 from sd.optimise import aot
-model = smallest(Optimisations(compile="default", compile_backend="aotinductor", cache_time_embeddings=True))
+compiled = dict.fromkeys(("compile", "compile_autoencoder", "compile_text_encoder"), "default")
+model = smallest(Optimisations(compile_backend="aotinductor", cache_time_embeddings=True, **compiled))
 model.txt2img("a red circle", steps=2)
 print(aot.loaded_code["graphs"], "torch._dynamo" in sys.modules)
 """
@@ -251,7 +309,8 @@ def test_images_of_a_second_process_need_no_compiler(tmp_path):
         command = [sys.executable, "-c", FIRST_IMAGE]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
-    assert [first_image(), first_image()] == [["1", "True"], ["1", "False"]]
+    assert [first_image(), first_image()] == [["3", "True"], ["3", "False"]]
+    assert len([*tmp_path.glob("aotinductor/*.pt2")]) == 3
 
 
 @needs_packages
@@ -264,6 +323,8 @@ def test_error_of_an_image(fields):
     expected = smallest(Optimisations(feature_caching=fields.get("feature_caching", 1)))
     model = smallest(Optimisations(**{**AHEAD, **others, **caches, **fields}))
     options = {"prompt": "a red circle", "steps": 5, "scale": 4.0}
+    before = loaded_code["graphs"]
     ours, theirs = model.txt2img(**options), expected.txt2img(**options)
+    assert loaded_code["graphs"] >= before + 3
     assert relative_error(ours.latents, theirs.latents) <= 2e-5
     assert (ours.images.int() - theirs.images.int()).abs().max() <= 1

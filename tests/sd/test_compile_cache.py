@@ -63,6 +63,7 @@ def test_a_second_process_reaches_its_first_image_five_times_sooner(tmp_path):
 def test_every_shape_keeps_its_portable_file(monkeypatch, tmp_path):
     """A process with batch 8 must not replace the code for batch 1; the same code is the same file."""
     loaded = []
+    monkeypatch.setitem(sys.modules, "torch._dynamo", sys)  # as after a compilation
     monkeypatch.setattr("torch.compiler.load_cache_artifacts", lambda content: loaded.append(content) or True)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
