@@ -66,6 +66,7 @@ class AheadOfTime:
         """
         weights = self.contents.weights()
         if weights is None:
+            _require_known_layers(self.network)
             self.contents = _Contents(self.network)
             weights = self.contents.weights()
             assert weights is not None
@@ -81,13 +82,7 @@ class AheadOfTime:
     def _package(self, arguments: tuple[Nested, ...], weights: list[Tensor], key: str) -> _Package:
         _require_known_layers(self.network)
         inputs = [*weights, *leaves(arguments)]
-        identity = [
-            repr(self.network),
-            repr(getattr(self.network, "config", None)),
-            self.method.__name__,
-            self.choice,
-            key,
-        ]
+        identity = [repr(getattr(self.network, "config", None)), self.method.__name__, self.choice, key]
         identity += [_sources(), *_machine(inputs[-1].device), *_settings()]
         name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
         folder = _folder()
@@ -99,7 +94,10 @@ class AheadOfTime:
 
 
 class _Contents:
-    """The layers and weights of a network, none of which is kept alive for it. names, kinds: of the weights."""
+    """The layers and weights of a network, none of which is kept alive for it.
+
+    names: of the weights. kinds: what of them and of the layers decides the code.
+    """
 
     def __init__(self, network: nn.Module):
         weights: dict[str, Tensor] = {}
@@ -116,7 +114,7 @@ class _Contents:
                     if is_weight:
                         weights[f"{prefix}.{name}".lstrip(".")] = value
         self.names = list(weights)
-        self.kinds = (tuple(self.names), kinds(weights.values()))
+        self.kinds = (repr(network), tuple(self.names), kinds(weights.values()))
 
     def weights(self) -> list[Tensor] | None:
         """The weights, or None where the network has another layer or weight, or a weight has other memory."""

@@ -177,6 +177,18 @@ class TestIdentity:
         with pytest.raises(ConfigError, match="of layer changes; choose compile backend inductor"):
             aot._require_known_layers(net)
 
+    def test_changes_after_an_image(self):
+        net = Scaling()
+        net.layer, net.activation = nn.Linear(1, 1), nn.SiLU()
+        ahead = AheadOfTime(net.scale, "choice")
+        kinds = ahead.contents.kinds
+        net.activation = nn.GELU()
+        assert aot._Contents(net).kinds != kinds
+        net.layer.register_forward_hook(lambda *_: None)
+        with pytest.raises(ConfigError, match="of layer changes"):
+            ahead.code((X, OTHERS))
+
+    @needs_packages
     def test_methods_that_this_project_replaces_are_known(self):
         model = smallest(Optimisations(**AHEAD, separate_bias=True, compile_text_encoder="default"))
         for network in (model.unet, model.text_encoder):
@@ -254,6 +266,7 @@ class TestChoice:
         with pytest.raises(ConfigError, match="aotinductor"):
             Optimisations(**{**AHEAD, **fields})
 
+    @needs_packages
     @pytest.mark.parametrize(
         "text, backend",
         [
@@ -281,7 +294,7 @@ class TestChoice:
 
     @pytest.mark.skipif(has("aot"), reason="this torch has packages")
     def test_an_older_torch_refuses_by_name(self):
-        with pytest.raises(Unavailable, match="aotinductor"):
+        with pytest.raises(Unavailable, match="aotinductor needs AOTInductor packages|needs torch.compile"):
             Compiler("default", "aotinductor").require(CPU)
 
 
