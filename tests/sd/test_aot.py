@@ -294,7 +294,7 @@ class TestChoice:
 
     @pytest.mark.skipif(has("aot"), reason="this torch has packages")
     def test_an_older_torch_refuses_by_name(self):
-        with pytest.raises(Unavailable, match="aotinductor needs AOTInductor packages|needs torch.compile"):
+        with pytest.raises(Unavailable, match=r"aotinductor needs AOTInductor packages|needs torch\.compile"):
             Compiler("default", "aotinductor").require(CPU)
 
 
