@@ -36,6 +36,8 @@ REMEDY = "choose compile backend inductor"
 # Starts of variables of the environment that change the code of inductor, and of those among them that do not.
 SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "CXX=", "ATEN_CPU_CAPABILITY=")
 WITHOUT_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
+# Settings that AOTInductor leaves: its metadata, and in torch 2.11 all that it has set and restored.
+left_by_compilation: set[str] = set()
 loaded_code = {"graphs": 0, "generated_kernels": 0}  # of the packages that this process loaded
 
 
@@ -185,7 +187,9 @@ def _compile(flat: nn.Module, inputs: list[Tensor], folder: Path, name: str) -> 
         raise ConfigError(f"{BACKEND}: {folder} cannot be written ({error.strerror})") from None
     with scratch, _without_checks():
         made = Path(scratch.name) / "network.pt2"
+        settings = {*_settings()}
         torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
+        left_by_compilation.update({*_settings()} - settings)
         file = folder / f"{name}-{metrics.generated_kernel_count - before}.pt2"
         metrics.generated_kernel_count = before  # counted when it is loaded
         return made.replace(file)
@@ -251,8 +255,7 @@ def _settings() -> list[str]:
     settings = [one for one in variables if one.startswith(SETTINGS) and not one.startswith(WITHOUT_EFFECT)]
     config: Any = sys.modules.get("torch._inductor.config")  # imported by whoever changes it
     if config:
-        # AOTInductor itself writes the metadata when it compiles.
-        settings += [line for line in config.codegen_config().splitlines() if "aot_inductor.metadata" not in line]
+        settings += [line for line in config.codegen_config().splitlines() if line not in left_by_compilation]
         # Functions, which it omits: their addresses, of this process alone.
         functions = [getattr(config, name, None) for name in getattr(config, "_save_config_ignore", ())]
         settings += [repr(function) for function in functions if callable(function)]
