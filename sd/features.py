@@ -65,6 +65,7 @@ def _cpu_fused_adamw() -> bool:
 
 _CACHE_KEY_TAG = hasattr(getattr(getattr(torch, "compiler", None), "config", None), "cache_key_tag")
 _DYNAMO: Any = getattr(torch._C, "_dynamo", None)
+_CPP_WRAPPER = _source("_inductor/codegen/cpp_wrapper_cpu.py")
 _AOT_LOADER: Any = getattr(getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader", None)
 FEATURES = {
     "sdpa": Feature("F.scaled_dot_product_attention", hasattr(F, "scaled_dot_product_attention"), "torch >= 2.0"),
@@ -115,10 +116,7 @@ FEATURES = {
     ),
     "aot_checks": Feature(
         "replaceable checks of AOTInductor's inputs",
-        all(
-            text in _source("_inductor/codegen/cpp_wrapper_cpu.py")
-            for text in ("prefix.splice_aot(", "__check_inputs_outputs(")
-        ),
+        "prefix.splice_aot(" in _CPP_WRAPPER and "__check_inputs_outputs(" in _CPP_WRAPPER,
         "a newer torch; 2.15 has it",
     ),
     "capture_error_mode": Feature(

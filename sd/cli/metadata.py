@@ -162,8 +162,8 @@ def _read_ours(text: Mapping[str, str]) -> Recorded:
     attention = re.fullmatch(r"(\w+)(?: with kernels ([\w,]+))?(?: in (\w+))?", text["attention"])
     if attention is None:
         raise ValueError(f"attention {text['attention']!r} is unknown")
-    backend = re.search(r"\bcompile_backend=(\w+) ?", text["optimisations"])
-    techniques, notes = _techniques(text["optimisations"].replace(backend[0] if backend else "", ""))
+    backend = re.search(r"\bcompile_backend=(\w+)", text["optimisations"])  # an option, and no technique
+    techniques, notes = _techniques(re.sub(r"\bcompile_backend=\w+", "", text["optimisations"]))
     execution = {
         "--attention": attention[1],
         "--sdpa-kernels": attention[2],

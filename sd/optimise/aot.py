@@ -124,12 +124,12 @@ class _Contents:
         if any(len(owner) != size for owner, size in self.sizes):
             return None
         for owner, name, known, pointer in self.slots:
-            value = owner.get(name)
-            if (known is not None) if value is None else (known is None or known() is not value):
+            value: Any = owner.get(name)
+            is_known = known is None if value is None else known is not None and known() is value
+            is_weight = isinstance(value, Tensor)
+            if not is_known or (is_weight and value.data_ptr() != pointer):
                 return None
-            if isinstance(value, Tensor):
-                if value.data_ptr() != pointer:
-                    return None
+            if is_weight:
                 weights.append(value)
         return weights
 
@@ -253,7 +253,7 @@ def _settings() -> list[str]:
     """Settings of inductor that are not its defaults, by the environment or in this process."""
     variables = sorted(f"{name}={value}" for name, value in os.environ.items())
     settings = [one for one in variables if one.startswith(SETTINGS) and not one.startswith(WITHOUT_EFFECT)]
-    config: Any = sys.modules.get("torch._inductor.config")  # imported by whoever changes it
+    config: Any = sys.modules.get("torch._inductor.config")  # where it is not imported, no setting has changed
     if config:
         settings += [line for line in config.codegen_config().splitlines() if line not in left_by_compilation]
         # Functions, which it omits: their addresses, of this process alone.

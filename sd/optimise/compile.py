@@ -104,7 +104,7 @@ class Compiler:
             if sys.platform != "linux":
                 raise Unavailable(f"compile backend {self.backend}: runs on Linux; choose inductor")
         generates_code = self.backend in ("inductor", "aotinductor")
-        if self.backend == "aotinductor" or (generates_code and device.type == "cpu"):  # whose host code is C++
+        if generates_code and (device.type == "cpu" or self.backend == "aotinductor"):  # whose host code is C++
             require_cpp_compiler(f"compile mode {self.mode}")
         if generates_code and (reason := why_no_triton(device)):
             raise Unavailable(f"compile mode {self.mode}: {reason}; leave it out")

@@ -211,6 +211,16 @@ def test_another_machine_is_reported(calls, capsys):
 
 
 @pytest.mark.slow
+def test_the_compile_backend_is_an_option():
+    assert run() == 0
+    chosen = "channels_last=True compile_backend=aotinductor fused_qkv=True"
+    path = png("backend.png", **{**Image.open(SAMPLE).text, "compile": "default", "optimisations": chosen})
+    recorded = metadata.read(path)
+    assert recorded.execution["--compile-backend"] == "aotinductor" and not recorded.notes
+    assert recorded.execution["--optimise"] == "channels_last,fused_qkv"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
