@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -45,6 +46,10 @@ from sd.optimise.runtimes import PACKAGES
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 ROUNDS, BLOCK = 30, 5
+PRODUCT, PRODUCT_SIZE = (
+    "product",
+    1024,
+)  # of square matrices: what the processor itself gains from threads in these rounds
 SD_TOPOLOGY_34M = UNetConfig(
     context_dim=256, model_channels=64, num_head_channels=32, use_linear_in_transformer=True
 )  # a fifth of SD2's width
@@ -209,31 +214,41 @@ def own_network(network: torch.nn.Module, side: str) -> torch.nn.Module:
     return copy.deepcopy(network, weights if shares else {})
 
 
-def measure(name: str, threads: int, timed: bool) -> dict[str, Seconds]:
-    """Seconds by side, rounds alternated. Raises AssertionError where an output differs."""
+def measure(name: str, threads: int, timed: bool) -> dict[tuple[str, int], Seconds]:
+    """Seconds by side and threads, rounds alternated. Raises AssertionError where an output differs.
+
+    Beside several threads also of one, and of a matrix product; at full size memory might not hold both.
+    """
     task, sides = TASKS[name], sides_of(name, timed)
-    torch.set_num_threads(threads)
+    compared = threads > 1 and timed and name not in FULL_SIZE
     torch.manual_seed(0)
     network, inputs = task.network().eval().requires_grad_(False), task.inputs()
-    calls = {}
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
     with torch.no_grad():
-        reference = task.ours(network, Optimisations(), inputs)()
-        for side in sides:
-            if side.startswith("diffusers"):
-                calls[side] = task.diffusers(network, inputs, side.endswith("compiled"))
-            else:
-                calls[side] = task.ours(own_network(network, side), optimisations(side), inputs)
-            error = ((calls[side]().float() - reference).norm() / reference.norm()).item()
-            assert error <= SIDES[side], f"{side}: different output (relative error {error:.1e})"
-            calls[side]()  # warm-up
-            gc.collect()
-        measured = {side: Seconds([], []) for side in sides}
+        for count in (1, threads) if compared else (threads,):
+            torch.set_num_threads(count)
+            if compared:
+                matrix = torch.full((PRODUCT_SIZE, PRODUCT_SIZE), 0.5)
+                calls[PRODUCT, count] = partial(torch.mm, matrix, matrix)
+            reference = task.ours(network, Optimisations(), inputs)()
+            for side in sides:
+                if side.startswith("diffusers"):
+                    call = task.diffusers(network, inputs, side.endswith("compiled"))
+                else:
+                    call = task.ours(own_network(network, side), optimisations(side), inputs)
+                error = ((call().float() - reference).norm() / reference.norm()).item()
+                assert error <= SIDES[side], f"{side}: different output (relative error {error:.1e})"
+                call()  # warm-up
+                calls[side, count] = call
+                gc.collect()
+        measured = {key: Seconds([], []) for key in calls}
         for i in range(ROUNDS):
-            for side in sides if i % 2 == 0 else sides[::-1]:
+            for key in calls if i % 2 == 0 else [*calls][::-1]:
+                torch.set_num_threads(key[1])
                 cpu, wall = time.process_time(), time.perf_counter()
-                calls[side]()
-                measured[side].cpu.append(time.process_time() - cpu)
-                measured[side].wall.append(time.perf_counter() - wall)
+                calls[key]()
+                measured[key].cpu.append(time.process_time() - cpu)
+                measured[key].wall.append(time.perf_counter() - wall)
     return measured
 
 
@@ -247,7 +262,7 @@ def alternated():
     """A function that returns the seconds of a task's sides, measured once."""
     threads_before, measured = torch.get_num_threads(), {}
 
-    def once(name: str, threads: int, timed: bool) -> dict[str, Seconds]:
+    def once(name: str, threads: int, timed: bool) -> dict[tuple[str, int], Seconds]:
         if (name, threads) not in measured:
             measured[name, threads] = measure(name, threads, timed)
         torch.set_num_threads(threads)
@@ -276,8 +291,8 @@ clock = ReplayClock()
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.benchmark(timer=clock)
 def test_call(benchmark, alternated, peak_flops_per_second, request, task, threads, side):
-    """CPU seconds of a call; the saved run adds wall seconds, ratios to the peers with their 95 % intervals, and the
-    fraction of peak FLOP/s of that dtype."""
+    """CPU seconds of a call; the saved run adds wall seconds, ratios to the peers with their 95 % intervals, the fraction of
+    peak FLOP/s of that dtype, and with several threads the gain of wall time over one, beside that of a matrix product."""
     if task in FULL_SIZE and "sd2" not in request.config.option.keyword:
         pytest.skip("full size: select it by -k sd2")
     if benchmark.disabled and (task != "tiny" or threads > 1):
@@ -286,13 +301,18 @@ def test_call(benchmark, alternated, peak_flops_per_second, request, task, threa
         pytest.skip(missing(side) or "not measured for this network, or untimed")
     benchmark.group = f"{task}, {threads} thread{'s' * (threads > 1)}, CPU time"
     seconds = alternated(task, threads, benchmark.enabled)
-    clock.load(seconds[side].cpu)
+    own = seconds[side, threads]
+    clock.load(own.cpu)
     benchmark.pedantic(clock.advance, rounds=ROUNDS)
-    info, median = benchmark.extra_info, statistics.median(seconds[side].cpu)
-    info["wall_seconds"] = statistics.median(seconds[side].wall)
+    info, median = benchmark.extra_info, statistics.median(own.cpu)
+    info["wall_seconds"] = statistics.median(own.wall)
     half = side.endswith(("bf16", "int8"))  # with int8, convolutions are in bf16
     peak = peak_flops_per_second[torch.bfloat16 if half else torch.float32]
     info["flops_fraction"] = TASKS[task].flops() / median / peak
-    for peer in seconds:
-        ratio = paired_ratio(blocks(seconds[side].cpu), blocks(seconds[peer].cpu))
+    for peer in sides_of(task, benchmark.enabled):
+        ratio = paired_ratio(blocks(own.cpu), blocks(seconds[peer, threads].cpu))
         info[f"ratio_to_{peer.replace('-', '_')}"] = [ratio.estimate, ratio.low, ratio.high]
+    if (PRODUCT, 1) in seconds:
+        for name, key in (("gain_over_one_thread", side), ("gain_of_product", PRODUCT)):
+            gain = paired_ratio(blocks(seconds[key, 1].wall), blocks(seconds[key, threads].wall))
+            info[name] = [gain.estimate, gain.low, gain.high]

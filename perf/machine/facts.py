@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import psutil
 
+from sd.cpus import cpu_quota
+
 NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number near 2^63
 T = TypeVar("T")
 
@@ -57,7 +59,7 @@ def cpu_facts(root: Path | str = "/") -> CpuFacts:
         cores=_cores(),
         governors=_governors(root),
         load_average_1_minute=load[0] if load else None,
-        cgroup_cpus=_cgroup_cpus(root),
+        cgroup_cpus=cpu_quota(root),
         memory_bytes=memory.total if memory else None,
         memory_available_bytes=min([memory.available, *_cgroup_free_bytes(root)]) if memory else None,
         swap_used_bytes=swap.used if swap else None,
@@ -132,8 +134,8 @@ def _governors(root: Path) -> tuple[str, ...] | None:
     return tuple(sorted(set(filter(None, map(_text, files))))) or None
 
 
-def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's cgroup and its ancestors, under cgroup v2 and v1.
+def _memory_cgroups(root: Path) -> list[Path]:
+    """Folders of this process's memory cgroup and its ancestors, under cgroup v2 and v1.
 
     /proc may hold the host's path of a container's cgroup, so that some of the folders do not exist.
     """
@@ -143,8 +145,8 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
         controllers, _, path = rest.partition(":")
         if hierarchy == "0":
             top = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            top = root / "sys/fs/cgroup" / controller
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
         else:
             continue
         group = top / path.lstrip("/")
@@ -152,22 +154,10 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     return folders
 
 
-def _cgroup_cpus(root: Path) -> float | None:
-    limits = []
-    for folder in _cgroup_folders(root, "cpu"):
-        texts = (_text(folder / "cpu.max") or "").split()
-        if len(texts) != 2:
-            texts = [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
-        quota, period = map(_number, texts)  # without a limit the quota is "max", or -1
-        if quota is not None and period is not None and quota > 0 and period > 0:
-            limits.append(quota / period)
-    return min(limits, default=None)
-
-
 def _cgroup_free_bytes(root: Path) -> list[int]:
     """The memory that each cgroup with a limit leaves, counting reclaimable file cache as free."""
     free = []
-    for folder in _cgroup_folders(root, "memory"):
+    for folder in _memory_cgroups(root):
         for limit_file, usage_file, cache_key in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

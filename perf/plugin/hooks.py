@@ -12,7 +12,7 @@ import pytest
 from perf.analysis.verdicts import Decision, ExitCode, Verdict
 from perf.configurations.configuration import Configuration
 from perf.machine.stack import torch_version
-from perf.plugin import after_run, benchmark_bridge, options, preflight, selection, terminal
+from perf.plugin import benchmark_bridge, options, preflight, selection
 from perf.plugin.benchmark_bridge import ReplayClock
 from perf.plugin.serve import SERVE
 from perf.plugin.state import STATE, RunState, create, create_late, evaluate, exit_status, prepare_session, set_storage
@@ -357,6 +357,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if state.parallel:
         terminalreporter.line("perf: measurements cannot run in parallel: leave out -n", red=True)
     if state.results is not None:
+        # Here, as pytest loads this module at every start, also of tests that measure nothing.
+        from perf.plugin import after_run, terminal
+
         terminal.write(terminalreporter, state.results, state.partial)
         if state.results.session.interrupted:
             terminalreporter.line("perf: interrupted; the same command with --perf-resume measures the missing rounds")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.utils import get_commit_info, get_tag, parse_compare_fail
 
-from perf.report.build import missing_packages
 from perf.runs.storage import why_unwritable
 
 # (option, its name in pytest's config, whether its value is a folder)
@@ -32,9 +31,11 @@ def check_outputs(config) -> None:
         reason = why_unwritable(path, folder) if path else None
         if reason:
             raise pytest.UsageError(f"{option}: {path} {reason}; name another {'folder' if folder else 'file'}")
-    missing = missing_packages() if config.getoption("perf_report") else []
-    if missing:
-        raise pytest.UsageError(f'--perf-report needs {" and ".join(missing)}: pip install "sd-perf[report]"')
+    if config.getoption("perf_report"):
+        from perf.report.build import missing_packages  # pytest loads this module at every start
+
+        if missing := missing_packages():
+            raise pytest.UsageError(f'--perf-report needs {" and ".join(missing)}: pip install "sd-perf[report]"')
     missing = [name for name in ("pygal", "pygaljs") if importlib.util.find_spec(name) is None]
     if config.getoption("benchmark_histogram") and missing:
         raise pytest.UsageError(f"--benchmark-histogram needs {' and '.join(missing)}: pip install pygal pygaljs")

@@ -64,6 +64,7 @@ DAMAGED = "is damaged or its download is incomplete: download it again"
 
 MAX_ERROR_BYTES = 1 << 16  # of a text that a server sends instead of a file
 _TEXT = bytes(range(32, 127)) + b"\t\r\n"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)(?<!\.safetensors)(?<!\.pt)")  # of Hugging Face
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # of at least two letters: C:/ is a path
 
 
@@ -112,6 +113,13 @@ def require_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def _missing(path: Path) -> str:
+    message = f"{path}: no such file; give the path of a .safetensors or .ckpt file, or a diffusers folder"
+    if not _REPOSITORY.fullmatch(path.as_posix()) or path.parent.exists():
+        return message
+    return f"{message}; if this is a repository of Hugging Face: hf download {path.as_posix()} --local-dir {path.name}"
+
+
 def index(path: str | Path) -> FileIndex:
     """Index the tensors of a file, whose format is detected from its first bytes and not from its extension.
 
@@ -132,9 +140,7 @@ def index(path: str | Path) -> FileIndex:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; give the path of a .safetensors or .ckpt file, or a diffusers folder"
-        ) from None
+        raise CheckpointError(_missing(path)) from None
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"

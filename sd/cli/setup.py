@@ -23,9 +23,9 @@ from sd.choices import (
     SDPA_KERNELS,
 )
 from sd.cli.arguments import PROMPT, PUBLISHED_KERNELS, TINY_PROMPT, single
-from sd.cli.threads import set_threads
 from sd.config.presets import PRESETS, ModelConfig
 from sd.config.yaml_reader import CONFIGS
+from sd.cpus import USERS_NUMBER, default_threads
 from sd.errors import ConfigError, Unavailable
 from sd.networks import resolve_config
 from sd.optimise.apply import require_available
@@ -92,6 +92,15 @@ class Setup:
             print(f"no --config: by the sizes of its weights, {self.checkpoint} is {model.config.name}")
             print(describe_prediction(self.checkpoint, model.config))
         return model
+
+
+def set_threads(environ: Mapping[str, str], root: Path = Path("/")) -> str:
+    """Set torch's threads unless OMP_NUM_THREADS does; return the line that tells the number and its origin."""
+    threads, origin = default_threads(environ, root)
+    if origin == USERS_NUMBER:
+        return f"CPU threads: {torch.get_num_threads()} ({origin})"
+    torch.set_num_threads(threads)
+    return f"CPU threads: {threads} ({origin}; {USERS_NUMBER} sets another number)"
 
 
 def setup(args: Namespace, environ: Mapping[str, str]) -> Setup:

@@ -25,8 +25,7 @@ from sd.checkpoint.file_formats import write_safetensors
 from sd.checkpoint.layouts import join_networks
 from sd.checkpoint.spellings import V_PREDICTION_MARKERS
 from sd.cli.examples import Examples, read_examples
-from sd.cli.setup import device_named
-from sd.cli.threads import set_threads
+from sd.cli.setup import device_named, set_threads
 from sd.config.presets import INPUTS
 from sd.errors import ConfigError, Diverged, SDWarning
 from sd.models.unet import UNet

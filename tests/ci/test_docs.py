@@ -52,6 +52,7 @@ FOREIGN_OPTIONS = {
     *("--gres", "--exclusive"),  # sbatch
     *("--nproc-per-node", "--nnodes"),  # torchrun
     *("--build-arg", "--rm", "--gpus"),  # docker
+    "--local-dir",  # hf
 }
 
 

@@ -52,7 +52,7 @@ def versions() -> str:
 def table(run: dict) -> list[str]:
     """Lines of Markdown: CPU milliseconds, the ratio of our side to each with its 95 % interval, fraction of peak FLOP/s.
 
-    Our side is `sd-fast`, in training `sd`. With several threads also wall milliseconds.
+    Our side is `sd-fast`, in training `sd`. With several threads also wall milliseconds and their gain over one.
     """
     groups: dict[str, dict[str, dict]] = {}
     for benchmark in run["benchmarks"]:
@@ -62,17 +62,25 @@ def table(run: dict) -> list[str]:
         ours = "sd-fast" if "sd-fast" in sides else "sd"
         ratios = sides[ours]["extra_info"]
         wall = next(iter(sides.values()))["params"].get("threads", 1) > 1
-        lines += ["", f"| {group} | ms |{' wall ms |' * wall} `{ours}` / it | of peak |", "|---" * (4 + wall) + "|"]
+        product = ratios.get("gain_of_product")  # missing in runs before 2026-11-28
+        columns = ["ms", "wall ms", "gain over 1 thread", f"`{ours}` / it", "of peak"]
+        columns = [name for name, shown in zip(columns, (True, wall, product, True, True)) if shown]
+        lines += ["", f"| {group} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
         for side, benchmark in sides.items():
-            ratio = ratios[f"ratio_to_{side.replace('-', '_')}"]
-            ratio_text = "" if side == ours else f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
-            peak = benchmark["extra_info"]["flops_fraction"]
-            times = [benchmark["stats"]["median"]]
-            if wall:
-                times.append(benchmark["extra_info"]["wall_seconds"])
-            cells = [f"`{side}`", *(f"{1e3 * seconds:.1f}" for seconds in times), ratio_text, f"{peak:.0%}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            info = benchmark["extra_info"]
+            times = [benchmark["stats"]["median"], *([info["wall_seconds"]] if wall else [])]
+            cells = [f"`{side}`", *(f"{1e3 * seconds:.1f}" for seconds in times)]
+            if product:
+                cells.append(_with_interval(info["gain_over_one_thread"]))
+            cells.append("" if side == ours else _with_interval(ratios[f"ratio_to_{side.replace('-', '_')}"]))
+            lines.append(f"| {' | '.join(cells)} | {info['flops_fraction']:.0%} |")
+        if product:
+            lines.append(f"| a matrix product | | | {_with_interval(product)} | | |")
     return lines[1:]
+
+
+def _with_interval(ratio: list[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
 
 
 def profile(name: str, threads: int, precision: str) -> list[str]:

@@ -176,7 +176,8 @@ def settings(inner):
     [
         ("cpu", [], {"clock": "cpu", "threads": 1, "launches": 4, "rounds": 4, "most_rounds": 0, "isolated": True}),
         ("cuda", [], {"clock": "wall", "threads": None, "launches": 10, "rounds": 2, "isolated": True}),
-        ("cpu", ["--perf-clock=wall"], {"clock": "wall", "threads": None}),
+        ("cpu", ["--perf-clock=wall"], {"clock": "wall", "threads": 3}),
+        ("cpu", ["--perf-clock=wall", "--perf-threads=2"], {"clock": "wall", "threads": 2}),
         ("cpu", ["--perf-threads=2"], {"clock": "cpu", "threads": 2}),
         ("cpu", ["--perf-inprocess"], {"launches": 1, "rounds": 5, "isolated": False}),
         ("cuda", ["--perf-inprocess"], {"launches": 1, "rounds": 5, "isolated": False}),
@@ -197,7 +198,8 @@ def settings(inner):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_settings(settings, device, arguments, expected):
+def test_settings(settings, monkeypatch, device, arguments, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     result = settings(*arguments, device=device)
     assert {name: getattr(result, name) for name in expected} == expected
 

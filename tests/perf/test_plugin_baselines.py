@@ -136,10 +136,11 @@ def test_foreign_baseline(inner):
     inner.prints(f"{SDPA}: INCONCLUSIVE", "against 0001_nightly (foreign_machine)")
 
 
-def test_other_clock_or_threads_are_foreign(inner):
+def test_other_clock_or_threads_are_foreign(inner, monkeypatch):
     inner.store(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert inner.run("--benchmark-compare", "--perf-clock=wall").ret == 0
-    inner.prints("foreign: clock cpu, here wall; threads 1, here unknown")
+    inner.prints("foreign: clock cpu, here wall; threads 1, here 2")
 
 
 @pytest.mark.parametrize("scheme", ["file://", ""])

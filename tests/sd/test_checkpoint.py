@@ -270,6 +270,9 @@ def test_files_other_than_checkpoints_are_rejected(tmp_path, content, reason):
 def test_missing_files_and_folders_are_rejected(tmp_path):
     assert "no such file" in rejected(read, tmp_path / "a.ckpt")
     assert "no diffusers folder" in rejected(read, tmp_path)
+    repository = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # as diffusers takes it
+    assert rejected(read, repository).endswith(f": hf download {repository} --local-dir stable-diffusion-v1-5")
+    assert "hf download" not in rejected(read, "models/v1-5.safetensors") + rejected(read, tmp_path / "a")
 
 
 def test_a_compressed_record_is_not_unpacked_to_any_size(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd.cli import threads
+from sd import cpus
+from sd.cli.setup import set_threads
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def machine(tmp_path, monkeypatch):
             file = tmp_path / "sys/fs/cgroup" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(siblings), raising=False)
+        monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda _: set(siblings), raising=False)
         return tmp_path
 
     return make
@@ -40,13 +41,13 @@ HYPERTHREADS = {0: "0,2\n", 1: "1,3\n", 2: "0,2\n", 3: "1,3\n"}
 
 
 def test_threads_of_one_core_count_once(machine):
-    line = threads.set_threads({}, machine(HYPERTHREADS))
+    line = set_threads({}, machine(HYPERTHREADS))
     assert torch.get_num_threads() == 2
     assert line == "CPU threads: 2 (2 physical cores; OMP_NUM_THREADS sets another number)"
 
 
 def test_unknown_siblings_count_as_cores(machine):
-    assert threads.physical_cores(machine(HYPERTHREADS) / "elsewhere") == 4
+    assert cpus.physical_cores(machine(HYPERTHREADS) / "elsewhere") == 4
 
 
 @pytest.mark.parametrize(
@@ -57,16 +58,22 @@ def test_unknown_siblings_count_as_cores(machine):
         ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "100000", "cpu/x/cpu.cfs_period_us": "100000"}, 1.0),
         ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
         ("4:memory:/x\n", {}, None),
+        ("rubbish\n", {}, None),
     ],
 )
 def test_quota(machine, cgroup, files, quota):
     root = machine({cpu: str(cpu) for cpu in range(4)}, cgroup, files)
-    assert threads.cpu_quota(root) == quota
-    threads.set_threads({}, root)
+    assert cpus.cpu_quota(root) == quota
+    set_threads({}, root)
     assert torch.get_num_threads() == {1.5: 2, 1.0: 1, None: 4}[quota]
 
 
 def test_the_users_number_stays(machine):
     torch.set_num_threads(3)
-    assert threads.set_threads({"OMP_NUM_THREADS": "3"}, machine(HYPERTHREADS)) == "CPU threads: 3 (OMP_NUM_THREADS)"
+    assert set_threads({"OMP_NUM_THREADS": "3"}, machine(HYPERTHREADS)) == "CPU threads: 3 (OMP_NUM_THREADS)"
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("value, number", [("3", 3), ("4,2", 4), (" 08", 8), ("0", 2), ("many", 2), ("", 2)])
+def test_number_of_the_environment_without_torch(machine, value, number):
+    assert cpus.default_threads({"OMP_NUM_THREADS": value}, machine(HYPERTHREADS))[0] == number

@@ -1,29 +1,29 @@
-"""The number of CPU threads of a command line: physical cores that the process may use, within the quota of its cgroups.
+"""CPUs that this process may use: physical cores of its affinity, the quota of its cgroups, and the threads that follow.
 
 PyTorch starts a thread for each logical CPU of its affinity. Two threads of one core share its vector units, and threads beyond a
-container's quota are stopped in the middle of a layer, while the others wait.
+container's quota are stopped in the middle of a layer, while the others wait. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+USERS_NUMBER = "OMP_NUM_THREADS"
 
 
-def set_threads(environ: Mapping[str, str], root: Path = Path("/")) -> str:
-    """Set torch's threads unless OMP_NUM_THREADS does; return the line that tells the number and its origin."""
-    if environ.get("OMP_NUM_THREADS"):
-        return f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS)"
+def default_threads(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[int, str]:
+    """Threads for torch, and where the number is from: OMP_NUM_THREADS, else physical cores, within the cgroups' quota."""
+    given = re.match(r"\s*0*([1-9]\d*)", environ.get(USERS_NUMBER, ""))  # of nested levels the first, as in "4,2"
+    if given:
+        return int(given[1]), USERS_NUMBER
     cores, quota = physical_cores(root), cpu_quota(root)
-    threads, origin = cores, f"{cores} physical cores"
     if quota is not None and math.ceil(quota) < cores:
-        threads, origin = math.ceil(quota), f"the cgroup's quota of {quota:g} CPUs"
-    torch.set_num_threads(threads)
-    return f"CPU threads: {threads} ({origin}; OMP_NUM_THREADS sets another number)"
+        return math.ceil(quota), f"the cgroup's quota of {quota:g} CPUs"
+    return cores, f"{cores} physical cores"
 
 
 def physical_cores(root: Path) -> int:
@@ -40,7 +40,8 @@ def cpu_quota(root: Path) -> float | None:
     """The smallest CPU limit of the process's cgroup and its ancestors, in CPUs; None without a limit (cgroups(7))."""
     limits = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if hierarchy != "0" and "cpu" not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / ("" if hierarchy == "0" else "cpu")
