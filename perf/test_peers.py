@@ -46,10 +46,8 @@ from sd.optimise.runtimes import PACKAGES
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 ROUNDS, BLOCK = 30, 5
-PRODUCT, PRODUCT_SIZE = (
-    "product",
-    1024,
-)  # of square matrices: what the processor itself gains from threads in these rounds
+PRODUCT = "product"  # of square matrices: what the processor itself gains from threads in these rounds
+PRODUCT_SIZE = 1024
 SD_TOPOLOGY_34M = UNetConfig(
     context_dim=256, model_channels=64, num_head_channels=32, use_linear_in_transformer=True
 )  # a fifth of SD2's width
@@ -217,10 +215,11 @@ def own_network(network: torch.nn.Module, side: str) -> torch.nn.Module:
 def measure(name: str, threads: int, timed: bool) -> dict[tuple[str, int], Seconds]:
     """Seconds by side and threads, rounds alternated. Raises AssertionError where an output differs.
 
-    Beside several threads also of one, and of a matrix product; at full size memory might not hold both.
+    With several threads, also with one thread and of a matrix product, in the same rounds; not at full size, where memory
+    might not hold both.
     """
     task, sides = TASKS[name], sides_of(name, timed)
-    compared = threads > 1 and timed and name not in FULL_SIZE
+    compared = threads > 1 and name not in FULL_SIZE
     torch.manual_seed(0)
     network, inputs = task.network().eval().requires_grad_(False), task.inputs()
     calls: dict[tuple[str, int], Callable[[], object]] = {}
@@ -228,8 +227,9 @@ def measure(name: str, threads: int, timed: bool) -> dict[tuple[str, int], Secon
         for count in (1, threads) if compared else (threads,):
             torch.set_num_threads(count)
             if compared:
-                matrix = torch.full((PRODUCT_SIZE, PRODUCT_SIZE), 0.5)
+                matrix = torch.rand(PRODUCT_SIZE, PRODUCT_SIZE)
                 calls[PRODUCT, count] = partial(torch.mm, matrix, matrix)
+                calls[PRODUCT, count]()  # warm-up
             reference = task.ours(network, Optimisations(), inputs)()
             for side in sides:
                 if side.startswith("diffusers"):

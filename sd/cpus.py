@@ -17,7 +17,9 @@ USERS_NUMBER = "OMP_NUM_THREADS"
 
 def default_threads(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[int, str]:
     """Threads for torch, and where the number is from: OMP_NUM_THREADS, else physical cores, within the cgroups' quota."""
-    given = re.match(r"\s*0*([1-9]\d*)", environ.get(USERS_NUMBER, ""))  # of nested levels the first, as in "4,2"
+    given = re.fullmatch(
+        r"\s*0*([1-9]\d*)\s*(,.*)?", environ.get(USERS_NUMBER, "")
+    )  # of nested levels the first, as in "4,2"
     if given:
         return int(given[1]), USERS_NUMBER
     cores, quota = physical_cores(root), cpu_quota(root)
@@ -58,6 +60,6 @@ def cpu_quota(root: Path) -> float | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import time
@@ -263,7 +264,7 @@ def _cpu_limit(cpu: CpuFacts) -> Check:
     fact = f"the container may use {cpu.cgroup_cpus:g} CPUs"
     if cpu.cores is None or cpu.cgroup_cpus >= cpu.cores:
         return Check("cpu limit", OK, fact)
-    advice = f"torch would start {cpu.cores} threads: OMP_NUM_THREADS={max(1, int(cpu.cgroup_cpus))}"
+    advice = f"torch would start {cpu.cores} threads: OMP_NUM_THREADS={math.ceil(cpu.cgroup_cpus)}"
     return Check("cpu limit", WARNING, f"{fact} of {cpu.cores}", advice)
 
 

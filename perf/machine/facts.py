@@ -13,8 +13,6 @@ from typing import TypeVar
 
 import psutil
 
-from sd.cpus import cpu_quota
-
 NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number near 2^63
 T = TypeVar("T")
 
@@ -48,6 +46,8 @@ def cpu_facts(root: Path | str = "/") -> CpuFacts:
 
     Source: proc(5), cgroups(7), Linux cpufreq.
     """
+    from sd.cpus import cpu_quota  # not above: a worker imports this module beside the `sd` of another commit
+
     root = Path(root)
     memory, swap, times, load = map(
         _read, (psutil.virtual_memory, psutil.swap_memory, psutil.cpu_times, psutil.getloadavg)

@@ -160,6 +160,9 @@ def perf_session(request) -> Session:
 
 
 def _measure(request, state: RunState) -> Session:
+    # Not above, as pytest loads this module at every start; and before the rounds, which an error at the end would lose.
+    from perf.plugin import after_run, terminal  # noqa: F401
+
     selected = [selection.configuration_of(item) or selection.test_of(item) for item in request.session.items]
     configurations = list(dict.fromkeys(filter(None, selected)))
     by_id: dict[str, Configuration] = {}
@@ -357,7 +360,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if state.parallel:
         terminalreporter.line("perf: measurements cannot run in parallel: leave out -n", red=True)
     if state.results is not None:
-        # Here, as pytest loads this module at every start, also of tests that measure nothing.
         from perf.plugin import after_run, terminal
 
         terminal.write(terminalreporter, state.results, state.partial)

@@ -21,7 +21,6 @@ from perf.machine.nvml import NoTelemetry
 from perf.session.loading import DESCRIPTIONS
 from perf.session.pairs import looks_of, rounds_of
 from perf.session.settings import CLOCKS, Settings
-from sd.cpus import default_threads
 
 
 def _text(text: str) -> str:
@@ -169,7 +168,7 @@ def add_options(parser) -> None:
         "--perf-threads",
         type=_count,
         metavar="N",
-        help="CPU threads of torch (CPU time: 1, wall time: OMP_NUM_THREADS or the physical cores)",
+        help="CPU threads of torch (CPU time: 1, wall time on a CPU: OMP_NUM_THREADS, or the physical cores within a quota)",
     )
     help = "also measure with this Python"
     add("--perf-python", action="append", type=_text, default=[], metavar="LABEL=PATH", help=help)
@@ -278,9 +277,12 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     if clock == "auto":
         clock = "wall" if device == "cuda" else "cpu"
     threads = option("perf_threads")
-    if threads is None and device == "cpu":
-        # CPU time of several threads includes the time that they wait for each other.
-        threads = 1 if clock == "cpu" else default_threads(os.environ)[0]
+    if threads is None and clock == "cpu":
+        threads = 1  # CPU time of several threads includes the time that they wait for each other
+    elif threads is None and (device == "cpu" or "cpu" in (option("perf_device", None) or ())):
+        from sd.cpus import default_threads  # not above: a worker imports this module beside the `sd` of another commit
+
+        threads = default_threads(os.environ)[0]
     paired = any(map(option, PAIRED))
     looks = looks_of(option("perf_launches"), paired and isolated)
     launches = looks[0] if looks else 10 if device == "cuda" else 4

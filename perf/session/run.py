@@ -23,7 +23,6 @@ from perf.session.lock import DeviceLock
 from perf.session.measurements import Measurements
 from perf.session.pairs import Judge
 from perf.session.plan import Plan
-from perf.session.progress import SessionProgress
 from perf.session.references import References
 from perf.session.resume import OpenJournal, resume_journal, start_journal
 from perf.session.runner import Runner
@@ -59,6 +58,8 @@ class Session:
 
 def run(settings: Settings, configurations: list[Configuration], log: Callable[[str], None]) -> Session:
     """Measure the configurations. log(line) prints a line. Raises SessionError, DeviceBusy or JournalError."""
+    from perf.session.progress import SessionProgress  # rich, which a start of pytest without measuring does not need
+
     begin = time.time()
     gpu = open_visible_device() if settings.device == "cuda" else None
     facts = stack(settings.device, gpu)

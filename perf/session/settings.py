@@ -28,7 +28,7 @@ class Settings:
     launches: of each configuration. looks: for pairs, numbers of launches after which they are judged; more than the first
     are measured only where a pair is undecided. rounds: of each launch. most_rounds: of a launch of
     pairs that `rounds` do not settle; 0 for no more. loading: which slots are loaded together, None to choose by memory.
-    clock: `wall` or `cpu`. threads: torch's CPU threads, None for its
+    clock: `wall` or `cpu`. threads: torch's CPU threads, None on a GPU for its
     default. isolated: each launch in a fresh process. resume: the name of the unfinished session to resume, True for the
     one whose plan matches. interpreters: other Pythons by label. against: (short hash, interpreter with its `sd`) of
     another commit. aa: measure every configuration against itself. second: the configuration of --perf-b to compare each

@@ -64,7 +64,7 @@ DAMAGED = "is damaged or its download is incomplete: download it again"
 
 MAX_ERROR_BYTES = 1 << 16  # of a text that a server sends instead of a file
 _TEXT = bytes(range(32, 127)) + b"\t\r\n"
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)(?<!\.safetensors)(?<!\.pt)")  # of Hugging Face
+_REPOSITORY = re.compile(r"\w[\w.-]*/(?!.*\.[A-Za-z]+$)\w[\w.-]*")  # of Hugging Face: OWNER/NAME, and no file
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # of at least two letters: C:/ is a path
 
 
@@ -117,7 +117,7 @@ def _missing(path: Path) -> str:
     message = f"{path}: no such file; give the path of a .safetensors or .ckpt file, or a diffusers folder"
     if not _REPOSITORY.fullmatch(path.as_posix()) or path.parent.exists():
         return message
-    return f"{message}; if this is a repository of Hugging Face: hf download {path.as_posix()} --local-dir {path.name}"
+    return f"{message}; if this is a repository of Hugging Face, download a file of it: hf download {path} FILE --local-dir ."
 
 
 def index(path: str | Path) -> FileIndex:

@@ -1,6 +1,6 @@
 """The table of docs/optimisations.md against diffusers, OpenVINO and ONNX Runtime, measured anew on this machine.
 
-python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour
+python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour and a half
 python tests/helpers/peers_table.py "sd2 and threads1"  full size; any expression of pytest's -k
 python tests/helpers/peers_table.py --from run.json     print the table of a saved run of perf/test_peers.py
 python tests/helpers/peers_table.py --profile sd-34M    time by operation of `sd-fast` and of OpenVINO, on --threads threads,

@@ -149,7 +149,7 @@ def test_unreadable_machine_facts_are_warnings():
         ("load", {"load_average_1_minute": 2.1}, WARNING, "2.10 on 8 cores"),
         ("load", {"load_average_1_minute": 7.9}, WARNING, "7.90 on 8 cores"),
         ("load", {"load_average_1_minute": 8.0}, BUSY, "8.00 on 8 cores"),
-        ("cpu limit", {"cgroup_cpus": 2.5}, WARNING, "OMP_NUM_THREADS=2"),
+        ("cpu limit", {"cgroup_cpus": 2.5}, WARNING, "OMP_NUM_THREADS=3"),
         ("cpu limit", {"cgroup_cpus": 0.5}, WARNING, "OMP_NUM_THREADS=1"),
         ("cpu limit", {"cgroup_cpus": 8.0}, OK, "8 CPUs"),
         ("memory", {"memory_available_bytes": 4 * GIB}, WARNING, "4.0 GiB"),

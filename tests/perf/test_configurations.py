@@ -217,6 +217,15 @@ def test_needs_no_torch(module):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_plugin_is_light():
+    """pytest loads it at every start where sd-perf is installed."""
+    heavy = {"torch", "numpy", "rich", "perf.report.build"}
+    code = f"import sys, perf.plugin.hooks; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=Interpreter().variables(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_inductor_options_match_sd_and_keep_the_mode():
     from perf.worker.engines.sd import optimisations
     from sd.choices import INDUCTOR_OPTIONS

@@ -178,6 +178,8 @@ def settings(inner):
         ("cuda", [], {"clock": "wall", "threads": None, "launches": 10, "rounds": 2, "isolated": True}),
         ("cpu", ["--perf-clock=wall"], {"clock": "wall", "threads": 3}),
         ("cpu", ["--perf-clock=wall", "--perf-threads=2"], {"clock": "wall", "threads": 2}),
+        ("cuda", ["--perf-clock=cpu"], {"clock": "cpu", "threads": 1}),
+        ("cuda", ["--perf-clock=wall", "--device=cpu", "--device=cuda"], {"clock": "wall", "threads": 3}),
         ("cpu", ["--perf-threads=2"], {"clock": "cpu", "threads": 2}),
         ("cpu", ["--perf-inprocess"], {"launches": 1, "rounds": 5, "isolated": False}),
         ("cuda", ["--perf-inprocess"], {"launches": 1, "rounds": 5, "isolated": False}),

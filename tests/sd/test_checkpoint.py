@@ -267,12 +267,15 @@ def test_files_other_than_checkpoints_are_rejected(tmp_path, content, reason):
     assert reason in rejected(read, path)
 
 
-def test_missing_files_and_folders_are_rejected(tmp_path):
+def test_missing_files_and_folders_are_rejected(tmp_path, monkeypatch):
     assert "no such file" in rejected(read, tmp_path / "a.ckpt")
     assert "no diffusers folder" in rejected(read, tmp_path)
-    repository = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # as diffusers takes it
-    assert rejected(read, repository).endswith(f": hf download {repository} --local-dir stable-diffusion-v1-5")
-    assert "hf download" not in rejected(read, "models/v1-5.safetensors") + rejected(read, tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for repository in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "someone/sd-1.5"):  # as diffusers takes them
+        assert rejected(read, repository).endswith(f": hf download {repository} FILE --local-dir .")
+    for path in ("absent/v1-5.safetensors", "absent/v1-5.CKPT", "models/v1-5", "a/b/c", "a", tmp_path / "a"):
+        assert "hf download" not in rejected(read, path)
 
 
 def test_a_compressed_record_is_not_unpacked_to_any_size(tmp_path):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from models import relative_error, smallest
 
+from perf import test_peers
 from sd import Optimisations
 from sd.choices import RUNTIMES
 from sd.cli.setup import setup
 from sd.errors import ConfigError, Unavailable
+from sd.features import has
 from sd.optimise import runtimes
 from sd.optimise.apply import require_available
 from sd.optimise.presets import parse
@@ -113,3 +115,37 @@ def test_the_table_of_peers():
     lines = peers_table.table({"benchmarks": [fast, benchmark("openvino-bf16", 0.002, {})]})
     assert lines[-1] == "| `openvino-bf16` | 2.0 | 2.00 [1.50, 2.50] | 50% |"
     assert "torch" in peers_table.versions()
+
+
+@pytest.mark.skipif(not has("load_assign"), reason="needs torch >= 2.1: load_state_dict(assign=True)")
+def test_peers_with_two_threads_are_also_measured_with_one(monkeypatch):
+    monkeypatch.setattr(test_peers, "ROUNDS", 4)
+    monkeypatch.setattr(test_peers, "sides_of", lambda name, timed: ["sd"])
+    before = torch.get_num_threads()
+    try:
+        measured = test_peers.measure("tiny", 2, timed=True)
+    finally:
+        torch.set_num_threads(before)
+    assert [*measured] == [("product", 1), ("sd", 1), ("product", 2), ("sd", 2)]
+    assert all(len(seconds.wall) == 4 and min(seconds.wall) > 0 for seconds in measured.values())
+
+
+def test_the_table_of_peers_with_two_threads():
+    def benchmark(side, gain):
+        info = {"flops_fraction": 0.5, "wall_seconds": 0.002, "gain_over_one_thread": gain}
+        info |= {
+            "gain_of_product": [1.9, 1.8, 2.0],
+            "ratio_to_onnxruntime": [0.5, 0.4, 0.6],
+            "ratio_to_sd_fast": [1, 1, 1],
+        }
+        parameters = {"side": side, "threads": 2}
+        return {"group": "tiny, 2 threads", "params": parameters, "stats": {"median": 0.004}, "extra_info": info}
+
+    run = {"benchmarks": [benchmark("sd-fast", [1.7, 1.6, 1.8]), benchmark("onnxruntime", [1.5, 1.4, 1.6])]}
+    assert peers_table.table(run) == [
+        "| tiny, 2 threads | ms | wall ms | gain over 1 thread | `sd-fast` / it | of peak |",
+        "|---|---|---|---|---|---|",
+        "| `sd-fast` | 4.0 | 2.0 | 1.70 [1.60, 1.80] |  | 50% |",
+        "| `onnxruntime` | 4.0 | 2.0 | 1.50 [1.40, 1.60] | 0.50 [0.40, 0.60] | 50% |",
+        "| a matrix product | | | 1.90 [1.80, 2.00] | | |",
+    ]
