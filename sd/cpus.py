@@ -17,9 +17,8 @@ USERS_NUMBER = "OMP_NUM_THREADS"
 
 def default_threads(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[int, str]:
     """Threads for torch, and where the number is from: OMP_NUM_THREADS, else physical cores, within the cgroups' quota."""
-    given = re.fullmatch(
-        r"\s*0*([1-9]\d*)\s*(,.*)?", environ.get(USERS_NUMBER, "")
-    )  # of nested levels the first, as in "4,2"
+    # The first of nested levels, as in "4,2"; like OpenMP, what is no number is left out.
+    given = re.fullmatch(r"\s*0*([1-9]\d*)\s*(,.*)?", environ.get(USERS_NUMBER, ""))
     if given:
         return int(given[1]), USERS_NUMBER
     cores, quota = physical_cores(root), cpu_quota(root)
@@ -41,21 +40,32 @@ def physical_cores(root: Path) -> int:
 def cpu_quota(root: Path) -> float | None:
     """The smallest CPU limit of the process's cgroup and its ancestors, in CPUs; None without a limit (cgroups(7))."""
     limits = []
+    for group in cgroup_folders(root, "cpu"):
+        values = _text(group / "cpu.max").split()
+        values = values or [_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")]
+        if len(values) == 2 and all(value.isdecimal() and int(value) for value in values):
+            limits.append(int(values[0]) / int(values[1]))
+    return min(limits, default=None)
+
+
+def cgroup_folders(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's cgroup and its ancestors, under cgroup v2 and v1.
+
+    /proc may hold the host's path of a container's cgroup, so that some of the folders do not exist.
+    """
+    folders = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if hierarchy != "0" and "cpu" not in controllers.split(","):
+        if hierarchy == "0":
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
+        else:
             continue
-        top = root / "sys/fs/cgroup" / ("" if hierarchy == "0" else "cpu")
         group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder != top and top not in folder.parents:
-                break
-            values = _text(folder / "cpu.max").split()
-            values = values or [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
-            if len(values) == 2 and all(value.isdecimal() and int(value) for value in values):
-                limits.append(int(values[0]) / int(values[1]))
-    return min(limits, default=None)
+        folders += [group, *(parent for parent in group.parents if parent == top or top in parent.parents)]
+    return folders
 
 
 def _text(file: Path) -> str:

@@ -134,30 +134,12 @@ def _governors(root: Path) -> tuple[str, ...] | None:
     return tuple(sorted(set(filter(None, map(_text, files))))) or None
 
 
-def _memory_cgroups(root: Path) -> list[Path]:
-    """Folders of this process's memory cgroup and its ancestors, under cgroup v2 and v1.
-
-    /proc may hold the host's path of a container's cgroup, so that some of the folders do not exist.
-    """
-    folders = []
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if hierarchy == "0":
-            top = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-        else:
-            continue
-        group = top / path.lstrip("/")
-        folders += [group, *(parent for parent in group.parents if parent == top or top in parent.parents)]
-    return folders
-
-
 def _cgroup_free_bytes(root: Path) -> list[int]:
     """The memory that each cgroup with a limit leaves, counting reclaimable file cache as free."""
+    from sd.cpus import cgroup_folders  # as in cpu_facts
+
     free = []
-    for folder in _memory_cgroups(root):
+    for folder in cgroup_folders(root, "memory"):
         for limit_file, usage_file, cache_key in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

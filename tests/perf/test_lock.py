@@ -166,7 +166,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"rubbish",
+        b"malformed",
         b'{"pid": 1',
         b"[1, 2]",
         b"\xff\xfe",

@@ -114,7 +114,7 @@ def test_cgroup_version_1_with_a_path_of_the_host(tmp_path):
     assert facts.memory_available_bytes == 400 * 1024
 
 
-@pytest.mark.parametrize("content", [None, "", "rubbish\n", "\x00\xff:"])
+@pytest.mark.parametrize("content", [None, "", "malformed\n", "\x00\xff:"])
 def test_unreadable_machine_facts_are_none(tmp_path, monkeypatch, content):
     names = ["cpuinfo", "meminfo", "stat", "self/cgroup"]
     plant(tmp_path, {} if content is None else {f"proc/{name}": content for name in names})

@@ -58,7 +58,7 @@ def test_unknown_siblings_count_as_cores(machine):
         ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "100000", "cpu/x/cpu.cfs_period_us": "100000"}, 1.0),
         ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
         ("4:memory:/x\n", {}, None),
-        ("rubbish\n", {}, None),
+        ("malformed\n", {}, None),
     ],
 )
 def test_quota(machine, cgroup, files, quota):
