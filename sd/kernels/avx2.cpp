@@ -194,15 +194,17 @@ void convolve(const Value* values, const Element<Value>* weight, const Value* bi
   const int64_t panels = panels_of(s.out_channels);
   const int64_t chunks = (s.channels + CHUNK - 1) / CHUNK, depth = (s.channels + chunks - 1) / chunks;
   const int64_t together = std::max<int64_t>(1, CHUNK / depth);  // taps of a chunk
-  torch::stable::parallel_for(0, (positions + BLOCK - 1) / BLOCK * panels, 1, [&](int64_t first, int64_t last) {
-    std::vector<const Element<Value>*> inputs(taps * BLOCK);
+  // Even, so that threads, which have the same number of units, have the same work.
+  const int64_t blocks = (positions + BLOCK - 1) / BLOCK, block = (positions + blocks - 1) / blocks;
+  torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t first, int64_t last) {
+    std::vector<const Element<Value>*> inputs(taps * block);
     alignas(64) float narrow[BLOCK * PANEL], start[PANEL];
     int64_t begin = -1, count = 0;
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t panel = unit % panels, width = std::min<int64_t>(PANEL, s.out_channels - panel * PANEL);
-      if (begin != unit / panels * BLOCK) {
-        begin = unit / panels * BLOCK;
-        count = std::min<int64_t>(BLOCK, positions - begin);
+      if (begin != unit / panels * block) {
+        begin = unit / panels * block;
+        count = std::min(block, positions - begin);
         find_inputs(x, s, begin, count, inputs.data());
       }
       Value* const wide = out + begin * s.out_channels + panel * PANEL;
@@ -425,6 +427,7 @@ Tensor layer_of(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out
     s.width = s.out_width = x.numel() / s.channels;
   }
   Tensor out = empty(size, dtype);
+  if (!out.numel()) return out;
   auto compute = convolve<Value>;
   if (kernel == 3 && stride == 1 && padding == 1 && s.channels % LANES == 0) {
     int64_t least = s.images * s.height * s.width * 9 / PARTS;
