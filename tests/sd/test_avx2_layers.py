@@ -264,23 +264,6 @@ def test_wrong_inputs_are_refused():
     assert layer(x[:0, 0, 0], weight[:, :1].contiguous(), bias, channels, 1, 1, 0).shape == (0, channels)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("size, kernel", [((2, 16, 16), 1), ((1, 21, 35), 3)])  # of direct products and of tiles
-def test_the_number_of_threads_changes_nothing(size, kernel):
-    layer = nn.Conv2d(64, 80, kernel, padding=kernel // 2)
-    avx2_layers.pack(layer)
-    batch, height, width = size
-    x = torch.randn(batch, 64, height, width).contiguous(memory_format=torch.channels_last)
-    before, outs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            outs.append(layer(x))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
 @needs_bf16
 def test_wrong_inputs_in_bf16_are_refused():
     avx2.define_operators()
