@@ -9,10 +9,10 @@ from perf.machine.facts import CpuFacts
 from perf.session.settings import Settings
 
 QUIET_LOAD_PER_CORE = 0.25
-# Standard deviation of the log ratio of one launch, two identical configurations side by side, 8 rounds, embedded model:
-# the recorded sessions of perf/baselines/battery_two_cpu_cores.json, and with bursts those of *_bursts.json beside it.
-QUIET_DEVIATION = 0.022
-LOADED_DEVIATION = 0.038
+# Standard deviation of the log ratio of one launch of 8 rounds, two identical configurations side by side, embedded model: of
+# perf/baselines/battery_idle.json, and beside bursts of load of battery_bursts.json.
+QUIET_DEVIATION = 0.028
+LOADED_DEVIATION = 0.044
 
 
 def expectation(cpu: CpuFacts, settings: Settings) -> str:

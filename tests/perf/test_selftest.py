@@ -21,15 +21,10 @@ from perf.analysis.verdicts import ExitCode, Verdict
 from perf.commands import interference, selftest, simulate
 from perf.launch.process import ROOT
 from perf.machine.nvml import NoTelemetry
+from perf.session.noise import LOADED_DEVIATION, QUIET_DEVIATION
 
-BATTERY = ROOT / "perf" / "baselines" / "battery_two_cpu_cores.json"
-BURSTS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_bursts.json"
-WITH_LOOKS = ROOT / "perf" / "baselines" / "battery_two_cpu_cores_looks.json"
-SETTLED, *OTHERS = (
-    ROOT / "perf" / "baselines" / f"battery_two_cpu_cores_settled{load}.json"
-    for load in ("", "_bursts", "_wander", "_quiet")
-)
-TEN = (10,)  # the launches of the stored batteries, a single look
+IDLE, BURSTS, WANDER = (ROOT / "perf" / "baselines" / f"battery_{load}.json" for load in ("idle", "bursts", "wander"))
+TEN = (10,)  # a single look
 FIVE = (0.05,)
 
 
@@ -197,34 +192,27 @@ def test_interference_ends_with_its_context():
     assert not started & {child.pid for child in psutil.Process().children()}
 
 
-@pytest.mark.parametrize(
-    "path, looks, status",
-    [(BATTERY, TEN, 0), (BURSTS, TEN, 1), (WITH_LOOKS, LOOKS, 1), *((path, LOOKS, 0) for path in (SETTLED, *OTHERS))],
-    ids=["idle", "bursts", "looks", "settled", "settled-bursts", "settled-wander", "settled-quiet"],
-)
-def test_docs_state_the_rates_of_the_stored_sessions(path, looks, status, capsys):
+@pytest.mark.parametrize("path", [IDLE, BURSTS, WANDER], ids=lambda path: path.stem)
+def test_docs_state_the_rates_of_the_stored_sessions(path, capsys):
     stored = json.loads(path.read_text(encoding="utf-8"))
-    assert selftest.report(stored["sessions"], looks, stored["slowdowns"]) == status
+    assert selftest.report(stored["sessions"], LOOKS, stored["slowdowns"]) == 0
     out = capsys.readouterr().out.splitlines()[0]
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert out in text, out
 
 
 @pytest.mark.parametrize(
-    "path, looks, row",
+    "path, row",
     [
-        (BATTERY, TEN, "idle machine, 10 launches and one look"),
-        (BURSTS, TEN, "beside bursts of load on both cores, 10 launches and one look"),
-        (WITH_LOOKS, LOOKS, "noisier day, present looks, without further rounds for noisy launches"),
-        (SETTLED, LOOKS, "noisier day, present rule"),
-        (OTHERS[0], LOOKS, "beside bursts of load on both cores, present rule"),
-        (OTHERS[1], LOOKS, "beside load that wanders over minutes, present rule"),
-        (OTHERS[2], LOOKS, "idle machine, present rule"),
+        (IDLE, "idle machine"),
+        (BURSTS, "beside bursts of load on both cores"),
+        (WANDER, "beside load that wanders over minutes"),
     ],
+    ids=["idle", "bursts", "wander"],
 )
-def test_the_readme_states_the_same_counts(path, looks, row):
+def test_the_readme_states_the_same_counts(path, row):
     sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-    judged = [selftest.judge_session(session, looks, FIVE, MARGIN_FLOOR) for session in sessions]
+    judged = [selftest.judge_session(session, LOOKS, FIVE, MARGIN_FLOOR) for session in sessions]
     alarms = sum(same.verdict in (Verdict.SLOWER, Verdict.FASTER) for same, _ in judged)
     found = sum(slowed.verdict is Verdict.SLOWER for _, (slowed,) in judged)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -232,9 +220,7 @@ def test_the_readme_states_the_same_counts(path, looks, row):
 
 
 @pytest.mark.parametrize(
-    "path",
-    slow_or_nightly([BATTERY, BURSTS, WITH_LOOKS, SETTLED, *OTHERS], lambda path: path == SETTLED),
-    ids=lambda path: path.stem,
+    "path", slow_or_nightly([IDLE, BURSTS, WANDER], lambda path: path == BURSTS), ids=lambda path: path.stem
 )
 def test_docs_state_the_simulated_rates(path, capsys):
     assert main(["battery", "--simulate", str(path)]) == 0
@@ -243,15 +229,32 @@ def test_docs_state_the_simulated_rates(path, capsys):
     assert out.strip().replace("\n", "\n    ") in text, out
 
 
+def _pairs(path, rounds: int):
+    """Yield, by session and label, [(seconds of the label, of the plain one)] by launch, of its first rounds."""
+    for session in json.loads(path.read_text(encoding="utf-8"))["sessions"]:
+        plain = session["rounds"]["plain"]
+        for label in ("aa", "slow5"):
+            both = ((ours[:rounds], theirs[:rounds]) for ours, theirs in zip(session["rounds"][label], plain))
+            yield [pair for pair in both if all(pair)]
+
+
 def test_docs_state_the_deviation_between_launches_without_the_noise_of_rounds():
     """The covariance of the effects of even and odd rounds, of both sides' launches in the idle sessions."""
     products = []
-    for session in json.loads(BATTERY.read_text(encoding="utf-8"))["sessions"]:
-        for label in ("aa", "slow5"):
-            pairs = list(zip(session["rounds"][label], session["rounds"]["plain"]))
-            halves = [launch_effects(*zip(*((ours[i::2], theirs[i::2]) for ours, theirs in pairs))) for i in (0, 1)]
-            even, odd = ([effect - statistics.fmean(half) for effect in half] for half in halves)
-            products += map(operator.mul, even, odd)
+    for pairs in _pairs(IDLE, 24):
+        halves = [launch_effects(*zip(*((ours[i::2], theirs[i::2]) for ours, theirs in pairs))) for i in (0, 1)]
+        even, odd = ([effect - statistics.fmean(half) for effect in half] for half in halves)
+        products += map(operator.mul, even, odd)
     between = math.sqrt(statistics.fmean(products))
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert f"standard deviation of {100 * between:.1f} % without the noise of their rounds" in text
+
+
+@pytest.mark.parametrize(
+    "path, deviation", [(IDLE, QUIET_DEVIATION), (BURSTS, LOADED_DEVIATION)], ids=["idle", "bursts"]
+)
+def test_the_expected_noise_is_that_of_the_stored_sessions(path, deviation):
+    """Pooled over sessions; of a launch of 8 rounds, as those of an ordinary session."""
+    effects = [launch_effects(*zip(*pairs)) for pairs in _pairs(path, 8)]
+    pooled = sum(statistics.variance(launches) * (len(launches) - 1) for launches in effects)
+    assert math.sqrt(pooled / sum(len(launches) - 1 for launches in effects)) == pytest.approx(deviation, abs=5e-4)
