@@ -12,6 +12,7 @@ class Engine:
         self.pipe = DiffusionPipeline.from_pretrained(configuration.checkpoint, torch_dtype=dtype)
         self.pipe.to(configuration.device)
         self.options = {"prompt": configuration.prompt, "num_inference_steps": configuration.steps}
+        self.options["num_images_per_prompt"] = configuration.batch
 
     def round(self, seed):
         return self.pipe(**self.options, generator=torch.Generator().manual_seed(seed)).images

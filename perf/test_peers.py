@@ -2,7 +2,7 @@
 
     pytest perf/test_peers.py                         UNet calls, against diffusers, OpenVINO and ONNX Runtime
     pytest perf/test_peers.py -k "sd2 and threads1"   full size at 256 pixels, the VAE's decoder at 128: minutes a side
-    python tests/helpers/peers_table.py               the table of docs/optimisations.md
+    python tests/helpers/peers_table.py               the tables of docs/cpu-peers.md
 
 `sd` and `diffusers` are eager. `sd-fast` uses `Optimisations.fast("cpu")` in fp32, `sd-fast-bf16` in bf16. `sd-fast-int8`
 has the wide linear layers in int8 besides (extra `quant`), which changes the image. `diffusers-compiled` follows diffusers'

@@ -25,8 +25,8 @@ LEVEL = 0.05
 LOOK_LEVEL = 0.018
 TRIM = 0.25  # share of the pairs of a launch left out at each end
 ROUNDS, MOST_ROUNDS = 8, 24  # of a launch on a CPU
-# Standard error of the effect of a launch at which its rounds end: less than the deviation of launches apart from the noise
-# of their rounds, 2.1 % on a quiet machine (docs/statistics.md), so that rounds are added only where they are most of the noise.
+# Standard error of the effect of a launch at which its rounds end: about the deviation of launches apart from the noise of their
+# rounds, 1.3 % on a quiet machine (docs/statistics.md), so that rounds are added only where they are most of the noise.
 SETTLED = 0.015
 MIN_LAUNCHES = 2
 MOST_LAUNCHES = 1000

@@ -1,4 +1,4 @@
-"""The table of docs/optimisations.md against diffusers, OpenVINO and ONNX Runtime, measured anew on this machine.
+"""The tables of docs/cpu-peers.md against diffusers, OpenVINO and ONNX Runtime, measured anew on this machine.
 
 python tests/helpers/peers_table.py                     tiny and sd-34M, one and two threads: an hour and a half
 python tests/helpers/peers_table.py "sd2 and threads1"  full size; any expression of pytest's -k

@@ -306,7 +306,7 @@ def test_example_of_diffusers(tmp_path):
     from sd.convert import main as convert
 
     convert(["tiny", str(tmp_path / "tiny"), "--to", "diffusers"])
-    fields = {"checkpoint": str(tmp_path / "tiny"), "steps": 2}
+    fields = {"checkpoint": str(tmp_path / "tiny"), "steps": 2, "batch": 2}
     reference, answer = loaded(ROOT, "examples/diffusers_engine.py:Engine.reference", **fields)
     assert "ok" in answer and "ok" in reference.handle({"op": "round", "seed": 1}), answer
     path = str(tmp_path / "reference.npz")
