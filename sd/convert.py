@@ -84,11 +84,12 @@ def _replace(target: Path, output: Path, scratch: Path) -> None:
         os.replace(output, target)
         return
     backup = scratch / "replaced"  # a folder cannot be replaced in one step
-    os.replace(target, backup)
     try:
+        os.replace(target, backup)
         os.replace(output, target)
-    except OSError:
-        os.replace(backup, target)
+    except BaseException:  # also Ctrl-C: the caller deletes `scratch`
+        if backup.exists() and not target.exists():
+            os.replace(backup, target)
         raise
 
 

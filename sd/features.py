@@ -125,7 +125,12 @@ FEATURES = {
         "torch >= 2.1",
     ),
     "foreach_lerp": Feature("torch._foreach_lerp_", hasattr(torch, "_foreach_lerp_"), "torch >= 2.1"),
-    "fused_adamw": Feature("AdamW(fused=True)", _has_parameter(torch.optim.AdamW, "fused"), "torch >= 2.0"),
+    # In torch 2.0 it cannot be resumed: the number of steps is loaded to the CPU (pytorch #103256).
+    "fused_adamw": Feature(
+        "AdamW(fused=True)",
+        _has_parameter(torch.optim.AdamW, "fused") and hasattr(torch, "_foreach_lerp_"),
+        "torch >= 2.1",
+    ),
     "cpu_fused_adamw": Feature("AdamW(fused=True) on the CPU", _cpu_fused_adamw(), "torch >= 2.4"),
     "grad_scaler": Feature("a gradient scaler for the CPU", hasattr(torch.amp, "GradScaler"), "torch >= 2.3"),
     "device_context": Feature("torch.device as a context", hasattr(torch.device, "__enter__"), "torch >= 2.0"),

@@ -26,16 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         from sd.checkpoint.load import load
 
     try:
-        for line in summary(path):
+        parts = {"vae": options.vae, "text_encoder": options.text_encoder}
+        for line in summary(path, **parts, strict=not options.ignore_unknown_keys):
             print(printable(line))
         with checkpoint_warnings_as_lines():
-            config, _ = load(
-                path,
-                vae=options.vae,
-                text_encoder=options.text_encoder,
-                ignore_unknown_keys=options.ignore_unknown_keys,
-                shapes_only=True,
-            )
+            config, _ = load(path, **parts, ignore_unknown_keys=options.ignore_unknown_keys, shapes_only=True)
     except SDError as error:
         print("cannot be loaded: " + printable(str(error)), file=sys.stderr)
         return 2

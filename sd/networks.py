@@ -179,7 +179,8 @@ class Networks:
         if device is None:
             raise ConfigError("to: pass a device")
         target = torch.device(device)
-        if target != self.device:
+        of_weights = {weight.device for weight in self.parameters()}  # several after an earlier move that failed
+        if target != self.device or {each.type for each in of_weights} != {target.type} or len(of_weights) > 1:
             self._apply(target, self.optimisations)
         return self
 
@@ -210,11 +211,11 @@ class Networks:
         self._require_weights_in_use("load_state_dict")
         if self._merged.loras:
             raise ConfigError("load_state_dict: LoRA is merged into the weights; call unload_lora() first")
-        own = self.state_dict()
-        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-        if wrong:
-            raise CheckpointError(f"load_state_dict: {len(wrong)} names or shapes do not match, such as {wrong[0]}")
         with self._plain_weights():
+            own = self.state_dict()
+            wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+            if wrong:
+                raise CheckpointError(f"load_state_dict: {len(wrong)} names or shapes do not match, such as {wrong[0]}")
             for prefix, network in self._networks().items():
                 start = f"{prefix}."
                 network.load_state_dict({k[len(start) :]: weight for k, weight in state.items() if k.startswith(start)})
@@ -223,9 +224,9 @@ class Networks:
     def _plain_weights(self) -> Iterator[None]:
         """Context in which no weight is packed, so that `state_dict` shares memory with the model; then all is derived anew."""
         networks = (self.unet, self.autoencoder)
-        for network in networks:
-            unpack(network)
         try:
+            for network in networks:
+                unpack(network)
             yield
         finally:
             if self.optimisations.folded_projections:
@@ -285,6 +286,10 @@ class Networks:
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """Attention kernels that ran, by network; empty tuples before the first image, or the second where compiled."""
         return self._calls.kernels
+
+    def stop_observing(self) -> None:
+        """Observe no further `kernels`: the profiler that does could take the kernels of a GPU from another one of the process."""
+        self._calls.observed_unet.observe_call = self._calls.observed_decoder.observe_call = 0
 
     def context(self) -> AbstractContextManager[None]:
         """Context for direct calls of the networks, with the precision settings of `optimisations`; see Calls.context."""

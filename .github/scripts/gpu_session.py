@@ -39,6 +39,8 @@ INCOMPLETE = 3  # exit status
 SUCCESS = (0, 5)  # pytest's exit statuses of success, and of no selected test
 # What pytest perf imports; a machine with torch may lack the rest.
 REQUIRED = ("pytest", "pytest_benchmark", "omegaconf", "open_clip", "psutil", "rich", "yaml", "pynvml")
+# And a part, whose tests would be skipped without them.
+REQUIRED_BY = {"3": ("diffusers", "transformers")}
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,14 @@ def run_step(command: Sequence[str], log: Path, limit: float) -> int | None:
         try:
             return process.wait(limit)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
+            for _ in range(2):  # the first one may arrive within a recording, which reports another error instead
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(GRACE_SECONDS / 2)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            else:
                 process.kill()
                 process.wait()
             if isinstance(stop, KeyboardInterrupt):
@@ -213,7 +219,7 @@ def _pack(path: Path, work: Path, names: Sequence[str]) -> None:
 
 
 def _without_references(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return None if {"references", "journal"} & set(Path(member.name).parts) else member
+    return None if "references" in Path(member.name).parts else member  # a killed step has its rounds in its journal
 
 
 def _print(part: str, outcomes: Sequence[Outcome], kernels: dict[str, dict[str, float]]) -> None:
@@ -243,8 +249,8 @@ def install(wheels: Path, target: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
 
 
-def _require_packages() -> None:
-    absent = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+def _require_packages(part: str) -> None:
+    absent = [name for name in (*REQUIRED, *REQUIRED_BY.get(part, ())) if importlib.util.find_spec(name) is None]
     if absent:
         raise Refusal(
             f"this Python lacks {', '.join(absent)}: take their wheels along, and name the folder by --wheels"
@@ -278,7 +284,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-session-site-") as site:
         if arguments.wheels:
             install(arguments.wheels, Path(site))
-        _require_packages()
+        _require_packages(arguments.part)
         if arguments.part == "rehearse":
             outcomes = rehearse(arguments.out, arguments.seconds)
         else:

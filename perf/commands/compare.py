@@ -127,7 +127,7 @@ def _print_comparison(baseline: SavedRun, current: SavedRun, judgement: Judgemen
         before = seconds(old[id].session_median if id in old else None)
         rows.append([id, before, seconds(new[id].session_median), str(decision)])
     print_table(["configuration", f"A: {baseline.name}", f"B: {current.name}", "verdict"], rows)
-    for id, compared in compare_counts(current, baseline).items():
+    for id, compared in compare_counts(current, [baseline]).items():
         if compared.changes:
             print(f"{id}: {compared}")
     for session in (baseline, current):

@@ -26,11 +26,13 @@ from perf.analysis.verdicts import Decision, ExitCode, Verdict, decide_looks
 from perf.commands import simulate
 from perf.commands.interference import KINDS, interference
 from perf.configurations.configuration import Configuration, UnknownChoice, usual
+from perf.launch.process import ROOT
 from perf.machine.facts import cpu_facts
 from perf.machine.nvml import NoTelemetry, open_visible_device
 from perf.machine.stack import stack
 from perf.machine.telemetry import Watch, no_watch
 from perf.runs.baselines import why_foreign
+from perf.runs.fingerprints import source_sha256
 from perf.runs.storage import why_unwritable, write_atomically
 from perf.session import loading, pairs
 from perf.session.lock import DeviceBusy, DeviceLock
@@ -92,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     protocol = {"looks": list(looks), "rounds": rounds, "most_rounds": most_rounds, "slowdowns": list(slowdowns)}
     header = {"schema": 2, "configuration": configuration.as_dict(), "clock": clock, "stack": facts, **protocol}
     header["interference"] = arguments.interference
+    header["source"] = {name: source_sha256(ROOT / name) for name in ("sd", "perf")}
     settings = Settings(
         device,
         arguments.output.parent,

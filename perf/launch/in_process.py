@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 
 from perf.worker.server import Worker
 from perf.worker.wire import parse_response
@@ -13,7 +15,9 @@ class InProcessLaunch:
 
     pid = os.getpid()
 
-    def __init__(self):
+    def __init__(self, environment: Mapping[str, str] | None = None):
+        """environment: variables during each request; other workers of this process may have others."""
+        self.environment = dict(environment or {})
         self.worker = Worker()
         self.response: dict = {}
 
@@ -24,7 +28,8 @@ class InProcessLaunch:
 
     def send(self, operation: str, **arguments) -> None:
         """Answer a request; `receive` returns the response."""
-        self.response = self.worker.handle({"op": operation, **arguments})
+        with _variables(self.environment):
+            self.response = self.worker.handle({"op": operation, **arguments})
 
     def receive(self, timeout_seconds: float) -> dict:
         """Return the response to the last request. Raises WorkerError."""
@@ -35,3 +40,16 @@ class InProcessLaunch:
 
     def __exit__(self, *_):
         self.worker = None  # releases the model
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -52,14 +52,15 @@ class Interpreter:
     """The Python of a launch and the `sd` to measure.
 
     source: a folder that contains `sd`; `perf` always comes from this tree, so that two commits are measured by the same
-    code. environment: variables to set. tree: (the root of a repository, another commit of it), where
-    the user's own engines of that commit are.
+    code. environment: variables to set. path: further folders to import from, before those of PYTHONPATH. tree: (the root of
+    a repository, another commit of it), where the user's own engines of that commit are.
     """
 
     python: str = sys.executable
     source: Path = field(default_factory=import_root)
     environment: tuple[tuple[str, str], ...] = ()
     tree: tuple[Path, Path] | None = None
+    path: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """The command line of a worker."""
@@ -67,7 +68,7 @@ class Interpreter:
 
     def variables(self) -> dict[str, str]:
         """The worker's environment: this process's, with `sd` and `perf` first on the import path."""
-        path = [str(self.source), str(import_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(self.source), str(import_root()), *self.path, *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), **dict(self.environment)}
 
 
@@ -93,6 +94,7 @@ class ProcessLaunch:
             self._stderr.close()
             raise WorkerError("died", f"{interpreter.python} cannot be started: {error.strerror}") from None
         self._closed = False
+        self._unanswered = 0
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -112,14 +114,20 @@ class ProcessLaunch:
 
     def ask(self, operation: str, timeout_seconds: float, **arguments) -> dict:
         """Return the response to one request."""
+        interrupted = self._unanswered  # requests whose responses Ctrl-C did not wait for
         self.send(operation, **arguments)
+        for _ in range(interrupted):
+            with contextlib.suppress(WorkerError):
+                self.receive(timeout_seconds)
         return self.receive(timeout_seconds)
 
     def send(self, operation: str, **arguments) -> None:
         """Send a request, whose response `receive` waits for."""
         line = json.dumps({"op": operation, **arguments}) + "\n"
         with contextlib.suppress(queue.Empty):  # an unsolicited line would be taken for the response to this request
-            self._fail(self._lines.get_nowait())
+            if not self._unanswered:
+                self._fail(self._lines.get_nowait())
+        self._unanswered += 1
         try:
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
@@ -129,6 +137,7 @@ class ProcessLaunch:
     def receive(self, timeout_seconds: float) -> dict:
         """Return the next response."""
         line = self._line(timeout_seconds)
+        self._unanswered = max(0, self._unanswered - 1)  # the greeting answers no request
         if line is None:
             self._fail(None)
         try:

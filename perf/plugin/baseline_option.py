@@ -56,7 +56,17 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
         if paired and folder is not None:  # the margin still comes from stored A/A comparisons
             return Comparison(margin=_stored(folder, stack, settings).margin)
         return Comparison()
+    if paired:
+        names = [f"--{name.replace('_', '-')}" for name in PAIRED if config.getoption(name)]
+        raise pytest.UsageError(
+            f"--benchmark-compare and {names[0]}: a session has one verdict for each configuration; leave out one of them"
+        )
     if folder is None:
+        if strict or fail_on_counts:
+            raise pytest.UsageError(
+                f"{'--perf-strict' if strict else '--perf-fail-on-counts'}: --benchmark-storage is no folder, from which "
+                "sd-perf reads baselines; name a folder"
+            )
         return Comparison()  # pytest-benchmark handles other storages itself
     if isinstance(compare, str) and (Path(compare).is_dir() or compare.partition("::")[0].endswith(".py")):
         raise pytest.UsageError(
@@ -69,7 +79,7 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
         choice = replace(choice, plain=(named,)) if named.plain else replace(choice, named=named, plain=())
         if named.why_no_candidate:
             notices.append(f"the baseline {named.path.name} is {named.why_no_candidate}")
-    if fail_on_counts and not paired and not (choice.named or choice.counted):
+    if fail_on_counts and not (choice.named or choice.counted):
         raise pytest.UsageError(f"--perf-fail-on-counts: {folder} has no session with counts of this software")
     plain = choice.plain if isinstance(compare, str) else (*choice.history, *choice.plain)
     if choice.newest is not None:
@@ -78,8 +88,8 @@ def choose(config, folder: Path | None, stack: dict, settings: Settings) -> Comp
     refused = "".join(f"\n  {path.name}: {reason}" for path, reason in choice.refused)
     message = f"there is no baseline in {folder} for this machine; save one with --benchmark-autosave{refused}"
     gate = bool(failing or strict)
-    if choice.counted is not None:
-        notices.append(f"counts are compared with {choice.counted.name}")
+    if choice.counted:
+        notices.append(f"counts are compared with sessions up to {choice.counted[-1].name}")
     if plain:
         option.benchmark_compare = str(plain[-1].path)
         return Comparison(choice, choice.margin, tuple(notices), plain, missing=message, gate=gate)

@@ -22,6 +22,8 @@ from perf.session.lock import DeviceBusy
 from perf.session.run import Session, run
 from perf.session.settings import SessionError, SessionRefused
 
+DESELECTED = pytest.StashKey[int]()
+
 
 def _state(config) -> RunState | None:
     """The state of this run, or None without pytest-benchmark."""
@@ -86,8 +88,12 @@ def pytest_collection_modifyitems(config, items):
             "leave it out, or deselect them"
         )
     state = _state(config)
+    if tests and _measures(config):
+        options.require_for_own_suite(config)
     if state is None and tests and _measures(config):
         state = create_late(config)
+        if DESELECTED in config.stash:
+            state.problems.append(f"deselected {config.stash[DESELECTED]}")
         benchmark_bridge.take_over(config)
         for notice in state.comparison.notices:
             config.get_terminal_writer().line(f"perf: {notice}", yellow=True)
@@ -129,15 +135,17 @@ def pytest_testnodedown(node):
 
 def pytest_deselected(items):
     """Mark the run as partial if -k or --deselect removed configurations; -m selects another complete suite."""
-    state = _state(items[0].config) if items else None
+    state, config = (_state(items[0].config), items[0].config) if items else (None, None)
     if state is None:
+        tests = [item for item in items if selection.test_of(item)]
+        if tests and not config.option.markexpr:  # the state may be created when others of these are collected
+            config.stash[DESELECTED] = len(tests)
         return
-    config = items[0].config
-    removed = [item for item in items if selection.configuration_of(item)]
+    removed = [item for item in items if selection.configuration_of(item) or selection.test_of(item)]
     removed = selection.select(config, removed, state.values, state.device)
     if removed and not config.option.markexpr:
         state.problems.append(f"deselected {len(removed)}")
-    elif removed and any(config.getoption(name, None) for name in ("keyword", "deselect", "lf", "stepwise")):
+    elif removed and selection.narrowed(config):
         state.problems = ["narrowed by more than -m"]
 
 

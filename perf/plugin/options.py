@@ -318,6 +318,22 @@ def settings(config, device: str, folder: Path, margin: float) -> Settings:
     )
 
 
+def require_for_own_suite(config) -> None:
+    """Raise pytest.UsageError for options that have no effect on tests of `measured`."""
+    option = config.getoption
+    for name in ("perf_a", "perf_b", "perf_python"):
+        if option(name):
+            raise pytest.UsageError(
+                f"--{name.replace('_', '-')} is for configurations, and the tests of `measured` have none: leave it out"
+            )
+    compares = [name for name in (*PAIRED, "perf_strict", "perf_fail_on_counts") if option(name)]
+    if option("perf_inprocess") and compares:
+        raise pytest.UsageError(
+            f"--{compares[0].replace('_', '-')}: with --perf-inprocess pytest-benchmark alone times the tests of "
+            "`measured`, and nothing is compared: leave out one of the two"
+        )
+
+
 def _validate(option, isolated: bool, interpreters: dict[str, Interpreter]) -> None:
     given = [f"--{name.replace('_', '-')}" for name in PAIRED if option(name)]
     if len(given) > 1:

@@ -96,6 +96,11 @@ def named_tests(config) -> set[str]:
     return {argument.partition("::")[2] for argument in config.args if "::" in argument and "[" in argument}
 
 
+def narrowed(config) -> bool:
+    """Whether options other than -m leave out some of the tests."""
+    return any(config.getoption(name, None) for name in ("keyword", "deselect", "lf", "stepwise"))
+
+
 def test_of(item) -> Configuration | None:
     """The configuration of a test of the user's own suite that requests `measured`, or None for any other test."""
     return Configuration(engine=item.nodeid) if "measured" in getattr(item, "fixturenames", ()) else None

@@ -16,7 +16,7 @@ import pytest
 from perf.worker.server import Worker, open_pipes, respond
 
 SERVE = pytest.StashKey[Callable[..., NoReturn]]()
-# Options of pytest-benchmark that do not suit a single unsaved test.
+# Options that do not suit a single unsaved test beside others.
 OFF = (
     "benchmark_only",
     "benchmark_skip",
@@ -24,6 +24,9 @@ OFF = (
     "benchmark_autosave",
     "benchmark_compare",
     "benchmark_json",
+    "basetemp",  # which each process would empty
+    "log_file",
+    "xmlpath",
 )
 
 

@@ -39,6 +39,12 @@ class Results:
     counts: dict[str, CountsComparison] = field(default_factory=dict)
 
     @property
+    def not_compared(self) -> list[str]:
+        """Configurations without a verdict although the session measures a second side of each."""
+        ids = [slot.configuration.id for slot in self.session.plan.own_slots] if self.session.settings.variant else []
+        return [id for id in ids if id not in self.decisions]
+
+    @property
     def regressed(self) -> set[str]:
         """Configurations that are SLOWER; only comparisons with stored sessions and commits count.
 
@@ -55,15 +61,19 @@ def evaluate(session: Session, comparison: Comparison) -> Results:
     ids = [one.slot.configuration.id for one in measured if one.failure is None and one.rounds()]
     infos = {id: record.extra_info(session, id) for id in ids}
     decisions, judgement = dict(session.decisions), None
-    baseline, counted = comparison.choice.newest, comparison.choice.named or comparison.choice.counted
+    choice = comparison.choice.without(session.started_unix_seconds)  # a resumed session may be stored already
+    baseline, counted = choice.newest, [choice.named] if choice.named else choice.counted
     current = record.saved_run(session, infos) if infos and (baseline or counted) else None
-    counts = baselines.compare_counts(current, counted) if current and counted else {}
+    counts = baselines.compare_counts(current, counted) if current else {}
     counts |= {id: record.compare_counts(session, id) for id in infos if session.settings.variant}
-    if baseline is not None and current is not None:
+    if baseline is not None and current is None:  # nothing could be measured
+        missing = tuple(id for id, old in baseline.by_id.items() if old.configuration)
+        judgement = baselines.Judgement({}, missing=missing)
+    elif baseline is not None:
         if baselines.why_foreign(baseline.machine, current.machine):
             judgement = baselines.judge_foreign(current, baseline)
         else:
-            judgement = baselines.judge(current, comparison.choice, comparison.margin)
+            judgement = baselines.judge(current, choice, comparison.margin)
         decisions = {**judgement.decisions, **decisions}
     for id, decision in decisions.items():
         if id in infos:
@@ -212,6 +222,8 @@ def exit_status(state: RunState, status: int, unsaved: bool, regressed: bool, st
     if strict:
         # A configuration that is missing although no option excluded it may have stopped working.
         if not state.problems and results.judgement and results.judgement.missing:
+            return ExitCode.FAILED
+        if results.not_compared:
             return ExitCode.FAILED
         if any(decision.verdict is Verdict.INCONCLUSIVE for decision in results.decisions.values()):
             return ExitCode.INCONCLUSIVE

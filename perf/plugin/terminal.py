@@ -198,6 +198,8 @@ def lines(results: Results, partial: str | None) -> list[str]:
     if decisions:
         text.append(_error_rate(decisions))
     text += _without_interval(results)
+    if results.not_compared:
+        text.append(f"not compared, for lack of rounds on both sides: {', '.join(results.not_compared)}")
     if judgement and judgement.missing:
         text.append(f"in the baseline, but not measured: {', '.join(judgement.missing)}")
     if judgement and judgement.new:
@@ -287,7 +289,11 @@ def _error_rate(decisions: dict[str, Decision]) -> str:
 
 def _compiling(id: str, info: dict) -> str:
     first, graphs, amortised = info["first_call_seconds"], info["compile"], info["images_to_amortise"]
-    cold = "not cold, with --perf-compile-cache" if first["cold"] is None else f"{first['cold']:.1f} s cold"
+    cold = (
+        "not cold, with --perf-compile-cache or --perf-inprocess"
+        if first["cold"] is None
+        else f"{first['cold']:.1f} s cold"
+    )
     text = f"{id}: first call {cold}"
     if first["warm"] is not None:
         text += f", {first['warm']:.1f} s with a warm compile cache"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,15 +20,23 @@ class Choice:
     """The stored sessions of a comparison, oldest first, and the rejected files with their reasons.
 
     named: the run that the user named, whether or not it is in `history`; ratios then refer to it, and else to the mean of
-    the history. plain: runs of this machine without a configuration, for pytest-benchmark's comparison. counted: the newest
-    complete run with counts of the same software, on whatever machine.
+    the history. plain: runs of this machine without a configuration, for pytest-benchmark's comparison. counted: complete
+    runs with counts of the same software, on whatever machine, oldest first.
     """
 
     history: tuple[SavedRun, ...] = ()
     refused: tuple[tuple[Path, str], ...] = ()
     named: SavedRun | None = None
     plain: tuple[SavedRun, ...] = ()
-    counted: SavedRun | None = None
+    counted: tuple[SavedRun, ...] = ()
+
+    def without(self, started_unix_seconds: float) -> Choice:
+        """The choice without stored copies of the session that began then."""
+
+        def others(runs: tuple[SavedRun, ...]) -> tuple[SavedRun, ...]:
+            return tuple(run for run in runs if run.started_unix_seconds != started_unix_seconds)
+
+        return replace(self, history=others(self.history), counted=others(self.counted))
 
     @property
     def newest(self) -> SavedRun | None:
@@ -125,7 +133,7 @@ def candidates(
         tuple(run for run in history if run.path not in duplicates),
         tuple(refused),
         plain=tuple(plain),
-        counted=counted[-1] if counted else None,
+        counted=tuple(counted),
     )
 
 
@@ -183,14 +191,15 @@ def has_comparable_counts(run: SavedRun, here: Mapping[str, object]) -> bool:
     return same and any(each.counts and not each.counts.get("error") for each in run.benchmarks)
 
 
-def compare_counts(current: SavedRun, baseline: SavedRun) -> dict[str, CountsComparison]:
-    """Compare the counts of each configuration that both runs have, with equal work."""
-    stored = baseline.by_id
-    return {
-        id: compare(benchmark.counts, stored[id].counts, baseline.name)
-        for id, benchmark in current.by_id.items()
-        if id in stored and _same_work(benchmark.configuration, stored[id].configuration)
-    }
+def compare_counts(current: SavedRun, stored: Iterable[SavedRun]) -> dict[str, CountsComparison]:
+    """Compare the counts of each configuration with the last of the stored runs that has it with equal work."""
+    comparisons = {}
+    for run in stored:
+        for id, old in run.by_id.items():
+            new = current.by_id.get(id)
+            if new is not None and _same_work(new.configuration, old.configuration):
+                comparisons[id] = compare(new.counts, old.counts, run.name)
+    return comparisons
 
 
 def missing_in(current: SavedRun, baseline: SavedRun) -> tuple[str, ...]:

@@ -129,12 +129,14 @@ def _first_image_seconds(load: dict, launch: Launch) -> float | None:
 
 
 def _cold_and_warm(seconds: Sequence[float | None], session: Session) -> dict[str, float | None]:
-    """Cold: the session's first launch, null with --perf-compile-cache, which may be warm. Warm: the others."""
+    """Cold: the session's first launch, null where it may be warm. Warm: the others."""
     return {"cold": _first_if_cold(seconds, session), "warm": _median(seconds[1:])}
 
 
 def _first_if_cold(seconds: Sequence[float | None], session: Session) -> float | None:
-    return None if session.settings.compile_cache is not None else seconds[0]
+    """None with a compile cache of the user's, and in a process that may have compiled the same before."""
+    settings = session.settings
+    return seconds[0] if settings.compile_cache is None and settings.isolated else None
 
 
 def _compile(measured: SlotMeasurements) -> dict | None:

@@ -52,19 +52,23 @@ def resume_journal(
     path = recorded.path
     if recorded.damage:
         log(f"{path}: {recorded.damage}")
-    if recorded.ended:
-        log(f"{path}: the session was complete; nothing is left to measure")
     _require_same_options(path, recorded.plan, protocol)
     plan = _drawn_before(path, recorded.plan, plan)
     try:
         measurements = Measurements(plan, recorded.events)
     except (KeyError, TypeError, ValueError) as error:
         raise SessionError(f"{path}: cannot be resumed ({error}); start again without --perf-resume") from None
+    restarts = measurements.restart_failed()
+    if recorded.ended and not restarts:
+        log(f"{path}: the session was complete; nothing is left to measure")
     log(f"perf: resuming from {path} with {measurements.counts()[1]} measured rounds")
+    journal = Journal(path, after=recorded)
+    for restart in restarts:
+        journal.write("restart", restart)
     started, now = recorded.plan.get("started_unix_seconds"), time.time()
     if not isinstance(started, float) or not 0 < started <= now:
         started = now
-    return OpenJournal(Journal(path, after=recorded), measurements, started)
+    return OpenJournal(journal, measurements, started)
 
 
 def _drawn_before(path: Path, recorded: dict[str, Any], plan: Plan) -> Plan:
@@ -106,7 +110,9 @@ def _matching(folder: Path, protocol: dict[str, Any], log: Callable[[str], None]
     for error in unreadable:
         log(f"not resumed: {error}")
     same = [recorded for recorded in readable if not _difference(recorded.plan, protocol)]
-    candidates = [recorded for recorded in same if not recorded.ended] or same or readable
+    unfinished = [recorded for recorded in same if not recorded.ended]
+    # One without a round, such as of a command that was interrupted while it compiled, comes after those with rounds.
+    candidates = sorted(unfinished, key=lambda recorded: not recorded.rounds) or same or readable
     for other in candidates[1:] if same else ():
         if not other.ended:
             log(f"perf: also unfinished with the same options: {other}")

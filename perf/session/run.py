@@ -65,7 +65,7 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
     facts = stack(settings.device, gpu)
     if settings.device == "cpu":
         log(noise.expectation(cpu_facts(), settings))
-    plan = _plan(settings, configurations, gpu, log)
+    plan, reason = _plan(settings, configurations, gpu)
     with (
         _device_lock(facts, log),
         compile_cache(settings.compile_cache) as cache,
@@ -82,6 +82,10 @@ def run(settings: Settings, configurations: list[Configuration], log: Callable[[
         facts.update({name: probed[name] for name in PEAK_RATES})
         watch = _watch(gpu, probed["uuid"], log)
         opened = _open_journal(settings, plan, facts, begin, log)
+        if opened.measurements.plan.loading != plan.loading:
+            reason = loading.DESCRIPTIONS[opened.measurements.plan.loading]
+        if reason:
+            log(f"perf: {reason}")
         plan, measurements, interrupted, traces = opened.measurements.plan, opened.measurements, False, {}
         judge = _judge(settings, plan)
         with opened.journal as journal, SessionProgress() as progress:
@@ -136,9 +140,8 @@ def _plan(
     settings: Settings,
     configurations: list[Configuration],
     gpu: Device | NoTelemetry | None,
-    log: Callable[[str], None],
-) -> Plan:
-    """The slots with their control arm, loaded together where memory allows."""
+) -> tuple[Plan, str | None]:
+    """The slots with their control arm, loaded together where memory allows, and what the terminal says of that."""
     slots = [slot for configuration in configurations for slot in settings.slots(configuration)]
     if len(slots) > 1 and _needs_control(settings):
         control = pairs.control_slot(slots)
@@ -148,11 +151,10 @@ def _plan(
     choice, reason = loading.choose(slots, free_bytes(settings, gpu), what)
     if settings.loading:
         choice, reason = settings.loading, loading.DESCRIPTIONS[settings.loading]
-    if reason:
-        log(f"perf: {reason}")
     looks = settings.looks if len(settings.looks) > 1 else ()
     seed = random.randrange(2**32)
-    return Plan(tuple(slots), settings.launches, settings.rounds, choice, seed, looks, settings.most_rounds)
+    plan = Plan(tuple(slots), settings.launches, settings.rounds, choice, seed, looks, settings.most_rounds)
+    return plan, reason
 
 
 def _needs_control(settings: Settings) -> bool:
@@ -215,7 +217,15 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
     }
     if not settings.resume:
         return start_journal(folder, plan, protocol, begin)
-    return resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
+    opened = resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
+    before = opened.measurements.plan.loading
+    if settings.loading not in (None, before):
+        opened.journal.close()
+        raise SessionRefused(
+            f"--perf-loading {settings.loading}: the session to resume began with {before}, and its rounds must alternate "
+            "as before: leave it out, or start again without --perf-resume"
+        )
+    return opened
 
 
 def _own_sources(plan: Plan, settings: Settings) -> dict[str, str]:

@@ -16,7 +16,7 @@ TRACE_SEED = 500_000  # differs from the seeds of timed rounds
 def trace_all(
     launches, slots: Iterable[Slot], folder: Path, limits: Limits, log: Callable[[str], None]
 ) -> dict[str, dict]:
-    """Trace each slot in a process of its own; return the worker's `trace` responses by configuration id.
+    """Trace each slot in a process of its own, whatever the session; return the workers' responses by configuration id.
 
     launches: a perf.session.workers.Launches. All rounds are measured by now, so nothing that goes wrong here is an error: a
     configuration that cannot be traced is logged and omitted, and Ctrl-C leaves out the rest.
@@ -31,8 +31,8 @@ def trace_all(
         id = slot.configuration.id
         log(f"perf: tracing {id}")
         try:
-            with launches.open(slot) as worker:
-                worker.ask("load", limits.load, **launches.load_arguments(slot))
+            with launches.open(slot, own_process=True) as worker:
+                worker.ask("load", limits.load, **launches.load_arguments(slot), observe=False)
                 run_round(worker, limits.first_round, TRACE_SEED + 1)
                 traces[id] = worker.ask(
                     "trace", limits.round, stem=str(folder.absolute() / file_name(id)), seed=TRACE_SEED

@@ -37,12 +37,12 @@ class Launches:
         if settings.threads:
             self.environment += tuple((name, str(settings.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
-    def open(self, slot: Slot):
-        """Return the worker of a slot, as a context. Raises WorkerError."""
-        if not self.settings.isolated:
+    def open(self, slot: Slot, own_process: bool = False):
+        """Return the worker of a slot, as a context; own_process: also in a session within one. Raises WorkerError."""
+        if not (self.settings.isolated or own_process):
             if self.settings.device == "cuda":  # effective before the first use of CUDA in this process
                 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-            return InProcessLaunch()
+            return InProcessLaunch(self._caches(slot.configuration))
         interpreter = self.interpreter(slot)
         if slot.configuration.test:
             folder, test = self._folder(slot), slot.configuration.engine
@@ -56,9 +56,19 @@ class Launches:
         chosen = self.settings.interpreters[label] if label else Interpreter()
         if slot.variant == "base":
             chosen = Interpreter(chosen.python, self.settings.against[1].source)
-        cache = self._cache_folder(slot.configuration)
-        caches = (("TORCHINDUCTOR_CACHE_DIR", cache), ("TRITON_CACHE_DIR", str(Path(cache, "triton"))))
-        return Interpreter(chosen.python, chosen.source, (*chosen.environment, *self.environment, *caches))
+        environment = (*chosen.environment, *self.environment, *self._caches(slot.configuration).items())
+        return Interpreter(chosen.python, chosen.source, environment, path=self._import_path(slot))
+
+    def _import_path(self, slot: Slot) -> tuple[str, ...]:
+        """The folders of the user's own code of another commit, before those of an installation of it."""
+        if self._tree(slot) is None or not slot.configuration.own:
+            return ()
+        folders = [self._folder(slot), self._tree(slot)]
+        return tuple(str(path) for folder in folders for path in (folder, folder / "src") if path.is_dir())
+
+    def _caches(self, configuration: Configuration) -> dict[str, str]:
+        cache = self._cache_folder(configuration)
+        return {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
 
     def _cache_folder(self, configuration: Configuration) -> str:
         """The compile cache of a configuration: one for all if the user keeps one, else a folder of its own.
@@ -91,16 +101,21 @@ class Launches:
         given = [] if configuration.engine.endswith((".reference", ":reference")) else configuration.given
         folder = self._folder(slot)
         directory = folder if configuration.test else self.settings.directory
-        return {"own": {"directory": str(directory), "folder": str(folder), "given": given}}
+        tree = self._tree(slot)
+        trees = self.settings.against[1].tree if tree is not None else None
+        other = {"tree": [os.path.realpath(folder) for folder in trees]} if trees else {}
+        return {"own": {"directory": str(directory), "folder": str(folder), "given": given, **other}}
 
     def _folder(self, slot: Slot) -> Path:
         """Where the code of an engine of the user's own is, or the root of the suite of a test."""
-        settings = self.settings
+        settings, tree = self.settings, self._tree(slot)
         folder = settings.rootpath if slot.configuration.test else settings.directory
-        if slot.variant != "base" or settings.against is None or settings.against[1].tree is None:
-            return folder
-        top, tree = settings.against[1].tree
-        return tree / os.path.relpath(folder, top)
+        return folder if tree is None else tree / os.path.relpath(folder, settings.against[1].tree[0])
+
+    def _tree(self, slot: Slot) -> Path | None:
+        """All files of the other commit, for a slot of the user's own code of it."""
+        against = self.settings.against
+        return None if slot.variant != "base" or against is None or against[1].tree is None else against[1].tree[1]
 
     def probe(self, configurations: list[Configuration]) -> dict:
         """Return the facts of torch and the device, from a process of its own, and validate the techniques.

@@ -27,8 +27,8 @@ def record(engine: Engine, stem: str, seed: int) -> dict:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     trace, memory = Path(f"{stem}.trace.json"), Path(f"{stem}.memory.pickle")
     recording = False
-    # The warm-up is part of this profiler session, since the first events under CUPTI are slow. A session of its own
-    # before this one does not work: after it CUPTI can give no kernels for the rest of the process (CUDA 13, torch 2.13).
+    # The warm-up is part of this profiler session, since the first events under CUPTI are slow. Another session before this
+    # one does not work: after it CUPTI can give no kernels for the rest of the process (CUDA 13, torch 2.13).
     with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as profiler:
         torch.ones(1, device="cuda" if on_cuda else "cpu").add_(1)
         if on_cuda:

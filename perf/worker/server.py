@@ -17,11 +17,12 @@ import signal
 import sys
 import time
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from perf.worker import clock
 from perf.worker.wire import PROTOCOL, WorkerError
@@ -32,10 +33,16 @@ RATE_DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32",)} 
 
 
 class Worker:
-    """State of a worker: at most one engine. Also used without a process of its own (perf.launch.in_process)."""
+    """State of a worker: at most one engine. Also used without a process of its own (perf.launch.in_process).
+
+    alive: the workers of this process.
+    """
+
+    alive: ClassVar[weakref.WeakSet[Worker]] = weakref.WeakSet()
 
     def __init__(self, function: Any = None) -> None:
         """function: the round of the only engine that can be loaded, instead of the one that a configuration names."""
+        self.alive.add(self)
         self.function = function
         self.engine: Any = None
         self.configuration: Any = None
@@ -74,11 +81,13 @@ class Worker:
         threads: int | None,
         slowdown: float = 0.0,
         own: dict | None = None,
+        observe: bool = True,
     ) -> dict:
         """Import torch, load the model, allocate the reference workload. configuration: fields, validated by the session.
 
         own: of an engine of the user's own: the working directory, the `folder` with its modules, and the `given` fields,
-        which the engine must read.
+        which the engine must read; of another commit also `tree`: the root of the repository, and the files of that commit.
+        observe: whether the engine may profile a call to learn its attention kernels, which `trace` excludes.
         """
         begin = time.perf_counter()
         collect_garbage(every_object=True)  # also what an earlier worker of this process has left
@@ -96,6 +105,8 @@ class Worker:
         loading = time.perf_counter()
         with self._compiling():
             self.engine = open_engine(configuration, device, self.own.get("folder"), self.function)
+        if not observe and hasattr(self.engine.engine, "stop_observing"):
+            self.engine.engine.stop_observing()
         self.busy_loop = BusyLoop(slowdown, self.clock) if slowdown else None
         if self.busy_loop and not self.own:
             self.engine.engine.after_step = self.busy_loop
@@ -141,6 +152,10 @@ class Worker:
             wall = time.perf_counter() - wall
         self.output = output
         self._require_read_fields()
+        if "tree" in self.own:
+            from perf.worker.engines import require_code_of
+
+            require_code_of(*self.own["tree"])
         if self.graphs_after_first is None:
             self.graphs_after_first = self.compiled["graphs"]
         timed_by_events = clock.uses_cuda() and output.stages and not self.own
@@ -236,6 +251,8 @@ class Worker:
     def _peak_bytes(self) -> dict[str, int | None]:
         """Peak memory of the round, without the tensors of the reference workload."""
         peaks = peak_bytes()
+        if sum(worker.engine is not None for worker in Worker.alive) > 1:  # whose models are in the process's peak
+            peaks.update(allocated=None, reserved=None)
         if peaks["allocated"] is not None:
             peaks["allocated"] -= self.reference_workload.bytes
         return peaks

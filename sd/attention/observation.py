@@ -24,6 +24,7 @@ KERNEL_OPERATORS = {
     "xformers::efficient_attention_forward_small_k": "small_k",
     "xformers::efficient_attention_forward_cutlass": "mem_efficient",
     "xformers_flash::flash_fwd": "flash",
+    "xformers_flash3::flash_fwd": "flash",  # its default on Hopper
 }
 
 
@@ -39,7 +40,7 @@ def kernels_in(operators: Iterable[str]) -> tuple[str, ...]:
 class ObservedCall:
     """A network's call, profiled once to record its attention kernels.
 
-    observe_call: number of the profiled call; 2 by default, since under torch.compile call 1 traces every candidate.
+    observe_call: number of the profiled call; 2 by default, since under torch.compile call 1 traces every candidate; 0 for none.
     """
 
     def __init__(self, call: Callable[..., Any], observe_call: int = 2):
@@ -50,6 +51,10 @@ class ObservedCall:
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
         if self.calls != self.observe_call:
+            return self.call(*arguments)
+        # Of the caller, in which torch cannot nest another: a later call is observed.
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            self.observe_call += 1
             return self.call(*arguments)
         # Without this the profiler writes a line to stderr at every start and stop.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

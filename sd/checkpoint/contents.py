@@ -46,10 +46,15 @@ def describe_prediction(path: str | Path, config: ModelConfig) -> str:
     )
 
 
-def summary(path: str | Path) -> list[str]:
-    """Lines on a checkpoint: format and layout, each network with its tensors, parameters and precisions, other entries."""
+def summary(
+    path: str | Path, vae: str | Path | None = None, text_encoder: str | Path | None = None, strict: bool = True
+) -> list[str]:
+    """Lines on a checkpoint: format and layout, each network with its tensors, parameters and precisions, other entries.
+
+    vae, text_encoder, strict: as in `read_checkpoint`.
+    """
     path = Path(path)
-    checkpoint = read_checkpoint(path, shapes_only=True)
+    checkpoint = read_checkpoint(path, vae=vae, text_encoder=text_encoder, strict=strict, shapes_only=True)
     state = checkpoint.state
     lines = [
         f"format: {_format(path)}, {_size(path) / 2**20:.1f} MiB",

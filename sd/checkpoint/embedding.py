@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sd.checkpoint.file_formats import index, read_tensors
-from sd.errors import CheckpointError, ConfigError
+from sd.errors import CheckpointError, ConfigError, listed
 
 _NAMELESS = ("emb_params", "*")  # keys that are no token
 
@@ -41,8 +41,9 @@ def read_embedding(path: str | Path, width: int, token: str | None = None) -> Em
             f"{path}: is an embedding for Stable Diffusion XL ({', '.join(names)}); use one of SD1 or SD2"
         )
     if len(names) != 1:
-        listed = ", ".join(names[:5])
-        raise CheckpointError(f"{path}: has {len(names)} tensors ({listed}), an embedding has one; give such a file")
+        raise CheckpointError(
+            f"{path}: has {len(names)} tensors ({listed(names, 5)}), an embedding has one; give such a file"
+        )
     vectors = read_tensors(file_index, progress=False)[names[0]]
     if vectors.dim() not in (1, 2) or not vectors.numel() or not vectors.is_floating_point():
         raise CheckpointError(

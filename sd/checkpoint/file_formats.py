@@ -60,6 +60,7 @@ SETTINGS_FILES = {  # by the end of the name
 }
 TORCHSCRIPT = "is a TorchScript archive, which is a program: use the .safetensors or .ckpt of the model"
 DAMAGED = "is damaged or its download is incomplete: download it again"
+COMPRESSED = "was packed again with compression, unlike torch's files: unpack it and save it with torch.save"
 
 
 MAX_ERROR_BYTES = 1 << 16  # of a text that a server sends instead of a file
@@ -226,6 +227,8 @@ def _index_zip(path: Path, file: IO[bytes], size: int) -> FileIndex:
             _check(not script, TORCHSCRIPT)
             _check(bool(pickles), "is a zip file but no torch file: unpack it, or use the .safetensors of the model")
             _check(len(pickles) == 1 and records[pickles[0]].file_size <= MAX_PICKLE_BYTES)
+            # A small compressed file could become gigabytes of objects.
+            _check(records[pickles[0]].compress_type == zipfile.ZIP_STORED, COMPRESSED)
             order = records.get(f"{root}byteorder")
             _check(order is None or order.file_size <= len("little"))
             big_endian = order is not None and _read_record(archive, order) != b"little"
@@ -255,7 +258,7 @@ def _read_record(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def _record_start(file: IO[bytes], info: zipfile.ZipInfo, size: int) -> int:
     """Byte at which the data of a zip record begins; torch stores records uncompressed."""
     stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-    _check(stored, "was packed again with compression, unlike torch's files: unpack it and save it with torch.save")
+    _check(stored, COMPRESSED)
     file.seek(info.header_offset)
     header = file.read(30)
     _check(len(header) == 30 and header[:4] == b"PK\x03\x04")
@@ -320,15 +323,18 @@ def _index_pickle(path: Path, loaded: Any, place: Place, size: int) -> FileIndex
     step = step if type(step) is int else None
     embedding = "string_to_param" in loaded and not tensors
     _check(not embedding, "is a textual inversion embedding in a form that cannot be read: save it as .safetensors")
-    nested = [str(name)[:40] for name, value in state.items() if not tensors and _has_tensors(value)]
+    nested = [
+        name[:40] if type(name) is str else type(name).__name__
+        for name, value in state.items()
+        if not tensors and _has_tensors(value)
+    ]
     _check(
         not nested,
         f"has its tensors in the entries {listed(nested)}, as trainers and extensions of models save them: "
         f"save the entry of a whole model as a file, or give such a file",
     )
-    others = tuple(
-        str(name) for name in loaded if name not in {*tensors, "state_dict", "string_to_param", "global_step"}
-    )
+    known = {*tensors, "state_dict", "string_to_param", "global_step"}
+    others = tuple(name for name in loaded if type(name) is str and name not in known)
     return _check_total(FileIndex(path, tensors, step, others, file_format="torch"), size)
 
 

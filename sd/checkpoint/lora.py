@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,25 @@ def _metadata_alphas(path: str | Path, file_index: FileIndex) -> dict[str, Any]:
         kind = {"use_dora": "DoRA", "lora_bias": "LoRA with biases"}.get(name.partition(".")[2])
         if kind is not None and value:
             raise CheckpointError(f"{path}: is a {kind} file ({name}); only plain LoRA is supported: use one of those")
+        patterns = value or {} if name.endswith(".alpha_pattern") else {}
+        alphas = [value] if name.endswith(".lora_alpha") else []
+        valid = isinstance(patterns, dict) and all(map(_is_pattern, patterns))
+        if not valid or not all(map(_is_finite, [*alphas, *patterns.values()])):
+            raise CheckpointError(f"{path}: {name} in lora_adapter_metadata is invalid; use another file")
     return settings
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether this is a regular expression that takes no exponential time: repetitions are few, and none is of a group."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError):
+        return False
+    return len(text) <= 1000 and not re.search(r"\)[*+?{]", text) and len(re.findall(r"[*+{]", text)) <= 3
 
 
 def _scale(name: str, rank: int, alpha: float | None, settings: Mapping[str, Any]) -> float:
@@ -230,13 +248,21 @@ class Merged:
 
         Sums are fp32 and start from the original weights: each weight is rounded once, whatever the number of files.
         """
-        self.loras.append((updates, scale))
-        for name in updates:
+        before = self.loras
+        try:
+            self._merge([*before, (updates, scale)], updates, weights)
+        except BaseException:  # such as Ctrl-C: called again, it must not merge twice
+            self._merge(before, self.originals.keys() & updates.keys(), weights)
+            raise
+        self.loras = [*before, (updates, scale)]
+
+    def _merge(self, loras: list[tuple[Updates, float]], names: Iterable[str], weights: layouts.State) -> None:
+        for name in names:
             weight = weights[name]
             if name not in self.originals:
                 self.originals[name] = weight.detach().to("cpu", copy=True)
             total = self.originals[name].to(weight.device, torch.float32)
-            for merged, factor in self.loras:
+            for merged, factor in loras:
                 if name in merged:
                     total = total + factor * merged[name].dense(weight)
             weight.copy_(total)
@@ -246,5 +272,5 @@ class Merged:
         """Copy the original weights back."""
         for name, original in self.originals.items():
             weights[name].copy_(original)
-        self.loras.clear()
+        self.loras = []
         self.originals.clear()

@@ -31,7 +31,7 @@ from sd.optimise.compile import (
     separate_biases,
     use_nhwc,
 )
-from sd.optimise.cuda_graphs import Graphed, GraphedLoop
+from sd.optimise.cuda_graphs import Graphed, GraphedLoop, addresses_of
 from sd.optimise.guards import GuardedOnce
 from sd.optimise.optimisations import WEIGHT_DTYPES, Optimisations
 from sd.optimise.packed import cache_code, pack, unpack
@@ -48,7 +48,7 @@ def float32_precision(tf32: bool) -> Iterator[None]:
     cudnn = backends.cudnn
     # Settings of torch 2.9; torch cannot read the older ones, below, once the caller has changed these.
     owners = [backends.cuda.matmul, backends.mkldnn.matmul, cudnn.conv, cudnn.rnn] if has("fp32_precision") else []
-    with ExitStack() as restored:
+    with _PROCESS_SETTINGS, ExitStack() as restored:
         for owner in owners:
             restored.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
         try:
@@ -152,8 +152,11 @@ class Calls:
 
     def unet_of_run(self) -> Callable[..., Tensor]:
         """The UNet for one sampler run; with feature caching it has state."""
-        if isinstance(self.unet, Graphed):
-            self.unet.begin_run()
+        graphs = [each for each in (self.unet, self.project_context, self.time_table) if isinstance(each, Graphed)]
+        if graphs:  # all of the UNet's weights, which are compared once a run
+            addresses = addresses_of(*graphs[0].networks)
+            for graph in graphs:
+                graph.begin_run(addresses)
         unet = self.unet
         if self.guarded is not None and self.optimisations.cuda_graph == "none":  # a recorded graph evaluates none
             unet = self.guarded.of_run(unet)
@@ -179,9 +182,11 @@ def apply(
     rounded to a lower precision than is chosen.
     """
     dtype = WEIGHT_DTYPES[optimisations.precision]
-    if unet.dtype != dtype and unet.dtype in (torch.float16, torch.bfloat16):
+    # Of all weights: a conversion may have been interrupted.
+    dtypes = {weight.dtype for network in (unet, autoencoder, text_encoder) for weight in network.parameters()}
+    for rounded in (dtypes & {torch.float16, torch.bfloat16}) - {dtype}:
         raise ConfigError(
-            f"precision {optimisations.precision}: the weights were already rounded to {unet.dtype}; load the checkpoint again"
+            f"precision {optimisations.precision}: the weights were already rounded to {rounded}; load the checkpoint again"
         )
     if unet.quantisation not in ("none", optimisations.quantisation):
         raise ConfigError(
@@ -272,10 +277,10 @@ def _calls(
     tabulate: Callable[..., Any] = unet.time_table
     decode: Callable[..., Any] = decoder
     if optimisations.cuda_graph == "networks":
-        encode, project = Graphed(text_encoder, text_encoder), Graphed(unet.project_context, unet)
+        encode, project = Graphed(text_encoder, text_encoder), Graphed(unet.project_context, unet, every_call=False)
         decode = Graphed(decoder, autoencoder)
         if not unet.embeds_guidance:  # whose scale is a number
-            tabulate = Graphed(unet.time_table, unet)
+            tabulate = Graphed(unet.time_table, unet, every_call=False)
     if compilers and optimisations.compile_backend == "inductor" and device.type == "cpu":
         prepare_cpp_compiler()
         if optimisations.packed:

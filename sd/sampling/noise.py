@@ -51,8 +51,8 @@ class OriginalNoise:
 
     The original DDIM draws once per step and PLMS once per UNet call even where the noise is multiplied by 0, and a second
     iteration depends on these draws; DPM-Solver draws nothing. The posterior is drawn on the CPU (Stability-AI's
-    distributions.py). Not reproduced: on a CPU the original seeds before it builds the model, whose random initialisation
-    then consumes draws. Use one object for all iterations of a script.
+    distributions.py). Not reproduced: the original seeds before it builds the model on the CPU, whose random initialisation
+    consumes draws of the CPU's generator. Use one object for all iterations of a script.
     """
 
     def __init__(self, seed: int, device: torch.device | str):

@@ -82,12 +82,14 @@ def test_a_file_that_could_not_come_back_is_left_out(monkeypatch, part, capsys):
     assert "part1.tar.gz has 0 MiB" in capsys.readouterr().out
 
 
-def test_references_and_journals_stay_behind(tmp_path):
+def test_references_stay_behind(tmp_path):
+    """And a journal comes back: it has the rounds of a step that was killed."""
     for name in ("runs/cpu/references/a.npz", "runs/cpu/journal/1.jsonl", "runs/cpu/0001_a.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     gpu_session._pack(tmp_path / "a.tar.gz", tmp_path, ("runs",))
-    assert [name for name in members(tmp_path / "a.tar.gz") if "." in name] == ["runs/cpu/0001_a.json"]
+    back = {"runs/cpu/0001_a.json", "runs/cpu/journal/1.jsonl"}
+    assert {name for name in members(tmp_path / "a.tar.gz") if "." in name} == back
 
 
 def test_every_set_exists_and_every_step_has_a_prediction():
@@ -133,4 +135,9 @@ def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(gpu_session, "REQUIRED", ("json", "no_such_package"))
     with pytest.raises(Refusal, match="lacks no_such_package: take their wheels"):
-        gpu_session._require_packages()
+        gpu_session._require_packages("1")
+    monkeypatch.setattr(gpu_session, "REQUIRED", ("json",))
+    monkeypatch.setattr(gpu_session, "REQUIRED_BY", {"3": ("no_such_peer",)})
+    gpu_session._require_packages("1")
+    with pytest.raises(Refusal, match="lacks no_such_peer"):
+        gpu_session._require_packages("3")

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import rich._emoji_codes  # noqa: F401
+import rich._emoji_codes
+import rich.progress
+import rich.table  # noqa: F401
 
 import perf.session.record  # noqa: F401 (pytester removes modules that an inner run imports first)
 from perf.configurations.configuration import from_dict
@@ -180,7 +182,10 @@ class Inner:
         """Run pytest in this process; `what` holds the matrix options. launches, rounds: None for the suite's own choice."""
         options = {"--perf-launches": launches, "--perf-rounds": rounds}
         requested = [f"{option}={value}" for option, value in options.items() if value is not None]
-        result = self.pytester.runpytest_inprocess(*arguments, *what, *requested, plugins=plugins)
+        # As in a fresh process: until an inner run has read its markers, pytest would look for them in those of the outer one.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pytest.mark, "_config", None)
+            result = self.pytester.runpytest_inprocess(*arguments, *what, *requested, plugins=plugins)
         self.output = result.stdout.str() + result.stderr.str() + f"\n(seed {SEED})"
         return result
 

@@ -149,9 +149,21 @@ def test_hosted_runners_compare_counts(inner, monkeypatch):
     inner.run("--benchmark-save=old")
     inner.machine.more = {"mul": 1}
     assert inner.run("--benchmark-compare").ret == 0, inner.output
-    inner.prints("perf: counts are compared with 0001_old", f"{SDPA}: COUNTS operators 25 -> 26 (mul +1)")
+    inner.prints(
+        "perf: counts are compared with sessions up to 0001_old", f"{SDPA}: COUNTS operators 25 -> 26 (mul +1)"
+    )
     inner.prints_no("SLOWER", "SAME")
     assert inner.run("--benchmark-compare", FAIL).ret == ExitCode.FAILED, inner.output
+
+
+def test_counts_are_those_of_the_newest_session_that_has_the_configuration(inner):
+    inner.run("--benchmark-save=mine")
+    inner.run("--benchmark-save=other", what=("--attention=original", "--steps=2"))
+    inner.machine.more = {"mul": 1}
+    assert inner.run("--benchmark-compare", FAIL).ret == ExitCode.FAILED, inner.output
+    inner.prints(f"{SDPA}: COUNTS operators 25 -> 26 (mul +1) against 0001_mine")
+    inner.machine.more = {}
+    assert inner.run("--benchmark-compare", FAIL).ret == 0, inner.output
 
 
 def test_nothing_to_compare_with_is_refused(inner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from perf.configurations.configuration import PROMPT, Configuration, UnknownChoi
 from perf.launch.process import ROOT
 from perf.session.image_check import image_failure
 from perf.worker.clock import cpu_clock, cpu_clock_with_children
+from perf.worker.engines import require_code_of
 from perf.worker.engines.interface import Output, output_of
 from perf.worker.server import Worker
-from perf.worker.wire import NO_REFERENCE
+from perf.worker.wire import NO_REFERENCE, WorkerError
 from sd import StableDiffusion
 from sd.checkpoint import layouts
 
@@ -93,6 +95,31 @@ def loaded(folder: Path, engine: str, **fields) -> tuple[Worker, dict]:
 def examined(worker: Worker, *references: str) -> dict:
     """The answer about the output of the last round."""
     return worker.handle({"op": "examine", "check": list(references)})
+
+
+def test_an_unknown_precision_is_named(folder):
+    (folder / "mine.py").write_text(textwrap.dedent(ENGINES).replace('precision = "full"', 'precision = "float16"'))
+    _, answer = loaded(folder, "mine.py:Doubling")
+    message = "mine.py:Doubling: its precision 'float16' is none of full, autocast, fp16, bf16"
+    assert answer["error"] == {"kind": "usage", "message": message}
+
+
+def test_code_of_another_commit_must_be_imported_from_it(tmp_path, monkeypatch):
+    tree, top = tmp_path / "tree", tmp_path / "top"
+    for folder in (tree / "src" / "their_package", top / "src" / "their_package", top / "lib"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+    (top / "lib" / "their_tool.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tree / "src"), *sys.path])
+    importlib.import_module("their_package")
+    require_code_of(str(top), str(tree))
+    for path, name in ((top / "src", "their_package"), (top / "lib", "their_tool")):
+        sys.modules.pop("their_package", None)
+        sys.path.insert(0, str(path))
+        importlib.import_module(name)
+        with pytest.raises(WorkerError, match=f"{name} was imported from {top}"):
+            require_code_of(str(top), str(tree))
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize("engine", ["mine.py:Doubling", "package.engines:Doubling", "package/engines.py:Doubling"])

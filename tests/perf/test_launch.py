@@ -142,6 +142,15 @@ def test_every_failure_is_a_one_line_error(operation, mishap, kind, message):
     assert (error.kind, message in str(error)) == (kind, True), str(error)
 
 
+def test_a_response_that_was_not_waited_for_is_not_taken_for_the_next():
+    """Ctrl-C may arrive while a round runs; the engine is asked to release what it holds all the same."""
+    with ProcessLaunch(Interpreter(), command()) as worker:
+        for settled in (0.0, 0.5):  # the response may have arrived, or not
+            worker.send("probe", device="cpu", threads=3)
+            time.sleep(settled)
+            assert worker.ask("probe", 20.0, device="cpu", threads=4)["threads"] == 4
+
+
 def test_a_hanging_worker_is_killed_in_time():
     begin = time.monotonic()
     error = failure(at(do="hang"), timeout_seconds=0.3)

@@ -143,6 +143,27 @@ def test_nothing_is_measured(suite, option):
     assert suite.machine.opened == []
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--perf-a=--steps 2", "--perf-b=--steps 3"), "--perf-a is for configurations"),
+        ((f"--perf-python=other={sys.executable}",), "--perf-python is for configurations"),
+        (("--perf-inprocess", "--perf-aa"), "--perf-aa: with --perf-inprocess pytest-benchmark alone times"),
+    ],
+)
+def test_options_without_an_effect_are_refused(suite, options, message):
+    assert suite.call(*options).ret == ExitCode.REFUSED, suite.output
+    suite.prints(message)
+    assert suite.machine.opened == []
+
+
+@pytest.mark.parametrize("expression, partial", [("not plain", None), ("not 2", "deselected 1")])
+@pytest.mark.parametrize("options", [(), ("--perf-launches=2",)], ids=["late", "options"])
+def test_a_suite_without_some_of_its_tests_is_partial(suite, expression, partial, options):
+    assert suite.call("--benchmark-save=a", "-k", expression, *options).ret == 0, suite.output
+    assert suite.last()["perf"]["partial"] == partial
+
+
 def test_in_process(suite):
     suite.call("--perf-inprocess", "-k", "not plain").assert_outcomes(passed=2)
     assert suite.machine.opened == []
@@ -178,8 +199,9 @@ REAL = """
     import pytest
 
     @pytest.fixture
-    def numbers():
-        return list(range(200_000))
+    def numbers(tmp_path):
+        yield list(range(200_000))
+        assert tmp_path.is_dir()  # which another process would have removed
 
     def test_sum(measured, numbers):
         assert measured(sum, numbers) == sum(numbers)
@@ -196,7 +218,16 @@ REAL = """
 def test_real_processes(tmp_path):
     (tmp_path / "test_real.py").write_text(textwrap.dedent(REAL))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *LOADED, "--perf-launches=2", "--perf-rounds=2", "-rs"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *LOADED,
+            "--perf-launches=2",
+            "--perf-rounds=2",
+            "-rs",
+            "--basetemp=temporary",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -235,7 +235,7 @@ def test_xdist_runs_other_tests(inner):
 
 
 def test_disabled_calls_each_target_once(inner, monkeypatch):
-    monkeypatch.setattr("perf.session.workers.InProcessLaunch", lambda: inner.machine(Interpreter()))
+    monkeypatch.setattr("perf.session.workers.InProcessLaunch", lambda environment: inner.machine(Interpreter()))
     arguments = ("--benchmark-disable", "--benchmark-save=a", "--benchmark-compare", "--benchmark-compare-fail=min:1%")
     assert inner.run(*arguments, what=TWO).ret == 0, inner.output
     assert not inner.saved()

@@ -286,6 +286,35 @@ def test_missing_configuration_fails_a_strict_run(inner):
     assert inner.run("--benchmark-compare", "--perf-strict", "-k", "sdpa", what=both, launches=6).ret == 0, inner.output
 
 
+def test_a_strict_run_in_which_nothing_could_be_measured_fails(inner):
+    inner.store(STORED)
+    inner.machine.refused = {SDPA: ("unavailable", "not here")}
+    assert inner.run("--benchmark-compare", "--perf-strict").ret == ExitCode.FAILED, inner.output
+    inner.prints(f"in the baseline, but not measured: {SDPA}")
+    inner.machine.refused = {}
+
+
+def test_a_session_is_not_compared_with_a_stored_copy_of_itself(inner):
+    inner.store(STORED)
+    inner.machine.slow = {SDPA: 1.05}
+    assert inner.run("--benchmark-autosave", launches=6).ret == 0, inner.output
+    assert inner.run("--perf-resume", "--benchmark-compare", launches=6).ret == ExitCode.SLOWER, inner.output
+    inner.prints("nothing is left to measure", f"against {STORED} sessions up to 000{STORED}_")
+
+
+@pytest.mark.parametrize("option", ["--perf-aa", "--perf-against=HEAD"])
+def test_one_verdict_for_each_configuration(inner, option):
+    assert inner.run("--benchmark-compare", option).ret == ExitCode.REFUSED
+    inner.prints(f"--benchmark-compare and {option.partition('=')[0]}: a session has one verdict")
+    assert inner.machine.rounds == 0
+
+
+def test_strict_needs_a_folder_of_sessions(inner):
+    storage = "--benchmark-storage=elasticsearch+http://localhost/a"
+    assert inner.run(storage, "--benchmark-compare", "--perf-strict").ret == ExitCode.REFUSED
+    inner.prints("--perf-strict: --benchmark-storage is no folder")
+
+
 def test_benchmarks_without_a_configuration_are_not_missing(inner):
     """Benchmarks of the harness itself are no part of a session."""
     inner.store(STORED)

@@ -80,6 +80,13 @@ def test_against_a_faster_commit(inner, other_commit):
     assert (paired["variant"], paired["name"]) == ("base", "0123456789ab")
 
 
+def test_a_strict_pair_that_cannot_be_measured_fails(inner, other_commit):
+    inner.machine.refused = {SDPA: ("unavailable", "not here")}
+    assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
+    inner.prints(f"not compared, for lack of rounds on both sides: {SDPA}")
+    assert inner.run("--perf-against=v1", "--perf-strict", launches=6).ret == ExitCode.FAILED, inner.output
+
+
 def test_against_the_same_commit(inner, other_commit):
     assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
     inner.prints(f"{SDPA}: SAME")

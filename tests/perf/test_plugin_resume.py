@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from inner_session import ONE, ORIGINAL, SDPA, inner_fixture, machine_fixture  # noqa: F401
+from inner_session import ONE, ORIGINAL, SDPA, TWO, inner_fixture, machine_fixture  # noqa: F401
 
 from perf.__main__ import main
 from perf.analysis.verdicts import ExitCode
@@ -51,6 +51,23 @@ def test_resume_finds_the_session_with_this_plan(inner):
     assert [recorded.name for recorded in journal.unfinished(inner.storage / "journal")] == [others.name]
     assert inner.run("--perf-resume", what=("--attention=mha", "--steps=3")).ret == ExitCode.FAILED
     inner.prints("was started with other slots", "give the same options")
+
+
+def test_resume_prefers_a_session_with_rounds(inner):
+    """The command may have been repeated without --perf-resume, and interrupted before its first round."""
+    mine = interrupt(inner)
+    inner.machine.interrupt_after = inner.machine.rounds
+    assert inner.run().ret == pytest.ExitCode.INTERRUPTED
+    inner.machine.interrupt_after = None
+    assert inner.run("--perf-resume").ret == 0, inner.output
+    inner.prints(f"perf: resuming from {mine.path}")
+
+
+def test_resume_with_another_loading_is_refused(inner):
+    interrupt(inner, what=TWO, rounds=6)
+    assert inner.run("--perf-resume", "--perf-loading=single", what=TWO).ret == ExitCode.REFUSED, inner.output
+    inner.prints("--perf-loading single: the session to resume began with all")
+    assert inner.run("--perf-resume", "--perf-loading=all", what=TWO).ret == 0, inner.output
 
 
 def test_resume_by_name(inner):

@@ -21,6 +21,7 @@ from perf.analysis.verdicts import ExitCode, Verdict
 from perf.commands import interference, selftest, simulate
 from perf.launch.process import ROOT
 from perf.machine.nvml import NoTelemetry
+from perf.runs.fingerprints import source_sha256
 from perf.session.noise import LOADED_DEVIATION, QUIET_DEVIATION
 
 IDLE, BURSTS, WANDER = (ROOT / "perf" / "baselines" / f"battery_{load}.json" for load in ("idle", "bursts", "wander"))
@@ -119,6 +120,7 @@ def test_a_battery_is_measured_and_resumed(tmp_path, capsys):
     first = json.loads(path.read_text(encoding="utf-8"))
     assert list(first["sessions"][0]["rounds"]) == ["plain", "aa", "slow5", "slow3", "control"]
     assert (first["rounds"], first["most_rounds"]) == (8, 24)  # as the gate
+    assert first["source"] == {name: source_sha256(ROOT / name) for name in ("sd", "perf")}
     assert battery(2) == 0
     out = capsys.readouterr().out
     assert "1/2" not in out and "2/2: A/A SAME" in out

@@ -223,7 +223,7 @@ def test_images_and_kernels_reach_the_report(traced):
 
 def test_untraceable_configuration_is_reported(tmp_path):
     class Launches:
-        def open(self, slot):
+        def open(self, slot, own_process):
             return InProcessLaunch()
 
         def load_arguments(self, slot):

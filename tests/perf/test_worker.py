@@ -15,6 +15,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_session import FAKE, SCRIPT, fake, measure, summary  # noqa: F401 (fake is a fixture)
@@ -392,6 +393,27 @@ def test_kinds_of_error():
     assert (kind, message[:22], len(message) < 2100) == ("failed", "ZeroDivisionError: a b", True)
     broken.engine = Stub(ValueError())
     assert error(broken, op="round", seed=1) == ("failed", "ValueError: ValueError")
+
+
+def test_workers_of_one_process_have_variables_of_their_own_and_no_peak_of_device_memory(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    seen = []
+    monkeypatch.setattr(Worker, "ping", lambda self: seen.append(os.environ.get("TORCHINDUCTOR_CACHE_DIR")) or {})
+    with InProcessLaunch({"TORCHINDUCTOR_CACHE_DIR": "a"}) as first, InProcessLaunch({}) as second:
+        for launch in (first, second):
+            launch.ask("ping", 1.0)
+        assert seen == ["a", None] and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+        monkeypatch.setattr("perf.worker.server.peak_bytes", lambda: {"allocated": 10, "reserved": 20, "rss": 30})
+        for launch in (first, second):
+            launch.worker.reference_workload = SimpleNamespace(bytes=1)
+        engines = [worker for worker in Worker.alive if worker.engine is not None]
+        with monkeypatch.context() as patch:
+            for worker in engines:  # of other tests
+                patch.setattr(worker, "engine", None)
+            first.worker.engine = object()
+            assert first.worker._peak_bytes() == {"allocated": 9, "reserved": 20, "rss": 30}
+            second.worker.engine = object()
+            assert first.worker._peak_bytes() == {"allocated": None, "reserved": None, "rss": 30}
 
 
 def test_in_process_the_answers_are_the_same():

@@ -11,6 +11,7 @@ from counting import needs_fused_attention
 from models import smallest
 
 from sd import Optimisations
+from sd.errors import ConfigError
 from sd.features import has
 from sd.optimise.apply import float32_precision
 
@@ -90,6 +91,66 @@ def test_tf32_is_restored_after_an_exception():
     with pytest.raises(KeyError), float32_precision(True):
         raise KeyError
     assert _settings() == before
+
+
+def test_tf32_of_another_thread_waits():
+    """Else the settings that a thread restores last would be those of another model, for the whole process."""
+    before, order = _settings(), []
+
+    def other():
+        with float32_precision(False):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with float32_precision(True):
+        thread.start()
+        thread.join(timeout=0.3)
+        order.append("first")
+    thread.join(timeout=60)
+    assert order == ["first", "other"] and _settings() == before
+
+
+def test_a_move_that_failed_is_repeated():
+    model, half = smallest(Optimisations()), []
+    to = torch.nn.Module.to
+
+    def fails(module, *arguments, **keywords):
+        half.append(module)
+        if len(half) == 3:  # the second network; each is moved, and then gets its layout
+            raise RuntimeError("out of memory")
+        return to(module, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "to", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.to("meta")
+    assert {weight.device.type for weight in model.parameters()} == {"cpu", "meta"}
+    with pytest.MonkeyPatch.context() as patch:
+        moved = []
+        patch.setattr("sd.networks.apply", lambda *arguments: moved.append(arguments[3]))
+        model.to("cpu")
+    assert moved == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("network", ["unet", "autoencoder", "text_encoder"])
+def test_weights_that_were_rounded_in_part_are_not_taken_for_fp32(network):
+    model = smallest(Optimisations())
+    next(getattr(model, network).parameters()).data = next(getattr(model, network).parameters()).data.bfloat16()
+    with pytest.raises(ConfigError, match=r"already rounded to torch\.bfloat16"):
+        model.optimise(Optimisations())
+
+
+def test_the_first_image_may_be_made_under_a_profiler_of_the_caller():
+    model = smallest(Optimisations())
+    with torch.autograd.profiler.profile():
+        model.txt2img("a red star", steps=4, sampler="ddim")
+    assert model.kernels["unet"] == ()
+    model.txt2img("a red star", steps=4, sampler="ddim")
+    assert all(model.kernels.values())
+    model.optimise(Optimisations())
+    model.stop_observing()
+    model.txt2img("a red star", steps=4, sampler="ddim")
+    assert not any(model.kernels.values())
 
 
 class Interrupted(Exception):

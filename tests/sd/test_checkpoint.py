@@ -289,6 +289,17 @@ def test_a_compressed_record_is_not_unpacked_to_any_size(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_compressed_index_is_rejected_before_it_is_read(tmp_path):
+    """A kilobyte of it could become gigabytes of objects."""
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "b.ckpt")
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(tmp_path / "b.ckpt") as source, zipfile.ZipFile(path, "w") as archive:
+        for name in source.namelist():
+            kind = zipfile.ZIP_DEFLATED if name.endswith("data.pkl") else zipfile.ZIP_STORED
+            archive.writestr(name, source.read(name), kind)
+    assert "compression" in rejected(read, path)
+
+
 def test_other_zip_files_are_rejected(tmp_path):
     path = tmp_path / "a.ckpt"
     with zipfile.ZipFile(path, "w") as archive:

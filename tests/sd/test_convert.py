@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,6 +241,25 @@ def test_force_replaces_only_a_diffusers_folder(tmp_path, presets):
     assert not (folder / "letters").exists() and (folder / "unet" / "config.json").exists()
     with pytest.raises(ConfigError, match="exists"):
         convert(source, folder, "diffusers", "small-openclip")
+
+
+def test_an_interrupted_replacement_keeps_the_former_folder(tmp_path, presets, monkeypatch):
+    source, folder = make(tmp_path / "a.ckpt"), tmp_path / "folder"
+    convert(source, folder, "diffusers", "small-openclip")
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    replace, calls = os.replace, []
+
+    def interrupt(*arguments):
+        replace(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd.convert.os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, folder, "diffusers", "small-openclip", force=True)
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "folder"}
 
 
 def test_no_partial_output_remains(tmp_path, monkeypatch):

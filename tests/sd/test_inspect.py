@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -72,6 +74,14 @@ def test_parts_and_unknown_weights_in_sd_convert(tmp_path, state, monkeypatch, c
     assert sd.convert.main([str(path), str(tmp_path / "b.ckpt"), "--to", "original", *parts]) == 0
     written = read(tmp_path / "b.ckpt")
     assert all(torch.equal(written[name], weight) for name, weight in state.items())
+
+
+def test_parts_of_a_folder_are_those_of_the_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sd.checkpoint.diffusers_folder.write_tokenizer", lambda *_: None)
+    sd.convert.convert("tiny", tmp_path / "folder", "diffusers")
+    shutil.rmtree(tmp_path / "folder" / "vae")
+    assert sd.inspect.main([str(tmp_path / "folder")]) == 2 and "pass --vae FILE" in capsys.readouterr().err
+    assert sd.inspect.main([str(tmp_path / "folder"), "--vae", str(EMBEDDED_WEIGHTS)]) == 0
 
 
 def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from selection import slow_or_nightly
 
 from sd import Optimisations, StableDiffusion
 from sd.checkpoint.file_formats import write_safetensors
-from sd.checkpoint.lora import targets
+from sd.checkpoint.lora import Update, targets
 from sd.errors import CheckpointError, ConfigError, Unavailable
 from sd.features import has
 from sd.txt2img import main
@@ -259,12 +259,48 @@ def test_other_files_are_refused(tmp_path, state, reason):
         ("[]", "no readable JSON"),
         ('{"unet.use_dora": true}', "is a DoRA file"),
         ('{"unet.lora_bias": true}', "biases"),
+        ('{"unet.lora_alpha": null}', r"unet\.lora_alpha in lora_adapter_metadata is invalid"),
+        ('{"unet.lora_alpha": NaN}', r"unet\.lora_alpha"),
+        ('{"unet.lora_alpha": 4, "unet.alpha_pattern": ["to_q"]}', r"unet\.alpha_pattern"),
+        ('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": "4"}}', r"unet\.alpha_pattern"),
+        ('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(to_q": 4}}', r"unet\.alpha_pattern"),
+        (r'{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(\\w+)+!": 4}}', r"unet\.alpha_pattern"),  # takes hours
     ],
 )
 def test_unusable_metadata_is_refused(tmp_path, metadata, reason):
     path = _file(tmp_path / "a.safetensors", PAIR, {"lora_adapter_metadata": metadata})
     with pytest.raises(CheckpointError, match=reason):
         _model().load_lora(path)
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_an_interrupted_merge_leaves_the_weights_and_is_not_merged_twice(tmp_path, monkeypatch, earlier):
+    """earlier: files that are merged before."""
+    model, state = _model(), {}
+    for i, (module, (name, _)) in enumerate(list(WEIGHTS.items())[:2]):
+        down, up = factors(_copy(model)[f"{name}.weight"].shape, 2, i)
+        state.update({kohya_key(module) + end: factor for end, factor in zip(OUTPUT["kohya"], (down, up))})
+    file, dense, calls = _file(tmp_path / "a.pt", state), Update.dense, []
+
+    def interrupted(update, weight):
+        calls.append(weight)
+        if len(calls) == 2 + earlier:  # the first weight is written
+            raise KeyboardInterrupt
+        return dense(update, weight)
+
+    for _ in range(earlier):
+        model.load_lora(file, 0.5)
+    before = _copy(model)
+    monkeypatch.setattr(Update, "dense", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_lora(file)
+    monkeypatch.setattr(Update, "dense", dense)
+    assert _same(model, before)
+    model.load_lora(file)
+    expected = _model()
+    for scale in [*[0.5] * earlier, 1.0]:
+        expected.load_lora(file, scale)
+    assert _same(model, _copy(expected)) and not _same(model, before)
 
 
 class _Harmful:

@@ -14,6 +14,8 @@ from typing import Any
 from perf.worker.engines.interface import Fields, Output, output_of
 from perf.worker.wire import NO_REFERENCE, WorkerError
 
+PRECISIONS = ("full", "autocast", "fp16", "bf16")
+
 
 class LoadedEngine:
     """An engine with the defaults of what it leaves out (perf.worker.engines.interface.Engine)."""
@@ -24,6 +26,11 @@ class LoadedEngine:
         if not callable(self._round):
             raise WorkerError("usage", f"{fields.values['engine']}: {engine!r} has no function `round(seed)`")
         self.precision: str = getattr(engine, "precision", None) or fields.values["precision"]
+        if self.precision not in PRECISIONS:
+            raise WorkerError(
+                "usage",
+                f"{fields.values['engine']}: its precision {self.precision!r} is none of {', '.join(PRECISIONS)}",
+            )
         self.chosen_layers: str | None = getattr(engine, "chosen_layers", None)
         self.compiles: bool = getattr(engine, "compiles", fields.values["compile"] != "none")
         self.config = getattr(engine, "config", None)
@@ -121,6 +128,27 @@ def _module(name: str, folder: str | None) -> ModuleType:
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def require_code_of(top: str, tree: str) -> None:
+    """Raise WorkerError if a module of a repository was not imported from `tree`, the files of another commit of it.
+
+    But from the working tree `top`, or from an installation: both sides of a comparison would run the same code.
+    """
+    for name, module in list(sys.modules.items()):
+        file = os.path.realpath(getattr(module, "__file__", None) or "")
+        if not os.path.isfile(file) or "." in name or name in ("perf", "sd") or file.startswith(tree + os.sep):
+            continue
+        places = [os.path.join(tree, *folder, name) for folder in ((), ("src",))]
+        known = any(
+            os.path.isfile(f"{place}.py") or os.path.isfile(os.path.join(place, "__init__.py")) for place in places
+        )
+        if known or (file.startswith(top + os.sep) and "-packages" + os.sep not in file):
+            raise WorkerError(
+                "usage",
+                f"--perf-against: {name} was imported from {file} and not from the other commit, so both sides would run "
+                "the same code: uninstall it, and put its folder on PYTHONPATH",
+            )
 
 
 def where(error: BaseException, folder: str) -> str:

@@ -63,7 +63,8 @@ class DiffusersEngine:
         self.pipe = pipeline(self.model, scheduler.from_config(config), configuration.workload)
         self.pipe = self.pipe.to(self.device, DTYPES[self.precision])
         self.pipe.set_progress_bar_config(disable=True)
-        self.model.unet = self.model.autoencoder = self.model.text_encoder = None  # their memory is not the peer's
+        # Their memory is not the peer's. `_calls` holds functions of them.
+        self.model.unet = self.model.autoencoder = self.model.text_encoder = self.model._calls = None
         _use_attention(self.pipe.unet, configuration.attention)
         if self.compiles:
             self._compile(configuration.compile)

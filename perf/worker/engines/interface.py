@@ -51,7 +51,7 @@ class Engine(Protocol):
         reference. Default: that of the configuration.
     compiles: whether torch.compile is in effect. Default: whether the configuration says so.
     config: shape of the networks (sd.config.presets.ModelConfig), for FLOPs. Default: none are counted.
-    kernels(): attention kernels that ran, by network.
+    kernels(): attention kernels that ran, by network. stop_observing(): they are not needed, and must not be profiled.
     release(): called at the end of a launch.
     reference(configuration), of the class or module: the engine whose output is right, in a process of its own. Without
         it outputs are not compared, and the session says so.
