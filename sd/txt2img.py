@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from sd.cli.startup import exit_on_interrupt
+from sd.cli.startup import REFUSED, exit_on_interrupt
 
 if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may interrupt
     from torch import Tensor
@@ -20,11 +20,7 @@ if TYPE_CHECKING:  # functions import what imports torch, which Ctrl-C may inter
     from sd.pipeline import Progress, Result
     from sd.sampling.noise import NoiseSource
 
-REFUSED = {
-    "--torchscript": "not supported: use --compile",
-    "--ipex": "not supported: PyTorch's own CPU kernels are used; use --precision bf16",
-    "--laion400m": "another model, which is not supported: pass a Stable Diffusion 1 or 2 model with --ckpt",
-}
+LAION400M = {"--laion400m": "another model, which is not supported: pass a Stable Diffusion 1 or 2 model with --ckpt"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     from sd.images import SIZE_MULTIPLE
 
     result = argparse.ArgumentParser(prog="txt2img", description="Generate images from a prompt.", allow_abbrev=False)
-    add_options(result, "outputs/txt2img-samples", REFUSED)
+    add_options(result, "outputs/txt2img-samples", {**REFUSED, **LAION400M})
     add = result.add_argument
     add(
         "--scale",

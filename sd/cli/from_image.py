@@ -11,15 +11,11 @@ from torch import Tensor
 
 from sd.cli.arguments import add_options, nonnegative, sampling_settings
 from sd.cli.run import Command
+from sd.cli.startup import REFUSED
 from sd.config.presets import ModelConfig
 from sd.images import SIZE_MULTIPLE
 from sd.pipeline import Progress, Result
 from sd.sampling.noise import NoiseSource
-
-REFUSED = {
-    "--torchscript": "not supported: use --compile",
-    "--ipex": "not supported: PyTorch's own CPU kernels are used; use --precision bf16",
-}
 
 
 def image_parser(name: str, description: str, fixed_code: str, scale: str) -> argparse.ArgumentParser:

@@ -9,6 +9,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+REFUSED = {  # options of the original scripts, with the reason
+    "--torchscript": "not supported: use --compile",
+    "--ipex": "not supported: PyTorch's own CPU kernels are used; use --precision bf16",
+}
+
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
