@@ -288,7 +288,7 @@ class Networks:
         return self._calls.kernels
 
     def stop_observing(self) -> None:
-        """Observe no further `kernels`: the profiler that does could take the kernels of a GPU from another one of the process."""
+        """Observe no further `kernels`. A later profiler session of the process may get no GPU kernels after that of `kernels`."""
         self._calls.observed_unet.observe_call = self._calls.observed_decoder.observe_call = 0
 
     def context(self) -> AbstractContextManager[None]:

@@ -223,7 +223,7 @@ class Trainer(Generic[Module]):
                 group["lr"] = rate
         total = torch.zeros((), device=self.device)
         # Checkpointing runs attention in the backward pass too. Convolutions in fp32 would use TF32 by default.
-        with float32_precision(tf32=False), allowed_kernels(self.recipe.attention):  # the first waits for other models
+        with float32_precision(tf32=False), allowed_kernels(self.recipe.attention):
             for i, loss_of in enumerate(losses):
                 last = i == len(losses) - 1
                 # Gradients are exchanged once per update, with the last part.
@@ -295,7 +295,7 @@ class Trainer(Generic[Module]):
         scaler = {} if self.scaler is None else self.scaler.state_dict()
         metadata = {"step": self.step, "updates": updates, "scaler": scaler, "settings": dict(settings)}
         partial = path.with_name(path.name + ".partial")
-        # On the CPU, and one after the other: NHWC tensors must be copied, for which a GPU may have no memory left.
+        # On the CPU: NHWC tensors must be copied, for which a GPU may have no memory left.
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_safetensors(partial, tensors, {"training": json.dumps(metadata)})
         with open(partial, "rb+") as file:  # also after a power failure

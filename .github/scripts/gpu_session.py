@@ -132,7 +132,7 @@ def run_step(command: Sequence[str], log: Path, limit: float) -> int | None:
         try:
             return process.wait(limit)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            for _ in range(2):  # the first one may arrive within a recording, which reports another error instead
+            for _ in range(2):  # the first may arrive while a CUDA graph is recorded, which reports another error
                 process.send_signal(signal.SIGINT)
                 try:
                     process.wait(GRACE_SECONDS / 2)

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-from perf.worker.server import Worker
+from perf.worker.server import Worker, collect_garbage, release_device_memory
 from perf.worker.wire import parse_response
 
 
@@ -39,7 +39,9 @@ class InProcessLaunch:
         return self
 
     def __exit__(self, *_):
-        self.worker = None  # releases the model
+        self.worker = None
+        collect_garbage(every_object=True)  # the model, whose memory another process may need
+        release_device_memory()
 
 
 @contextlib.contextmanager

@@ -91,6 +91,14 @@ def compare_plain(config, runs: Sequence[SavedRun]) -> None:
             known |= added.keys()
 
 
+def leave_out(config, runs: Sequence[SavedRun]) -> None:
+    """Let pytest-benchmark compare nothing with these runs."""
+    session, names = benchmark_session(config), {run.path.name for run in runs}
+    for path, stored in session.compared_mapping.items() if session else ():
+        if Path(path).name in names:
+            stored.clear()
+
+
 def has_regressed(config) -> bool:
     """Whether `--benchmark-compare-fail` found a regression outside the group OVERHEAD."""
     session = benchmark_session(config)

@@ -138,8 +138,8 @@ def pytest_deselected(items):
     state, config = (_state(items[0].config), items[0].config) if items else (None, None)
     if state is None:
         tests = [item for item in items if selection.test_of(item)]
-        if tests and not config.option.markexpr:  # the state may be created when others of these are collected
-            config.stash[DESELECTED] = len(tests)
+        if tests and (not config.option.markexpr or selection.narrowed(config)):  # others of these may create the state
+            config.stash[DESELECTED] = config.stash.get(DESELECTED, 0) + len(tests)
         return
     removed = [item for item in items if selection.configuration_of(item) or selection.test_of(item)]
     removed = selection.select(config, removed, state.values, state.device)
@@ -164,6 +164,9 @@ def perf_session(request) -> Session:
             state.error = str(error)
             pytest.fail(state.error, pytrace=False)
         state.results = evaluate(session, state.comparison)
+        benchmark_bridge.leave_out(request.config, state.comparison.choice.copies(session.started_unix_seconds))
+        choice = state.comparison.choice.without(session.started_unix_seconds)
+        state.comparison = replace(state.comparison, choice=choice)
     return state.results.session
 
 

@@ -39,10 +39,21 @@ class Results:
     counts: dict[str, CountsComparison] = field(default_factory=dict)
 
     @property
-    def not_compared(self) -> list[str]:
-        """Configurations without a verdict although the session measures a second side of each."""
-        ids = [slot.configuration.id for slot in self.session.plan.own_slots] if self.session.settings.variant else []
-        return [id for id in ids if id not in self.decisions]
+    def not_compared(self) -> dict[str, str]:
+        """Configurations without a verdict although the session measures a second side of each, with the reason.
+
+        But for those that are unavailable on both sides, which are skipped.
+        """
+        measured, variant = self.session.measurements.by_name, self.session.settings.variant
+        reasons = {}
+        for id in [slot.configuration.id for slot in self.session.plan.own_slots] if variant else []:
+            sides = [name for name in (id, f"{id}@{variant}") if name in measured]
+            failures = {name: measured[name].failure for name in sides}
+            unavailable = [failure is not None and failure.kind == "unavailable" for failure in failures.values()]
+            if id not in self.decisions and not all(unavailable):
+                failed = [f"{name}: {': '.join(failure)}" for name, failure in failures.items() if failure]
+                reasons[id] = "; ".join(failed) or "too few rounds"
+        return reasons
 
     @property
     def regressed(self) -> set[str]:
@@ -62,14 +73,11 @@ def evaluate(session: Session, comparison: Comparison) -> Results:
     infos = {id: record.extra_info(session, id) for id in ids}
     decisions, judgement = dict(session.decisions), None
     choice = comparison.choice.without(session.started_unix_seconds)  # a resumed session may be stored already
-    baseline, counted = choice.newest, [choice.named] if choice.named else choice.counted
+    baseline, counted = comparison.choice.newest, [choice.named] if choice.named else choice.counted
     current = record.saved_run(session, infos) if infos and (baseline or counted) else None
     counts = baselines.compare_counts(current, counted) if current else {}
     counts |= {id: record.compare_counts(session, id) for id in infos if session.settings.variant}
-    if baseline is not None and current is None:  # nothing could be measured
-        missing = tuple(id for id, old in baseline.by_id.items() if old.configuration)
-        judgement = baselines.Judgement({}, missing=missing)
-    elif baseline is not None:
+    if baseline is not None and current is not None:
         if baselines.why_foreign(baseline.machine, current.machine):
             judgement = baselines.judge_foreign(current, baseline)
         else:
@@ -223,7 +231,8 @@ def exit_status(state: RunState, status: int, unsaved: bool, regressed: bool, st
         # A configuration that is missing although no option excluded it may have stopped working.
         if not state.problems and results.judgement and results.judgement.missing:
             return ExitCode.FAILED
-        if results.not_compared:
+        # Nothing was compared, or a side of a pair is lacking.
+        if results.not_compared or not results.decisions:
             return ExitCode.FAILED
         if any(decision.verdict is Verdict.INCONCLUSIVE for decision in results.decisions.values()):
             return ExitCode.INCONCLUSIVE

@@ -198,8 +198,7 @@ def lines(results: Results, partial: str | None) -> list[str]:
     if decisions:
         text.append(_error_rate(decisions))
     text += _without_interval(results)
-    if results.not_compared:
-        text.append(f"not compared, for lack of rounds on both sides: {', '.join(results.not_compared)}")
+    text += [f"{id} is not compared: {reason}" for id, reason in results.not_compared.items()]
     if judgement and judgement.missing:
         text.append(f"in the baseline, but not measured: {', '.join(judgement.missing)}")
     if judgement and judgement.new:

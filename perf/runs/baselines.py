@@ -32,11 +32,15 @@ class Choice:
 
     def without(self, started_unix_seconds: float) -> Choice:
         """The choice without stored copies of the session that began then."""
+        history, counted = (
+            tuple(run for run in runs if run.started_unix_seconds != started_unix_seconds)
+            for runs in (self.history, self.counted)
+        )
+        return replace(self, history=history, counted=counted)
 
-        def others(runs: tuple[SavedRun, ...]) -> tuple[SavedRun, ...]:
-            return tuple(run for run in runs if run.started_unix_seconds != started_unix_seconds)
-
-        return replace(self, history=others(self.history), counted=others(self.counted))
+    def copies(self, started_unix_seconds: float) -> list[SavedRun]:
+        """Those copies."""
+        return [run for run in self.history if run.started_unix_seconds == started_unix_seconds]
 
     @property
     def newest(self) -> SavedRun | None:
@@ -197,7 +201,8 @@ def compare_counts(current: SavedRun, stored: Iterable[SavedRun]) -> dict[str, C
     for run in stored:
         for id, old in run.by_id.items():
             new = current.by_id.get(id)
-            if new is not None and _same_work(new.configuration, old.configuration):
+            counted = old.counts and not old.counts.get("error")
+            if new is not None and counted and _same_work(new.configuration, old.configuration):
                 comparisons[id] = compare(new.counts, old.counts, run.name)
     return comparisons
 

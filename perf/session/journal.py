@@ -20,7 +20,7 @@ from typing import Any
 
 SCHEMA = 2  # 1: before rounds of all configurations alternated
 KEPT = 5  # journals of complete sessions; older ones are deleted when a session starts
-EVENTS = ("plan", "load", "counts", "round", "failure", "restart", "end")
+EVENTS = ("plan", "load", "counts", "round", "failure", "end")
 LARGEST_BYTES = 1 << 28
 LATEST_SECONDS = 4e9  # a start after the year 2096 is damage
 CHECKSUM = ', "crc32": "{:08x}"}}\n'

@@ -50,7 +50,6 @@ class SlotMeasurements:
     slot: Slot
     launches: dict[int, Launch] = field(default_factory=dict)
     failure: Failure | None = None
-    failed_launch: int = 0
     discarded: int = 0
     counts: dict[str, Any] | None = None
 
@@ -59,11 +58,6 @@ class SlotMeasurements:
         number = event["launch"]
         if event["event"] == "failure":
             self.failure = Failure(FORMER_FAILURE_KINDS.get(event["kind"], event["kind"]), event["message"])
-            self.failed_launch = number
-        elif event["event"] == "restart":
-            self.failure = None
-            self.launches = {earlier: launch for earlier, launch in self.launches.items() if earlier < number}
-            self.discarded = self.discarded if self.launches else 0
         elif event["event"] == "load":
             self.launches.setdefault(number, Launch(event["answer"]))
         elif event["event"] == "counts":
@@ -135,25 +129,14 @@ class Measurements:
         self.plan = plan
         self.by_name = {slot.name: SlotMeasurements(slot) for slot in plan.slots}
         for event in events:
-            if event["event"] in ("load", "counts", "round", "failure", "restart"):
+            if event["event"] in ("load", "counts", "round", "failure"):
                 self._check(event)
                 self.by_name[event["slot"]].add(event)
-
-    def restart_failed(self) -> list[dict[str, Any]]:
-        """Try slots with a transient failure once more; returns the journal events of that.
-
-        From the launch that failed on, all slots that are loaded together are measured again: rounds of one side that were
-        made hours after those of the other would look like neighbours.
-        """
-        events = []
-        for slots in self.plan.groups():
-            group = [self.by_name[slot.name] for slot in slots]
-            failed = [each.failed_launch for each in group if each.failure and each.failure.kind in TRANSIENT_FAILURES]
-            for measured in group if failed else ():
-                if measured.failure is None or measured.failure.kind in TRANSIENT_FAILURES:
-                    events.append({"slot": measured.slot.name, "launch": min(failed)})
-                    measured.add({"event": "restart", **events[-1]})
-        return events
+        # Tried once more, but not beside others: rounds made hours after theirs would look like neighbours of them.
+        for slots in plan.groups():
+            measured = self.by_name[slots[0].name]
+            if len(slots) == 1 and measured.failure and measured.failure.kind in TRANSIENT_FAILURES:
+                measured.failure = None
 
     def _check(self, event: dict[str, Any]) -> None:
         known = event.get("slot") in self.by_name and isinstance(event.get("launch"), int)

@@ -11,7 +11,7 @@ from typing import Any
 
 from perf.session.journal import Journal, JournalError, Recorded, prune, read
 from perf.session.loading import DESCRIPTIONS
-from perf.session.measurements import Measurements
+from perf.session.measurements import TRANSIENT_FAILURES, Measurements
 from perf.session.plan import Plan
 from perf.session.settings import SessionError
 
@@ -58,17 +58,22 @@ def resume_journal(
         measurements = Measurements(plan, recorded.events)
     except (KeyError, TypeError, ValueError) as error:
         raise SessionError(f"{path}: cannot be resumed ({error}); start again without --perf-resume") from None
-    restarts = measurements.restart_failed()
-    if recorded.ended and not restarts:
+    failed = {event["slot"] for event in recorded.events if event["event"] == "failure"}
+    again = [name for name in failed if measurements.by_name[name].failure is None]
+    if recorded.ended and not again:
         log(f"{path}: the session was complete; nothing is left to measure")
     log(f"perf: resuming from {path} with {measurements.counts()[1]} measured rounds")
-    journal = Journal(path, after=recorded)
-    for restart in restarts:
-        journal.write("restart", restart)
+    for name in sorted(failed.difference(again)):
+        kind, message = measurements.by_name[name].failure or ("", "")
+        if kind in TRANSIENT_FAILURES:
+            log(
+                f"perf: {name} is not tried again ({kind}: {message}): its rounds would not alternate with those of the "
+                "others; measure it in a new session"
+            )
     started, now = recorded.plan.get("started_unix_seconds"), time.time()
     if not isinstance(started, float) or not 0 < started <= now:
         started = now
-    return OpenJournal(journal, measurements, started)
+    return OpenJournal(Journal(path, after=recorded), measurements, started)
 
 
 def _drawn_before(path: Path, recorded: dict[str, Any], plan: Plan) -> Plan:

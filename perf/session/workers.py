@@ -63,8 +63,13 @@ class Launches:
         """The folders of the user's own code of another commit, before those of an installation of it."""
         if self._tree(slot) is None or not slot.configuration.own:
             return ()
-        folders = [self._folder(slot), self._tree(slot)]
-        return tuple(str(path) for folder in folders for path in (folder, folder / "src") if path.is_dir())
+        top, tree = self.settings.against[1].tree
+        places = [place for folder in (self._folder(slot), tree) for place in (folder, folder / "src")]
+        for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+            relative = os.path.relpath(entry, top)
+            if not relative.startswith(os.pardir):
+                places.append(tree / relative)
+        return tuple(dict.fromkeys(str(path) for path in places if path.is_dir()))
 
     def _caches(self, configuration: Configuration) -> dict[str, str]:
         cache = self._cache_folder(configuration)

@@ -152,7 +152,7 @@ class Worker:
             wall = time.perf_counter() - wall
         self.output = output
         self._require_read_fields()
-        if "tree" in self.own:
+        if "tree" in self.own and self.graphs_after_first is None:
             from perf.worker.engines import require_code_of
 
             require_code_of(*self.own["tree"])
@@ -252,7 +252,7 @@ class Worker:
         """Peak memory of the round, without the tensors of the reference workload."""
         peaks = peak_bytes()
         if sum(worker.engine is not None for worker in Worker.alive) > 1:  # whose models are in the process's peak
-            peaks.update(allocated=None, reserved=None)
+            return dict.fromkeys(peaks)
         if peaks["allocated"] is not None:
             peaks["allocated"] -= self.reference_workload.bytes
         return peaks

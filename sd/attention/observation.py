@@ -52,7 +52,7 @@ class ObservedCall:
         self.calls += 1
         if self.calls != self.observe_call:
             return self.call(*arguments)
-        # Of the caller, in which torch cannot nest another: a later call is observed.
+        # Under a profiler of the caller, in which torch cannot nest this one, a later call is observed.
         if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             self.observe_call += 1
             return self.call(*arguments)

@@ -173,12 +173,14 @@ def _metadata_alphas(path: str | Path, file_index: FileIndex) -> dict[str, Any]:
         alphas = [value] if name.endswith(".lora_alpha") else []
         valid = isinstance(patterns, dict) and all(map(_is_pattern, patterns))
         if not valid or not all(map(_is_finite, [*alphas, *patterns.values()])):
-            raise CheckpointError(f"{path}: {name} in lora_adapter_metadata is invalid; use another file")
+            raise CheckpointError(
+                f"{path}: {name} in lora_adapter_metadata is invalid or too complex; use another file"
+            )
     return settings
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < math.inf
 
 
 def _is_pattern(text: str) -> bool:
@@ -253,6 +255,8 @@ class Merged:
             self._merge([*before, (updates, scale)], updates, weights)
         except BaseException:  # such as Ctrl-C: called again, it must not merge twice
             self._merge(before, self.originals.keys() & updates.keys(), weights)
+            if not before:
+                self.originals.clear()
             raise
         self.loras = [*before, (updates, scale)]
 

@@ -132,6 +132,19 @@ def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):
     assert carried.value == 1 and gpu_session.os.environ["PYTHONPATH"].endswith(f"{gpu_session.os.pathsep}before")
 
 
+def test_a_step_that_misses_the_first_interrupt_is_interrupted_again(part, tmp_path):
+    test = tmp_path / "test_deaf.py"
+    test.write_text(
+        "import signal, time\n\ndef test_deaf():\n    signal.signal(signal.SIGINT, lambda *_: signal.signal("
+        "signal.SIGINT, signal.default_int_handler))\n    time.sleep(600)\n"
+    )
+    step = Step("deaf", (str(test), "--rootdir", str(tmp_path)), measures=False)
+    (outcome,), out = part(step, seconds=14.0)
+    assert outcome.status == "cut off"
+    with tarfile.open(out / "part1.tar.gz") as archive:
+        assert b"KeyboardInterrupt" in archive.extractfile("logs/deaf.log").read()
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(gpu_session, "REQUIRED", ("json", "no_such_package"))
     with pytest.raises(Refusal, match="lacks no_such_package: take their wheels"):

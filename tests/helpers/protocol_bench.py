@@ -58,8 +58,6 @@ class Bench:
 
     def run(self, plan: Plan | None = None, first: int = 0, last: int | None = None) -> Measurements:
         measurements = Measurements(self.plan, copy.deepcopy(self.events))
-        for restart in measurements.restart_failed():
-            self.write("restart", restart)
         self.runner(plan).run(measurements, first, last)
         return measurements
 

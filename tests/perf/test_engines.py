@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,16 @@ def test_code_of_another_commit_must_be_imported_from_it(tmp_path, monkeypatch):
     (top / "lib" / "their_tool.py").write_text("")
     monkeypatch.setattr(sys, "path", [str(tree / "src"), *sys.path])
     importlib.import_module("their_package")
+    require_code_of(str(top), str(tree))
+    (tree / "lib").mkdir()
+    (tree / "lib" / "their_tool.py").write_text("")
+    (top / "env").mkdir()
+    (top / "env" / "library.py").write_text("")  # of an environment in the repository, which no commit has
+    sys.path.insert(0, str(top / "env"))
+    importlib.import_module("library")
+    monkeypatch.setitem(
+        sys.modules, "__main__", SimpleNamespace(__file__=str(top / "src" / "their_package" / "__init__.py"))
+    )
     require_code_of(str(top), str(tree))
     for path, name in ((top / "src", "their_package"), (top / "lib", "their_tool")):
         sys.modules.pop("their_package", None)

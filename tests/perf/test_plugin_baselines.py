@@ -290,8 +290,7 @@ def test_a_strict_run_in_which_nothing_could_be_measured_fails(inner):
     inner.store(STORED)
     inner.machine.refused = {SDPA: ("unavailable", "not here")}
     assert inner.run("--benchmark-compare", "--perf-strict").ret == ExitCode.FAILED, inner.output
-    inner.prints(f"in the baseline, but not measured: {SDPA}")
-    inner.machine.refused = {}
+    assert inner.run("--benchmark-compare").ret == 0
 
 
 def test_a_session_is_not_compared_with_a_stored_copy_of_itself(inner):
@@ -300,6 +299,15 @@ def test_a_session_is_not_compared_with_a_stored_copy_of_itself(inner):
     assert inner.run("--benchmark-autosave", launches=6).ret == 0, inner.output
     assert inner.run("--perf-resume", "--benchmark-compare", launches=6).ret == ExitCode.SLOWER, inner.output
     inner.prints("nothing is left to measure", f"against {STORED} sessions up to 000{STORED}_")
+    gate = ("--benchmark-compare", "--benchmark-compare-fail=median:3%")
+    assert inner.run("--perf-resume", *gate, launches=6).ret == ExitCode.SLOWER, inner.output
+
+
+def test_a_copy_of_the_session_alone_is_no_baseline(inner):
+    assert inner.run("--benchmark-autosave", launches=6).ret == 0, inner.output
+    strict = ("--perf-resume", "--benchmark-compare", "--perf-strict")
+    assert inner.run(*strict, launches=6).ret == ExitCode.INCONCLUSIVE, inner.output
+    inner.prints(f"{SDPA}: INCONCLUSIVE", "(no_baseline)")
 
 
 @pytest.mark.parametrize("option", ["--perf-aa", "--perf-against=HEAD"])

@@ -80,11 +80,20 @@ def test_against_a_faster_commit(inner, other_commit):
     assert (paired["variant"], paired["name"]) == ("base", "0123456789ab")
 
 
-def test_a_strict_pair_that_cannot_be_measured_fails(inner, other_commit):
+def test_a_strict_pair_that_cannot_be_measured_fails(inner, other_commit, monkeypatch):
     inner.machine.refused = {SDPA: ("unavailable", "not here")}
     assert inner.run("--perf-against=v1", launches=6).ret == 0, inner.output
-    inner.prints(f"not compared, for lack of rounds on both sides: {SDPA}")
     assert inner.run("--perf-against=v1", "--perf-strict", launches=6).ret == ExitCode.FAILED, inner.output
+    opened = Launches.open
+
+    def only_the_other_commit(launches, slot):
+        inner.machine.refused = {} if slot.variant else {SDPA: ("unavailable", "not here")}
+        return opened(launches, slot)
+
+    monkeypatch.setattr(Launches, "open", only_the_other_commit)
+    run = inner.run("--perf-against=v1", "--perf-strict", launches=6, what=TWO)
+    assert run.ret == ExitCode.FAILED, inner.output
+    inner.prints(f"{SDPA} is not compared: {SDPA}: unavailable: not here")
 
 
 def test_against_the_same_commit(inner, other_commit):

@@ -155,12 +155,8 @@ def test_side_by_side_failure_does_not_affect_the_other_variant(operation):
     measurements = bench.run()
     assert measurements.by_name[f"{A.id}@base"].failure == ("died", "so the test says")
     assert len(measurements.by_name[A.id].rounds()) == 6
-    again = Bench(bench.plan, events=bench.events)
-    assert len(again.run().by_name[f"{A.id}@base"].rounds()) == 6
-    # The other side too: its earlier rounds are no neighbours of these.
-    assert sorted(again.turns) == [(0, A.id), (0, f"{A.id}@base"), (1, A.id), (1, f"{A.id}@base")]
-    third = Bench(bench.plan, events=again.events)
-    assert len(third.run().by_name[A.id].rounds()) == 6 and third.turns == []
+    again = Bench(bench.plan, events=bench.events)  # alone its rounds would be no neighbours of those
+    assert again.run().by_name[f"{A.id}@base"].failure == ("died", "so the test says") and again.turns == []
 
 
 def test_a_launch_loads_warms_up_and_runs_rounds_with_different_seeds():

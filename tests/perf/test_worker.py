@@ -16,6 +16,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_session import FAKE, SCRIPT, fake, measure, summary  # noqa: F401 (fake is a fixture)
@@ -395,7 +396,7 @@ def test_kinds_of_error():
     assert error(broken, op="round", seed=1) == ("failed", "ValueError: ValueError")
 
 
-def test_workers_of_one_process_have_variables_of_their_own_and_no_peak_of_device_memory(monkeypatch):
+def test_workers_of_one_process_have_variables_of_their_own_and_no_peak_of_memory(monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     seen = []
     monkeypatch.setattr(Worker, "ping", lambda self: seen.append(os.environ.get("TORCHINDUCTOR_CACHE_DIR")) or {})
@@ -413,7 +414,7 @@ def test_workers_of_one_process_have_variables_of_their_own_and_no_peak_of_devic
             first.worker.engine = object()
             assert first.worker._peak_bytes() == {"allocated": 9, "reserved": 20, "rss": 30}
             second.worker.engine = object()
-            assert first.worker._peak_bytes() == {"allocated": None, "reserved": None, "rss": 30}
+            assert first.worker._peak_bytes() == {"allocated": None, "reserved": None, "rss": None}
 
 
 def test_in_process_the_answers_are_the_same():
@@ -509,8 +510,9 @@ def workers() -> list[int]:
 @pytest.mark.nightly
 def test_kill_9_of_workers_at_random_moments_is_one_line_each(fake, tmp_path):  # noqa: F811
     fake(**SCRIPT)
+    turns: dict[str, Any] = {"loading": "single"}  # in which a failed configuration is tried once more
     begin = time.monotonic()
-    whole = summary(measure(tmp_path / "whole")[0])
+    whole = summary(measure(tmp_path / "whole", **turns)[0])
     usual = time.monotonic() - begin
     kills, number = 0, 0
     while kills < KILLS:
@@ -527,7 +529,7 @@ def test_kill_9_of_workers_at_random_moments_is_one_line_each(fake, tmp_path):  
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            session, _ = measure(folder)
+            session, _ = measure(folder, **turns)
         except SessionError as error:  # the very first worker
             assert str(error).startswith("nothing can be measured: the worker was ended by SIGKILL"), f"seed {number}"
             session = None
@@ -541,6 +543,6 @@ def test_kill_9_of_workers_at_random_moments_is_one_line_each(fake, tmp_path):  
         lines += session.unchecked.values()
         assert all(line.startswith("the worker was ended by SIGKILL") for line in lines), f"seed {number}: {lines}"
         assert all(line.isprintable() for line in lines)
-        resumed = summary(measure(folder, resume=True)[0])
+        resumed = summary(measure(folder, resume=True, **turns)[0])
         assert resumed["failures"] == whole["failures"], f"seed {number}"
         assert resumed["seconds"] == whole["seconds"], f"seed {number}"

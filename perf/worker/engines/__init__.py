@@ -109,7 +109,7 @@ def _constructor(name: str, workload: str, folder: str | None) -> Any:
 
 def _module(name: str, folder: str | None) -> ModuleType:
     """The user's module, imported from `folder` or from the environment; a file by its path."""
-    if folder and folder not in sys.path:
+    if folder and folder != sys.path[0]:
         sys.path.insert(0, folder)  # perf is imported already, so that a folder `perf` of the user does not replace it
     if not name.endswith(".py"):
         try:
@@ -121,7 +121,7 @@ def _module(name: str, folder: str | None) -> ModuleType:
     path = Path(folder or "", name)
     if not path.is_file():  # in another commit
         raise WorkerError("usage", f"--engine {name}: there is no file {path}")
-    if str(path.parent) not in sys.path:
+    if str(path.parent) != sys.path[0]:
         sys.path.insert(0, str(path.parent))  # as for a script, for the modules beside it
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # of a path that ends in .py
@@ -131,23 +131,25 @@ def _module(name: str, folder: str | None) -> ModuleType:
 
 
 def require_code_of(top: str, tree: str) -> None:
-    """Raise WorkerError if a module of a repository was not imported from `tree`, the files of another commit of it.
+    """Raise WorkerError if a module that another commit has in `tree`, its files, was imported from elsewhere.
 
-    But from the working tree `top`, or from an installation: both sides of a comparison would run the same code.
+    From the working tree `top`, or from an installation of it: both sides of a comparison would run the same code.
     """
     for name, module in list(sys.modules.items()):
-        file = os.path.realpath(getattr(module, "__file__", None) or "")
-        if not os.path.isfile(file) or "." in name or name in ("perf", "sd") or file.startswith(tree + os.sep):
+        if "." in name or name in ("__main__", "perf", "sd") or not getattr(module, "__file__", None):
+            continue
+        file = os.path.realpath(module.__file__)
+        if file.startswith(tree + os.sep):
             continue
         places = [os.path.join(tree, *folder, name) for folder in ((), ("src",))]
-        known = any(
-            os.path.isfile(f"{place}.py") or os.path.isfile(os.path.join(place, "__init__.py")) for place in places
-        )
-        if known or (file.startswith(top + os.sep) and "-packages" + os.sep not in file):
+        known = [path for place in places for path in (f"{place}.py", os.path.join(place, "__init__.py"))]
+        if file.startswith(top + os.sep):
+            known.append(tree + file[len(top) :])
+        if any(map(os.path.isfile, known)):
             raise WorkerError(
                 "usage",
                 f"--perf-against: {name} was imported from {file} and not from the other commit, so both sides would run "
-                "the same code: uninstall it, and put its folder on PYTHONPATH",
+                "the same code: uninstall it, and put the folder that contains it on PYTHONPATH",
             )
 
 
