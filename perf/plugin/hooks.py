@@ -14,7 +14,7 @@ from perf.configurations.configuration import Configuration
 from perf.machine.stack import torch_version
 from perf.plugin import benchmark_bridge, options, preflight, selection
 from perf.plugin.benchmark_bridge import ReplayClock
-from perf.plugin.serve import SERVE
+from perf.plugin.serve import SERVE, is_worker
 from perf.plugin.state import STATE, RunState, create, create_late, evaluate, exit_status, prepare_session, set_storage
 from perf.session import record
 from perf.session.journal import JournalError
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Validate the options, before pytest-benchmark reads its own."""
-    if SERVE in config.stash or not (config.pluginmanager.hasplugin("perf.plugin") or options.any_given(config)):
+    if is_worker(config) or not (config.pluginmanager.hasplugin("perf.plugin") or options.any_given(config)):
         return
     for line in selection.markers(options.project(config)):
         config.addinivalue_line("markers", line)

@@ -77,6 +77,11 @@ class Server:
             self.reason = ("failed", f"{report.nodeid} cannot be collected: {lines[-1] if lines else ''}")
 
 
+def is_worker(config) -> bool:
+    """Whether this process serves one test; known before any `pytest_configure`, whose order depends on the installation."""
+    return any(isinstance(plugin, Server) for plugin in config.pluginmanager.get_plugins())
+
+
 def _something(returned: Any) -> Any:
     """An output that can be compared; a benchmark's function may return nothing."""
     from perf.worker.engines.interface import nothing

@@ -120,9 +120,9 @@ def test_code_of_another_commit_must_be_imported_from_it(tmp_path, monkeypatch):
     (top / "env" / "library.py").write_text("")  # of an environment in the repository, which no commit has
     sys.path.insert(0, str(top / "env"))
     importlib.import_module("library")
-    monkeypatch.setitem(
-        sys.modules, "__main__", SimpleNamespace(__file__=str(top / "src" / "their_package" / "__init__.py"))
-    )
+    # As `python -m perf.worker` in a clone of sd-perf, which is the repository then.
+    main = str(ROOT / "perf" / "worker" / "__main__.py")
+    monkeypatch.setitem(sys.modules, "__mp_main__", SimpleNamespace(__file__=main))
     require_code_of(str(top), str(tree))
     for path, name in ((top / "src", "their_package"), (top / "lib", "their_tool")):
         sys.modules.pop("their_package", None)

@@ -214,6 +214,42 @@ REAL = """
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["lib", "elsewhere"])
+def test_real_processes_of_another_commit(tmp_path, place):
+    """A package of the repository comes from that commit where PYTHONPATH has its folder, else the session ends."""
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "theirs.py").write_text("def work():\n    return sum(range(1000))\n")
+    where = "" if place == "lib" else f"import sys\nsys.path.insert(0, {str(tmp_path / place)!r})\n"
+    (tmp_path / "conftest.py").write_text(where)
+    (tmp_path / "test_theirs.py").write_text(
+        "from theirs import work\n\ndef test_work(measured):\n    assert measured(work)\n"
+    )
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    (tmp_path / place / "theirs.py").write_text("def work():\n    return sum(range(300_000))\n")
+    path = [str(ROOT), *([str(tmp_path / place)] if place == "lib" else [])]
+    launches = ("--perf-launches=3", "--perf-rounds=4")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *LOADED, "--perf-against=HEAD", *launches],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+    )
+    if place == "lib":
+        assert done.returncode == ExitCode.SLOWER, done.stdout + done.stderr
+    else:
+        assert done.returncode == ExitCode.FAILED, done.stdout + done.stderr
+        assert f"theirs was imported from {tmp_path / place}" in done.stdout
+
+
 @pytest.mark.nightly
 def test_real_processes(tmp_path):
     (tmp_path / "test_real.py").write_text(textwrap.dedent(REAL))

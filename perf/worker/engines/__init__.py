@@ -135,11 +135,16 @@ def require_code_of(top: str, tree: str) -> None:
 
     From the working tree `top`, or from an installation of it: both sides of a comparison would run the same code.
     """
+    ours = [
+        os.path.dirname(os.path.realpath(sys.modules[name].__file__ or ""))
+        for name in ("perf", "sd")
+        if name in sys.modules
+    ]
     for name, module in list(sys.modules.items()):
-        if "." in name or name in ("__main__", "perf", "sd") or not getattr(module, "__file__", None):
+        if "." in name or not getattr(module, "__file__", None):
             continue
         file = os.path.realpath(module.__file__)
-        if file.startswith(tree + os.sep):
+        if file.startswith(tuple(folder + os.sep for folder in (tree, *ours))):
             continue
         places = [os.path.join(tree, *folder, name) for folder in ((), ("src",))]
         known = [path for place in places for path in (f"{place}.py", os.path.join(place, "__init__.py"))]
