@@ -10,9 +10,9 @@ from perf.session.settings import Settings
 
 QUIET_LOAD_PER_CORE = 0.25
 # Standard deviation of the log ratio of one launch of 8 rounds, two identical configurations side by side, embedded model: of
-# perf/baselines/battery_idle.json, and beside bursts of load of battery_bursts.json.
+# perf/baselines/battery_idle.json, and beside load that wanders of battery_wander.json.
 QUIET_DEVIATION = 0.028
-LOADED_DEVIATION = 0.044
+LOADED_DEVIATION = 0.058
 
 
 def expectation(cpu: CpuFacts, settings: Settings) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from inner_session import MEASURED, inner_fixture, machine_fixture  # noqa: F401
+from selection import slow_or_nightly
 
 from perf.analysis.verdicts import ExitCode
 from perf.launch.process import ROOT
@@ -214,8 +215,7 @@ REAL = """
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["lib", "elsewhere"])
+@pytest.mark.parametrize("place", slow_or_nightly(["lib", "elsewhere"], lambda place: place == "lib"))
 def test_real_processes_of_another_commit(tmp_path, place):
     """A package of the repository comes from that commit where PYTHONPATH has its folder, else the session ends."""
 

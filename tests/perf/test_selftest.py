@@ -253,7 +253,7 @@ def test_docs_state_the_deviation_between_launches_without_the_noise_of_rounds()
 
 
 @pytest.mark.parametrize(
-    "path, deviation", [(IDLE, QUIET_DEVIATION), (BURSTS, LOADED_DEVIATION)], ids=["idle", "bursts"]
+    "path, deviation", [(IDLE, QUIET_DEVIATION), (WANDER, LOADED_DEVIATION)], ids=["idle", "wander"]
 )
 def test_the_expected_noise_is_that_of_the_stored_sessions(path, deviation):
     """Pooled over sessions; of a launch of 8 rounds, as those of an ordinary session."""
