@@ -12,6 +12,7 @@ step, beside which the real ones are printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -134,11 +135,9 @@ def run_step(command: Sequence[str], log: Path, limit: float) -> int | None:
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             for _ in range(2):  # the first may arrive while a CUDA graph is recorded, which reports another error
                 process.send_signal(signal.SIGINT)
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS / 2)
                     break
-                except subprocess.TimeoutExpired:
-                    continue
             else:
                 process.kill()
                 process.wait()

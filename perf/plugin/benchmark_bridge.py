@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from perf.runs.saved_run import BaselineError, SavedRun
@@ -91,9 +91,9 @@ def compare_plain(config, runs: Sequence[SavedRun]) -> None:
             known |= added.keys()
 
 
-def leave_out(config, runs: Sequence[SavedRun]) -> None:
-    """Let pytest-benchmark compare nothing with these runs."""
-    session, names = benchmark_session(config), {run.path.name for run in runs}
+def leave_out(config, paths: Collection[Path]) -> None:
+    """Let pytest-benchmark compare nothing with these saved runs."""
+    session, names = benchmark_session(config), {path.name for path in paths}
     for path, stored in session.compared_mapping.items() if session else ():
         if Path(path).name in names:
             stored.clear()

@@ -90,13 +90,13 @@ def pytest_collection_modifyitems(config, items):
     state = _state(config)
     if tests and _measures(config):
         options.require_for_own_suite(config)
-    if state is None and tests and _measures(config):
-        state = create_late(config)
-        if DESELECTED in config.stash:
-            state.problems.append(f"deselected {config.stash[DESELECTED]}")
-        benchmark_bridge.take_over(config)
-        for notice in state.comparison.notices:
-            config.get_terminal_writer().line(f"perf: {notice}", yellow=True)
+        if state is None:
+            state = create_late(config)
+            if DESELECTED in config.stash:
+                state.problems.append(f"deselected {config.stash[DESELECTED]}")
+            benchmark_bridge.take_over(config)
+            for notice in state.comparison.notices:
+                config.get_terminal_writer().line(f"perf: {notice}", yellow=True)
     if state is None:
         return
     items[:] = selection.select(config, items, state.values, state.device)
@@ -164,9 +164,8 @@ def perf_session(request) -> Session:
             state.error = str(error)
             pytest.fail(state.error, pytrace=False)
         state.results = evaluate(session, state.comparison)
-        benchmark_bridge.leave_out(request.config, state.comparison.choice.copies(session.started_unix_seconds))
-        choice = state.comparison.choice.without(session.started_unix_seconds)
-        state.comparison = replace(state.comparison, choice=choice)
+        copies = set(state.comparison.choice.paths) - set(state.results.choice.paths)
+        benchmark_bridge.leave_out(request.config, copies)
     return state.results.session
 
 
@@ -250,7 +249,7 @@ def _report(request, benchmark, clock: ReplayClock, id: str, session: Session) -
     benchmark.extra_info.update(state.results.infos[id])
     clock.load(rounds)
     benchmark.pedantic(clock.advance, rounds=len(rounds))
-    history = state.comparison.choice.history
+    history = state.results.choice.history
     regressions = benchmark_bridge.regressions(request.config, benchmark, id, history)
     if regressions:
         state.regressed.add(id)

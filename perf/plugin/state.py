@@ -37,6 +37,7 @@ class Results:
     decisions: dict[str, Decision] = field(default_factory=dict)
     judgement: baselines.Judgement | None = None  # against stored sessions
     counts: dict[str, CountsComparison] = field(default_factory=dict)
+    choice: baselines.Choice = field(default_factory=baselines.Choice)  # without stored copies of this session
 
     @property
     def not_compared(self) -> dict[str, str]:
@@ -90,7 +91,7 @@ def evaluate(session: Session, comparison: Comparison) -> Results:
         info["marks"] = record.marks(session, info, decisions.get(id))
     for id, compared in counts.items():
         infos[id]["counts_comparison"] = compared.as_dict()
-    return Results(session, infos, decisions, judgement, counts)
+    return Results(session, infos, decisions, judgement, counts, choice)
 
 
 @dataclass

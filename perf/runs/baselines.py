@@ -38,9 +38,10 @@ class Choice:
         )
         return replace(self, history=history, counted=counted)
 
-    def copies(self, started_unix_seconds: float) -> list[SavedRun]:
-        """Those copies."""
-        return [run for run in self.history if run.started_unix_seconds == started_unix_seconds]
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the history."""
+        return [run.path for run in self.history]
 
     @property
     def newest(self) -> SavedRun | None:

@@ -13,7 +13,7 @@ from perf.session.journal import Journal, JournalError, Recorded, prune, read
 from perf.session.loading import DESCRIPTIONS
 from perf.session.measurements import TRANSIENT_FAILURES, Measurements
 from perf.session.plan import Plan
-from perf.session.settings import SessionError
+from perf.session.settings import SessionError, SessionRefused
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,18 @@ def start_journal(folder: Path, plan: Plan, protocol: dict[str, Any], started: f
 
 
 def resume_journal(
-    folder: Path, plan: Plan, protocol: dict[str, Any], log: Callable[[str], None], name: str | None = None
+    folder: Path,
+    plan: Plan,
+    protocol: dict[str, Any],
+    log: Callable[[str], None],
+    name: str | None = None,
+    loading: str | None = None,
 ) -> OpenJournal:
     """Open the journal of a session with this plan and read its rounds.
 
     name: of the journal, or its unique beginning; without it the newest unfinished session with the same plan and
-    options is resumed, else the newest complete one. Raises SessionError if there is none, JournalError if unreadable.
+    options is resumed, else the newest complete one. loading: that the session must have had, None for any.
+    Raises SessionError if there is none, SessionRefused for another loading, JournalError if unreadable.
     """
     recorded = read(named(folder, name)) if name else _matching(folder, protocol, log)
     path = recorded.path
@@ -54,6 +60,11 @@ def resume_journal(
         log(f"{path}: {recorded.damage}")
     _require_same_options(path, recorded.plan, protocol)
     plan = _drawn_before(path, recorded.plan, plan)
+    if loading not in (None, plan.loading):
+        raise SessionRefused(
+            f"--perf-loading {loading}: the session to resume began with {plan.loading}, and its rounds must alternate as "
+            "before: leave it out, or start again without --perf-resume"
+        )
     try:
         measurements = Measurements(plan, recorded.events)
     except (KeyError, TypeError, ValueError) as error:

@@ -217,15 +217,8 @@ def _open_journal(settings: Settings, plan: Plan, facts: dict, begin: float, log
     }
     if not settings.resume:
         return start_journal(folder, plan, protocol, begin)
-    opened = resume_journal(folder, plan, protocol, log, None if settings.resume is True else settings.resume)
-    before = opened.measurements.plan.loading
-    if settings.loading not in (None, before):
-        opened.journal.close()
-        raise SessionRefused(
-            f"--perf-loading {settings.loading}: the session to resume began with {before}, and its rounds must alternate "
-            "as before: leave it out, or start again without --perf-resume"
-        )
-    return opened
+    name = None if settings.resume is True else settings.resume
+    return resume_journal(folder, plan, protocol, log, name, settings.loading)
 
 
 def _own_sources(plan: Plan, settings: Settings) -> dict[str, str]:

@@ -61,9 +61,10 @@ class Launches:
 
     def _import_path(self, slot: Slot) -> tuple[str, ...]:
         """The folders of the user's own code of another commit, before those of an installation of it."""
-        if self._tree(slot) is None or not slot.configuration.own:
+        trees = self._trees(slot)
+        if trees is None or not slot.configuration.own:
             return ()
-        top, tree = self.settings.against[1].tree
+        top, tree = trees
         places = [place for folder in (self._folder(slot), tree) for place in (folder, folder / "src")]
         for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
             relative = os.path.relpath(entry, top)
@@ -106,21 +107,20 @@ class Launches:
         given = [] if configuration.engine.endswith((".reference", ":reference")) else configuration.given
         folder = self._folder(slot)
         directory = folder if configuration.test else self.settings.directory
-        tree = self._tree(slot)
-        trees = self.settings.against[1].tree if tree is not None else None
+        trees = self._trees(slot)
         other = {"tree": [os.path.realpath(folder) for folder in trees]} if trees else {}
         return {"own": {"directory": str(directory), "folder": str(folder), "given": given, **other}}
 
     def _folder(self, slot: Slot) -> Path:
         """Where the code of an engine of the user's own is, or the root of the suite of a test."""
-        settings, tree = self.settings, self._tree(slot)
-        folder = settings.rootpath if slot.configuration.test else settings.directory
-        return folder if tree is None else tree / os.path.relpath(folder, settings.against[1].tree[0])
+        folder = self.settings.rootpath if slot.configuration.test else self.settings.directory
+        trees = self._trees(slot)
+        return folder if trees is None else trees[1] / os.path.relpath(folder, trees[0])
 
-    def _tree(self, slot: Slot) -> Path | None:
-        """All files of the other commit, for a slot of the user's own code of it."""
+    def _trees(self, slot: Slot) -> tuple[Path, Path] | None:
+        """(root of the repository, all files of the other commit), for a slot of the user's own code of that commit."""
         against = self.settings.against
-        return None if slot.variant != "base" or against is None or against[1].tree is None else against[1].tree[1]
+        return against[1].tree if slot.variant == "base" and against else None
 
     def probe(self, configurations: list[Configuration]) -> dict:
         """Return the facts of torch and the device, from a process of its own, and validate the techniques.

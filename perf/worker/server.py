@@ -152,11 +152,11 @@ class Worker:
             wall = time.perf_counter() - wall
         self.output = output
         self._require_read_fields()
-        if "tree" in self.own and self.graphs_after_first is None:
-            from perf.worker.engines import require_code_of
-
-            require_code_of(*self.own["tree"])
         if self.graphs_after_first is None:
+            if "tree" in self.own:
+                from perf.worker.engines import require_code_of
+
+                require_code_of(*self.own["tree"])
             self.graphs_after_first = self.compiled["graphs"]
         timed_by_events = clock.uses_cuda() and output.stages and not self.own
         return {

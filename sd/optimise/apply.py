@@ -184,9 +184,11 @@ def apply(
     dtype = WEIGHT_DTYPES[optimisations.precision]
     # Of all weights: a conversion may have been interrupted.
     dtypes = {weight.dtype for network in (unet, autoencoder, text_encoder) for weight in network.parameters()}
-    for rounded in (dtypes & {torch.float16, torch.bfloat16}) - {dtype}:
+    rounded = (dtypes & {torch.float16, torch.bfloat16}) - {dtype}
+    if rounded:
+        names = ", ".join(sorted(map(str, rounded)))
         raise ConfigError(
-            f"precision {optimisations.precision}: the weights were already rounded to {rounded}; load the checkpoint again"
+            f"precision {optimisations.precision}: the weights were already rounded to {names}; load the checkpoint again"
         )
     if unet.quantisation not in ("none", optimisations.quantisation):
         raise ConfigError(
