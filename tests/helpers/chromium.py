@@ -17,6 +17,7 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 TIMEOUT = 60.0  # seconds for one answer
+UNFOLD = "document.getElementById('unfold').click()"  # opens every section of the page
 
 
 def find() -> str | None:
