@@ -44,6 +44,7 @@ constexpr int KEYS = 64;                       // of a block of attention
 constexpr int TILES = 48;                      // limit of a block, which transforms the weights once; higher for few channels
 constexpr int INPUTS = 96 << 10;               // transformed values of a block with more tiles, for the second cache
 constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
+constexpr int NORMED = 16 << 10;               // elements of a block of a norm, whose sums are in fp32
 const float ZEROS[CHUNK] = {};
 
 inline Lanes plus_products(Lanes sum, float left, Lanes right) { return sum + left * right; }
@@ -467,6 +468,120 @@ Lanes power_of_two(Lanes x) {  // of x <= 0: Taylor polynomial on [-1/2, 1/2], r
   return sum * (Lanes)(((Integers)shifted + 127) << 23);
 }
 
+// Of `count` values: their mean, and the sum of the squares of their deviations from it.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+  void add(const Moments& other) {  // Chan, Golub and LeVeque 1979
+    const double all = count + other.count, distance = other.mean - mean;
+    if (!other.count) return;
+    squares += other.squares + distance * distance * count * other.count / all;
+    mean += distance * other.count / all;
+    count = all;
+  }
+};
+
+// The moments of rows [count][channels] by group. Sums are of differences from the first row, so that fp32 is enough.
+// work: channels * 2.
+template <typename Value>
+void find_moments(const Value* rows, int64_t count, int64_t channels, int64_t groups, Moments* out, float* work) {
+  constexpr int TOGETHER = 4;  // rows, for the latency of an addition
+  float *const means = work, *const deviations = means + channels, share = 1.0f / count;
+  for (int64_t channel = 0; channel < channels; channel += LANES) {
+    const Lanes base = load(rows + channel);
+    Lanes sums[TOGETHER] = {}, squares[TOGETHER] = {};
+    const auto add = [&](int64_t row, int r) {
+      const Lanes value = load(rows + row * channels + channel) - base;
+      sums[r] += value, squares[r] += value * value;
+    };
+    int64_t row = 0;
+    for (; row + TOGETHER <= count; row += TOGETHER)
+      for (int r = 0; r < TOGETHER; ++r) add(row + r, r);
+    for (; row < count; ++row) add(row, 0);
+    const Lanes sum = sums[0] + sums[1] + (sums[2] + sums[3]), square = squares[0] + squares[1] + (squares[2] + squares[3]);
+    store(means + channel, base + sum * share);
+    store(deviations + channel, square - sum * sum * share);
+  }
+  for (int64_t group = 0, of_group = channels / groups; group < groups; ++group) {
+    double mean = 0, squares = 0;
+    for (int64_t i = group * of_group; i < (group + 1) * of_group; ++i) mean += means[i];
+    mean /= of_group;
+    for (int64_t i = group * of_group; i < (group + 1) * of_group; ++i)
+      squares += deviations[i] + count * (means[i] - mean) * (means[i] - mean);
+    out[group] = {(double)(count * of_group), mean, squares};
+  }
+}
+
+inline Lanes silu(Lanes x) {
+  const Lanes magnitude = x < 0.0f ? x : -x, power = power_of_two(magnitude * 1.44269504f);
+  return x * (x < 0.0f ? power : Lanes{} + 1.0f) / (1.0f + power);
+}
+
+// x and out [images, positions, channels].
+template <typename Value>
+void normalise(const Value* x, const Value* weight, const Value* bias, Value* out, int64_t images, int64_t positions,
+               int64_t channels, int64_t groups, double eps, bool with_silu) {
+  const int64_t rows = std::max<int64_t>(1, NORMED / channels), blocks = (positions + rows - 1) / rows;
+  std::vector<Moments> moments(images * blocks * groups);
+  const auto for_blocks = [&](auto use) {  // rows of a block that belong to one image
+    torch::stable::parallel_for(0, images * blocks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t begin = unit % blocks * rows;
+        use(unit, (unit / blocks * positions + begin) * channels, std::min(rows, positions - begin));
+      }
+    });
+  };
+  for_blocks([&](int64_t unit, int64_t begin, int64_t count) {
+    find_moments(x + begin, count, channels, groups, &moments[unit * groups], workspace(2 * channels));
+  });
+  std::vector<float> means(images * channels), factors(images * channels), terms(channels);
+  for (int64_t channel = 0; channel < channels; ++channel) terms[channel] = to_float(bias[channel]);
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t group = 0; group < groups; ++group) {
+      Moments all;
+      for (int64_t block = 0; block < blocks; ++block) all.add(moments[(image * blocks + block) * groups + group]);
+      const double deviation = 1 / std::sqrt(all.squares / all.count + eps);
+      for (int64_t channel = group * channels / groups; channel < (group + 1) * channels / groups; ++channel) {
+        means[image * channels + channel] = (float)all.mean;
+        factors[image * channels + channel] = (float)(deviation * to_float(weight[channel]));
+      }
+    }
+  for_blocks([&](int64_t unit, int64_t begin, int64_t count) {
+    const float *const mean = &means[unit / blocks * channels], *const factor = &factors[unit / blocks * channels];
+    for (int64_t at = begin; at < begin + count * channels; at += channels)
+      for (int64_t channel = 0; channel < channels; channel += LANES) {
+        // In this order a mean far from zero cancels exactly.
+        const Lanes centred = load(x + at + channel) - load(mean + channel);
+        const Lanes value = centred * load(factor + channel) + load(&terms[channel]);
+        store(out + at + channel, with_silu ? silu(value) : value);
+      }
+  });
+}
+
+Tensor group_norm(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps, bool with_silu) {
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t channels = x.dim() > 1 ? x.size(-1) : 0;
+  const auto is_of_channels = [&](const Tensor& y) { return y.dim() == 1 && y.size(0) == channels && y.is_contiguous(); };
+  STD_TORCH_CHECK(channels > 0 && channels % LANES == 0 && groups > 0 && channels % groups == 0 && is_of_channels(weight) &&
+                      is_of_channels(bias),
+                  "avx2_group_norm: the shapes of input, weight and bias do not match");
+  const auto all = [&](auto dtype) {
+    return x.scalar_type() == dtype && weight.scalar_type() == dtype && bias.scalar_type() == dtype;
+  };
+  const auto compute = [&](auto value, int32_t dtype) {
+    using Value = decltype(value);
+    Tensor out = empty({x.sizes().begin(), x.sizes().end()}, dtype);
+    if (out.numel())
+      normalise((const Value*)x.data_ptr(), (const Value*)weight.data_ptr(), (const Value*)bias.data_ptr(),
+                (Value*)out.data_ptr(), x.size(0), x.numel() / x.size(0) / channels, channels, groups, eps, with_silu);
+    return out;
+  };
+#ifdef __AVX512BF16__
+  if (all(torch::headeronly::ScalarType::BFloat16)) return compute(Bf16(), aoti_torch_dtype_bfloat16());
+#endif
+  STD_TORCH_CHECK(all(torch::headeronly::ScalarType::Float), "avx2_group_norm: computes in fp32, or with avx512_bf16 in bf16");
+  return compute(float(), aoti_torch_dtype_float32());
+}
+
 // q and out [images, queries, heads, head], k and v [images, keys, heads, head]; strides of image, token and head of q, k, v
 struct Heads {
   int64_t images, queries, keys, heads, head;
@@ -540,4 +655,5 @@ Tensor attention(Tensor q, Tensor k, Tensor v) {
 STABLE_TORCH_LIBRARY_IMPL(sd, CPU, library) {
   library.impl("avx2_layer", TORCH_BOX(&layer));
   library.impl("avx2_attention", TORCH_BOX(&attention));
+  library.impl("avx2_group_norm", TORCH_BOX(&group_norm));
 }

@@ -109,6 +109,9 @@ def _defined() -> str | None:
     library.register_fake("sd::avx2_layer")(_layer)
     library.define("sd::avx2_attention", "(Tensor q, Tensor k, Tensor v) -> Tensor")
     library.register_fake("sd::avx2_attention")(lambda q, k, v: q.new_empty(q.shape))
+    affine = "Tensor weight, Tensor bias, int groups, float eps, bool silu"
+    library.define("sd::avx2_group_norm", f"(Tensor x, {affine}) -> Tensor")
+    library.register_fake("sd::avx2_group_norm")(lambda x, *affine: x.new_empty(x.shape))
     return None
 
 

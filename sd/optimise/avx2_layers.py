@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sd.attention.modules import CrossAttention
 from sd.features import fastest_calls
 from sd.kernels.avx2 import PANEL, define_operators
+from sd.models.layers import GroupNorm
 from sd.optimise import packed
 from sd.optimise.packed import Packed, refuse_gradients
 
@@ -53,6 +54,21 @@ class Avx2Linear(Packed, nn.Linear):
         return out
 
 
+class Avx2GroupNorm(Packed, GroupNorm):
+    """A group norm of NHWC images by the kernel, with plain weights."""
+
+    plain = GroupNorm
+
+    def _dense(self) -> Tensor:
+        return self.get_parameter("weight").detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        _require(x)
+        positions, choice = x.permute(0, 2, 3, 1), (self.num_groups, self.eps, self.silu)
+        out: Tensor = torch.ops.sd.avx2_group_norm.default(positions, self.weight, self.bias, *choice)
+        return out.permute(0, 3, 1, 2)
+
+
 def _require(x: Tensor) -> None:
     refuse_gradients(x, "avx2_layers" if x.dtype == torch.float32 else "avx512_layers")
     if not torch.compiler.is_compiling():
@@ -71,6 +87,8 @@ def pack(network: nn.Module) -> None:
             assert isinstance(layer, (nn.Conv2d, nn.Linear))
             layer.weight = nn.Parameter(_packed(layer.weight.detach()), requires_grad=False)
             layer.__class__ = Avx2Conv2d if isinstance(layer, nn.Conv2d) else Avx2Linear
+        if type(layer) is GroupNorm and layer.num_channels % (PANEL // 2) == 0:
+            layer.__class__ = Avx2GroupNorm
 
 
 @functools.cache

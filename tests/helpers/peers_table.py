@@ -50,9 +50,10 @@ def versions() -> str:
 
 
 def table(run: dict) -> list[str]:
-    """Lines of Markdown: CPU milliseconds, the ratio of our side to each with its 95 % interval, fraction of peak FLOP/s.
+    """Lines of Markdown: milliseconds, the ratio of our side to each with its 95 % interval, fraction of peak FLOP/s.
 
-    Our side is `sd-fast`, in training `sd`. With several threads also wall milliseconds and their gain over one.
+    Our side is `sd-fast`, in training `sd`. The clock is in the group's name: CPU time of one thread, wall time of several,
+    with the gain over one.
     """
     groups: dict[str, dict[str, dict]] = {}
     for benchmark in run["benchmarks"]:
@@ -61,21 +62,18 @@ def table(run: dict) -> list[str]:
     for group, sides in groups.items():
         ours = "sd-fast" if "sd-fast" in sides else "sd"
         ratios = sides[ours]["extra_info"]
-        wall = next(iter(sides.values()))["params"].get("threads", 1) > 1
-        product = ratios.get("gain_of_product")  # missing in runs before 2026-11-28
-        columns = ["ms", "wall ms", "gain over 1 thread", f"`{ours}` / it", "of peak"]
-        columns = [name for name, shown in zip(columns, (True, wall, product, True, True)) if shown]
+        product = ratios.get("gain_of_product")
+        columns = ["ms", *(["gain over 1 thread"] if product else []), f"`{ours}` / it", "of peak"]
         lines += ["", f"| {group} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
         for side, benchmark in sides.items():
             info = benchmark["extra_info"]
-            times = [benchmark["stats"]["median"], *([info["wall_seconds"]] if wall else [])]
-            cells = [f"`{side}`", *(f"{1e3 * seconds:.1f}" for seconds in times)]
+            cells = [f"`{side}`", f"{1e3 * benchmark['stats']['median']:.1f}"]
             if product:
                 cells.append(_with_interval(info["gain_over_one_thread"]))
             cells.append("" if side == ours else _with_interval(ratios[f"ratio_to_{side.replace('-', '_')}"]))
             lines.append(f"| {' | '.join(cells)} | {info['flops_fraction']:.0%} |")
         if product:
-            lines.append(f"| a matrix product | | | {_with_interval(product)} | | |")
+            lines.append(f"| a matrix product | | {_with_interval(product)} | | |")
     return lines[1:]
 
 

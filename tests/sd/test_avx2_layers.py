@@ -1,4 +1,4 @@
-"""Layers by the AVX2 kernel against double precision: geometries, sizes around its blocks, threads, refusals."""
+"""Layers and norms by the AVX2 kernel against double precision: geometries, sizes around its blocks, threads, refusals."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from sd.kernels import avx2
 from sd.kernels.avx2 import PANEL
+from sd.models.layers import GroupNorm
 from sd.optimise import avx2_layers, packed
 
 REASON = avx2.unavailable_reason(torch.device("cpu"))
@@ -169,6 +170,43 @@ def test_widths_of_linear_layers(channels, out_channels):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "alone"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "channels, groups, size",
+    [
+        (32, 8, (1, 64, 64)),
+        (64, 32, (2, 5, 7)),
+        (320, 32, (3, 27, 5)),  # blocks of 51 rows, the last of 33
+        (1280, 32, (2, 1, 1)),
+        (16384, 2, (1, 3, 1)),  # one row in a block
+        (20480, 2, (2, 1, 1)),  # more than a block
+    ],
+)
+def test_group_norms(channels, groups, size, dtype, silu):
+    """Whose mean is 50 times the deviation: the sums of squares must not cancel."""
+    torch.manual_seed(channels)
+    norm = GroupNorm(groups, channels, silu=silu)
+    norm.weight.data, norm.bias.data = torch.rand(2, channels)
+    batch, height, width = size
+    x = torch.randn(batch, channels, height, width) + 50
+    bound = BOUND if dtype == torch.float32 else BF16_BOUND
+    norm, x = norm.to(dtype), x.to(dtype)
+    assert _error(copy.deepcopy(norm), x) <= bound
+    assert _error(norm, x.contiguous(memory_format=torch.channels_last)) <= bound
+
+
+@torch.no_grad()
+def test_group_norms_of_constants_and_of_values_that_are_not_finite():
+    norm = GroupNorm(2, PANEL)
+    avx2_layers.pack(norm)
+    x = torch.full((2, PANEL, 300, 9), 1e5)
+    assert norm(x).abs().max() == 0
+    x[1, 0, 299, 8] = float("nan")
+    assert torch.equal(norm(x).isnan().any(3).any(2), torch.arange(2 * PANEL).reshape(2, PANEL) // (PANEL // 2) == 2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "dtype, size",
     [
@@ -180,7 +218,8 @@ def test_widths_of_linear_layers(channels, out_channels):
     ],
 )
 def test_the_number_of_threads_changes_nothing(dtype, size):
-    layer, x = nn.Conv2d(64, 72, 3, padding=1).to(dtype), torch.randn(2, 64, *size).to(dtype)
+    layer = nn.Sequential(GroupNorm(32, 64, silu=True), nn.Conv2d(64, 72, 3, padding=1)).to(dtype)
+    x = torch.randn(2, 64, *size).to(dtype)
     avx2_layers.pack(layer)
     before, outs = torch.get_num_threads(), []
     try:
@@ -217,6 +256,7 @@ def test_other_layers_stay_plain():
             "by_name": nn.Conv2d(16, 16, 3, padding="same"),
             "reflecting": nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
             "time_embed": nn.Linear(16, 16),
+            "narrow": GroupNorm(2, 4),
         }
     )
     avx2_layers.pack(network)
@@ -225,10 +265,10 @@ def test_other_layers_stay_plain():
 
 @torch.no_grad()
 def test_unpacked_bit_for_bit():
-    network = nn.Sequential(nn.Conv2d(20, 36, 3), nn.Conv2d(36, 5, 1), nn.Linear(7, 19))
+    network = nn.Sequential(nn.Conv2d(20, 36, 3), nn.Conv2d(36, 5, 1), nn.Linear(7, 19), GroupNorm(8, 32))
     weights = copy.deepcopy(network.state_dict())
     avx2_layers.pack(network)
-    assert len(_layers(network)) == 3
+    assert len(_layers(network)) == 4
     for _ in range(2):
         state = network.state_dict()
         assert all(torch.equal(state[name], weight) for name, weight in weights.items())
@@ -262,6 +302,30 @@ def test_wrong_inputs_are_refused():
             layer(*arguments, channels, 3, 1, 1)
     assert layer(x[:0], weight, bias, channels, 3, 1, 1).shape == (0, 8, 8, channels)
     assert layer(x[:0, 0, 0], weight[:, :1].contiguous(), bias, channels, 1, 1, 0).shape == (0, channels)
+
+
+def test_wrong_inputs_of_group_norms_are_refused():
+    avx2.define_operators()
+    norm = torch.ops.sd.avx2_group_norm
+    x, weight, bias = torch.zeros(2, 3, PANEL), torch.ones(PANEL), torch.zeros(PANEL)
+    assert norm(x, weight, bias, 2, 1e-5, True).shape == x.shape
+    assert norm(x[:0], weight, bias, 2, 1e-5, True).shape == (0, 3, PANEL)
+    assert norm(x[:, :0], weight, bias, 2, 1e-5, True).shape == (2, 0, PANEL)
+    for arguments in (
+        (x, weight[1:], bias, 2),
+        (x, weight, bias[1:], 2),
+        (x, weight, bias, 3),
+        (x, weight, bias, 0),
+        (x, torch.ones(1).expand(PANEL), bias, 2),
+        (x[..., 1:], weight[1:], bias[1:], 1),
+        (x[..., :0], weight[:0], bias[:0], 1),
+        (x[0, 0], weight, bias, 2),
+    ):
+        with pytest.raises(RuntimeError, match="do not match"):
+            norm(*arguments, 1e-5, True)
+    for arguments in ((x.double(), weight, bias), (x, weight.half(), bias), (x, weight, bias.bfloat16())):
+        with pytest.raises(RuntimeError, match="computes in fp32"):
+            norm(*arguments, 2, 1e-5, True)
 
 
 @needs_bf16

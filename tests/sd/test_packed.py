@@ -64,7 +64,10 @@ for packing, calling in (torch.no_grad, torch.no_grad), (torch.no_grad, torch.in
 """
 CLASSES = {
     "packed": {packed.PackedConv2d, packed.PackedConv1x1, packed.PackedLinear},
-    **{name: {avx2_layers.Avx2Conv2d, avx2_layers.Avx2Linear} for name in ("avx2_layers", "avx512_layers")},
+    **{
+        name: {avx2_layers.Avx2Conv2d, avx2_layers.Avx2Linear, avx2_layers.Avx2GroupNorm}
+        for name in ("avx2_layers", "avx512_layers")
+    },
 }
 
 
@@ -142,7 +145,7 @@ class TestPacked:
             counts.append(counting.copies)
         expected = sum(len(_packed_layers(part)) for part in (autoencoder.post_quant_conv, autoencoder.decoder))
         assert expected > 10
-        operators = ("packed_convolution", "packed_linear") if technique == "packed" else ("avx2_layer",)
+        operators = ("packed_convolution", "packed_linear") if technique == "packed" else ("avx2_layer", "avx2_group_norm")
         assert sum(counting.ops[name] for name in operators) == expected
         assert counts[0] == counts[1]
 

@@ -130,22 +130,48 @@ def test_peers_with_two_threads_are_also_measured_with_one(monkeypatch):
     assert all(len(seconds.wall) == 4 and min(seconds.wall) > 0 for seconds in measured.values())
 
 
+@pytest.mark.parametrize("seconds, calls, expected", [(0.02, 3, 0.02), (0.06, 1, 0.1)], ids=["short", "long"])
+def test_a_side_repeats_its_call_in_a_round_and_a_short_call_is_timed_without_the_first(
+    monkeypatch, seconds, calls, expected
+):
+    clock, made = [0.0], []
+    monkeypatch.setattr(test_peers.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(test_peers.time, "process_time", lambda: 2 * clock[0])
+
+    def call():
+        clock[0] += seconds if made else 0.04 + seconds
+        made.append(None)
+
+    monkeypatch.setattr(test_peers, "REPEATED_SECONDS", 0.09)
+    timed = test_peers.Seconds([], [])
+    timed.add(call)
+    assert len(made) == calls
+    assert timed.wall == timed.of_clock(2) == pytest.approx([expected])
+    assert timed.cpu == timed.of_clock(1) == pytest.approx([2 * expected])
+
+
 def test_the_table_of_peers_with_two_threads():
     def benchmark(side, gain):
-        info = {"flops_fraction": 0.5, "wall_seconds": 0.002, "gain_over_one_thread": gain}
-        info |= {
+        info = {
+            "flops_fraction": 0.5,
+            "gain_over_one_thread": gain,
             "gain_of_product": [1.9, 1.8, 2.0],
             "ratio_to_onnxruntime": [0.5, 0.4, 0.6],
             "ratio_to_sd_fast": [1, 1, 1],
         }
         parameters = {"side": side, "threads": 2}
-        return {"group": "tiny, 2 threads", "params": parameters, "stats": {"median": 0.004}, "extra_info": info}
+        return {
+            "group": "tiny, 2 threads, wall time",
+            "params": parameters,
+            "stats": {"median": 0.004},
+            "extra_info": info,
+        }
 
     run = {"benchmarks": [benchmark("sd-fast", [1.7, 1.6, 1.8]), benchmark("onnxruntime", [1.5, 1.4, 1.6])]}
     assert peers_table.table(run) == [
-        "| tiny, 2 threads | ms | wall ms | gain over 1 thread | `sd-fast` / it | of peak |",
-        "|---|---|---|---|---|---|",
-        "| `sd-fast` | 4.0 | 2.0 | 1.70 [1.60, 1.80] |  | 50% |",
-        "| `onnxruntime` | 4.0 | 2.0 | 1.50 [1.40, 1.60] | 0.50 [0.40, 0.60] | 50% |",
-        "| a matrix product | | | 1.90 [1.80, 2.00] | | |",
+        "| tiny, 2 threads, wall time | ms | gain over 1 thread | `sd-fast` / it | of peak |",
+        "|---|---|---|---|---|",
+        "| `sd-fast` | 4.0 | 1.70 [1.60, 1.80] |  | 50% |",
+        "| `onnxruntime` | 4.0 | 1.50 [1.40, 1.60] | 0.50 [0.40, 0.60] | 50% |",
+        "| a matrix product | | 1.90 [1.80, 2.00] | | |",
     ]
