@@ -10,9 +10,9 @@ documentation (channels_last, fused projections, torch.compile in the same mode)
 network; they come with the extra `peers-cpu`. `pytest perf -m peers_cpu` compares whole images.
 
 Rounds alternate between the sides, so that changes of the machine affect all of them, and then pass through `benchmark` by
-a replay clock. In a round a side repeats its call as a sampler does; before its first call the caches hold another side's
-weights, and threads of another side may still wait actively. One thread is timed by CPU time, which other load affects less
-than wall time, several by wall time; the other one is beside it.
+a replay clock. In a round a side repeats its call as a sampler does, but for the long calls of full size; before its first
+call the caches hold another side's weights, and threads of another side may still wait actively. One thread is timed by CPU
+time, which other load affects less than wall time, several by wall time; the other one is beside it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from sd.optimise.runtimes import PACKAGES
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 ROUNDS, BLOCK = 30, 5
-REPEATED_SECONDS = 0.05  # a call in a round
+REPEATED_SECONDS = 0.05  # at least, of a call in a round
 PRODUCT = "product"  # of square matrices: what the processor itself gains from threads in these rounds
 PRODUCT_SIZE = 1024
 SD_TOPOLOGY_34M = UNetConfig(
@@ -207,16 +207,16 @@ class Seconds:
     cpu: list[float]
     wall: list[float]
 
-    def add(self, call: Callable[[], object]) -> None:
-        """Repeat the call, and add the mean of all but the first; of a long call the first is the only one."""
-        begin, times = time.perf_counter(), []
-        while not times or time.perf_counter() < begin + REPEATED_SECONDS:
-            cpu, wall = time.process_time(), time.perf_counter()
+    def add(self, call: Callable[[], object], repeat: bool) -> None:
+        """Add the time of a call, or the mean of repeated calls after a first one."""
+        if repeat:
             call()
-            times.append((time.process_time() - cpu, time.perf_counter() - wall))
-        cpu, wall = map(statistics.fmean, zip(*(times[1:] or times)))
-        self.cpu.append(cpu)
-        self.wall.append(wall)
+        begin, cpu, calls = time.perf_counter(), time.process_time(), 0
+        while not calls or (repeat and time.perf_counter() < begin + REPEATED_SECONDS):
+            call()
+            calls += 1
+        self.wall.append((time.perf_counter() - begin) / calls)
+        self.cpu.append((time.process_time() - cpu) / calls)
 
     def of_clock(self, threads: int) -> list[float]:
         """CPU time of one thread, wall time of several."""
@@ -263,7 +263,7 @@ def measure(name: str, threads: int, timed: bool) -> dict[tuple[str, int], Secon
         for i in range(ROUNDS):
             for key in calls if i % 2 == 0 else [*calls][::-1]:
                 torch.set_num_threads(key[1])
-                measured[key].add(calls[key])
+                measured[key].add(calls[key], repeat=timed and name not in FULL_SIZE)
     return measured
 
 
@@ -306,7 +306,7 @@ clock = ReplayClock()
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.benchmark(timer=clock)
 def test_call(benchmark, alternated, peak_flops_per_second, request, task, threads, side):
-    """Seconds of a call; the saved run adds those of the other clock, ratios to the peers with their 95 % intervals, the
+    """Seconds of a call; the saved run adds both clocks, ratios to the peers with their 95 % intervals, the
     fraction of peak FLOP/s of that dtype, and with several threads the gain over one, beside that of a matrix product."""
     if task in FULL_SIZE and "sd2" not in request.config.option.keyword:
         pytest.skip("full size: select it by -k sd2")

@@ -1,7 +1,8 @@
-// Layers and attention by AVX2 or AVX-512; sd/kernels/avx2.py compiles it and says what it computes.
+// Layers, group norms and attention by AVX2 or AVX-512; sd/kernels/avx2.py compiles it and says what it computes.
 //
-// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. All sums are in fp32. With avx512_bf16, layers take
-// bf16 too: direct products multiply pairs of channels, and tiles are converted to fp32 where they are transformed.
+// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. Sums are in fp32, and in fp64 where a norm
+// merges those of its blocks. With avx512_bf16, layers and
+// norms take bf16 too: direct products multiply pairs of channels, and tiles are converted to fp32 where they are transformed.
 //
 // A convolution is a matrix product whose rows are the positions of the output. Their inputs are found by pointers, one for each
 // position and tap, and are not copied (indirect convolution, Dukhan 2019, arXiv 1907.02129). Blocks as of Goto and van de Geijn
@@ -44,7 +45,9 @@ constexpr int KEYS = 64;                       // of a block of attention
 constexpr int TILES = 48;                      // limit of a block, which transforms the weights once; higher for few channels
 constexpr int INPUTS = 96 << 10;               // transformed values of a block with more tiles, for the second cache
 constexpr int DEPTH = 96;                      // channels of a chunk of transformed weights
-constexpr int NORMED = 16 << 10;               // elements of a block of a norm, whose sums are in fp32
+constexpr int NORMED = 16 << 10;               // elements of a block of a norm, which stay in a cache
+constexpr int NORMED_ROWS = 64;                // of it at least: its moments take a time for each channel
+constexpr int MERGED = 1 << 10;                // blocks whose moments are worth another thread
 const float ZEROS[CHUNK] = {};
 
 inline Lanes plus_products(Lanes sum, float left, Lanes right) { return sum + left * right; }
@@ -468,46 +471,48 @@ Lanes power_of_two(Lanes x) {  // of x <= 0: Taylor polynomial on [-1/2, 1/2], r
   return sum * (Lanes)(((Integers)shifted + 127) << 23);
 }
 
+// Calls `use` with the first channel of each vector; the last one overlaps where channels are no multiple of LANES.
+template <typename Use>
+inline void for_vectors(int64_t channels, Use use) {
+  for (int64_t channel = 0; channel < channels; channel += LANES) use(std::min(channel, channels - LANES));
+}
+
 // Of `count` values: their mean, and the sum of the squares of their deviations from it.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(const Moments& other) {  // Chan, Golub and LeVeque 1979
     const double all = count + other.count, distance = other.mean - mean;
-    if (!other.count) return;
     squares += other.squares + distance * distance * count * other.count / all;
     mean += distance * other.count / all;
     count = all;
   }
 };
 
-// The moments of rows [count][channels] by group. Sums are of differences from the first row, so that fp32 is enough.
-// work: channels * 2.
+// The moments of rows [count][channels] by group. work: channels * 3.
 template <typename Value>
 void find_moments(const Value* rows, int64_t count, int64_t channels, int64_t groups, Moments* out, float* work) {
   constexpr int TOGETHER = 4;  // rows, for the latency of an addition
-  float *const means = work, *const deviations = means + channels, share = 1.0f / count;
-  for (int64_t channel = 0; channel < channels; channel += LANES) {
-    const Lanes base = load(rows + channel);
-    Lanes sums[TOGETHER] = {}, squares[TOGETHER] = {};
-    const auto add = [&](int64_t row, int r) {
-      const Lanes value = load(rows + row * channels + channel) - base;
-      sums[r] += value, squares[r] += value * value;
+  float *const means = work, *const corrections = means + channels, *const squares = corrections + channels, share = 1.0f / count;
+  for_vectors(channels, [&](int64_t channel) {
+    const auto sum_of = [&](auto term) {
+      Lanes sums[TOGETHER] = {};
+      int64_t row = 0;
+      for (; row + TOGETHER <= count; row += TOGETHER)
+        for (int r = 0; r < TOGETHER; ++r) sums[r] += term(load(rows + (row + r) * channels + channel));
+      for (; row < count; ++row) sums[0] += term(load(rows + row * channels + channel));
+      return sums[0] + sums[1] + (sums[2] + sums[3]);
     };
-    int64_t row = 0;
-    for (; row + TOGETHER <= count; row += TOGETHER)
-      for (int r = 0; r < TOGETHER; ++r) add(row + r, r);
-    for (; row < count; ++row) add(row, 0);
-    const Lanes sum = sums[0] + sums[1] + (sums[2] + sums[3]), square = squares[0] + squares[1] + (squares[2] + squares[3]);
-    store(means + channel, base + sum * share);
-    store(deviations + channel, square - sum * sum * share);
-  }
+    const Lanes mean = sum_of([](Lanes x) { return x; }) * share;
+    store(means + channel, mean);
+    store(corrections + channel, sum_of([&](Lanes x) { return x - mean; }) * share);
+    store(squares + channel, sum_of([&](Lanes x) { return (x - mean) * (x - mean); }));
+  });
+  const auto mean_of = [&](int64_t channel) { return (double)means[channel] + corrections[channel]; };
   for (int64_t group = 0, of_group = channels / groups; group < groups; ++group) {
-    double mean = 0, squares = 0;
-    for (int64_t i = group * of_group; i < (group + 1) * of_group; ++i) mean += means[i];
-    mean /= of_group;
+    Moments& all = out[group] = {(double)(count * of_group)};
+    for (int64_t i = group * of_group; i < (group + 1) * of_group; ++i) all.mean += mean_of(i) / of_group;
     for (int64_t i = group * of_group; i < (group + 1) * of_group; ++i)
-      squares += deviations[i] + count * (means[i] - mean) * (means[i] - mean);
-    out[group] = {(double)(count * of_group), mean, squares};
+      all.squares += squares[i] + count * (mean_of(i) - all.mean) * (mean_of(i) - all.mean);
   }
 }
 
@@ -520,7 +525,7 @@ inline Lanes silu(Lanes x) {
 template <typename Value>
 void normalise(const Value* x, const Value* weight, const Value* bias, Value* out, int64_t images, int64_t positions,
                int64_t channels, int64_t groups, double eps, bool with_silu) {
-  const int64_t rows = std::max<int64_t>(1, NORMED / channels), blocks = (positions + rows - 1) / rows;
+  const int64_t rows = std::max<int64_t>(NORMED_ROWS, NORMED / channels), blocks = (positions + rows - 1) / rows;
   std::vector<Moments> moments(images * blocks * groups);
   const auto for_blocks = [&](auto use) {  // rows of a block that belong to one image
     torch::stable::parallel_for(0, images * blocks, 1, [&](int64_t first, int64_t last) {
@@ -531,29 +536,33 @@ void normalise(const Value* x, const Value* weight, const Value* bias, Value* ou
     });
   };
   for_blocks([&](int64_t unit, int64_t begin, int64_t count) {
-    find_moments(x + begin, count, channels, groups, &moments[unit * groups], workspace(2 * channels));
+    find_moments(x + begin, count, channels, groups, &moments[unit * groups], workspace(3 * channels));
   });
-  std::vector<float> means(images * channels), factors(images * channels), terms(channels);
-  for (int64_t channel = 0; channel < channels; ++channel) terms[channel] = to_float(bias[channel]);
-  for (int64_t image = 0; image < images; ++image)
-    for (int64_t group = 0; group < groups; ++group) {
+  std::vector<float> means(images * channels), factors(images * channels), terms(images * channels);
+  torch::stable::parallel_for(0, images * groups, MERGED / blocks + 1, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t image = unit / groups, group = unit % groups;
       Moments all;
       for (int64_t block = 0; block < blocks; ++block) all.add(moments[(image * blocks + block) * groups + group]);
       const double deviation = 1 / std::sqrt(all.squares / all.count + eps);
+      const float mean = all.mean;
       for (int64_t channel = group * channels / groups; channel < (group + 1) * channels / groups; ++channel) {
-        means[image * channels + channel] = (float)all.mean;
-        factors[image * channels + channel] = (float)(deviation * to_float(weight[channel]));
+        const int64_t at = image * channels + channel;
+        const double factor = deviation * to_float(weight[channel]);
+        means[at] = mean, factors[at] = factor, terms[at] = to_float(bias[channel]) + (mean - all.mean) * factor;
       }
     }
+  });
   for_blocks([&](int64_t unit, int64_t begin, int64_t count) {
-    const float *const mean = &means[unit / blocks * channels], *const factor = &factors[unit / blocks * channels];
+    const int64_t of_image = unit / blocks * channels;
+    const float *const mean = &means[of_image], *const factor = &factors[of_image], *const term = &terms[of_image];
     for (int64_t at = begin; at < begin + count * channels; at += channels)
-      for (int64_t channel = 0; channel < channels; channel += LANES) {
-        // In this order a mean far from zero cancels exactly.
+      for_vectors(channels, [&](int64_t channel) {
+        // Before the product, in which a mean far from zero would lose digits.
         const Lanes centred = load(x + at + channel) - load(mean + channel);
-        const Lanes value = centred * load(factor + channel) + load(&terms[channel]);
+        const Lanes value = centred * load(factor + channel) + load(term + channel);
         store(out + at + channel, with_silu ? silu(value) : value);
-      }
+      });
   });
 }
 
@@ -561,9 +570,8 @@ Tensor group_norm(Tensor x, Tensor weight, Tensor bias, int64_t groups, double e
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const int64_t channels = x.dim() > 1 ? x.size(-1) : 0;
   const auto is_of_channels = [&](const Tensor& y) { return y.dim() == 1 && y.size(0) == channels && y.is_contiguous(); };
-  STD_TORCH_CHECK(channels > 0 && channels % LANES == 0 && groups > 0 && channels % groups == 0 && is_of_channels(weight) &&
-                      is_of_channels(bias),
-                  "avx2_group_norm: the shapes of input, weight and bias do not match");
+  STD_TORCH_CHECK(channels >= LANES && groups > 0 && channels % groups == 0 && is_of_channels(weight) && is_of_channels(bias),
+                  "avx2_group_norm: fewer than ", LANES, " channels, or the shapes of input, weight and bias do not match");
   const auto all = [&](auto dtype) {
     return x.scalar_type() == dtype && weight.scalar_type() == dtype && bias.scalar_type() == dtype;
   };

@@ -1,8 +1,9 @@
-"""Convolutions, linear layers and attention by the instructions of AVX2, kernels of our own for a CPU (avx2.cpp).
+"""Convolutions, linear layers, group norms and attention by the instructions of AVX2, kernels of our own for a CPU (avx2.cpp).
 
-They compute in fp32, by AVX-512 where the processor has it; with avx512_bf16 the layers also compute in bf16. oneDNN's and
-MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes of small
-images. The operators are in C++ too, since one in Python costs 18 us a call.
+They compute in fp32, by AVX-512 where the processor has it; with avx512_bf16 layers and norms also compute in bf16. oneDNN's
+and MKL's operators spend up to 50 us a call outside of the product and reach less of the processor's rate at the sizes of
+small images. Inductor's group norms of NHWC images have a vector for each group, whose lanes a narrow group does not fill. The
+operators are in C++ too, since one in Python costs 18 us a call.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def bf16_unavailable_reason(device: torch.device) -> str | None:
-    """None where `avx2_layer` computes in bf16 too, else the reason."""
+    """None where layers and norms compute in bf16 too, else the reason."""
     return _missing(device, "avx512_bf16") or _problem()
 
 
@@ -74,10 +75,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def define_operators() -> None:
-    """Define torch.ops.sd.avx2_layer and avx2_attention; no gradients.
+    """Define torch.ops.sd.avx2_layer, avx2_group_norm and avx2_attention; no gradients.
 
     avx2_layer: x [..., C] or, for a convolution, [B, H, W, C]; weight [panels, taps, C, PANEL], bias [C'] -> [..., C']. In
     bf16, weight [panels, taps, C / 2, PANEL, 2], with pairs of neighbouring channels.
+    avx2_group_norm: x [B, ..., C] with C from PANEL / 2, weight and bias [C] -> [B, ..., C]; then SiLU if `silu`.
     avx2_attention: softmax(QK^T / sqrt(D)) V of q [B, S, H, D] and k, v [B, T, H, D] -> [B, S, H, D].
     Raises RuntimeError with the reason where the kernels cannot be compiled or loaded.
     """

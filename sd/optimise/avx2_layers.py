@@ -1,7 +1,7 @@
-"""Convolutions and linear layers by the AVX2 kernel (sd.kernels.avx2): in fp32 all, in bf16 those that oneDNN computes slower.
+"""Convolutions, linear layers and group norms by the AVX2 kernels (sd.kernels.avx2).
 
-The weights, packed for the kernel, replace the plain ones, so that no second copy remains; `state_dict` and `unpack` return
-the plain ones bit for bit.
+In fp32 all of them, in bf16 the norms and the layers that oneDNN computes slower. The weights of layers, packed for the
+kernel, replace the plain ones, so that no second copy remains; `state_dict` and `unpack` return the plain ones bit for bit.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class Avx2GroupNorm(Packed, GroupNorm):
     def _dense(self) -> Tensor:
         return self.get_parameter("weight").detach()
 
+    def unpack(self) -> None:
+        self.__class__ = self.plain  # type: ignore[assignment]
+
     def forward(self, x: Tensor) -> Tensor:
         _require(x)
         positions, choice = x.permute(0, 2, 3, 1), (self.num_groups, self.eps, self.silu)
@@ -76,7 +79,10 @@ def _require(x: Tensor) -> None:
 
 
 def pack(network: nn.Module) -> None:
-    """Let the kernel compute every layer that it can, in bf16 those that it computes faster. Fused projections are separated."""
+    """Let the kernels compute every layer and norm that they can, in bf16 those that they compute faster.
+
+    Fused projections are separated.
+    """
     define_operators()
     for module in network.modules():
         if isinstance(module, CrossAttention) and module.fused is not None and _computes_weight(module.fused):
@@ -87,8 +93,8 @@ def pack(network: nn.Module) -> None:
             assert isinstance(layer, (nn.Conv2d, nn.Linear))
             layer.weight = nn.Parameter(_packed(layer.weight.detach()), requires_grad=False)
             layer.__class__ = Avx2Conv2d if isinstance(layer, nn.Conv2d) else Avx2Linear
-        if type(layer) is GroupNorm and layer.num_channels % (PANEL // 2) == 0:
-            layer.__class__ = Avx2GroupNorm
+        if type(layer) is GroupNorm and layer.num_channels >= PANEL // 2:
+            layer.requires_grad_(False).__class__ = Avx2GroupNorm
 
 
 @functools.cache

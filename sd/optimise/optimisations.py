@@ -67,8 +67,8 @@ class Optimisations:
     convolutions on a GPU round their inputs to TF32; without it both are IEEE fp32.
 
     avx2_attention, avx512_attention: on a CPU, a kernel of sd.kernels in fp32 or bf16 instead of those of `sdpa`.
-    avx2_layers: on a CPU in fp32, convolutions and linear layers by the kernel of sd.kernels.avx2; these are not fused.
-    avx512_layers: the same in bf16 for 3x3 convolutions and narrow layers; the others can be `packed`.
+    avx2_layers: on a CPU in fp32, convolutions, linear layers and group norms by kernels of sd.kernels.avx2; these layers are
+    not fused. avx512_layers: the same in bf16 for 3x3 convolutions, narrow layers and norms; other layers can be `packed`.
 
     channels_last: NHWC weights and activations in all convolutions. fused_qkv, fused_kv: one matrix product for q, k, v of
     self-attention; for k, v of cross-attention. cache_context_kv: compute keys and values of the prompt once per prompt.

@@ -117,7 +117,7 @@ def refuse_gradients(x: Tensor, technique: str) -> None:
 
 
 class Packed(nn.Module):
-    """A layer whose weight is packed; its state dict has the plain weight."""
+    """A layer with packed weights or by a kernel that needs none; its state dict has the plain weight."""
 
     plain: type[nn.Module]
 

@@ -27,6 +27,7 @@ KINDS = {  # patterns of torch.profiler's names, of which the first counts
     "convolution_pointwise|mkldnn_convolution|slow_conv2d": "convolutions",
     "linear_pointwise|addmm|aten::mm": "linear layers",
     "avx2_layer": "convolutions and linear layers",
+    "avx2_group_norm": "group norms",
     "scaled_dot_product|avx(2|512)_attention": "attention",
     "Dynamo Cache Lookup": "guards of Dynamo",
 }

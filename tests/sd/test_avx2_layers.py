@@ -177,19 +177,20 @@ def test_widths_of_linear_layers(channels, out_channels):
     [
         (32, 8, (1, 64, 64)),
         (64, 32, (2, 5, 7)),
-        (320, 32, (3, 27, 5)),  # blocks of 51 rows, the last of 33
+        (320, 32, (3, 27, 5)),  # blocks of 64 rows, the last of 7
         (1280, 32, (2, 1, 1)),
-        (16384, 2, (1, 3, 1)),  # one row in a block
-        (20480, 2, (2, 1, 1)),  # more than a block
+        (40, 8, (2, 9, 7)),  # no multiple of the lanes
+        (17, 1, (1, 4, 4)),
+        (2048, 2, (2, 10, 9)),  # the limit of rows
     ],
 )
 def test_group_norms(channels, groups, size, dtype, silu):
-    """Whose mean is 50 times the deviation: the sums of squares must not cancel."""
+    """In fp32 with a mean of 1e4 deviations, where neither squares nor the mean may lose digits."""
     torch.manual_seed(channels)
     norm = GroupNorm(groups, channels, silu=silu)
     norm.weight.data, norm.bias.data = torch.rand(2, channels)
     batch, height, width = size
-    x = torch.randn(batch, channels, height, width) + 50
+    x = torch.randn(batch, channels, height, width) + (1e4 if dtype == torch.float32 else 1)
     bound = BOUND if dtype == torch.float32 else BF16_BOUND
     norm, x = norm.to(dtype), x.to(dtype)
     assert _error(copy.deepcopy(norm), x) <= bound
@@ -197,8 +198,25 @@ def test_group_norms(channels, groups, size, dtype, silu):
 
 
 @torch.no_grad()
-def test_group_norms_of_constants_and_of_values_that_are_not_finite():
-    norm = GroupNorm(2, PANEL)
+def test_group_norms_with_an_outlier_in_the_first_row_of_a_block():
+    norm, x = GroupNorm(8, 32), torch.randn(2, 32, 40, 40)
+    x[:, :, 0, 0] += 1e4
+    expected = copy.deepcopy(norm).double()(x.double())
+    avx2_layers.pack(norm)
+    assert relative_error(norm(x)[:, :, 1:].double(), expected[:, :, 1:]) <= BOUND
+
+
+@torch.no_grad()
+def test_silu_of_large_values():
+    norm = GroupNorm(1, PANEL, silu=True)
+    norm.bias.data = torch.linspace(-200, 200, PANEL)
+    assert _error(norm, torch.randn(1, PANEL, 5, 5)) <= BOUND
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "alone"])
+def test_group_norms_of_constants_and_of_values_that_are_not_finite(silu):
+    norm = GroupNorm(2, PANEL, silu=silu)
     avx2_layers.pack(norm)
     x = torch.full((2, PANEL, 300, 9), 1e5)
     assert norm(x).abs().max() == 0
@@ -256,7 +274,7 @@ def test_other_layers_stay_plain():
             "by_name": nn.Conv2d(16, 16, 3, padding="same"),
             "reflecting": nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
             "time_embed": nn.Linear(16, 16),
-            "narrow": GroupNorm(2, 4),
+            "narrow": GroupNorm(2, PANEL // 2 - 2),
         }
     )
     avx2_layers.pack(network)
@@ -317,7 +335,7 @@ def test_wrong_inputs_of_group_norms_are_refused():
         (x, weight, bias, 3),
         (x, weight, bias, 0),
         (x, torch.ones(1).expand(PANEL), bias, 2),
-        (x[..., 1:], weight[1:], bias[1:], 1),
+        (x[..., :2], weight[:2], bias[:2], 1),
         (x[..., :0], weight[:0], bias[:0], 1),
         (x[0, 0], weight, bias, 2),
     ):

@@ -130,10 +130,10 @@ def test_peers_with_two_threads_are_also_measured_with_one(monkeypatch):
     assert all(len(seconds.wall) == 4 and min(seconds.wall) > 0 for seconds in measured.values())
 
 
-@pytest.mark.parametrize("seconds, calls, expected", [(0.02, 3, 0.02), (0.06, 1, 0.1)], ids=["short", "long"])
-def test_a_side_repeats_its_call_in_a_round_and_a_short_call_is_timed_without_the_first(
-    monkeypatch, seconds, calls, expected
-):
+@pytest.mark.parametrize(
+    "seconds, repeat, calls, expected", [(0.02, True, 6, 0.02), (0.1, True, 2, 0.1), (0.02, False, 1, 0.06)]
+)
+def test_a_side_repeats_its_call_in_a_round_after_a_first_one(monkeypatch, seconds, repeat, calls, expected):
     clock, made = [0.0], []
     monkeypatch.setattr(test_peers.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(test_peers.time, "process_time", lambda: 2 * clock[0])
@@ -144,7 +144,7 @@ def test_a_side_repeats_its_call_in_a_round_and_a_short_call_is_timed_without_th
 
     monkeypatch.setattr(test_peers, "REPEATED_SECONDS", 0.09)
     timed = test_peers.Seconds([], [])
-    timed.add(call)
+    timed.add(call, repeat)
     assert len(made) == calls
     assert timed.wall == timed.of_clock(2) == pytest.approx([expected])
     assert timed.cpu == timed.of_clock(1) == pytest.approx([2 * expected])
