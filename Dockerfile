@@ -6,9 +6,10 @@ FROM python:${PYTHON}-slim
 
 # cuda: the wheels of torch contain CUDA; the host has only the driver. cpu: the wheels without it.
 ARG DEVICE=cuda
-# A file of constraints/; torch112 needs --build-arg PYTHON=3.10.
+# A file of constraints/; torch112 needs --build-arg PYTHON=3.10, and EXTRAS=test,report: it has no xFormers.
 ARG TORCH=torch215
-ARG EXTRAS=test,report
+# By default test,report, with CUDA also gpu, the extra of the published five.
+ARG EXTRAS=
 
 # torch.compile calls a compiler, and --perf-against calls git in a mounted clone; saved runs of the image itself name no
 # commit, since it has no .git. The image is named by its digest, not by these versions.
@@ -21,8 +22,11 @@ RUN apt-get update \
 
 WORKDIR /sd-perf
 COPY --chown=perf:perf . .
-RUN case "$DEVICE" in cuda) backend= ;; cpu) backend=--torch-backend=cpu ;; *) echo "DEVICE is cuda or cpu" >&2; exit 4 ;; esac \
-    && uv pip install --system --no-cache $backend -c "constraints/$TORCH.txt" -e ".[$EXTRAS]" \
+RUN case "$DEVICE" in \
+        cuda) backend= extras=test,report,gpu ;; \
+        cpu) backend=--torch-backend=cpu extras=test,report ;; \
+        *) echo "DEVICE is cuda or cpu" >&2; exit 4 ;; esac \
+    && uv pip install --system --no-cache $backend -c "constraints/$TORCH.txt" -e ".[${EXTRAS:-$extras}]" \
     && chown perf:perf .
 
 # The user of docs/fleet/kubernetes.yaml

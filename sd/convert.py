@@ -107,12 +107,13 @@ def _to_file(
     from sd.checkpoint import layouts
     from sd.checkpoint.detect import reject_other_models, text_kind
     from sd.checkpoint.file_formats import write_ckpt, write_safetensors
-    from sd.checkpoint.load import read_checkpoint
+    from sd.checkpoint.load import read_checkpoint, require_usual_settings
     from sd.checkpoint.spellings import V_PREDICTION_MARKERS
 
     checkpoint = read_checkpoint(source, progress, vae=vae, text_encoder=text_encoder, strict=not ignore_unknown_keys)
     state = checkpoint.state
     reject_other_models(source, state, checkpoint.names)
+    require_usual_settings(source, checkpoint, vae, text_encoder)
     if layouts.text_kind(state) == "clip" and text_kind(source, state) == "openclip":
         state = layouts.clip_names_to_openclip(state)
     native = layouts.is_native_mha(state)

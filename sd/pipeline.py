@@ -382,7 +382,7 @@ class StableDiffusion(Networks):
 
         Raises ConfigError for sizes that are not positive multiples of 64.
         """
-        height, width = height or self.config.image_size, width or self.config.image_size
+        height, width = (self.config.image_size if side is None else side for side in (height, width))
         require_size("height", height)
         require_size("width", width)
         factor = self.config.autoencoder.downsampling

@@ -37,7 +37,7 @@ def trial(series: str, out: Path) -> Outcome:
         f"{os.environ.get('WHAT') or CONFIGURATION} --device {setting('DEVICE', 'cuda')} {os.environ.get('MORE', '')}"
     )
     options = ["-m", "matrix", *shlex.split(selection), "--perf-aa", *more]
-    code = pytest_perf(options, path, out.parent / "storage" / series)
+    code = pytest_perf(options, path, Path(setting("RUNNER_TEMP")) / "storage" / series)
     failed = Outcome(setting("LABEL"), series, setting("GITHUB_SHA"), ExitCode.FAILED, has_run=path.is_file())
     if code not in (*STATUS, ExitCode.FAILED):
         return failed.failed(PYTEST_FAILURES.get(code, f"pytest exited with {code}"))

@@ -1,4 +1,4 @@
-"""Measure the resolved sets on this machine: one `pytest perf` per set, with its run and its outcome in $OUT.
+"""Measure the resolved sets on this machine: one `pytest perf` per set, with its run and its outcome in the folder of the label.
 
 LABEL, SETS, BATCH, SHA, AGAINST and BASELINES come from the job that resolved them. DEVICE defaults to cuda. MORE has further
 options of pytest, in the quoting of a shell but without one. The exit status is that of the worst outcome.
@@ -55,12 +55,17 @@ def reasons_of(code: int, log: Path) -> tuple[str, ...]:
 
 
 def merge_base(reference: str) -> str:
-    """Return the common ancestor of this tree and another commit. Raises Refusal where there is none."""
-    command = ["git", "merge-base", "--end-of-options", reference, "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    """Return the common ancestor of this tree and another commit. Raises Refusal where there is none, or it is this tree."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = git("merge-base", "--end-of-options", reference, "HEAD")
     commit = done.stdout.strip()
     if done.returncode or not SHA.fullmatch(commit):
         raise Refusal(f"this commit and {reference} have no commit in common: {done.stderr.strip()[:200]}")
+    if commit == git("rev-parse", "HEAD").stdout.strip():
+        raise Refusal(f"this commit is part of {reference}, so there is no change to measure: name one of a branch")
     return commit
 
 
@@ -81,7 +86,7 @@ def measure(name: str, batches: tuple[int, ...], out: Path, baselines: Path, aga
     stored = baselines / label / folder.name
     # A paired session contains its own comparison. Stored A/A sessions give it the margin of this machine.
     history = baselines / label / AA if against else stored
-    storage = out.parent / "storage" / folder.name
+    storage = Path(setting("RUNNER_TEMP")) / "storage" / folder.name
     shutil.rmtree(storage, ignore_errors=True)
     if history.is_dir():
         shutil.copytree(history, storage)

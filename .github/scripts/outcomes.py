@@ -97,16 +97,16 @@ def load(folder: Path) -> Outcome:
 
 
 def collect(artifacts: Path, sha: str) -> Iterator[tuple[Outcome, Path | None]]:
-    """Yield the outcomes under `perf-LABEL/SERIES`, each with its folder.
+    """Yield the outcomes under `LABEL/SERIES`, each with its folder.
 
     An invalid outcome is `could not measure` for `sha`, without a folder: its run is not used.
     """
     known = fleet()
     for path in sorted(artifacts.glob(f"*/*/{FILE}")):
         folder, series = path.parent, path.parent.name
-        label = folder.parent.name.partition("-")[2]
+        label = folder.parent.name
         if label not in known or not NAME.fullmatch(series) or folder.is_symlink():
-            annotate("warning", f"ignored: {folder.parent.name}/{series}: no machine of the fleet")
+            annotate("warning", f"ignored: {label}/{series}: no machine of the fleet")
             continue
         try:
             outcome = load(folder)

@@ -85,12 +85,18 @@ def prune(folder: Path, keep: int = KEEP) -> list[Path]:
 
 
 def run() -> int:
-    """Promote what may be promoted and list the rest with reasons. Return 0: the measuring job reports what is slower."""
+    """Promote what may be promoted and list the rest with reasons. Return 0: the measuring job reports what is slower.
+
+    Raises Refusal where there is no outcome: even a failed measurement leaves one.
+    """
     artifacts, data = Path(setting("ARTIFACTS", "artifacts")), Path(setting("BASELINES", "baselines"))
     if setting("GITHUB_REF") != "refs/heads/main":
         raise Refusal("only main writes baselines")
     sha, lines = setting("GITHUB_SHA"), []
-    for outcome, artifact in collect(artifacts, sha):
+    outcomes = list(collect(artifacts, sha))
+    if not outcomes:
+        raise Refusal(f"no machine left an outcome in {artifacts}")
+    for outcome, artifact in outcomes:
         name, baselines = f"{outcome.label} {outcome.series}", data / outcome.label
         if artifact is None or not outcome.has_run:
             annotate("warning", f"not promoted: {name}: {'; '.join(outcome.reasons)}")

@@ -1,6 +1,6 @@
 """Collect the outcomes of all machines, render one report of them and of the stored sessions, and write the comment.
 
-ARTIFACTS has a folder per machine, `perf-LABEL/SERIES/{outcome.json,run.json}`, all of it untrusted data: labels are looked up in
+ARTIFACTS has a folder per machine, `LABEL/SERIES/{outcome.json,run.json}`, all of it untrusted data: labels are looked up in
 the fleet, and runs are validated by perf.runs.saved_run. EXPECTED is a JSON list of the labels that were measured; a label
 without an outcome is reported as missing. All files are written under PUBLISH.
 """

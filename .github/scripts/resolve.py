@@ -109,7 +109,8 @@ def of_comment(event: dict) -> Request:
     number = int(issue["number"])
     if _github(f"collaborators/{login}/permission", ".permission") not in WRITERS:
         raise Refusal("only a user who may write to this repository may start a measurement")
-    if requested.sha not in _github(f"pulls/{number}/commits?per_page=100", ".[].sha", "--paginate"):
+    commits = _github(f"pulls/{number}/commits?per_page=100", ".[].sha", "--paginate")  # at most 250, the oldest
+    if requested.sha not in (*commits, *_github(f"pulls/{number}", ".head.sha")):
         raise Refusal(f"{requested.sha} is no commit of pull request {number}")
     return replace(requested, pull_request=number)
 

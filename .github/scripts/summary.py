@@ -1,6 +1,6 @@
 """Outcomes as Markdown, for a comment and for the summary page of a job. Foreign text is escaped.
 
-As a script it adds the outcomes in $OUT to the summary page. It runs on a machine where any earlier step may have failed.
+As a script it adds the outcomes of this machine to the summary page. It runs on a machine where any earlier step may have failed.
 """
 
 from __future__ import annotations

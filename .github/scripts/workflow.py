@@ -86,8 +86,8 @@ def setting(name: str, default: str | None = None) -> str:
 
 
 def out_folder() -> Path:
-    """Return the folder that the job uploads: $OUT, or `perf` in the runner's folder, which each job finds empty."""
-    folder = Path(os.environ.get("OUT") or Path(setting("RUNNER_TEMP")) / "perf")
+    """Return the folder $LABEL in the one that the job uploads, `perf` in the runner's folder, which each job finds empty."""
+    folder = Path(setting("RUNNER_TEMP")) / "perf" / setting("LABEL")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

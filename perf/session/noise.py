@@ -10,7 +10,7 @@ from perf.session.settings import Settings
 
 QUIET_LOAD_PER_CORE = 0.25
 # Standard deviation of the log ratio of one launch of 8 rounds, two identical configurations side by side, embedded model: of
-# perf/baselines/battery_idle.json, and beside load that wanders of battery_wander.json.
+# perf/baselines/battery_idle.json, and beside load that wanders, on another machine, of battery_wander_noisy.json.
 QUIET_DEVIATION = 0.028
 LOADED_DEVIATION = 0.058
 

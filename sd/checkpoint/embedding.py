@@ -58,7 +58,8 @@ def read_embedding(path: str | Path, width: int, token: str | None = None) -> Em
     vectors = vectors.reshape(-1, width).float()
     if not bool(torch.isfinite(vectors).all()):
         raise CheckpointError(f"{path}: its vectors are not finite; download the file again")
-    return Embedding(token or (Path(path).stem if names[0] in _NAMELESS else names[0]), vectors)
+    own = Path(path).stem if names[0] in _NAMELESS else names[0]
+    return Embedding(own if token is None else token, vectors)
 
 
 def require_new_token(token: str, tokens: Mapping[str, object]) -> None:

@@ -181,6 +181,26 @@ def read(path: str | Path, progress: bool | None = None) -> dict[str, Tensor]:
     return read_folder(path, progress) if path.is_dir() else read_tensors(index(path), None, progress)
 
 
+def require_usual_settings(
+    path: str | Path, checkpoint: Checkpoint, vae: str | Path | None = None, text_encoder: str | Path | None = None
+) -> None:
+    """Raise CheckpointError for settings of a diffusers folder that a file of its weights could not record.
+
+    Arguments as in `read_checkpoint`. A model whose sizes are of no preset is loaded with a config, which has these settings.
+    """
+    if not any(Path(folder).is_dir() for folder in (path, vae, text_encoder) if folder is not None):
+        return
+    state = checkpoint.state
+    try:
+        config = detect(path, state, checkpoint.prediction)
+        text = layouts.split_networks(state)[0]["text_encoder"]
+    except CheckpointError:
+        return
+    released = any(name in state for name in _RELEASED_OPENCLIP)
+    layers = _text_layers(path, text, config, released)
+    require_settings(Path(path), replace(config, text=replace(config.text, layers=layers)), vae, text_encoder)
+
+
 # --- networks
 
 

@@ -102,7 +102,7 @@ def read_lora(path: str | Path, state: layouts.State) -> Updates:
     no weight of the model.
     """
     file_index = index(path)
-    for name in (*file_index.tensors, *file_index.others):
+    for name in (*file_index.tensors, *(other for other in file_index.others if not other.startswith("__metadata__"))):
         kind = next((kind for part, kind in _OTHER_KINDS.items() if part in name), None)
         if kind is not None:
             raise CheckpointError(f"{path}: is a {kind} file ({name}); only plain LoRA is supported: use one of those")

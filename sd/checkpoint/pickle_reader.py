@@ -112,7 +112,8 @@ class PickledTensor:
     stride: tuple[int, ...]
 
 
-_MARK = object()
+_MARK, _USED = object(), object()
+MOST_DIMENSIONS = 32
 
 
 def _damaged(fault: str) -> CheckpointError:
@@ -131,8 +132,11 @@ def _is_count(value: Any) -> bool:
 def _ordered_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
     fault = "an OrderedDict of something other than pairs"
     _check(not args or (len(args) == 1 and type(args[0]) is list), fault)
+    pairs = args[0][:] if args else []
+    if args:  # each list makes one, or a small file that names a long list many times could fill the memory
+        args[0][:] = [_USED]
     result = {}
-    for pair in args[0] if args else ():
+    for pair in pairs:
         _check(type(pair) in (tuple, list) and len(pair) == 2, fault)
         result[_key(pair[0])] = pair[1]
     return result
@@ -143,7 +147,9 @@ def _tensor(args: tuple[Any, ...]) -> PickledTensor:
     storage, offset, size, stride = args[:4]
     typed = type(storage) is Storage and type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
     _check(typed, "a tensor without a storage, size and stride")
-    counts = len(size) <= 32 and _is_count(offset) and all(_is_count(number) for number in (*size, *stride))
+    counts = (
+        len(size) <= MOST_DIMENSIONS and _is_count(offset) and all(_is_count(number) for number in (*size, *stride))
+    )
     _check(counts, "a tensor of an impossible size")
     elements, last = 1, offset
     for length, step in zip(size, stride):
@@ -175,7 +181,8 @@ def _from_type(args: tuple[Any, ...]) -> Any:
 
 
 def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    _check(len(args) == 1 and type(args[0]) in (tuple, list), "a torch.Size of something other than numbers")
+    sizes = len(args) == 1 and type(args[0]) in (tuple, list) and len(args[0]) <= MOST_DIMENSIONS
+    _check(sizes, "a torch.Size of something other than a few numbers")
     return tuple(args[0])
 
 

@@ -57,6 +57,7 @@ HARMLESS = ("Model hash", "Version", "Hashes")
 PARAMETER = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # `name: value, `; a value may be JSON
 # Syntax of A1111's prompts: weights, networks and chunks that no other reader means; and emphasis and alternatives.
 SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\)|<\w+:[^<>]*>|\bBREAK\b")
+ESCAPED = re.compile(r"\\([()\[\]\\])")  # brackets that are text, and the character before them
 ANY_SYNTAX = re.compile(rf"{SYNTAX.pattern}|(?<!\\)(?:\([^()]*\)|\[[^][]*\])|\bAND\b")
 
 
@@ -79,9 +80,10 @@ def a1111_parameters(text: Mapping[str, object]) -> str:
         **{key: text.get(key) for key in FILES.values()},
         "Version": f"sd-perf {__version__}",
     }
-    negative = f"\nNegative prompt: {text['negative_prompt']}" if text["negative_prompt"] else ""
+    prompt, negative = (re.sub(r"[()\[\]\\]", r"\\\g<0>", str(text[key])) for key in ("prompt", "negative_prompt"))
+    negative = f"\nNegative prompt: {negative}" if negative else ""
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in parameters.items() if value is not None)
-    return f"{text['prompt']}{negative}\n{line}"
+    return f"{prompt}{negative}\n{line}"
 
 
 def _schedule_type(sampler: str, text: Mapping[str, object]) -> object:
@@ -212,10 +214,11 @@ def _read_a1111(parameters: str) -> Recorded:
     values = {key: _unquoted(value.strip()) for key, value in values.items()}
     if "Denoising strength" in values:
         raise ValueError("is an image of img2img or of an upscaler (Denoising strength), which txt2img cannot repeat")
-    prompt, _, negative = "\n".join(lines[:-1]).partition("Negative prompt:")
+    prompt, *rest = re.split(r"^Negative prompt:", "\n".join(lines[:-1]), maxsplit=1, flags=re.MULTILINE)
+    negative = "".join(rest)
     chosen = {
-        "--prompt": prompt.strip(),
-        "--negative-prompt": negative.strip(),
+        "--prompt": ESCAPED.sub(r"\1", prompt.strip()),
+        "--negative-prompt": ESCAPED.sub(r"\1", negative.strip()),
         "--seed": values["Seed"],
         "--steps": values["Steps"],
         **_sampling(values["Sampler"], values.get("Schedule type")),
@@ -228,6 +231,8 @@ def _read_a1111(parameters: str) -> Recorded:
     if values.get("RNG") != "CPU":
         notes.append(f"noise of the generator {values.get('RNG', 'GPU')}")
     if not values.get("Version", "").startswith("sd-perf"):
+        if chosen["--sampler"] == "dpm_solver" and "--sigmas" not in chosen:
+            notes.append(f"timesteps of {values['Sampler']}, which end at 0")
         notes += [f"{match[0]} in the prompt" for match in ANY_SYNTAX.finditer(prompt + negative)]
     checkpoint = None if values.get("Model") == "tiny" else values.get("Model", "unknown")
     return Recorded({flag: value for flag, value in chosen.items() if value is not None}, checkpoint, notes=notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def tokenize_chunks(
     """Tokens of each prompt in `chunks` chunks of 75, each with its own start, end and padding as in `tokenize`.
 
     chunks: None for as many as the longest prompt needs. Chunks after the end of a prompt are those of the empty prompt. This
-    is the splitting of compel, and of AUTOMATIC1111's web UI where it does not look for commas. added: as in `tokenize`.
+    is the splitting of compel, and of AUTOMATIC1111's web UI where it looks for no comma and splits no embedding. added: as
+    in `tokenize`.
     """
     tokenizer = _open_clip_tokenizer()
     encoded = [_encode(prompt, added) for prompt in prompts]
@@ -74,11 +76,16 @@ def tokenize_chunks(
         for i, chunk in enumerate(row):
             part = [*tokens[i * CHUNK : (i + 1) * CHUNK], END]
             chunk[1 : len(part) + 1] = torch.tensor(part)
-    # Tokens of embeddings have no spelling of their own.
-    rest = [[token for token in tokens[chunks * CHUNK :] if token < START] for tokens in encoded]
-    return Tokens(
-        ids, lengths, tuple(tokenizer.decode(torch.tensor(tokens)).strip() if tokens else "" for tokens in rest)
-    )
+    # Tokens of embeddings have no spelling but their word.
+    words = {token: word for word, tokens in added.items() for token in tokens}
+    dropped = [
+        " ".join(
+            word or tokenizer.decode(torch.tensor([*group])).strip()
+            for word, group in itertools.groupby(tokens[chunks * CHUNK :], words.get)
+        )
+        for tokens in encoded
+    ]
+    return Tokens(ids, lengths, tuple(dropped))
 
 
 def _encode(prompt: str, added: Mapping[str, range]) -> list[int]:

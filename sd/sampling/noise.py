@@ -123,6 +123,8 @@ def chosen_noise(
         seeds = [g.initial_seed() for g in generators]
         return PerImageNoise.from_generators(generators), seeds[0] if shared else seeds
     if isinstance(rng, PerImageNoise):
+        if len(rng.generators) != batch:
+            raise ConfigError(f"rng: noise of {len(rng.generators)} images for {batch}; make it for all of them")
         return rng, [g.initial_seed() for g in rng.generators]
     if isinstance(rng, OriginalNoise):
         return rng, rng.generator.initial_seed()

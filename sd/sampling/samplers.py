@@ -243,6 +243,8 @@ class Sampler:
         timestep_spacing: one of sd.choices.TIMESTEP_SPACINGS, None for the sampler's own. sigmas: `schedule` or `karras`.
         strength: None from noise; for img2img the fraction of the steps, the last ones, from x at the noise level of the first.
         """
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ConfigError(f"{self.name}: eta {eta}: must be a finite number of at least 0")
         if eta and not self.takes_eta:
             raise ConfigError(f"{self.name}: eta must be 0; use the ddim sampler for another")
         if steps > len(schedule):

@@ -34,7 +34,7 @@ def test_every_instruction_is_known_and_the_user_is_not_root():
 @pytest.mark.parametrize(
     "device, installed",
     [
-        ("cuda", "uv pip install --system --no-cache -c constraints/torch215.txt -e .[test,report]"),
+        ("cuda", "uv pip install --system --no-cache -c constraints/torch215.txt -e .[test,report,gpu]"),
         ("cpu", "uv pip install --system --no-cache --torch-backend=cpu -c constraints/torch215.txt -e .[test,report]"),
         ("tpu", None),
     ],

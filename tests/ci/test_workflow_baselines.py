@@ -186,20 +186,20 @@ def test_pruning_below_8_sessions_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label, series, warning",
+    "label, series, warning, code, message",
     [
-        ("nobody", "published", "ignored: perf-nobody/published: no machine of the fleet"),
-        ("h200", "other", "not promoted: h200 other: invalid outcome"),
+        ("nobody", "published", "ignored: nobody/published: no machine of the fleet", 4, "no machine left an outcome"),
+        ("h200", "other", "not promoted: h200 other: invalid outcome", 0, "- nothing to promote"),
     ],
 )
-def test_outcome_in_a_folder_of_another_name_is_not_promoted(runner, label, series, warning):
+def test_outcome_in_a_folder_of_another_name_is_not_promoted(runner, label, series, warning, code, message):
     folder = left(runner.path / "artifacts", session(1))
-    there = runner.path / "artifacts" / f"perf-{label}" / series
+    there = runner.path / "artifacts" / label / series
     there.parent.mkdir(exist_ok=True)
     folder.rename(there)
-    text = promoted(runner)
-    assert f"::warning::{warning}" in text
-    assert "- nothing to promote" in text
+    done = runner.run("promote.py")
+    assert done.returncode == code
+    assert f"::warning::{warning}" in done.stdout and message in done.stdout
 
 
 # --- the branch

@@ -35,7 +35,7 @@ def test_from_the_event_to_the_comment(tmp_path):
     assert runner.summary.startswith("# perf: not slower\n")
 
     # The hosted job stores the session.
-    shutil.copytree(runner.out, tmp_path / "artifacts" / "perf-h200")
+    shutil.copytree(runner.out.parent, tmp_path / "artifacts")  # as it is uploaded and merged
     done = runner.run("promote.py")
     assert "h200 smoke: promoted as 0001_" in done.stdout, done.stdout + done.stderr
     (first,) = (tmp_path / "baselines" / "h200" / "smoke").rglob("*.json")
@@ -53,7 +53,7 @@ def test_from_the_event_to_the_comment(tmp_path):
 
     # The slower session is not promoted, and the comment has its verdict.
     shutil.rmtree(tmp_path / "artifacts")
-    shutil.copytree(runner.out, tmp_path / "artifacts" / "perf-h200")
+    shutil.copytree(runner.out.parent, tmp_path / "artifacts")  # as it is uploaded and merged
     assert "not promoted: partial: slowed down on purpose" in runner.run("promote.py").stdout
     done = runner.run("publish.py", EXPECTED='["h200"]')
     assert done.returncode == 0, done.stdout + done.stderr

@@ -31,7 +31,7 @@ class Machine:
             "SETS": "published",
             "SHA": MAIN,
             "GITHUB_SHA": MAIN,
-            "OUT": str(path / "out"),
+            "RUNNER_TEMP": str(path),
             "BASELINES": str(path / "baselines"),
         }.items():
             monkeypatch.setenv(name, value)
@@ -51,7 +51,7 @@ class Machine:
         return code
 
     def outcome(self, series: str = "published") -> outcomes.Outcome:
-        return outcomes.load(self.path / "out" / series)
+        return outcomes.load(self.path / "perf" / "h200" / series)
 
 
 def test_unchanged_session_is_not_slower(machine):
@@ -189,6 +189,12 @@ def test_pull_request_is_measured_against_its_merge_base(machine, monkeypatch):
     assert machine.outcome().against == base
 
 
+def test_commit_of_main_is_not_compared_with_itself(machine, monkeypatch):
+    monkeypatch.setenv("AGAINST", "HEAD")
+    assert measure.run() == ExitCode.FAILED
+    assert "this commit is part of HEAD" in machine.outcome().reasons[0] and machine.commands == []
+
+
 def test_commit_without_a_merge_base_is_could_not_measure(machine, monkeypatch):
     monkeypatch.setenv("AGAINST", "origin/no-such-branch")
     assert measure.run() == ExitCode.FAILED
@@ -274,8 +280,7 @@ def test_job_has_the_exit_code_of_the_worst_outcome():
 
 def test_summary_names_the_slower_configurations(tmp_path):
     runner = Runner(tmp_path)
-    left(tmp_path / "temp", judged(session(9), "SLOWER"), code=20)
-    (tmp_path / "temp" / "perf-h200").rename(runner.out)
+    left(runner.out.parent, judged(session(9), "SLOWER"), code=20)
     done = runner.run("summary.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert runner.summary.startswith("# perf: SLOWER\n")

@@ -268,6 +268,13 @@ def test_rule_9_measurements_are_always_uploaded(name):
     assert upload["with"]["retention-days"] >= 90
 
 
+def test_artifacts_of_machines_keep_a_folder_for_each_label():
+    """By default the action unpacks a single match without a folder; each artifact has the folder of its label."""
+    downloads = [step["with"] for _, step in all_steps() if "download-artifact" in step.get("uses", "")]
+    several = [arguments for arguments in downloads if "pattern" in arguments]
+    assert len(several) == 3 and all(arguments.get("merge-multiple") is True for arguments in several)
+
+
 def test_rule_10_forks_queue_nothing_and_schedules_match_the_script():
     import resolve
 

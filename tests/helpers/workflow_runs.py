@@ -111,7 +111,7 @@ class Runner:
     @property
     def out(self) -> Path:
         """The folder that the job uploads."""
-        return self.path / "temp" / "perf"
+        return self.path / "temp" / "perf" / "h200"
 
     @property
     def summary(self) -> str:
@@ -179,7 +179,7 @@ def left(
     **more,
 ) -> Path:
     """Write the artifact of a machine: its outcome, and its run if it has one. Returns the folder."""
-    folder = artifacts / f"perf-{label}" / series
+    folder = artifacts / label / series
     outcomes.Outcome(label, series, sha, code, has_run=made is not None, **more).write(folder)
     if made is not None:
         (folder / outcomes.RUN).write_text(json.dumps(made), encoding="utf-8")

@@ -24,7 +24,8 @@ from perf.machine.nvml import NoTelemetry
 from perf.runs.fingerprints import source_sha256
 from perf.session.noise import LOADED_DEVIATION, QUIET_DEVIATION
 
-IDLE, BURSTS, WANDER = (ROOT / "perf" / "baselines" / f"battery_{load}.json" for load in ("idle", "bursts", "wander"))
+LOADS = ("idle", "bursts", "wander", "wander_noisy")
+IDLE, BURSTS, WANDER, NOISY = (ROOT / "perf" / "baselines" / f"battery_{load}.json" for load in LOADS)
 TEN = (10,)  # a single look
 FIVE = (0.05,)
 
@@ -194,7 +195,7 @@ def test_interference_ends_with_its_context():
     assert not started & {child.pid for child in psutil.Process().children()}
 
 
-@pytest.mark.parametrize("path", [IDLE, BURSTS, WANDER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [IDLE, BURSTS, WANDER, NOISY], ids=lambda path: path.stem)
 def test_docs_state_the_rates_of_the_stored_sessions(path, capsys):
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert selftest.report(stored["sessions"], LOOKS, stored["slowdowns"]) == 0
@@ -222,7 +223,7 @@ def test_the_readme_states_the_same_counts(path, row):
 
 
 @pytest.mark.parametrize(
-    "path", slow_or_nightly([IDLE, BURSTS, WANDER], lambda path: path == BURSTS), ids=lambda path: path.stem
+    "path", slow_or_nightly([IDLE, BURSTS, WANDER, NOISY], lambda path: path == BURSTS), ids=lambda path: path.stem
 )
 def test_docs_state_the_simulated_rates(path, capsys):
     assert main(["battery", "--simulate", str(path)]) == 0
@@ -252,9 +253,7 @@ def test_docs_state_the_deviation_between_launches_without_the_noise_of_rounds()
     assert f"standard deviation of {100 * between:.1f} % without the noise of their rounds" in text
 
 
-@pytest.mark.parametrize(
-    "path, deviation", [(IDLE, QUIET_DEVIATION), (WANDER, LOADED_DEVIATION)], ids=["idle", "wander"]
-)
+@pytest.mark.parametrize("path, deviation", [(IDLE, QUIET_DEVIATION), (NOISY, LOADED_DEVIATION)], ids=["idle", "noisy"])
 def test_the_expected_noise_is_that_of_the_stored_sessions(path, deviation):
     """Pooled over sessions; of a launch of 8 rounds, as those of an ordinary session."""
     effects = [launch_effects(*zip(*pairs)) for pairs in _pairs(path, 8)]

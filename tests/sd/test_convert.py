@@ -179,6 +179,25 @@ def test_damaged_folders_are_rejected(tmp_path, presets):
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+        ("text_encoder/config.json", "num_hidden_layers", 1),
+        ("vae/config.json", "scaling_factor", 0.13025),
+    ],
+)
+def test_settings_that_a_file_cannot_record_are_rejected(tmp_path, file, key, value):
+    folder, target = tmp_path / "folder", tmp_path / "b.safetensors"
+    convert("tiny", folder, "diffusers")
+    convert(folder, target, "safetensors")
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, key: value}))
+    for source, replaced in ((folder, {}), *([("tiny", {"vae": folder / "vae"})] if file.startswith("vae") else [])):
+        with pytest.raises(CheckpointError, match=f"{key} '{value}' is not supported, only "):
+            convert(source, tmp_path / "c.safetensors", "safetensors", **replaced)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "key", "value"),

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sd import Optimisations, StableDiffusion
-from sd.checkpoint.embedding import read_embedding
+from sd.checkpoint.embedding import read_embedding, require_new_token
 from sd.checkpoint.file_formats import write_safetensors
 from sd.errors import CheckpointError, ConfigError
 from sd.models.tokenizer import END, tokenize
@@ -71,6 +71,13 @@ def test_other_files_are_refused(tmp_path, state, reason):
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=rf"a\.pt: .*{reason}"):
         read_embedding(tmp_path / "a.pt", WIDTH)
+
+
+def test_an_empty_token_is_refused(tmp_path):
+    torch.save({"<x>": torch.ones(1, WIDTH)}, tmp_path / "a.pt")
+    assert read_embedding(tmp_path / "a.pt", WIDTH, "").token == ""
+    with pytest.raises(ConfigError, match="must be a word"):
+        require_new_token("", {})
 
 
 @pytest.mark.parametrize("encoder", ["clip", "openclip"])

@@ -252,6 +252,10 @@ def test_other_files_are_refused(tmp_path, state, reason):
     assert _same(model, before) and not model._merged.loras
 
 
+def test_names_in_the_metadata_are_not_those_of_weights(tmp_path):
+    _model().load_lora(_file(tmp_path / "a.safetensors", PAIR, {"diffusers_version": "0.42", "oft_": "1"}))
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [

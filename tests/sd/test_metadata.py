@@ -120,8 +120,30 @@ def test_emphasis_of_a1111_is_reported(calls, capsys):
     err = capsys.readouterr().err
     assert all(f"not repeated: {part} in the prompt" in err for part in ("(fox)", "[cat|dog]", "AND"))
     assert "(blue" not in err
+    assert calls[0]["prompts"] == ["a (fox), [cat|dog] AND a bird (blue)\nsecond line"]
     assert repeat(png("ours.png", parameters=f"{text}, Version: sd-perf 0.1.0")) == 0
     assert "in the prompt" not in capsys.readouterr().err
+
+
+def test_brackets_and_labels_in_a_prompt_are_text(calls):
+    """In A1111's form a bracket of text has a backslash, and a label begins a line."""
+    prompt, negative = r"a (fox), \(o [x] Negative prompt: none", r"[dull\]"
+    text = {"prompt": prompt, "negative_prompt": negative, "sampler": "ddim", "steps": 4, "scale": 7.5, "seed": 1}
+    text |= {"size": "64x64", "checkpoint": "tiny (embedded)", "eta": 0.0, "rng": "per-image", "prompt_chunks": 1}
+    parameters = a1111_parameters(text)
+    assert parameters.startswith(
+        r"a \(fox\), \\\(o \[x\] Negative prompt: none" + "\n" + r"Negative prompt: \[dull\\\]"
+    )
+    assert repeat(png("ours.png", parameters=parameters)) == 0
+    assert (calls[0]["prompts"], calls[0]["negative_prompt"]) == ([prompt], negative)
+
+
+def test_other_timesteps_of_a1111_are_reported(calls, capsys):
+    for name, schedule in (("DPM++ 2M", "Uniform"), ("DPM++ 2M", "Karras"), ("Euler", "Uniform")):
+        text = A1111.replace("Euler", name).replace("Automatic", schedule)
+        assert repeat(png("a1111.png", parameters=text)) == 0
+        reported = "timesteps of DPM++ 2M, which end at 0" in capsys.readouterr().err
+        assert reported is ((name, schedule) == ("DPM++ 2M", "Uniform"))
 
 
 def test_a1111_text_is_read(calls, capsys):

@@ -44,6 +44,11 @@ def test_the_posterior_of_img2img_is_drawn_once():
     assert all(map(torch.equal, made, (expected[0], expected[1], expected[0], expected[2])))
 
 
+def test_a_source_for_another_number_of_images_raises():
+    with pytest.raises(ConfigError, match="rng: noise of 1 images for 2"):
+        chosen_noise(PerImageNoise(7, 1), None, None, 2, "cpu")
+
+
 def test_unknown_source_raises():
     with pytest.raises(ConfigError, match="per-image, original"):
         chosen_noise("philox", 1, None, 1, "cpu")

@@ -151,6 +151,21 @@ def test_malformed_pickles_are_rejected(tmp_path, data):
     rejected(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_list_is_copied_once(tmp_path, times):
+    """Copied each time that it is named, a list would let a small file fill the memory."""
+    pair = b"(X\x01\x00\x00\x00aK\x01t"
+    ordered = b"ccollections\nOrderedDict\n(h\x01tR"
+    write_pickle(tmp_path / "a.ckpt", b"\x80\x02](" + pair + b"eq\x01" + ordered * times + b".")
+    message = rejected(tmp_path / "a.ckpt")  # once: no tensor is in it
+    assert ("an OrderedDict of something other than pairs" in message) is (times == 2)
+
+
+def test_a_size_of_many_dimensions_is_rejected(tmp_path):
+    write_pickle(tmp_path / "a.ckpt", b"\x80\x02ctorch\nSize\n((" + b"K\x01" * 33 + b"ttR.")
+    assert "a few numbers" in rejected(tmp_path / "a.ckpt")
+
+
 def tensor_pickle(offset, size, stride, numel=6) -> bytes:
     storage = (
         b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + _int(numel) + b"tQ"

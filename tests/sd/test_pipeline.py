@@ -51,7 +51,7 @@ def test_sizes_that_are_not_square(model, height, width):
     assert _run(model, height=height, width=width).images.shape == (1, height, width, 3)
 
 
-@pytest.mark.parametrize("size", [100, 32, -64])
+@pytest.mark.parametrize("size", [100, 32, -64, 0])
 def test_other_sizes_are_refused(model, size):
     with pytest.raises(ConfigError, match="multiple of 64"):
         _run(model, height=size)
@@ -165,6 +165,12 @@ def test_seed_none_is_random_and_reported(model):
     assert _run(model, seed=3).seed == 3
     assert _run(model, rng=PerImageNoise(7, 1)).seed == [7]
     assert _run(model, rng=OriginalNoise(8, "cpu")).seed == 8
+
+
+@pytest.mark.parametrize("eta", [-0.5, float("nan"), float("inf")])
+def test_invalid_eta_raises(model, eta):
+    with pytest.raises(ConfigError, match="must be a finite number of at least 0"):
+        _run(model, eta=eta)
 
 
 # --- devices and weights

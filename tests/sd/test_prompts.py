@@ -54,6 +54,14 @@ def test_number_of_chunks(length, chunks):
 # --- dropped text
 
 
+def test_vectors_of_an_embedding_that_are_cut_off_are_dropped_text():
+    words = " ".join(["word"] * 70)
+    tokens = tokenize_chunks(
+        [f"{words} <bad> blue", f"{words} <bad>", f"{words} a"], added={"<bad>": range(50000, 50008)}
+    )
+    assert tokens.lengths == (79, 78, 71) and tokens.dropped == ("<bad> blue", "<bad>", "")
+
+
 @pytest.mark.slow
 def test_dropped_text_is_reported():
     model = smallest()
