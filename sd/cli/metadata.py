@@ -57,7 +57,7 @@ HARMLESS = ("Model hash", "Version", "Hashes")
 PARAMETER = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # `name: value, `; a value may be JSON
 # Syntax of A1111's prompts: weights, networks and chunks that no other reader means; and emphasis and alternatives.
 SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\)|<\w+:[^<>]*>|\bBREAK\b")
-ESCAPED = re.compile(r"\\([()\[\]\\])")  # brackets that are text, and the character before them
+ESCAPED = re.compile(r"\\([()\[\]\\])")  # a bracket that is text in A1111's prompts, or a backslash
 ANY_SYNTAX = re.compile(rf"{SYNTAX.pattern}|(?<!\\)(?:\([^()]*\)|\[[^][]*\])|\bAND\b")
 
 

@@ -1,8 +1,8 @@
 // Layers, group norms and attention by AVX2 or AVX-512; sd/kernels/avx2.py compiles it and says what it computes.
 //
-// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. Sums are in fp32, and in fp64 where a norm
-// merges those of its blocks. With avx512_bf16, layers and
-// norms take bf16 too: direct products multiply pairs of channels, and tiles are converted to fp32 where they are transformed.
+// Vectors are GCC's and have PANEL / 2 lanes: 8 for AVX2, 16 for AVX-512. Sums are in fp32, and in fp64 where a norm merges those
+// of its blocks. With avx512_bf16, layers and norms take bf16 too: direct products multiply pairs of channels, and tiles are
+// converted to fp32 where they are transformed.
 //
 // A convolution is a matrix product whose rows are the positions of the output. Their inputs are found by pointers, one for each
 // position and tap, and are not copied (indirect convolution, Dukhan 2019, arXiv 1907.02129). Blocks as of Goto and van de Geijn
@@ -526,6 +526,7 @@ template <typename Value>
 void normalise(const Value* x, const Value* weight, const Value* bias, Value* out, int64_t images, int64_t positions,
                int64_t channels, int64_t groups, double eps, bool with_silu) {
   const int64_t rows = std::max<int64_t>(NORMED_ROWS, NORMED / channels), blocks = (positions + rows - 1) / rows;
+  const int64_t of_group = channels / groups;
   std::vector<Moments> moments(images * blocks * groups);
   const auto for_blocks = [&](auto use) {  // rows of a block that belong to one image
     torch::stable::parallel_for(0, images * blocks, 1, [&](int64_t first, int64_t last) {
@@ -546,7 +547,7 @@ void normalise(const Value* x, const Value* weight, const Value* bias, Value* ou
       for (int64_t block = 0; block < blocks; ++block) all.add(moments[(image * blocks + block) * groups + group]);
       const double deviation = 1 / std::sqrt(all.squares / all.count + eps);
       const float mean = all.mean;
-      for (int64_t channel = group * channels / groups; channel < (group + 1) * channels / groups; ++channel) {
+      for (int64_t channel = group * of_group; channel < (group + 1) * of_group; ++channel) {
         const int64_t at = image * channels + channel;
         const double factor = deviation * to_float(weight[channel]);
         means[at] = mean, factors[at] = factor, terms[at] = to_float(bias[channel]) + (mean - all.mean) * factor;

@@ -190,9 +190,14 @@ def test_pull_request_is_measured_against_its_merge_base(machine, monkeypatch):
 
 
 def test_commit_of_main_is_not_compared_with_itself(machine, monkeypatch):
-    monkeypatch.setenv("AGAINST", "HEAD")
+    tree = machine.path / "tree"
+    tree.mkdir()
+    git("init", "-q", "-b", "main", path=tree)
+    git("commit", "-q", "--allow-empty", "-m", "base", path=tree)
+    monkeypatch.setattr(measure, "ROOT", tree)
+    monkeypatch.setenv("AGAINST", "main")
     assert measure.run() == ExitCode.FAILED
-    assert "this commit is part of HEAD" in machine.outcome().reasons[0] and machine.commands == []
+    assert "this commit is part of main" in machine.outcome().reasons[0] and machine.commands == []
 
 
 def test_commit_without_a_merge_base_is_could_not_measure(machine, monkeypatch):
