@@ -197,26 +197,25 @@ def require_usual_settings(
     except CheckpointError:
         return
     released = any(name in state for name in _RELEASED_OPENCLIP)
-    layers = _text_layers(path, text, config, released)
-    require_settings(Path(path), replace(config, text=replace(config.text, layers=layers)), vae, text_encoder)
+    require_settings(Path(path), _with_text_layers(path, text, config, released), vae, text_encoder)
 
 
 # --- networks
 
 
-def _text_layers(path: str | Path, text: Iterable[str], config: ModelConfig, released: bool) -> int:
-    """Number of text blocks that run; 0 in the config means that it depends on the file.
+def _with_text_layers(path: str | Path, text: Iterable[str], config: ModelConfig, released: bool) -> ModelConfig:
+    """The config with the number of text blocks that run; 0 means that it depends on the file.
 
     released: a released OpenCLIP tower, whose last block is not used; of other files (tiny, diffusers) every block is.
     """
     if config.text.layers:
-        return config.text.layers
+        return config
     layers = len({match[1] for match in map(_BLOCK.match, text) if match})
     if config.text.kind == "openclip" and (released or layers == _OPENCLIP_H_LAYERS):
         layers -= 1
     if layers < 1:
         raise CheckpointError(f"{path}: its text encoder has no blocks to run; download the file again")
-    return layers
+    return replace(config, text=replace(config.text, layers=layers))
 
 
 # --- validating
@@ -348,8 +347,7 @@ def load(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     state.clear()
-    layers = _text_layers(path, networks["text_encoder"], config, released)
-    config = replace(config, text=replace(config.text, layers=layers))
+    config = _with_text_layers(path, networks["text_encoder"], config, released)
     require_settings(Path(path), config, vae, text_encoder)
     files = {"unet": path, "autoencoder": vae or path, "text_encoder": text_encoder or path}
     _validate(files, networks, config, hf, ignore_unknown_keys)

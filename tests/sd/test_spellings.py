@@ -132,7 +132,7 @@ def test_full_openclip_tower_under_names_of_transformers_has_23_layers():
     config = replace(SD2, text=replace(SD2.text, layers=0))
     for layers, used in ((24, 23), (23, 23), (2, 2)):
         names = [f"transformer.resblocks.{layer}.ln_1.weight" for layer in range(layers)]
-        assert checkpoint._text_layers("a", names, config, released=False) == used
+        assert checkpoint._with_text_layers("a", names, config, released=False).text.layers == used
 
 
 @pytest.mark.parametrize("preset", ["sd1", "sd2"])
